@@ -1,0 +1,15 @@
+"""Drop-in operations for joint-embedding predictive architectures. Needs torch alone; imports without a GPU."""
+
+from ajepa_kernels.adamw_ema import AdamWEMA, ema_update_, ema_update_reference_
+from ajepa_kernels.attention import masked_attention, masked_attention_reference
+from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
+
+__all__ = [
+    "AdamWEMA",
+    "ema_update_",
+    "ema_update_reference_",
+    "latent_l2_loss",
+    "latent_l2_loss_reference",
+    "masked_attention",
+    "masked_attention_reference",
+]
