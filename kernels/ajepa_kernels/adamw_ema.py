@@ -18,9 +18,7 @@ def ema_update_reference_(
         get_ema_multi_avg_fn(decay)(list(targets), list(sources), None)
 
 
-def ema_update_(
-    targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor], decay: float | torch.Tensor
-) -> None:
+def ema_update_(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor], decay: float | torch.Tensor) -> None:
     """target <- decay * target + (1 - decay) * source, in place, for all tensors at once.
 
     `decay` is a number or a device scalar. Raises ValueError when the two lists do not match.
@@ -49,7 +47,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.ema_sources, self.ema_targets = [p for p, _ in pairs], [t for _, t in pairs]
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure=None,
         *,
