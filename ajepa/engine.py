@@ -30,7 +30,8 @@ class Engine:
 
     `fused` runs on `ajepa_kernels` (each op says aloud where it has no kernel for the device). `reference` is plain
     PyTorch: torchaudio's front end, SDPA, torch's fused AdamW and foreach EMA. `compile` is `reference` under
-    torch.compile. All three have the same parameters, so that weights move between them freely.
+    torch.compile. All three have the same parameters, so that weights move between them freely. A step whose loss or
+    gradient is not finite changes no weight and no moment.
     """
 
     def __init__(self, cfg: Config, device: torch.device):

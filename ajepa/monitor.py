@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from ajepa.config import OptimConfig
+from ajepa.optim import ema_decay, learning_rate
+
 # Dense bf16 tensor-core peak in FLOP/s, by a part of the device's name; from the vendor's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 WARM_UP_STEPS = 3  # left out of the throughput: compilation, allocator, file cache
@@ -25,8 +28,8 @@ class NonFiniteError(RuntimeError):
 class RunLog:
     """Log of one run in `folder`. Values stay on the device until an interval ends: no sync in between."""
 
-    def __init__(self, folder: Path, steps: int, start: int, device: torch.device, counts: dict[str, int]):
-        self.folder, self.steps, self.counts = folder, steps, counts
+    def __init__(self, folder: Path, optim: OptimConfig, start: int, device: torch.device, counts: dict[str, int]):
+        self.folder, self.optim, self.steps, self.counts = folder, optim, optim.steps, counts
         self.jsonl = folder / "metrics.jsonl"
         _drop_after(self.jsonl, start)
         self.file = open(self.jsonl, "a", buffering=1)  # noqa: SIM115 (closed by close)
@@ -37,7 +40,7 @@ class RunLog:
         self.progress = Progress(
             TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
-        self.task = self.progress.add_task("", total=steps, completed=start)
+        self.task = self.progress.add_task("", total=self.steps, completed=start)
         if self.console.is_terminal:
             self.progress.start()
         self.pending: list[torch.Tensor] = []
@@ -59,11 +62,14 @@ class RunLog:
         if self.console.is_terminal:
             self.progress.advance(self.task)
 
-    def flush(self, step: int, *, lr: float, ema: float, flops: float, max_bad: int) -> dict[str, Any]:
+    def flush(self, step: int, flops: float = 0.0) -> None:
         """End an interval after `step` finished steps: read the device, write the line. The only sync of the loop.
 
-        Raises NonFiniteError when the last `max_bad` steps were all bad.
+        `flops`: of the last step, for the MFU. Raises NonFiniteError when the last `max_bad_steps` were all bad.
         """
+        if not self.pending:
+            return
+        lr, ema = learning_rate(self.optim, step - 1), ema_decay(self.optim, step - 1)
         tick = time.perf_counter()
         values = torch.stack(self.pending).cpu()
         self.window["seconds"] += time.perf_counter() - tick
@@ -86,24 +92,23 @@ class RunLog:
             "data_wait_share": self.window["waited"] / self.window["seconds"],
             "bad_steps": self.counts["bad_steps"],
         }
-        if self.peak:
+        if self.peak and flops:
             record["mfu"] = flops / per_step / self.peak
         line = (
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {lr:.2e}  "
             f"ema {ema:.5f}  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"
         )
-        line += f"  MFU {record['mfu']:.1%}" if self.peak else ""
+        line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         line += f"  skipped {self.counts['bad_steps']} steps" if self.counts["bad_steps"] else ""
         self.say(f"{line}  ETA {timedelta(seconds=round((self.steps - step) * per_step))}")
         self.write(record)
         self._open_window()
-        if self.counts["bad_in_a_row"] >= max_bad:
+        if self.counts["bad_in_a_row"] >= self.optim.max_bad_steps:
             raise NonFiniteError(
                 f"loss or gradient was not finite for {self.counts['bad_in_a_row']} steps in a row up to step {step} "
                 f"(learning rate {lr:.2e}, last finite loss {_last_finite(self.jsonl)}). The weights are those of the "
                 "last finite step. Lower --lr, lengthen --warmup-steps, set --clip-norm, or use --precision fp32."
             )
-        return record
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON line (numbers that are not finite as null), and its scalars to TensorBoard."""

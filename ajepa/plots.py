@@ -55,12 +55,13 @@ def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: P
         grid = grid.view(rows, columns)
         return grid.repeat_interleave(spec.patch[0], 0).repeat_interleave(spec.patch[1], 1)
 
+    low, high = image.float().quantile(torch.tensor([0.01, 0.99])).tolist()  # zero padding must not set the scale
     panels = (("log-mel", None), ("visible to the context encoder", masks.context), ("to be predicted", masks.target))
     figure, axes = plt.subplots(len(panels), 1, figsize=(9, 7.5), sharex=True, layout="constrained")
     seconds = image.shape[1] * spec.hop_length / spec.sample_rate
     extent = (0, seconds, 0, spec.n_mels)
     for axis, (title, index) in zip(axes, panels, strict=True):
-        axis.imshow(image, origin="lower", aspect="auto", extent=extent, cmap="magma")
+        axis.imshow(image, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
         if index is not None:
             hidden = (~cells(index)).float()
             axis.imshow(

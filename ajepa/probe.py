@@ -103,6 +103,8 @@ class Evaluation:
 
     def score(self, features: Features, device: torch.device) -> dict[str, float | None]:
         x = self.embed(features, device)
+        if not x.isfinite().all():
+            return dict.fromkeys(("knn_accuracy", "effective_rank", "mean_cosine"), float("nan"))
         return {
             "knn_accuracy": knn_accuracy(x, self.labels, self.is_test) if self.has_labels else None,
             "effective_rank": effective_rank(x),

@@ -22,25 +22,28 @@ from ajepa.engine import Engine, choose_device
 from ajepa.index import DataError
 from ajepa.masks import MaskSampler
 from ajepa.monitor import NonFiniteError, RunLog, read_metrics, warn
-from ajepa.optim import ema_decay, learning_rate
 from ajepa.probe import encoder_features, log_mel_features
 
 
 def train(cfg: Config, folder: Path) -> dict[str, Any]:
     """Run `cfg` in `folder` to its end, or to Ctrl-C. Returns the summary."""
     device = choose_device(cfg.device)
+    torch.manual_seed(cfg.seed)
     corpus = open_corpus(cfg)
     engine = Engine(cfg, device)
-    counts = {"bad_steps": 0, "bad_in_a_row": 0}
     state, damaged = load_latest(folder / "checkpoints", engine)
     for message in damaged:
         warn(f"{message}; using the one before")
     start, baselines = (state["step"], state["baselines"]) if state else (0, baseline_scores(cfg, engine, corpus))
-    counts.update(state["counts"] if state else {})
+    counts = state["counts"] if state else {"bad_steps": 0, "bad_in_a_row": 0}
     loader = corpus.loader(cfg, state["loader"] if state else None)
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
-    log = RunLog(folder, cfg.optim.steps, start, device, counts)
+    log = RunLog(folder, cfg.optim, start, device, counts)
     log.say(describe(cfg, engine, corpus, start))
+
+    def save() -> None:
+        extra = {"loader": loader.state_dict(), "baselines": baselines, "counts": counts}
+        save_checkpoint(folder / "checkpoints", step, engine, extra, cfg.watch.keep)
 
     step = start
     with closing(log, loader), catch_signals() as stop:
@@ -50,32 +53,27 @@ def train(cfg: Config, folder: Path) -> dict[str, Any]:
             waited = time.perf_counter() - tick
             masks = sampler(step, cfg.optim.steps, len(pcm))
             result = engine.step(pcm, lengths, masks.to(device), step)
-            log.add(result, len(pcm), time.perf_counter() - tick, waited)
             step += 1
+            log.add(result, len(pcm), time.perf_counter() - tick, waited)
 
-            last = step == cfg.optim.steps or bool(stop)
-            if step % cfg.watch.log_every == 0 or last:
-                log.flush(
-                    step,
-                    lr=learning_rate(cfg.optim, step - 1),
-                    ema=ema_decay(cfg.optim, step - 1),
-                    flops=engine.flops(len(pcm), masks),
-                    max_bad=cfg.optim.max_bad_steps,
-                )
-            if step % cfg.watch.watch_every == 0 or step == cfg.optim.steps:
+            last = step == cfg.optim.steps
+            if last or step % cfg.watch.log_every == 0:
+                log.flush(step, engine.flops(len(pcm), masks))
+            if last or step % cfg.watch.watch_every == 0:
                 watch = {**engine.inspect(pcm, lengths, masks.to(device)), **score(cfg, engine, corpus)}
                 log.write({"step": step, **watch})
                 log.say(describe_watch(step, watch, baselines))
                 log.warn_collapse(watch)
-            if step % cfg.watch.checkpoint_every == 0 or last:
-                extra = {"loader": loader.state_dict(), "baselines": baselines, "counts": counts}
-                save_checkpoint(folder / "checkpoints", step, engine, extra, cfg.watch.keep)
+            if last or step % cfg.watch.checkpoint_every == 0:
+                save()
             if step == start + 1:
                 gc.collect()
                 gc.freeze()  # the model lives as long as the process: no need to scan it again and again
 
         skipped = corpus.write_skipped(folder, loader)
         if step < cfg.optim.steps:
+            log.flush(step)
+            save()
             log.say(f"stopped after step {step}; continue with --out {folder} --resume")
             raise KeyboardInterrupt
         rates = compare_engines(cfg, device, corpus, min(cfg.watch.compare_steps, cfg.optim.steps))
@@ -160,7 +158,9 @@ def draw(cfg: Config, folder: Path, engine: Engine, pcm, lengths, baselines) -> 
     plots.plot_curves(read_metrics(folder), lines, folder / "curves.png")
     one = MaskSampler(dataclasses.replace(cfg.mask, masks_per_clip=1), cfg.front_end.grid, seed=cfg.seed)
     masks = one(cfg.optim.steps - 1, cfg.optim.steps, 1)
-    plots.plot_masks(engine.front_end(pcm[:1], lengths[:1])[0], masks, cfg.front_end, folder / "masks.png")
+    patches = engine.front_end(pcm, lengths)
+    liveliest = patches.flatten(1).std(1).argmax()  # a silent clip would show nothing
+    plots.plot_masks(patches[liveliest], masks, cfg.front_end, folder / "masks.png")
 
 
 def describe(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str:

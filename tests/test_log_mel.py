@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 
 from ajepa._torchaudio import import_torchaudio
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 
 torchaudio = import_torchaudio()
 AUDIO_JEPA = LOG_MEL_PRESETS["audio-jepa"]
