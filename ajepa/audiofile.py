@@ -71,7 +71,7 @@ def read_bytes(path: str, offset: int, size: int) -> np.ndarray:
     fd = os.open(path, os.O_RDONLY)
     try:
         while done < size:
-            got = os.preadv(fd, [memoryview(data)[done:]], offset + done)
+            got = os.preadv(fd, [data.data[done:]], offset + done)
             if not got:
                 raise BadAudio(f"truncated: {done} of {size} bytes")
             done += got
