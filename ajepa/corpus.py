@@ -9,7 +9,7 @@ import torch
 
 from ajepa.config import Config
 from ajepa.data import AudioLoader, iterate_once
-from ajepa.index import Index, build_index
+from ajepa.index import Index, build_index, cache_root
 from ajepa.probe import Evaluation
 from ajepa.synthetic import make_synthetic
 
@@ -57,10 +57,9 @@ def open_corpus(cfg: Config) -> Corpus:
     data, watch = cfg.data, cfg.watch
     source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
     if source is None:
-        source, where = (
-            str(make_synthetic(seconds=data.clip_seconds, sample_rate=cfg.front_end.sample_rate)),
-            "split=train",
-        )
+        folder = cache_root() / "synthetic"
+        source = str(make_synthetic(folder, seconds=data.clip_seconds, sample_rate=cfg.front_end.sample_rate))
+        where = "split=train"
         if eval_source is None:
             eval_source, eval_test = source, "split=test"
     index = build_index(source, where=where, label_column=data.label)
