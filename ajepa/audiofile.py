@@ -101,6 +101,8 @@ def inspect(path: str, offset: int, size: int, *, in_tar: bool = False, decode: 
         counted = not _is_mpeg(head) or _mp3_states_length(raw, head)
     try:
         with open_sound(path, offset, size, in_tar=in_tar) as sound:
+            if not 1_000 <= sound.samplerate <= 1_000_000:
+                raise BadAudio(f"implausible sample rate of {sound.samplerate} Hz")
             frames = _decode(sound) if decode else sound.frames
             if frames == 0:
                 raise BadAudio("no samples")

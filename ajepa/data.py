@@ -8,7 +8,6 @@ random about sample g (its row, its crop, its gain) is a hash of (seed, g).
 Shapes: B batch, S samples a clip.
 """
 
-import atexit
 import base64
 import queue
 import threading
@@ -106,7 +105,7 @@ class AudioLoader:
     def __next__(self) -> Batch:
         if self._worker is None:
             self._worker = self._start()
-            weakref.finalize(self, self._worker.close)
+            weakref.finalize(self, self._worker.close)  # at exit too: DALI's threads must end before the interpreter
         batch, self._last = self._worker.get()
         return batch
 
@@ -312,7 +311,6 @@ class _Worker:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ajepa-data", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # before the interpreter goes, or DALI's threads call into nothing
 
     def get(self) -> tuple[Batch, dict[str, Any]]:
         got = self._ready.get()
@@ -322,7 +320,6 @@ class _Worker:
         return got
 
     def close(self) -> None:
-        atexit.unregister(self.close)
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()

@@ -179,10 +179,22 @@ class Decoder:
             self.skipped[self.index.entries[piece.item].name] = f"truncated: {got} of {piece.frames} samples decode"
         return bool(bad)
 
+    def _dali_reason(self, piece: Piece) -> str | None:
+        sample = [np.array([piece.start], np.int32)], [np.array([piece.length], np.int32)]
+        rate = [np.array(piece.rate, np.float32)]
+        try:
+            _pipeline(lambda info: ([piece.data], *sample, rate), self.sample_rate, 1, 1, None).run()
+        except RuntimeError:
+            return "cannot be decoded by DALI"
+        return None
+
     def _blame(self) -> bool:
         """After a DALI error: finds which of the files in flight it does not decode, and skips them."""
         pieces = [piece for _, pieces in self._flying.values() for piece in pieces]
-        for check in (_sndfile_reason, _dali_reason):  # DALI alone tells for certain, but a pipeline a file is slow
+        for check in (
+            _sndfile_reason,
+            self._dali_reason,
+        ):  # DALI alone tells for certain, but a pipeline a file is slow
             found = [(piece, reason) for piece in pieces if (reason := check(piece))]
             for piece, reason in found:
                 self.skipped[self.index.entries[piece.item].name] = reason
@@ -229,15 +241,6 @@ def _sndfile_reason(piece: Piece) -> str | None:
     except sf.LibsndfileError as error:
         return f"cannot be decoded: {error.error_string.strip()}"
     return None if frames == piece.frames else f"truncated: {frames} of {piece.frames} samples decode"
-
-
-def _dali_reason(piece: Piece) -> str | None:
-    sample = [np.array([piece.start], np.int32)], [np.array([piece.length], np.int32)], [np.array(1, np.float32)]
-    try:
-        _pipeline(lambda info: ([piece.data], *sample), 1, 1, 1, None).run()
-    except RuntimeError:
-        return "cannot be decoded by DALI"
-    return None
 
 
 def default_threads() -> int:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ class Index:
     def __len__(self) -> int:
         return len(self.entries)
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray:
         """int64 `[len(self)]`, -1 where unknown."""
         return np.fromiter((entry.label for entry in self.entries), np.int64, len(self))
@@ -70,7 +71,7 @@ class Index:
     def seconds(self) -> float:
         return sum(entry.frames / entry.sample_rate for entry in self.entries)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the entries and their order: a data position means the same recordings only where it agrees."""
         digest = hashlib.sha256()
