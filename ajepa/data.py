@@ -296,7 +296,7 @@ def _assemble(decoder: Decoder, decoded: Decoded, pad: Pad) -> Batch:
             out[b, length:] = 0 if pad == "zero" else np.resize(out[b, :length], clip_samples - length)
         lengths[b] = clip_samples if pad == "cyclic" else length
 
-    list(decoder.pool.map(fill, range(size)))
+    decoder.spread(fill, size)
     items = [piece.item for piece in decoded.pieces]
     labels = [decoder.index.entries[item].label for item in items]
     return Batch(pcm, torch.from_numpy(lengths), torch.tensor(labels), torch.tensor(items))

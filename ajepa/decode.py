@@ -75,7 +75,8 @@ class Decoder:
         self.first, self.batches, self.checkpoint = first, batches, checkpoint
         self.skipped = dict(skipped or {})
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ajepa-read")
-        self._flying: dict[int, tuple[Plan, list[Piece]]] = {}  # read, not yet returned: DALI uses these bytes in place
+        # Batches read and not yet returned: DALI uses the arrays of the feed in place.
+        self._flying: dict[int, tuple[Plan, list[Piece], tuple]] = {}
         self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of touched files found to be the same recording
         self._pipe: Any = None
 
@@ -96,7 +97,7 @@ class Decoder:
                     raise RuntimeError(f"DALI failed on batch {self.batches}, and no file of it is to blame") from error
                 self._pipe = None
                 continue
-            plan, pieces = self._flying[self.batches]
+            plan, pieces, _ = self._flying[self.batches]
             if self._too_short(pieces, frames.as_array()[:, 0]):
                 self._pipe = None
                 continue
@@ -120,20 +121,27 @@ class Decoder:
             self.checkpoint, self.first = None, self.batches
             self._pipe = _pipeline(self._source, self.sample_rate, self.batch_size, self.threads, None)
 
-    def _source(self, info) -> tuple[list[np.ndarray], ...]:
+    def spread(self, work: Callable[[int], Any], size: int) -> list:
+        """`[work(0), ..., work(size - 1)]` by all threads; a few tasks, as a future costs more than a short clip."""
+        tasks = min(size, 4 * self.threads)
+        results: list = [None] * size
+
+        def run(first: int) -> None:
+            for i in range(first, size, tasks):
+                results[i] = work(i)
+
+        list(self.pool.map(run, range(tasks)))
+        return results
+
+    def _source(self, info) -> tuple:
         batch = self.first + info.iteration
         plan = self.plan(batch)
         if plan is None:
             raise StopIteration
-        pieces = list(self.pool.map(self._read, plan.items.tolist(), plan.fractions.tolist()))
-        self._flying[batch] = plan, pieces
-        # Sizes fit int32: longer recordings arrive as segments.
-        return (
-            [piece.data for piece in pieces],
-            [np.array([piece.start], np.int32) for piece in pieces],
-            [np.array([piece.length], np.int32) for piece in pieces],
-            [np.array(piece.rate, np.float32) for piece in pieces],
-        )
+        pieces = self.spread(lambda b: self._read(int(plan.items[b]), float(plan.fractions[b])), len(plan.items))
+        feed = _feed(pieces)
+        self._flying[batch] = plan, pieces, feed
+        return feed
 
     def _read(self, item: int, fraction: float) -> Piece:
         """The item, or the next row of the index that is good: the same one in every run that skips the same files."""
@@ -180,17 +188,16 @@ class Decoder:
         return bool(bad)
 
     def _dali_reason(self, piece: Piece) -> str | None:
-        sample = [np.array([piece.start], np.int32)], [np.array([piece.length], np.int32)]
-        rate = [np.array(piece.rate, np.float32)]
+        feed = _feed([piece])
         try:
-            _pipeline(lambda info: ([piece.data], *sample, rate), self.sample_rate, 1, 1, None).run()
+            _pipeline(lambda info: feed, self.sample_rate, 1, 1, None).run()
         except RuntimeError:
             return "cannot be decoded by DALI"
         return None
 
     def _blame(self) -> bool:
         """After a DALI error: finds which of the files in flight it does not decode, and skips them."""
-        pieces = [piece for _, pieces in self._flying.values() for piece in pieces]
+        pieces = [piece for _, pieces, _ in self._flying.values() for piece in pieces]
         for check in (
             _sndfile_reason,
             self._dali_reason,
@@ -232,6 +239,16 @@ def _pipeline(source: Callable, sample_rate: int, batch_size: int, threads: int,
     )
     pipe.build()
     return pipe
+
+
+def _feed(pieces: list[Piece]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """The files' bytes, and the crops' starts and lengths `[B, 1]` and rates `[B]`."""
+    return (
+        [piece.data for piece in pieces],
+        np.array([[piece.start] for piece in pieces], np.int32),  # longer recordings arrive as segments
+        np.array([[piece.length] for piece in pieces], np.int32),
+        np.array([piece.rate for piece in pieces], np.float32),
+    )
 
 
 def _sndfile_reason(piece: Piece) -> str | None:
