@@ -8,6 +8,7 @@ random about sample g (its row, its crop, its gain) is a hash of (seed, g).
 Shapes: B batch, S samples a clip.
 """
 
+import atexit
 import base64
 import queue
 import threading
@@ -86,8 +87,10 @@ class AudioLoader:
         _check_arguments(index, sample_rate, clip_samples, batch_size, pad, crop)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in 0..world_size - 1 = {world_size - 1}")
-        if gain_db < 0 or prefetch < 1:
-            raise ValueError(f"gain_db must be 0 or more and prefetch 1 or more, got {gain_db} and {prefetch}")
+        if gain_db < 0 or prefetch < 1 or seed < 0:
+            raise ValueError(
+                f"gain_db and seed must be 0 or more and prefetch 1 or more, got {gain_db}, {seed} and {prefetch}"
+            )
         self.index = index
         self.batch_size = batch_size
         self._clip = {"sample_rate": sample_rate, "clip_samples": clip_samples}
@@ -105,7 +108,7 @@ class AudioLoader:
     def __next__(self) -> Batch:
         if self._worker is None:
             self._worker = self._start()
-            weakref.finalize(self, self._worker.close)  # at exit too: DALI's threads must end before the interpreter
+            weakref.finalize(self, self._worker.close)
         batch, self._last = self._worker.get()
         return batch
 
@@ -310,6 +313,8 @@ class _Worker:
         self._ready: queue.Queue = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ajepa-data", daemon=True)
+        # Registered after DALI's import, so it runs before DALI's own clean-up takes the pipeline from the thread.
+        atexit.register(self.close)
         self._thread.start()
 
     def get(self) -> tuple[Batch, dict[str, Any]]:
@@ -320,6 +325,7 @@ class _Worker:
         return got
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile as sf
 
-from ajepa.audiofile import BadAudio, inspect, os_reason, read_bytes, read_segment, stat_file
+from ajepa.audiofile import BadAudio, cores, inspect, os_reason, read_bytes, read_segment, stat_file
 from ajepa.index import DataError, Index
 
-# Past this many clip lengths, a recording is read by libsndfile from the crop on; up to it DALI decodes the whole file.
+# Beyond either, libsndfile seeks and reads the crop alone, for DALI to resample; within both DALI decodes the file.
 WHOLE_FILE_CLIPS = 2
+WHOLE_FILE_BYTES = 64 << 20
 
 
 class Plan(NamedTuple):
@@ -70,6 +71,7 @@ class Decoder:
         checkpoint: bytes | None = None,
         skipped: dict[str, str] | None = None,
     ):
+        _dali()  # a missing package is best told here
         self.index, self.plan, self.sample_rate, self.clip_samples = index, plan, sample_rate, clip_samples
         self.batch_size, self.threads = batch_size, threads
         self.first, self.batches, self.checkpoint = first, batches, checkpoint
@@ -169,7 +171,8 @@ class Decoder:
         wanted = math.ceil(self.clip_samples * entry.sample_rate / self.sample_rate)
         count = min(entry.frames, wanted)
         start = min(int(fraction * (entry.frames - count + 1)), entry.frames - count)
-        if entry.format == "MP3" or entry.frames > WHOLE_FILE_CLIPS * wanted:  # DALI does not decode MP3
+        long = entry.frames > WHOLE_FILE_CLIPS * wanted or size > WHOLE_FILE_BYTES
+        if long or entry.format == "MP3":  # which DALI does not decode
             data = read_segment(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
             return Piece(row, data, count, 0, count, entry.sample_rate)
         data = read_bytes(entry.path, entry.offset, size)
@@ -210,11 +213,16 @@ class Decoder:
         return False
 
 
-def _pipeline(source: Callable, sample_rate: int, batch_size: int, threads: int, checkpoint: bytes | None):
+def _dali():
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise ImportError("reading audio needs DALI (Linux): pip install 'nvidia-dali-cuda130>=2.4,<3'") from error
+    return fn, pipeline_def, types
+
+
+def _pipeline(source: Callable, sample_rate: int, batch_size: int, threads: int, checkpoint: bytes | None):
+    fn, pipeline_def, types = _dali()
 
     @pipeline_def(enable_conditionals=True)
     def decode():
@@ -262,4 +270,4 @@ def _sndfile_reason(piece: Piece) -> str | None:
 
 def default_threads() -> int:
     """The cores this process may use, shared among the ranks of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

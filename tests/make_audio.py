@@ -71,7 +71,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     huge = wav[:4] + (0x7FFFFFF0).to_bytes(4, "little") + wav[8:40] + (0x7FFFFF00).to_bytes(4, "little") + wav[44:]
     return {
         "empty.wav": (b"", "empty"),
-        "header_only.wav": (wav[:44], "truncated"),
+        "header_only.wav": (wav[:44], "header only"),
         "no_data_chunk.wav": (wav[:36], "no samples"),
         "truncated.wav": (wav[:20000], "truncated"),
         "huge_claim.wav": (huge, "truncated"),
