@@ -101,6 +101,8 @@ def inspect(path: str, offset: int, size: int, *, in_tar: bool = False, decode: 
         counted = not _is_mpeg(head) or _mp3_states_length(raw, head)
     try:
         with open_sound(path, offset, size, in_tar=in_tar) as sound:
+            if not 1_000 <= sound.samplerate <= 1_000_000:
+                raise BadAudio(f"implausible sample rate of {sound.samplerate} Hz")
             frames = _decode(sound) if decode else sound.frames
             if frames == 0:
                 raise BadAudio("no samples")
@@ -147,6 +149,11 @@ def stat_file(path: str) -> tuple[int, int]:
     return info.st_size, info.st_mtime_ns
 
 
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def os_reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
@@ -172,8 +179,11 @@ def _check_chunks(raw: Window, head: bytes, size: int) -> None:
         chunk = raw.read(8)
         (length,) = struct.unpack(order, chunk[4:])
         if chunk[:4] == data_name:
-            if position + 8 + length > size and length != STREAMED:
-                raise BadAudio(f"truncated: {size - position - 8} of {length} bytes of samples")
+            present = size - position - 8
+            if not present:
+                raise BadAudio("header only, no samples")
+            if length > present and length != STREAMED:
+                raise BadAudio(f"truncated: {present} of {length} bytes of samples")
             return
         position += 8 + length + length % 2
     raise BadAudio("no samples")

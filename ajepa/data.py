@@ -87,8 +87,10 @@ class AudioLoader:
         _check_arguments(index, sample_rate, clip_samples, batch_size, pad, crop)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in 0..world_size - 1 = {world_size - 1}")
-        if gain_db < 0 or prefetch < 1:
-            raise ValueError(f"gain_db must be 0 or more and prefetch 1 or more, got {gain_db} and {prefetch}")
+        if gain_db < 0 or prefetch < 1 or seed < 0:
+            raise ValueError(
+                f"gain_db and seed must be 0 or more and prefetch 1 or more, got {gain_db}, {seed} and {prefetch}"
+            )
         self.index = index
         self.batch_size = batch_size
         self._clip = {"sample_rate": sample_rate, "clip_samples": clip_samples}
@@ -297,7 +299,7 @@ def _assemble(decoder: Decoder, decoded: Decoded, pad: Pad) -> Batch:
             out[b, length:] = 0 if pad == "zero" else np.resize(out[b, :length], clip_samples - length)
         lengths[b] = clip_samples if pad == "cyclic" else length
 
-    list(decoder.pool.map(fill, range(size)))
+    decoder.spread(fill, size)
     items = [piece.item for piece in decoded.pieces]
     labels = [decoder.index.entries[item].label for item in items]
     return Batch(pcm, torch.from_numpy(lengths), torch.tensor(labels), torch.tensor(items))
@@ -311,8 +313,9 @@ class _Worker:
         self._ready: queue.Queue = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ajepa-data", daemon=True)
+        # Registered after DALI's import, so it runs before DALI's own clean-up takes the pipeline from the thread.
+        atexit.register(self.close)
         self._thread.start()
-        atexit.register(self.close)  # before the interpreter goes, or DALI's threads call into nothing
 
     def get(self) -> tuple[Batch, dict[str, Any]]:
         got = self._ready.get()

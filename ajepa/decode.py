@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile as sf
 
-from ajepa.audiofile import BadAudio, inspect, os_reason, read_bytes, read_segment, stat_file
+from ajepa.audiofile import BadAudio, cores, inspect, os_reason, read_bytes, read_segment, stat_file
 from ajepa.index import DataError, Index
 
-# Past this many clip lengths, a recording is read by libsndfile from the crop on; up to it DALI decodes the whole file.
+# Beyond either, libsndfile seeks and reads the crop alone, for DALI to resample; within both DALI decodes the file.
 WHOLE_FILE_CLIPS = 2
+WHOLE_FILE_BYTES = 64 << 20
 
 
 class Plan(NamedTuple):
@@ -70,12 +71,14 @@ class Decoder:
         checkpoint: bytes | None = None,
         skipped: dict[str, str] | None = None,
     ):
+        _dali()  # a missing package is best told here
         self.index, self.plan, self.sample_rate, self.clip_samples = index, plan, sample_rate, clip_samples
         self.batch_size, self.threads = batch_size, threads
         self.first, self.batches, self.checkpoint = first, batches, checkpoint
         self.skipped = dict(skipped or {})
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ajepa-read")
-        self._flying: dict[int, tuple[Plan, list[Piece]]] = {}  # read, not yet returned: DALI uses these bytes in place
+        # Batches read and not yet returned: DALI uses the arrays of the feed in place.
+        self._flying: dict[int, tuple[Plan, list[Piece], tuple]] = {}
         self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of touched files found to be the same recording
         self._pipe: Any = None
 
@@ -96,7 +99,7 @@ class Decoder:
                     raise RuntimeError(f"DALI failed on batch {self.batches}, and no file of it is to blame") from error
                 self._pipe = None
                 continue
-            plan, pieces = self._flying[self.batches]
+            plan, pieces, _ = self._flying[self.batches]
             if self._too_short(pieces, frames.as_array()[:, 0]):
                 self._pipe = None
                 continue
@@ -120,20 +123,27 @@ class Decoder:
             self.checkpoint, self.first = None, self.batches
             self._pipe = _pipeline(self._source, self.sample_rate, self.batch_size, self.threads, None)
 
-    def _source(self, info) -> tuple[list[np.ndarray], ...]:
+    def spread(self, work: Callable[[int], Any], size: int) -> list:
+        """`[work(0), ..., work(size - 1)]` by all threads; a few tasks, as a future costs more than a short clip."""
+        tasks = min(size, 4 * self.threads)
+        results: list = [None] * size
+
+        def run(first: int) -> None:
+            for i in range(first, size, tasks):
+                results[i] = work(i)
+
+        list(self.pool.map(run, range(tasks)))
+        return results
+
+    def _source(self, info) -> tuple:
         batch = self.first + info.iteration
         plan = self.plan(batch)
         if plan is None:
             raise StopIteration
-        pieces = list(self.pool.map(self._read, plan.items.tolist(), plan.fractions.tolist()))
-        self._flying[batch] = plan, pieces
-        # Sizes fit int32: longer recordings arrive as segments.
-        return (
-            [piece.data for piece in pieces],
-            [np.array([piece.start], np.int32) for piece in pieces],
-            [np.array([piece.length], np.int32) for piece in pieces],
-            [np.array(piece.rate, np.float32) for piece in pieces],
-        )
+        pieces = self.spread(lambda b: self._read(int(plan.items[b]), float(plan.fractions[b])), len(plan.items))
+        feed = _feed(pieces)
+        self._flying[batch] = plan, pieces, feed
+        return feed
 
     def _read(self, item: int, fraction: float) -> Piece:
         """The item, or the next row of the index that is good: the same one in every run that skips the same files."""
@@ -161,7 +171,8 @@ class Decoder:
         wanted = math.ceil(self.clip_samples * entry.sample_rate / self.sample_rate)
         count = min(entry.frames, wanted)
         start = min(int(fraction * (entry.frames - count + 1)), entry.frames - count)
-        if entry.format == "MP3" or entry.frames > WHOLE_FILE_CLIPS * wanted:  # DALI does not decode MP3
+        long = entry.frames > WHOLE_FILE_CLIPS * wanted or size > WHOLE_FILE_BYTES
+        if long or entry.format == "MP3":  # which DALI does not decode
             data = read_segment(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
             return Piece(row, data, count, 0, count, entry.sample_rate)
         data = read_bytes(entry.path, entry.offset, size)
@@ -179,10 +190,21 @@ class Decoder:
             self.skipped[self.index.entries[piece.item].name] = f"truncated: {got} of {piece.frames} samples decode"
         return bool(bad)
 
+    def _dali_reason(self, piece: Piece) -> str | None:
+        feed = _feed([piece])
+        try:
+            _pipeline(lambda info: feed, self.sample_rate, 1, 1, None).run()
+        except RuntimeError:
+            return "cannot be decoded by DALI"
+        return None
+
     def _blame(self) -> bool:
         """After a DALI error: finds which of the files in flight it does not decode, and skips them."""
-        pieces = [piece for _, pieces in self._flying.values() for piece in pieces]
-        for check in (_sndfile_reason, _dali_reason):  # DALI alone tells for certain, but a pipeline a file is slow
+        pieces = [piece for _, pieces, _ in self._flying.values() for piece in pieces]
+        for check in (
+            _sndfile_reason,
+            self._dali_reason,
+        ):  # DALI alone tells for certain, but a pipeline a file is slow
             found = [(piece, reason) for piece in pieces if (reason := check(piece))]
             for piece, reason in found:
                 self.skipped[self.index.entries[piece.item].name] = reason
@@ -191,11 +213,16 @@ class Decoder:
         return False
 
 
-def _pipeline(source: Callable, sample_rate: int, batch_size: int, threads: int, checkpoint: bytes | None):
+def _dali():
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise ImportError("reading audio needs DALI (Linux): pip install 'nvidia-dali-cuda130>=2.4,<3'") from error
+    return fn, pipeline_def, types
+
+
+def _pipeline(source: Callable, sample_rate: int, batch_size: int, threads: int, checkpoint: bytes | None):
+    fn, pipeline_def, types = _dali()
 
     @pipeline_def(enable_conditionals=True)
     def decode():
@@ -222,6 +249,16 @@ def _pipeline(source: Callable, sample_rate: int, batch_size: int, threads: int,
     return pipe
 
 
+def _feed(pieces: list[Piece]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """The files' bytes, and the crops' starts and lengths `[B, 1]` and rates `[B]`."""
+    return (
+        [piece.data for piece in pieces],
+        np.array([[piece.start] for piece in pieces], np.int32),  # longer recordings arrive as segments
+        np.array([[piece.length] for piece in pieces], np.int32),
+        np.array([piece.rate for piece in pieces], np.float32),
+    )
+
+
 def _sndfile_reason(piece: Piece) -> str | None:
     try:
         with sf.SoundFile(io.BytesIO(piece.data.tobytes())) as sound:
@@ -231,15 +268,6 @@ def _sndfile_reason(piece: Piece) -> str | None:
     return None if frames == piece.frames else f"truncated: {frames} of {piece.frames} samples decode"
 
 
-def _dali_reason(piece: Piece) -> str | None:
-    sample = [np.array([piece.start], np.int32)], [np.array([piece.length], np.int32)], [np.array(1, np.float32)]
-    try:
-        _pipeline(lambda info: ([piece.data], *sample), 1, 1, 1, None).run()
-    except RuntimeError:
-        return "cannot be decoded by DALI"
-    return None
-
-
 def default_threads() -> int:
     """The cores this process may use, shared among the ranks of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

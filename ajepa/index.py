@@ -8,18 +8,19 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
+import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ajepa.audiofile import AudioInfo, BadAudio, inspect, os_reason, stat_file
+from ajepa.audiofile import AudioInfo, BadAudio, cores, inspect, os_reason, stat_file
 from ajepa.sources import DataError, Listed, Listing, list_source
 
 __all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
@@ -61,7 +62,7 @@ class Index:
     def __len__(self) -> int:
         return len(self.entries)
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray:
         """int64 `[len(self)]`, -1 where unknown."""
         return np.fromiter((entry.label for entry in self.entries), np.int64, len(self))
@@ -70,7 +71,7 @@ class Index:
     def seconds(self) -> float:
         return sum(entry.frames / entry.sample_rate for entry in self.entries)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the entries and their order: a data position means the same recordings only where it agrees."""
         digest = hashlib.sha256()
@@ -138,7 +139,7 @@ def build_index(
         rows = _select(columns, where, source)
     files = [listing.files[row] for row in rows]
     cache = _Cache(Path(cache_dir) if cache_dir is not None else cache_root() / "index", source, decode)
-    verdicts = _check(files, cache, threads or len(os.sched_getaffinity(0)), decode, progress)
+    verdicts = _check(files, cache, threads or cores(), decode, progress)
     return _assemble(source, listing, files, verdicts)
 
 
@@ -222,9 +223,9 @@ class _Cache:
         header = json.dumps({"format": FORMAT, "crc32": zlib.crc32(body)}).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-                file.write(header + body)
-            os.replace(file.name, self.path)
+            aside = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+            aside.write_bytes(header + body)
+            os.replace(aside, self.path)
         except OSError as error:
             print(f"index cache not written ({error}): files are checked again next time", file=sys.stderr)
 

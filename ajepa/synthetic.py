@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 import wave
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -222,17 +222,25 @@ def make_synthetic(
     home = Path(folder) / f"synthetic-{digest}"
     samples = round(seconds * sample_rate)
     if not _complete(home, n_clips, samples):
-        home.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+        aside = home.with_name(f".{home.name}-{uuid.uuid4().hex[:8]}")
+        aside.mkdir(parents=True)
         try:
             _write(aside, n_clips, samples, sample_rate, seed)
             (aside / "spec.json").write_text(json.dumps(spec) + "\n")
-            if not _complete(home, n_clips, samples):  # another process may have been quicker
+            if not _complete(home, n_clips, samples):  # else another process was quicker
                 shutil.rmtree(home, ignore_errors=True)
-                os.replace(aside, home)
+                _move(aside, home, n_clips, samples)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return home / "manifest.csv"
+
+
+def _move(aside: Path, home: Path, n_clips: int, samples: int) -> None:
+    try:
+        os.replace(aside, home)
+    except OSError:  # another process has put its set there since: a folder does not replace a full one
+        if not _complete(home, n_clips, samples):
+            raise
 
 
 def _complete(home: Path, n_clips: int, samples: int) -> bool:
