@@ -9,8 +9,8 @@ import torch
 
 from ajepa.config import Config
 from ajepa.data import AudioLoader, iterate_once
+from ajepa.features import Evaluation
 from ajepa.index import Index, build_index, cache_root
-from ajepa.probe import Evaluation
 from ajepa.synthetic import make_synthetic
 
 
@@ -99,4 +99,5 @@ def load_evaluation(
         lengths=torch.cat([batch.lengths for batch in batches]),
         labels=torch.cat([batch.labels for batch in batches]),
         is_test=is_test,
+        items=torch.from_numpy(rows)[items],
     )

@@ -1,112 +1,102 @@
-"""Frozen features and what they are worth: pooling, kNN, effective rank.
+"""`python -m ajepa.probe RUN --data ...`: the kNN accuracy of a finished run's frozen features on labelled recordings,
+beside the untrained encoder's and that of pooled log-mel."""
 
-As a program (`python -m ajepa.probe RUN --data ...`) it scores a finished run's encoder on labelled recordings, beside
-the untrained encoder and pooled log-mel.
-"""
-
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file
 
-from ajepa_kernels import LogMelSpec, log_mel
-
-Features = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def pool(latents_BNC: torch.Tensor, spec: LogMelSpec, lengths_B: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Clip embedding `[B, C]` (mean) or `[B, F * C]` (concat): the mean over the time patches that hold real audio."""
-    rows, columns = spec.grid
-    x = latents_BNC.float().unflatten(1, (rows, columns))
-    frames = torch.tensor([spec.frames(int(n)) for n in lengths_B.tolist()], device=x.device)
-    real = torch.arange(columns, device=x.device) * spec.patch[1] < frames.clamp(min=1)[:, None]
-    x = (x * real[:, None, :, None]).sum(2) / real.sum(-1)[:, None, None]
-    return x.mean(1) if pooling == "mean" else x.flatten(1)
-
-
-def encoder_features(encoder, front_end, spec: LogMelSpec, pooling: str) -> Features:
-    """Embedding function (pcm, lengths) -> `[B, D]` of a frozen encoder."""
-    return lambda pcm, lengths: pool(encoder.encode(front_end(pcm, lengths)), spec, lengths, pooling)
-
-
-def log_mel_features(spec: LogMelSpec) -> Features:
-    """The baseline that a trained encoder must beat: mean and standard deviation over time of each mel band."""
-
-    def features(pcm: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        x = log_mel(pcm, spec, lengths=lengths, layout="spectrogram").float()
-        frames = torch.tensor([spec.frames(int(n)) for n in lengths.tolist()], device=x.device).clamp(1, x.shape[-1])
-        real = (torch.arange(x.shape[-1], device=x.device) < frames[:, None])[:, None]
-        mean = (x * real).sum(-1) / frames[:, None]
-        variance = ((x - mean[..., None]).square() * real).sum(-1) / frames[:, None]
-        return torch.cat([mean, variance.sqrt()], dim=-1)
-
-    return features
-
-
-def knn_predict(
-    train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, k: int = 10, temperature: float = 0.07
-) -> torch.Tensor:
-    """X-ARES's kNN: cosine similarity, the k nearest vote with weight softmax(similarity / temperature)."""
-    train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
-    similarity, nearest = (test_x @ train_x.T).topk(min(k, len(train_x)), dim=-1)
-    votes = F.one_hot(train_y[nearest], int(train_y.max()) + 1) * (similarity / temperature).softmax(-1)[..., None]
-    return votes.sum(1).argmax(-1)
-
-
-def knn_accuracy(features: torch.Tensor, labels: torch.Tensor, is_test: torch.Tensor) -> float:
-    """Share of the test rows that their neighbours among the other rows name rightly.
-
-    Features are centred and scaled by the neighbours' mean and deviation first: log-mel and latents have offsets that
-    would otherwise drown the cosine.
-    """
-    train = features[~is_test]
-    x = (features - train.mean(0)) / (train.std(0) + 1e-6)
-    predicted = knn_predict(x[~is_test], labels[~is_test], x[is_test])
-    return (predicted == labels[is_test]).float().mean().item()
-
-
-def effective_rank(features: torch.Tensor) -> float:
-    """exp(entropy of the normalised singular values) of the centred features (Roy and Vetterli, 2007)."""
-    values = torch.linalg.svdvals((features - features.mean(0)).double())
-    p = values / values.sum().clamp(min=1e-12)
-    return torch.special.entr(p).sum().exp().item()
-
-
-def mean_cosine(features: torch.Tensor) -> float:
-    """Mean cosine similarity between different clips; 1 where all are alike."""
-    x = F.normalize(features.double(), dim=-1)
-    n = len(x)
-    return ((x.sum(0).square().sum() - n) / max(1, n * (n - 1))).item()
+from ajepa import config
+from ajepa.config import ConfigError
+from ajepa.corpus import load_evaluation
+from ajepa.engine import Engine, choose_device
+from ajepa.features import Features, encoder_features, knn_accuracy, log_mel_features
+from ajepa.index import DataError, build_index
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Labelled clips kept in memory, and which of them are to be classified from the others."""
+class Arguments:
+    """Score a run's frozen encoder by k nearest neighbours (k = 10, cosine) on labelled recordings."""
 
-    pcm: torch.Tensor  # int16 [n, S]
-    lengths: torch.Tensor  # int32 [n]
-    labels: torch.Tensor  # int64 [n], -1 where unknown
-    is_test: torch.Tensor  # bool [n]
+    run: tyro.conf.Positional[str]
+    """Run folder, with config.json and encoder.safetensors."""
+    data: str
+    """Labelled recordings: a folder with a sub-folder a class, a CSV/JSONL manifest, or webdataset tars."""
+    where: str | None = None
+    """Rows to use, such as "fold=1,2,3,4"."""
+    label: str | None = None
+    """Column that holds the label, where it is not found by its name."""
+    test: str | None = None
+    """Rows to classify, such as "fold=4"; the others are the neighbours. None: every fourth clip."""
+    folds: str | None = None
+    """Or: cross-validate over the values of this column, each in turn classified from all the others."""
+    pooling: Literal["run", "mean", "concat"] = "run"
+    """Over frequency patches; run: as the run did."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    @torch.no_grad()
-    def embed(self, features: Features, device: torch.device, batch: int = 64) -> torch.Tensor:
-        rows = zip(self.pcm.split(batch), self.lengths.split(batch), strict=True)
-        return torch.cat([features(pcm.to(device), lengths.to(device)).cpu() for pcm, lengths in rows])
 
-    @property
-    def has_labels(self) -> bool:
-        """Whether a kNN has something to say: neighbours and questions, of at least two classes."""
-        return bool(
-            (self.labels >= 0).all() and len(self.labels.unique()) > 1 and 0 < self.is_test.sum() < len(self.labels)
-        )
+def probe(args: Arguments) -> dict[str, list[float]]:
+    """kNN accuracy of each kind of features, one figure a fold. Raises ConfigError, DataError."""
+    folder = Path(args.run)
+    cfg = config.load(folder / "config.json")
+    weights = load_weights(folder / "encoder.safetensors")
+    engine = Engine(cfg, choose_device(args.device))
+    encoder = engine.model.target_encoder
+    pooling = cfg.watch.pooling if args.pooling == "run" else args.pooling
 
-    def score(self, features: Features, device: torch.device) -> dict[str, float | None]:
-        x = self.embed(features, device)
-        if not x.isfinite().all():
-            return dict.fromkeys(("knn_accuracy", "effective_rank", "mean_cosine"), float("nan"))
-        return {
-            "knn_accuracy": knn_accuracy(x, self.labels, self.is_test) if self.has_labels else None,
-            "effective_rank": effective_rank(x),
-            "mean_cosine": mean_cosine(x),
-        }
+    index = build_index(args.data, where=args.where, label_column=args.label)
+    skipped = list(index.skipped)
+    clips = load_evaluation(cfg, index, args.test, None, skipped)
+    tests = [clips.is_test]
+    if args.folds is not None:
+        if args.folds not in index.metadata:
+            raise DataError(f"--folds {args.folds}: no such column; there are {', '.join(index.metadata) or 'none'}")
+        column = [index.metadata[args.folds][i] for i in clips.items.tolist()]
+        tests = [torch.tensor([value == fold for value in column]) for fold in sorted(set(column))]
+    if not all(clips.has_labels(test) for test in tests):
+        raise DataError(f"{args.data}: labels of two or more classes are needed on both sides; see --label and --test")
+    for path, reason in skipped:
+        print(f"skipped {path}: {reason}", file=sys.stderr)
+
+    def features() -> Features:
+        return encoder_features(encoder, engine.front_end, cfg.front_end, pooling)
+
+    embedded = {"pooled log-mel": clips.embed(log_mel_features(cfg.front_end), engine.device)}
+    with engine.autocast():
+        embedded["untrained encoder"] = clips.embed(features(), engine.device)
+        try:
+            encoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ConfigError(f"{folder}: encoder.safetensors does not fit config.json: {error}") from error
+        embedded["trained encoder"] = clips.embed(features(), engine.device)
+    return {name: [knn_accuracy(x, clips.labels, test) for test in tests] for name, x in embedded.items()}
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file; no other format, for those can run code."""
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has an exception type of its own
+        raise ConfigError(f"{path} cannot be read as safetensors: {error}. Has the run finished?") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.probe")
+    try:
+        scores = probe(args)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, values in scores.items():
+        x = torch.tensor(values)
+        spread = f" +- {x.std():.1%} over {len(x)} folds" if len(x) > 1 else ""
+        print(f"{name:<18} kNN {x.mean():.1%}{spread}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-VERSION = 1  # raise it with any change to the sounds: the folder's name holds it
+VERSION = 2  # raise it with any change to the sounds: the folder's name holds it
 TABLE = 2048  # samples of one period
 FORMANTS_HZ = {"a": (730, 1090, 2440), "i": (270, 2290, 3010), "u": (300, 870, 2240)}  # Peterson & Barney, men
 Generator = np.random.Generator
@@ -283,7 +283,7 @@ def _render(sound: Callable[[_Event], np.ndarray], rng: Generator, backgrounds: 
     clip[onset : onset + length] = body / (np.sqrt((body**2).mean()) + 1e-12)
     if rng.random() > 0.15:  # else digital silence around the event
         noise = np.roll(backgrounds[rng.integers(len(backgrounds))], rng.integers(samples))
-        clip += noise * 10 ** (-rng.uniform(0, 30) / 20)
+        clip += noise * 10 ** (-rng.uniform(10, 40) / 20)
     peak = 10 ** (rng.uniform(-30, 0) / 20)
     return np.rint(clip * (peak * 32767 / np.abs(clip).max())).astype(np.int16)
 

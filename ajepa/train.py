@@ -19,10 +19,10 @@ from ajepa.compare import compare, table
 from ajepa.config import Config, ConfigError, Impl
 from ajepa.corpus import Corpus, open_corpus
 from ajepa.engine import Engine, choose_device
+from ajepa.features import encoder_features, log_mel_features
 from ajepa.index import DataError
 from ajepa.masks import MaskSampler
 from ajepa.monitor import NonFiniteError, RunLog, read_metrics, warn
-from ajepa.probe import encoder_features, log_mel_features
 
 
 def train(cfg: Config, folder: Path) -> dict[str, Any]:
