@@ -17,7 +17,7 @@ from setuptools import setup
 
 CSRC = Path("csrc")
 CXX = os.environ.get("CXX", "c++").split()
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000"]
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
                 "-fno-trapping-math", "-Wno-psabi"]  # fmt: skip
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -79,7 +79,8 @@ def extension() -> dict:
                 includes = [f"-I{path}" for path in include_paths()]
                 commands += [
                     [nvcc, "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                     "-DUSE_CUDA", *DEFINES, *cuda_gencode(), *includes, "-c", str(source), "-o", str(out / f"{source.stem}.cu.o")]
+                     "-DUSE_CUDA", "-DPy_LIMITED_API=0x030a0000", *DEFINES, *cuda_gencode(), *includes,
+                     "-c", str(source), "-o", str(out / f"{source.stem}.cu.o")]
                     for source in sorted(CSRC.glob("*.cu"))
                 ]  # fmt: skip
                 root = Path(nvcc).resolve().parent.parent
@@ -101,6 +102,7 @@ def extension() -> dict:
             CppExtension(
                 "ajepa_kernels._C",
                 ["csrc/ops.cpp"],
+                depends=[str(path) for path in sorted(CSRC.iterdir())],
                 extra_compile_args={"cxx": ["-std=c++17", "-O2", "-fvisibility=hidden", *defines]},
                 py_limited_api=True,
             )

@@ -58,50 +58,61 @@ inline void dft(Complex (&a)[8]) {
   for (int q = 0; q < 4; ++q) a[2 * q] = even[q], a[2 * q + 1] = odd[q];
 }
 
-constexpr int kMaxPasses = 5;
+// Strides of 2^n bytes would put every input of a butterfly into one set of the cache, so blocks of 2^granule values lie
+// one value apart. Blocks below that size have no pads inside.
+constexpr int kMaxPasses = 5, kNoPads = 31;
+inline int padded(int j, int granule) { return j + (j >> granule); }
+
 struct Plan {  // of a complex transform of `size` points
   int size = 0, passes = 0, radix[kMaxPasses];
+  int granule[kMaxPasses];      // log2 of the values between two pads of one value, at each pass
   float* twiddles[kMaxPasses];  // [size of the pass / radix, radix - 1, 2]
   float* post;                  // [size / 2 + 1, 2]: exp(-i pi k / size)
   int32_t* slot;                // [size + 1]: where the power of bin k stands, in vectors
 };
 
 template <int R>
-inline void pass(vf* x, int size, const float* twiddles) {
-  const int stride = size / R;
-  for (int j = 0; j < stride; ++j, twiddles += 2 * (R - 1)) {
+inline void butterfly(Complex (&a)[R], vf* x, int stride, const float* twiddles) {
+  dft(a);
+  for (int q = 0; q < R; ++q) {
+    if (q && twiddles) a[q] = times(a[q], twiddles + 2 * (q - 1));
+    x[2 * q * stride] = a[q].re, x[2 * q * stride + 1] = a[q].im;
+  }
+}
+
+template <int R>
+void pass(vf* x, int size, const float* twiddles, int granule) {
+  const int count = size / R, stride = padded(count, granule);
+  for (int j = 0; j < count; ++j) {
+    vf* at = x + 2 * padded(j, granule);
     Complex a[R];
-    for (int q = 0; q < R; ++q) a[q] = {x[2 * (j + q * stride)], x[2 * (j + q * stride) + 1]};
-    dft(a);
-    for (int q = 0; q < R; ++q) {
-      if (q && stride > 1) a[q] = times(a[q], twiddles + 2 * (q - 1));
-      x[2 * (j + q * stride)] = a[q].re, x[2 * (j + q * stride) + 1] = a[q].im;
-    }
+    for (int q = 0; q < R; ++q) a[q] = {at[2 * q * stride], at[2 * q * stride + 1]};
+    butterfly(a, at, stride, count > 1 ? twiddles + 2 * (R - 1) * j : nullptr);
   }
 }
 
 void transform(const Plan& plan, int level, vf* x, int size) {  // depth first: the small ones stay in the first cache
-  const int radix = plan.radix[level];
-  const float* twiddles = plan.twiddles[level];
+  const int radix = plan.radix[level], granule = plan.granule[level];
   switch (radix) {
-    case 2: pass<2>(x, size, twiddles); break;
-    case 4: pass<4>(x, size, twiddles); break;
-    case 5: pass<5>(x, size, twiddles); break;
-    default: pass<8>(x, size, twiddles);
+    case 2: pass<2>(x, size, plan.twiddles[level], granule); break;
+    case 4: pass<4>(x, size, plan.twiddles[level], granule); break;
+    case 5: pass<5>(x, size, plan.twiddles[level], granule); break;
+    default: pass<8>(x, size, plan.twiddles[level], granule);
   }
+  size /= radix;
   if (level + 1 < plan.passes)
-    for (int q = 0; q < radix; ++q) transform(plan, level + 1, x + 2 * q * (size / radix), size / radix);
+    for (int q = 0; q < radix; ++q) transform(plan, level + 1, x + 2 * q * padded(size, granule), size);
 }
 
 Plan make_plan(int size) {
   Plan plan;
   plan.size = size;
   int rest = size;
-  while (rest % 5 == 0) plan.radix[plan.passes++] = 5, rest /= 5;
-  int lead = rest;
-  while (lead % 8 == 0) lead /= 8;
-  if (lead > 1) plan.radix[plan.passes++] = lead, rest /= lead;
-  for (; rest > 1; rest /= 8) plan.radix[plan.passes++] = 8;
+  for (; rest % 8 == 0; rest /= 8) plan.radix[plan.passes++] = 8;
+  for (; rest % 5 == 0; rest /= 5) plan.radix[plan.passes++] = 5;
+  if (rest > 1) plan.radix[plan.passes++] = rest;
+  for (int p = 0; p < plan.passes; ++p)
+    plan.granule[p] = size < 1024 ? (p || size % 64 ? kNoPads : __builtin_ctz(size / 8)) : p < 2 ? __builtin_ctz(size / 64) : kNoPads;
   int span = size;
   for (int p = 0; p < plan.passes; span /= plan.radix[p++]) {
     const int radix = plan.radix[p], stride = span / radix;
@@ -122,7 +133,7 @@ Plan make_plan(int size) {
       block /= plan.radix[p];
       at += rest_k % plan.radix[p] * block, rest_k /= plan.radix[p];
     }
-    plan.slot[k] = 2 * at;
+    plan.slot[k] = 2 * padded(at, plan.granule[0]);
   }
   plan.slot[size] = plan.slot[0] + 1;  // Nyquist, in the imaginary half of bin 0
   return plan;
@@ -207,9 +218,12 @@ void stats_of(const LogMel& p, int64_t begin, int64_t end) {
   }
 }
 
-// W frames from sample `start` on, `hop` apart, into x: (sample - offset) pre-emphasised and windowed, zeros after them.
+// The first pass of the transform, on frames as they are loaded: (sample - offset), pre-emphasised, windowed, zeros after
+// them. Every first radix is 8.
 template <class T>
-void load_frames(const LogMel& p, const T* clip, int64_t length, const int* frame, float clip_mean, T* edge_rows, vf* x) {
+void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t length, const int* frame, float clip_mean,
+                   T* edge_rows, vf* x) {
+  constexpr int R = 8;
   const T* row[W];
   vf offset;
   for (int lane = 0; lane < W; ++lane) {
@@ -222,29 +236,44 @@ void load_frames(const LogMel& p, const T* clip, int64_t length, const int* fram
     }
     offset[lane] = p.remove_dc ? float(sum(row[lane], p.win_length) / p.win_length) : clip_mean;
   }
-  vf before = vf{} + 0;
-  for (int lane = 0; lane < W; ++lane) before[lane] = float(row[lane][0]);
-  before -= offset;
-  const float c = p.preemphasis;
-  int n = 0;
-  for (; n + W <= p.win_length; n += W) {
-    vf v[W];
-    for (int lane = 0; lane < W; ++lane) v[lane] = load(row[lane] + n);
-    transpose(v);
-    for (int i = 0; i < W; ++i) {
-      const vf d = v[i] - offset;
-      x[n + i] = (d - c * before) * (0.5f * p.window[n + i]);
-      before = d;
+  const int count = plan.size / R, stride = padded(count, plan.granule[0]);  // complex values
+  const int win_length = p.win_length, granule = plan.granule[0];
+  const float c = p.preemphasis, *window = p.window, *twiddles = plan.twiddles[0];
+  vf before[R], samples[R][W];
+  for (int q = 0; q < R; ++q)
+    for (int lane = 0; lane < W; ++lane) {
+      const int n = 2 * q * count - 1;
+      before[q][lane] = n < win_length ? float(row[lane][n < 0 ? 0 : n]) - offset[lane] : 0;
+    }
+  for (int j = 0; j < count; j += W / 2) {
+    for (int q = 0; q < R; ++q) {
+      const int n = 2 * (j + q * count), here = win_length - n < W ? win_length - n : W;
+      vf v[W];
+      if (here == W) {
+        for (int lane = 0; lane < W; ++lane) v[lane] = load(row[lane] + n);
+        transpose(v);
+        for (int i = 0; i < W; ++i) {
+          const vf d = v[i] - offset;
+          samples[q][i] = (d - c * before[q]) * (0.5f * window[n + i]);
+          before[q] = d;
+        }
+        continue;
+      }
+      for (int i = 0; i < W; ++i) samples[q][i] = vf{};
+      for (int i = 0; i < here; ++i) {
+        vf d;
+        for (int lane = 0; lane < W; ++lane) d[lane] = float(row[lane][n + i]);
+        d -= offset;
+        samples[q][i] = (d - c * before[q]) * (0.5f * window[n + i]);
+        before[q] = d;
+      }
+    }
+    for (int i = 0; i < W / 2 && j + i < count; ++i, twiddles += 2 * (R - 1)) {
+      Complex a[R];
+      for (int q = 0; q < R; ++q) a[q] = {samples[q][2 * i], samples[q][2 * i + 1]};
+      butterfly(a, x + 2 * padded(j + i, granule), stride, twiddles);
     }
   }
-  for (; n < p.win_length; ++n) {
-    vf d;
-    for (int lane = 0; lane < W; ++lane) d[lane] = float(row[lane][n]);
-    d -= offset;
-    x[n] = (d - c * before) * (0.5f * p.window[n]);
-    before = d;
-  }
-  for (; n < p.n_fft; ++n) x[n] = vf{};
 }
 
 // ---- Mel, log, out ----
@@ -254,37 +283,42 @@ inline vf square_root(vf x) {
   return x;
 }
 
-// ln of positive normal numbers, to 2 ulp: 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 atanh((m - 1)/(m + 1)).
+// ln of positive normal numbers: 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), ln(1 + f) = f - f^2 / 2 + f^3 P(f) with P
+// fitted by weighted least squares, relative error 6e-9 before rounding; ln 2 in two parts.
 inline vf ln(vf x) {
+  constexpr float fit[] = {0.333333284f,  -0.250008464f, 0.200014129f, -0.166227534f,
+                           0.141978756f, -0.131616011f, 0.127863303f, -0.0766083002f};
   const vi bits = reinterpret_cast<vi&>(x), e = (bits - 0x3f3504f3) >> 23;
   const vi scaled = bits - (e << 23);
-  const vf m = reinterpret_cast<const vf&>(scaled), s = (m - 1) / (m + 1), s2 = s * s;
-  const vf series = s2 * (0.66666667f + s2 * (0.4f + s2 * (0.28571429f + s2 * (0.22222222f + s2 * 0.18181818f))));
-  const vf exponent = __builtin_convertvector(e, vf);
-  return exponent * 0.693359375f + (exponent * -2.12194440e-4f + (2 * s + s * series));
-}
-
-inline vf mel_log(const LogMel& p, vf mel, float gain) {
-  mel *= gain;
-  return ln(mel > p.floor ? mel : vf{} + p.floor) * p.log_scale + p.log_shift;
+  const vf f = reinterpret_cast<const vf&>(scaled) - 1, exponent = __builtin_convertvector(e, vf);
+  vf series = vf{} + fit[7];
+  for (int i = 6; i >= 0; --i) series = series * f + fit[i];
+  return exponent * 0.693359375f + (f - (0.5f - f * series) * f * f + exponent * -2.12194440e-4f);
 }
 
 template <int Power>
 void mel_bands(const LogMel& p, const Plan& plan, const vf* x, float gain, vf* bands) {
-  vf rising = vf{};  // into band i - 1, from interval i - 1
-  for (int i = 0; i <= p.n_mels; ++i) {
+  const int n_mels = p.n_mels, next = 2 * p.n_segments;
+  const int32_t *segments = p.segments, *offsets = p.offsets, *slots = plan.slot;
+  const float* weights = p.weights;
+  vf rising = vf{};  // of interval i - 1, into band i - 1
+  for (int i = 0; i <= n_mels; ++i) {
     vf up = vf{}, down = vf{};
-    for (int s = p.offsets[i]; s < p.offsets[i + 1]; ++s) {
-      const int32_t* slot = plan.slot + p.segments[2 * s];
-      const float* weight = p.weights + 2 * s;
-      for (int k = 0; k < p.segments[2 * s + 1]; ++k, weight += 2 * p.n_segments) {
-        const vf power = Power == 2 ? x[slot[k]] : square_root(x[slot[k]]);
+    for (int s = offsets[i]; s < offsets[i + 1]; ++s) {
+      const int32_t *slot = slots + segments[2 * s], *end = slot + segments[2 * s + 1];
+      for (const float* weight = weights + 2 * s; slot < end; ++slot, weight += next) {
+        const vf power = Power == 2 ? x[*slot] : square_root(x[*slot]);
         down += weight[0] * power;
         up += weight[1] * power;
       }
     }
-    if (i) bands[i - 1] = mel_log(p, rising + down, gain);
+    if (i) bands[i - 1] = rising + down;
     rising = up;
+  }
+  const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
+  for (int i = 0; i < n_mels; ++i) {
+    const vf mel = bands[i] * gain;
+    bands[i] = ln(mel > floor ? mel : vf{} + floor) * log_scale + log_shift;
   }
 }
 
@@ -317,7 +351,8 @@ void store_bands(const LogMel& p, int64_t clip, int first, int count, int valid,
   }
 }
 
-int64_t scratch_floats(const LogMel& p) { return int64_t(W) * (p.n_fft + p.win_length + p.n_mels); }
+int transform_vectors(const LogMel& p) { return p.n_fft + p.n_fft / 8; }  // with the most pads
+int64_t scratch_floats(const LogMel& p) { return int64_t(W) * (transform_vectors(p) + p.win_length + p.n_mels); }
 
 void clip_stats(const LogMel& p, int64_t begin, int64_t end) {
   p.is_int16 ? stats_of<int16_t>(p, begin, end) : stats_of<float>(p, begin, end);
@@ -326,12 +361,12 @@ void clip_stats(const LogMel& p, int64_t begin, int64_t end) {
 void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
   const Plan& plan = plan_for(p.n_fft / 2);
   vf* x = reinterpret_cast<vf*>(scratch);
-  vf* bands = x + p.n_fft;
+  vf* bands = x + transform_vectors(p);
   float* edge_rows = reinterpret_cast<float*>(bands + p.n_mels);
-  const int padded = p.patches * p.patch_frames, groups = (padded + W - 1) / W;
+  const int rows = p.patches * p.patch_frames, groups = (rows + W - 1) / W;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t clip = item / groups;
-    const int first = int(item % groups) * W, count = padded - first < W ? padded - first : W;
+    const int first = int(item % groups) * W, count = rows - first < W ? rows - first : W;
     const int64_t length = p.length(clip);
     const int valid = p.frames(length) - first;
     float peak = -INFINITY;
@@ -340,11 +375,11 @@ void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
       int frame[W];
       for (int lane = 0; lane < W; ++lane) frame[lane] = first + (lane < valid ? lane : valid - 1);
       if (p.is_int16)
-        load_frames(p, static_cast<const int16_t*>(p.pcm) + clip * p.samples, length, frame, mean,
-                    reinterpret_cast<int16_t*>(edge_rows), x);
+        load_and_pass(p, plan, static_cast<const int16_t*>(p.pcm) + clip * p.samples, length, frame, mean,
+                      reinterpret_cast<int16_t*>(edge_rows), x);
       else
-        load_frames(p, static_cast<const float*>(p.pcm) + clip * p.samples, length, frame, mean, edge_rows, x);
-      transform(plan, 0, x, plan.size);
+        load_and_pass(p, plan, static_cast<const float*>(p.pcm) + clip * p.samples, length, frame, mean, edge_rows, x);
+      for (int q = 0; q < 8; ++q) transform(plan, 1, x + 2 * q * padded(plan.size / 8, plan.granule[0]), plan.size / 8);
       power_spectrum(plan, x);
       p.power == 2 ? mel_bands<2>(p, plan, x, gain * gain, bands) : mel_bands<1>(p, plan, x, gain, bands);
       if (p.peaks)

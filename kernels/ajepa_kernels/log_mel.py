@@ -8,7 +8,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -225,7 +225,8 @@ def _mel_to_hz(mel: torch.Tensor, scale: str) -> torch.Tensor:
 
 def _mel_edges(spec: LogMelSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Frequency of each bin `[K]` and edges of the triangles `[M + 2]`, on the scale they are linear in, float32."""
-    bins, f_max, on_cpu = spec.n_fft // 2 + 1, spec.f_max, {"dtype": torch.float32, "device": "cpu"}
+    bins, f_max = spec.n_fft // 2 + 1, spec.f_max
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     if spec.convention == "kaldi":
         hz = spec.sample_rate / spec.n_fft * torch.arange(bins, **on_cpu)
         f_max = spec.sample_rate / 2 if f_max is None else f_max
