@@ -17,7 +17,6 @@ from setuptools import setup
 
 CSRC = Path("csrc")
 CXX = os.environ.get("CXX", "c++").split()
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
                 "-fno-trapping-math", "-Wno-psabi"]  # fmt: skip
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -55,8 +54,30 @@ def cuda_gencode() -> list[str]:
     ]
 
 
+def find_cudart(nvcc: str) -> str:
+    homes = [Path(nvcc).resolve().parent.parent, os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    libs = ["lib64", "lib", f"targets/{platform.machine()}-linux/lib"]
+    places = [Path(home, lib, "libcudart_static.a") for home in homes if home for lib in libs]
+    found = next((str(place) for place in places if place.exists()), None)
+    if found is None:
+        raise SystemExit(f"libcudart_static.a is not beside {nvcc}: set CUDA_HOME, or AJEPA_CUDA=0 to build without it")
+    return found
+
+
+def compile_object(command: list[str]) -> None:
+    """Runs the command, unless its last word, the object, is newer than every source and this command made it."""
+    target, line = Path(command[-1]), " ".join(command)
+    stamp = target.with_suffix(".command")
+    newest = max(path.stat().st_mtime for path in CSRC.iterdir())
+    if target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == line:
+        return
+    print(line, flush=True)
+    subprocess.run(command, check=True)
+    stamp.write_text(line)
+
+
 def extension() -> dict:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     nvcc = find_nvcc()
     cuda = wanted("AJEPA_CUDA", nvcc is not None, "nvcc")
@@ -75,28 +96,20 @@ def extension() -> dict:
                  "-c", str(CSRC / "log_mel_cpu.cpp"), "-o", str(out / f"log_mel_{name}.o")]
                 for name, (lanes, symbol, flags) in CPU_KERNELS.items()
             ]  # fmt: skip
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             if cuda:
-                includes = [f"-I{path}" for path in include_paths()]
                 commands += [
-                    [nvcc, "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                     "-DUSE_CUDA", "-DPy_LIMITED_API=0x030a0000", *DEFINES, *cuda_gencode(), *includes,
-                     "-c", str(source), "-o", str(out / f"{source.stem}.cu.o")]
+                    [nvcc, "-std=c++17", "-O3", f"--threads={jobs}", "-Xcompiler=-fPIC,-fvisibility=hidden",
+                     *cuda_gencode(), "-c", str(source), "-o", str(out / f"{source.stem}.cu.o")]
                     for source in sorted(CSRC.glob("*.cu"))
                 ]  # fmt: skip
-                root = Path(nvcc).resolve().parent.parent
-                self.extensions[0].library_dirs += [str(root / "lib64"), str(root / "targets/x86_64-linux/lib")]
-                self.extensions[0].extra_link_args += ["-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+                self.extensions[0].extra_link_args += [find_cudart(nvcc), "-ldl", "-lrt", "-lpthread"]
             with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(lambda command: self.run_compiler(command), commands))
+                list(pool.map(compile_object, reversed(commands)))  # the longest first
             self.extensions[0].extra_objects += [command[-1] for command in commands]
             super().build_extensions()
 
-        def run_compiler(self, command):
-            print(" ".join(command), flush=True)
-            subprocess.run(command, check=True)
-
-    defines = DEFINES + ["-DAJEPA_CUDA", "-DUSE_CUDA"] * cuda + ["-DAJEPA_X86"] * X86
+    defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000"] + ["-DAJEPA_CUDA"] * cuda + ["-DAJEPA_X86"] * X86
     return {
         "ext_modules": [
             CppExtension(

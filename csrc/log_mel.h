@@ -44,7 +44,7 @@ struct LogMel {
     const int64_t n = (length + frame_bias) / hop_length + frame_add;
     return n < n_frames ? int(n) : n_frames;
   }
-  AJEPA_HD int64_t mirror(int64_t i, int64_t length) const {
+  AJEPA_HD int mirror(int i, int length) const {
     const int repeat = edge == Edge::kRepeat;
     if (i < 0) i = -repeat - i;
     if (i >= length) i = 2 * length - 2 + repeat - i;

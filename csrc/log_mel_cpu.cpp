@@ -231,7 +231,7 @@ void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t len
     row[lane] = clip + start;
     if (start < 0 || start + p.win_length > length) {
       T* edge = edge_rows + int64_t(lane) * p.win_length;
-      for (int i = 0; i < p.win_length; ++i) edge[i] = clip[p.mirror(start + i, length)];
+      for (int i = 0; i < p.win_length; ++i) edge[i] = clip[p.mirror(int(start) + i, int(length))];
       row[lane] = edge;
     }
     offset[lane] = p.remove_dc ? float(sum(row[lane], p.win_length) / p.win_length) : clip_mean;

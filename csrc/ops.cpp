@@ -18,6 +18,8 @@
 #include "log_mel_cpu.h"
 #ifdef AJEPA_CUDA
 #include "log_mel_cuda.h"
+// Defined in libtorch_cuda alone: weak, so that this library also loads beside a CPU build of torch.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);
 #endif
 
 namespace {
@@ -49,7 +51,7 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
   STD_TORCH_CHECK((n_fft >= 128 && n_fft <= 8192 && (n_fft & (n_fft - 1)) == 0) || n_fft == 400,
                   "log_mel_fwd: n_fft must be a power of two in 128..8192 or 400, got ", n_fft);
   STD_TORCH_CHECK(hop_length > 0 && edge >= 0 && edge <= 2 && (power == 1 || power == 2) && waveform_norm >= 0 &&
-                      waveform_norm <= 2 && min_samples > 0 && pcm.size(1) < (int64_t(1) << 40),
+                      waveform_norm <= 2 && min_samples > 0 && pcm.size(1) < (int64_t(1) << 30),
                   "log_mel_fwd: an argument is out of range");
   const int64_t n_mels = out.size(1) * out.size(3), n_segments = segments.size(0);
   check_table(window, pcm, ScalarType::Float, 2, "window");
@@ -165,9 +167,25 @@ void log_mel_fwd_cpu(LOG_MEL_ARGS) {
 #ifdef AJEPA_CUDA
 void log_mel_fwd_cuda(LOG_MEL_ARGS) {
   LogMel p = LOG_MEL_DESCRIBE;
-  if (!p.batch) return;
-  const torch::stable::accelerator::DeviceGuard guard(pcm.get_device_index());
-  ajepa::log_mel_cuda(p, pcm.get_device_index());
+  if (!p.batch || !out.numel()) return;
+  STD_TORCH_CHECK(n_fft != 400, "log_mel_fwd: the CUDA kernel takes powers of two only");
+  STD_TORCH_CHECK(p.batch <= 65535 || p.top < 0, "log_mel_fwd: top_db takes at most 65535 clips a call");
+  const int32_t device = pcm.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  // From the caching allocator: also inside a CUDA graph.
+  std::optional<Tensor> stats, peaks;
+  if (p.waveform_norm) {
+    stats = torch::stable::new_empty(window, {p.batch, 2});
+    p.stats = static_cast<float*>(stats->data_ptr());
+  }
+  if (p.top >= 0) {
+    peaks = torch::stable::new_empty(window, {p.batch});
+    p.peaks = static_cast<float*>(peaks->data_ptr());
+  }
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "log_mel_fwd: no current CUDA stream");
+  const char* error = ajepa::log_mel_cuda(p, stream);
+  STD_TORCH_CHECK(!*error, "log_mel_fwd: ", error);
 }
 #endif
 

@@ -6,6 +6,7 @@ Shapes: B clips, S samples, T frames, K frequency bins, M mel bands, N patches, 
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -443,7 +444,12 @@ def _kernel_reason(pcm: torch.Tensor, spec: LogMelSpec, dtype: torch.dtype) -> s
 
 
 def _log_mel_fused(
-    pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, dtype: torch.dtype, layout: Layout
+    pcm: torch.Tensor,
+    spec: LogMelSpec,
+    lengths: torch.Tensor | None,
+    dtype: torch.dtype,
+    layout: Layout,
+    op: Callable[..., None] | None = None,  # torch.ops.ajepa.log_mel_fwd, but for tests
 ) -> torch.Tensor:
     batch, samples = pcm.shape
     kaldi, frames = spec.convention == "kaldi", spec.frames(samples)
@@ -455,7 +461,7 @@ def _log_mel_fused(
     out = torch.empty(batch, freq, time, height, width, dtype=dtype, device=pcm.device)
     bias, add = spec.frame_rule
     db = (10.0 if spec.power == 2 else 20.0) / math.log(10.0)
-    torch.ops.ajepa.log_mel_fwd(
+    (op or torch.ops.ajepa.log_mel_fwd)(
         pcm.contiguous(),
         None if lengths is None else lengths.to(torch.int64),
         *_kernel_tables(spec, pcm.device),
