@@ -317,8 +317,8 @@ void mel_bands(const LogMel& p, const Plan& plan, const vf* x, float gain, vf* b
   }
   const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
   for (int i = 0; i < n_mels; ++i) {
-    const vf mel = bands[i] * gain;
-    bands[i] = ln(mel > floor ? mel : vf{} + floor) * log_scale + log_shift;
+    const vf mel = bands[i] * gain, log = ln(mel > floor ? mel : vf{} + floor);
+    bands[i] = (mel <= 3.4e38f ? log : mel) * log_scale + log_shift;  // Inf and NaN stay themselves
   }
 }
 
