@@ -72,7 +72,10 @@ def compile_object(command: list[str]) -> None:
     if target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == line:
         return
     print(line, flush=True)
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        raise SystemExit(
+            f"{command[0]} failed: set AJEPA_CUDA=0 to build without CUDA, AJEPA_EXTENSION=0 without kernels"
+        )
     stamp.write_text(line)
 
 

@@ -297,7 +297,7 @@ inline vf ln(vf x) {
 }
 
 template <int Power>
-void mel_bands(const LogMel& p, const Plan& plan, const vf* x, float gain, vf* bands) {
+void mel_bands(const LogMel& p, const Plan& plan, const vf* x, float gain, int valid, vf* bands) {
   const int n_mels = p.n_mels, next = 2 * p.n_segments;
   const int32_t *segments = p.segments, *offsets = p.offsets, *slots = plan.slot;
   const float* weights = p.weights;
@@ -316,36 +316,50 @@ void mel_bands(const LogMel& p, const Plan& plan, const vf* x, float gain, vf* b
     rising = up;
   }
   const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
+  vi outside;  // lanes after the clip's last frame: rows of zeros
+  for (int lane = 0; lane < W; ++lane) outside[lane] = lane < valid ? 0 : -1;
   for (int i = 0; i < n_mels; ++i) {
-    const vf mel = bands[i] * gain;
-    bands[i] = ln(mel > floor ? mel : vf{} + floor) * log_scale + log_shift;
+    const vf mel = bands[i] * gain, log = ln(mel > floor ? mel : vf{} + floor);
+    const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN stay themselves
+    bands[i] = (outside ? vf{} : value) * log_scale + log_shift;
   }
 }
 
-inline void store(float* out, float x) { *out = x; }
-inline void store(_Float16* out, float x) { *out = _Float16(x); }
+typedef uint16_t vu __attribute__((vector_size(2 * W), may_alias));
+struct Half {
+  uint16_t bits;
+};
 struct BFloat16 {
   uint16_t bits;
 };
-inline void store(BFloat16* out, float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  out->bits = uint16_t(x == x ? rounded : 0x7fc0);
+inline void store(float* out, vf x) { *reinterpret_cast<vf_unaligned*>(out) = x; }
+inline void store(Half* out, vf x) {
+  typedef _Float16 vh __attribute__((vector_size(2 * W)));
+  const vh h = __builtin_convertvector(x, vh);
+  memcpy(out, &h, sizeof h);
+}
+inline void store(BFloat16* out, vf x) {  // to nearest, ties to even
+  const vi bits = reinterpret_cast<const vi&>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const vu b = __builtin_convertvector(x == x ? rounded : vi{} + 0x7fc0, vu);
+  memcpy(out, &b, sizeof b);
 }
 
 template <class T>
-void store_bands(const LogMel& p, int64_t clip, int first, int count, int valid, const vf* bands) {
-  T* out = static_cast<T*>(p.out);
+void store_bands(const LogMel& p, int64_t clip, int first, int count, const vf* bands) {
+  const int height = p.patch_mels, width = p.patch_frames;
   for (int from = 0; from < count;) {  // runs of frames within one patch
-    const int room = p.patch_frames - (first + from) % p.patch_frames, run = count - from < room ? count - from : room;
-    for (int mel = 0; mel < p.n_mels; ++mel) {
-      T* to = out + p.out_index(clip, mel, first + from);
-      const float* values = reinterpret_cast<const float*>(bands + mel) + from;
-      if (run == W && valid >= W)
-        for (int i = 0; i < W; ++i) store(to + i, values[i]);
-      else
-        for (int i = 0; i < run; ++i) store(to + i, from + i < valid ? values[i] : p.log_shift);
+    const int room = width - (first + from) % width, run = count - from < room ? count - from : room;
+    for (int mel = 0; mel < p.n_mels; mel += height) {
+      T* to = static_cast<T*>(p.out) + p.out_index(clip, mel, first + from);
+      for (int i = 0; i < height; ++i, to += width) {
+        if (run == W) {
+          store(to, bands[mel + i]);
+        } else {
+          T values[W];
+          store(values, bands[mel + i]);
+          memcpy(to, values + from, size_t(run) * sizeof(T));
+        }
+      }
     }
     from += run;
   }
@@ -381,15 +395,17 @@ void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
         load_and_pass(p, plan, static_cast<const float*>(p.pcm) + clip * p.samples, length, frame, mean, edge_rows, x);
       for (int q = 0; q < 8; ++q) transform(plan, 1, x + 2 * q * padded(plan.size / 8, plan.granule[0]), plan.size / 8);
       power_spectrum(plan, x);
-      p.power == 2 ? mel_bands<2>(p, plan, x, gain * gain, bands) : mel_bands<1>(p, plan, x, gain, bands);
+      p.power == 2 ? mel_bands<2>(p, plan, x, gain * gain, valid, bands) : mel_bands<1>(p, plan, x, gain, valid, bands);
       if (p.peaks)
         for (int mel = 0; mel < p.n_mels; ++mel)
-          for (int lane = 0; lane < W; ++lane) peak = bands[mel][lane] > peak ? bands[mel][lane] : peak;
+          for (int lane = 0; lane < W && lane < valid; ++lane) peak = bands[mel][lane] > peak ? bands[mel][lane] : peak;
+    } else {
+      for (int mel = 0; mel < p.n_mels; ++mel) bands[mel] = vf{} + p.log_shift;
     }
     if (p.peaks) p.peaks[item] = peak;
-    if (p.dtype == Out::kFloat) store_bands<float>(p, clip, first, count, valid, bands);
-    else if (p.dtype == Out::kHalf) store_bands<_Float16>(p, clip, first, count, valid, bands);
-    else store_bands<BFloat16>(p, clip, first, count, valid, bands);
+    if (p.dtype == Out::kFloat) store_bands<float>(p, clip, first, count, bands);
+    else if (p.dtype == Out::kHalf) store_bands<Half>(p, clip, first, count, bands);
+    else store_bands<BFloat16>(p, clip, first, count, bands);
   }
 }
 

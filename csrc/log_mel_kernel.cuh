@@ -344,8 +344,9 @@ __global__ void __launch_bounds__(Shape<LogN>::kBlock, Shape<LogN>::kResident) l
       const int begin = p.offsets[m], middle = p.offsets[m + 1], end = p.offsets[m + 2];
       for (int s = begin; s < middle; ++s) x += partials[s].z, y += partials[s].w;
       for (int s = middle; s < end; ++s) x += partials[s].x, y += partials[s].y;
-      stage[m * kStageStride + 2 * pair] = logf(fmaxf(x * gain_x, p.floor)) * p.log_scale + p.log_shift;
-      stage[m * kStageStride + 2 * pair + 1] = logf(fmaxf(y * gain_y, p.floor)) * p.log_scale + p.log_shift;
+      x *= gain_x, y *= gain_y;  // NaN stays NaN, in both frames of the pair
+      stage[m * kStageStride + 2 * pair] = logf(x < p.floor ? p.floor : x) * p.log_scale + p.log_shift;
+      stage[m * kStageStride + 2 * pair + 1] = logf(y < p.floor ? p.floor : y) * p.log_scale + p.log_shift;
     }
     __syncthreads();
   }

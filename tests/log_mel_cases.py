@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+
 from ajepa_kernels import LogMelSpec, log_mel_reference
 
 NAT, DECIBEL = 2e-3, 1e-2  # largest error before the cast, against float64

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.log_mel import _log_mel_fused
-from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "c++").split()[0]

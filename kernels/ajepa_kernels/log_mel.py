@@ -269,14 +269,14 @@ def _window(spec: LogMelSpec) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
+def _cached_tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
     # Outside inference mode and fake tensors: what is cached must be plain tensors.
     with torch.inference_mode(False), _disable_current_modes():
         return _Tables(_window(spec).to(device, dtype), _mel_bank(spec).to(device, dtype))
 
 
 @lru_cache(maxsize=64)
-def _kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
+def _cached_kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
     with torch.inference_mode(False), _disable_current_modes():
         bank = torch.nn.functional.pad(_mel_bank(spec), (1, 1))
         points, edges = _mel_edges(spec)
@@ -295,6 +295,16 @@ def _kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
             torch.tensor(segments, dtype=torch.int32, device=device).view(-1, 2),
             torch.tensor(offsets, dtype=torch.int32, device=device),
         )
+
+
+@torch.compiler.assume_constant_result
+def _kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
+    return _cached_kernel_tables(spec, device)
+
+
+@torch.compiler.assume_constant_result
+def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
+    return _cached_tables(spec, device, dtype)
 
 
 def _mirror(index: torch.Tensor, length: torch.Tensor | int, repeat_edge: bool) -> torch.Tensor:
@@ -491,7 +501,7 @@ def _log_mel_fused(
 if _extension.AVAILABLE:
 
     @torch.library.register_fake("ajepa::log_mel_fwd")
-    def _(pcm, lengths, window, weights, segments, offsets, out, **arguments):
+    def _(*arguments, **keywords):  # it only writes `out`
         return None
 
 
@@ -507,7 +517,8 @@ def log_mel(
 ) -> torch.Tensor:
     """Log-mel features of PCM clips, as patches for a transformer or as a spectrogram.
 
-    Formula and conventions: `LogMelSpec`. No gradient flows to `pcm`.
+    Formula and conventions: `LogMelSpec`. No gradient flows to `pcm`. NaN and Inf spoil the frames they are in (on CUDA
+    also the frame that shares a transform with them), and with a waveform norm the clip.
 
     Args:
         pcm: `[B, S]` int16 (scaled by 1/32768) or float32 in [-1, 1].
@@ -533,6 +544,7 @@ def log_mel(
         raise ValueError(f"log_mel: impl must be 'auto', 'fused' or 'reference', got {impl!r}")
     if check:
         _check_values(pcm, spec, lengths)
+    pcm = pcm.detach()
     reason = "" if impl == "reference" else _kernel_reason(pcm, spec, dtype)
     if impl != "reference" and not reason:
         return _log_mel_fused(pcm, spec, lengths, dtype, layout)
