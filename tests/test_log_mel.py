@@ -6,11 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-<<<<<<< HEAD
-=======
-from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from log_mel_cases import clips, quiet_about_empty_bands  # noqa: F401
->>>>>>> logmel
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
