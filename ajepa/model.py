@@ -118,7 +118,7 @@ class Encoder(Transformer):
 
     def forward(self, patches_BNP, index_T, cu_seqlens, max_seqlen: int):  # type: ignore[override]
         """Latents `[T, C]` of the visible patches `index_T` (clip * N + patch), packed by `cu_seqlens`."""
-        x = self.embed(patches_BNP.flatten(0, 1)[index_T])
+        x = self.embed(patches_BNP.flatten(0, 1).index_select(0, index_T))
         return super().forward(x, index_T % self.n_patches, cu_seqlens, max_seqlen)
 
     def encode(self, patches_BNP, layers: int = 0):
@@ -157,8 +157,10 @@ class Predictor(Transformer):
         embedded = self.embed(context_TC)
         tokens = torch.cat([embedded, self.mask_token.to(embedded.dtype).expand(len(masks.target), -1)])
         patch = torch.cat([masks.context, masks.target]) % self.n_patches
-        x = super().forward(tokens[masks.predict], patch[masks.predict], masks.predict_cu, masks.max_predict)
-        return self.head(x[masks.predicted])
+        # index_select: where contexts repeat, its gradient adds in a fixed order on a CPU, that of [] does not
+        x = tokens.index_select(0, masks.predict)
+        x = super().forward(x, patch[masks.predict], masks.predict_cu, masks.max_predict)
+        return self.head(x.index_select(0, masks.predicted))
 
 
 class JEPA(nn.Module):
