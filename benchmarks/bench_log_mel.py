@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from log_mel_cases import assert_exact, clips
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 8 if DEVICE == "cpu" else 256
 THREADS = sorted({1, torch.get_num_threads()}) if DEVICE == "cpu" else [1]
 

@@ -31,9 +31,12 @@ def device_name() -> str:
 
 
 def environment() -> dict:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(RESULTS.parent.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     return {"device": device_name(), "cores": torch.get_num_threads(), "versions": versions, "commit": commit}
 

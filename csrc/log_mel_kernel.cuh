@@ -227,35 +227,59 @@ struct Total<int16_t> {
 };
 template <int Threads, int Half, class Sample>
 __device__ __forceinline__ float load_frame(const LogMel& p, const Sample* clip, int length, int frame, float mean,
-                                            int t, float2 (&a)[kPoints], int (*scratch)[3]) {
+                                            int t, float2 (&a)[kPoints], int (*scratch)[3], float2* places) {
   using Sum = typename Total<Sample>::type;
   const int start = frame * p.hop_length + p.first_sample;
+  // Barriers stand outside these branches: transforms of one block may differ here.
   const bool inside = start >= 0 && start + p.win_length <= length;
   const Sample* const from = clip + start;
-  const auto sample = [&](int n) { return inside ? from[n] : clip[p.mirror(start + n, length)]; };
-  Range<Sum> range = {0, Sum(sample(0)), 0};
-  range.high = range.low;
+  const auto mirrored = [&](int n) { return clip[p.mirror(start + n, length)]; };
+
+  const Sum any = inside ? from[0] : mirrored(0);
+  Range<Sum> range = {0, any, any};
+  if (inside) {
 #pragma unroll
-  for (int q = 0; q < kPoints; ++q) {
-    const int n = t + q * Threads;
-    if (n < p.win_length) {
-      const Sum x = sample(n);
+    for (int q = 0; q < kPoints; ++q) {
+      const int n = t + q * Threads;
+      const bool in = n < p.win_length;
+      const Sum x = in ? Sum(from[n]) : any;
+      range.sum += in ? x : Sum(0), range.low = min(range.low, x), range.high = max(range.high, x);
+    }
+  } else {
+#pragma unroll 1
+    for (int n = t; n < p.win_length; n += Threads) {
+      const Sum x = mirrored(n);
       range.sum += x, range.low = min(range.low, x), range.high = max(range.high, x);
     }
   }
   merge_threads<Threads>(range, scratch);
+
   const float offset = p.remove_dc ? float(range.sum) / float(p.win_length) : mean;
+  if (inside) {
 #pragma unroll
-  for (int q = 0; q < kPoints; ++q) {
-    const int n = t + q * Threads;
-    float y = 0;
-    if (n < p.win_length) {
-      y = float(sample(n)) - offset;
-      if (p.preemphasis != 0) y -= p.preemphasis * (float(sample(n ? n - 1 : 0)) - offset);
-      y *= p.window[n];
+    for (int q = 0; q < kPoints; ++q) {
+      const int n = t + q * Threads;
+      float y = 0;
+      if (n < p.win_length) {
+        y = float(from[n]) - offset;
+        if (p.preemphasis != 0) y -= p.preemphasis * (float(from[n ? n - 1 : 0]) - offset);
+        y *= p.window[n];
+      }
+      (Half ? a[q].y : a[q].x) = y;
     }
-    if constexpr (Half) a[q].y = y;
-    else a[q].x = y;
+  } else {  // rare: a loop, by way of the places in shared memory that this thread writes next
+#pragma unroll 1
+    for (int q = 0; q < kPoints; ++q) {
+      const int n = t + q * Threads;
+      float y = 0;
+      if (n < p.win_length) {
+        const float before = float(mirrored(n ? n - 1 : 0)) - offset;
+        y = (float(mirrored(n)) - offset - p.preemphasis * before) * p.window[n];
+      }
+      places[q].x = y;
+    }
+#pragma unroll
+    for (int q = 0; q < kPoints; ++q) (Half ? a[q].y : a[q].x) = places[q].x;
   }
   return fmaxf(float(range.high) - offset, offset - float(range.low));
 }
@@ -305,8 +329,8 @@ __global__ void __launch_bounds__(Shape<LogN>::kBlock, Shape<LogN>::kResident) l
     const int even = first + min(2 * pair, valid - 1), odd = first + min(2 * pair + 1, valid - 1);
     float2 a[kPoints];
     float loud[2];
-    loud[0] = load_frame<T, 0>(p, pcm, length, even, mean, t, a, scratch);
-    loud[1] = load_frame<T, 1>(p, pcm, length, odd, mean, t, a, scratch);
+    loud[0] = load_frame<T, 0>(p, pcm, length, even, mean, t, a, scratch, z + 17 * t);
+    loud[1] = load_frame<T, 1>(p, pcm, length, odd, mean, t, a, scratch, z + 17 * t);
     // Rounding leaks from one frame of a pair into the other, so the second is brought to the first's level, by a power
     // of two, which is exact; a silent frame's share is dropped.
     int level = (__float_as_int(loud[0]) >> 23) - (__float_as_int(loud[1]) >> 23);

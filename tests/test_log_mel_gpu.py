@@ -1,0 +1,66 @@
+"""log_mel on a CUDA device: the same cases as on a host, plus streams and graphs. Needs a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
+from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() and _extension.CUDA), reason="needs a GPU and a CUDA build"),
+]
+FRONT_ENDS = ["audio-jepa", "audio-jepa-16k", "a-jepa"]
+
+
+@pytest.mark.parametrize("n_fft", [128, 256, 512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("convention", ["kaldi", "torchaudio"])
+def test_every_size(n_fft, convention):
+    spec = LogMelSpec(
+        n_fft=n_fft, win_length=n_fft - n_fft // 5, hop_length=n_fft // 3, n_mels=48, convention=convention,
+        floor=1e-7, waveform_norm="peak",
+    )  # fmt: skip
+    pcm = clips(n_fft * 30 + 77, batch=5)
+    lengths = torch.tensor([len(pcm[0]), n_fft, 3 * n_fft, 7 * n_fft + 1, n_fft * 30])
+    for x in (pcm, pcm.float() / 32768):
+        out = log_mel(x.cuda(), spec, lengths=lengths.cuda(), impl="fused").cpu()
+        assert_exact(out, pcm, spec, lengths=lengths)
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equals_the_cpu_kernel(name, dtype):
+    spec = replace(LOG_MEL_PRESETS[name], patch=(16, 16))
+    pcm = clips(10 * spec.sample_rate, batch=4)
+    out = log_mel(pcm.cuda(), spec, dtype=dtype, impl="fused")
+    tolerance = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.13}[dtype]
+    torch.testing.assert_close(out.cpu(), log_mel(pcm, spec, dtype=dtype), rtol=0, atol=tolerance)
+
+
+def test_top_db():
+    spec = replace(LOG_MEL_PRESETS["audio-jepa-16k"], top_db=40.0)
+    pcm = clips(160_000, batch=3)
+    assert_exact(log_mel(pcm.cuda(), spec, impl="fused").cpu(), pcm, spec)
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_graph_and_side_stream(name):
+    spec = LOG_MEL_PRESETS[name]
+    pcm = clips(10 * spec.sample_rate, batch=4).cuda()
+    expected = log_mel(pcm, spec, impl="fused")
+    held = torch.zeros_like(pcm)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = log_mel(held, spec, impl="fused")
+    for x in (pcm, pcm.flip(0)):
+        held.copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected if x is pcm else expected.flip(0))
+
+
+def test_compiles_as_one_graph():
+    spec, pcm = LOG_MEL_PRESETS["a-jepa"], clips(160_000).cuda()
+    compiled = torch.compile(lambda x: 2 * log_mel(x, spec, impl="fused"), fullgraph=True)
+    assert torch.equal(compiled(pcm), 2 * log_mel(pcm, spec, impl="fused"))
