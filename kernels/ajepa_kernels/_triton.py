@@ -22,6 +22,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's own switc
 
 library = torch.library.Library("ajepa", "FRAGMENT")
 
+_recorded: list[tuple[Any, tuple, dict]] | None = None  # see record_launches
+_recorded_arch = 90
+
 
 def jit(fn: Callable) -> Any:
     """`triton.jit`, or the function itself where there is no Triton and nothing will launch it."""
@@ -47,6 +50,8 @@ def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 def cannot_launch(x: torch.Tensor) -> str:
     """Why no kernel can run on `x`; empty where one can."""
+    if _recorded is not None:
+        return ""
     if triton is None:
         return "triton is not installed"
     if x.is_cuda:
@@ -76,9 +81,6 @@ def _announce(op: str, why_not: str) -> None:
 
 
 # --- launching ----------------------------------------------------------------------------------------------------
-
-_recorded: list[tuple[Any, tuple, dict]] | None = None
-_recorded_arch = 90
 
 
 @contextlib.contextmanager
