@@ -62,7 +62,7 @@ def cannot_launch(x: torch.Tensor) -> str:
 
 
 def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bool:
-    """Resolves `impl` for operation `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
+    """Resolves `impl` for `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "reference" or (impl == "auto" and not x.is_cuda):

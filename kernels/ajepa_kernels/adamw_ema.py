@@ -28,22 +28,26 @@ class _Table(NamedTuple):
 
     rows: torch.Tensor
     chunk_row: torch.Tensor  # int32, the row of each chunk
-    aligned: bool  # every pointer fit for 16-byte accesses
     host: tuple[torch.Tensor, ...]  # what a captured graph copies from
 
 
-def _table(rows: list[list[int]], pointers: int, device: torch.device) -> _Table:
-    """`rows`: the pointers of a tensor's data (0: none), other numbers, and its size last."""
+def _table(rows: list[list[int]], device: torch.device) -> _Table:
+    """`rows`: pointers and other numbers of each tensor, its size last."""
     chunk_row: list[int] = []
+    table = []
     for i, row in enumerate(rows):
-        row.insert(0, len(chunk_row))
+        table.append([len(chunk_row), *row])
         chunk_row += [i] * -(-row[-1] // CHUNK)
-    aligned = all(pointer % 16 == 0 for row in rows for pointer in row[1 : pointers + 1])
-    host = (torch.tensor(rows, dtype=torch.int64), torch.tensor(chunk_row, dtype=torch.int32))
+    host = (torch.tensor(table, dtype=torch.int64), torch.tensor(chunk_row, dtype=torch.int32))
     if device.type != "cuda":
-        return _Table(*host, aligned, host)
-    host = tuple(x.pin_memory() for x in host)
-    return _Table(*(x.to(device, non_blocking=True) for x in host), aligned, host)
+        return _Table(*host, host)
+    host = (host[0].pin_memory(), host[1].pin_memory())
+    return _Table(host[0].to(device, non_blocking=True), host[1].to(device, non_blocking=True), host)
+
+
+def _is_aligned(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Fit for 16-byte accesses: a tensor that is not goes to a launch of its own."""
+    return all(x is None or (x.data_ptr() % 16 == 0 and x.numel() % 16 == 0) for x in tensors)
 
 
 # --- EMA --------------------------------------------------------------------------------------------------------------
@@ -51,10 +55,18 @@ def _table(rows: list[list[int]], pointers: int, device: torch.device) -> _Table
 
 @jit
 def _pointer(table_ptr, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table_ptr + column)
-    if ALIGNED:
+    pointer = tl.load(table_ptr + column).to(tl.pointer_type(dtype))
+    if ALIGNED:  # else the accesses would be one element wide
         pointer = tl.multiple_of(pointer, 16)
-    return pointer.to(tl.pointer_type(dtype))
+    return pointer
+
+
+@jit
+def _size(size_ptr, ALIGNED: tl.constexpr):
+    size = tl.load(size_ptr)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    return size
 
 
 @jit
@@ -66,7 +78,7 @@ def _ema_update_kernel(
     table_ptr += tl.load(chunk_row_ptr + pid) * 4
     target_ptr = _pointer(table_ptr, 1, TARGET, ALIGNED)
     source_ptr = _pointer(table_ptr, 2, SOURCE, ALIGNED)
-    size = tl.load(table_ptr + 3)
+    size = _size(table_ptr + 3, ALIGNED)
     start = (pid - tl.load(table_ptr)) * CHUNK
     if decay_ptr is not None:
         decay = tl.load(decay_ptr).to(tl.float32)
@@ -91,29 +103,23 @@ def _is_capturing() -> bool:
     lambda *args: None,
 )
 def _ema_update(targets, sources, decay_tensor, decay):
-    for (to, of), pairs in _by_dtype(zip(targets, sources, strict=True)).items():
-        rows = [[t.data_ptr(), s.data_ptr(), t.numel()] for t, s in pairs]
-        device = pairs[0][0].device
+    kinds: dict[tuple, list[list[int]]] = {}
+    for t, s in zip(targets, sources, strict=True):
+        kinds.setdefault((t.dtype, s.dtype, _is_aligned((t, s))), []).append([t.data_ptr(), s.data_ptr(), t.numel()])
+    for (target, source, aligned), rows in kinds.items():
+        device = targets[0].device
         key = (device, *map(tuple, rows))
-        table = _ema_tables.pop(key, None) or _table(rows, 2, device)
+        table = _ema_tables.pop(key, None) or _table(rows, device)
         _ema_tables[key] = table
         if len(_ema_tables) > 16:
             _ema_tables.popitem(last=False)
         if _is_capturing():
             _captured_tables.append(table)
         launch(
-            _ema_update_kernel, len(table.chunk_row), pairs[0][0],
+            _ema_update_kernel, len(table.chunk_row), targets[0],
             table.rows, table.chunk_row, decay_tensor, decay,
-            _tl_dtype(to), _tl_dtype(of), table.aligned, CHUNK, BLOCK, num_warps=4,
+            _tl_dtype(target), _tl_dtype(source), aligned, CHUNK, BLOCK, num_warps=4,
         )  # fmt: skip
-
-
-def _by_dtype(pairs: Pairs) -> dict[tuple, list]:
-    groups: dict[tuple, list] = {}
-    for pair in pairs:
-        if pair[0].numel():
-            groups.setdefault(tuple(x.dtype for x in pair), []).append(pair)
-    return groups
 
 
 def _tl_dtype(dtype: torch.dtype) -> Any:
@@ -195,12 +201,12 @@ def _unsupported(tensors: Sequence[torch.Tensor]) -> str:
 @jit
 def _adamw_ema_kernel(
     table_ptr, chunk_row_ptr, hyper_ptr, grad_scale_ptr, found_inf_ptr, decay_ptr, decay, counter_ptr, rows,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, EMA: tl.constexpr, COPY: tl.constexpr,
-    EMA_COPY: tl.constexpr, REMAINDER: tl.constexpr, MAXIMIZE: tl.constexpr, ALIGNED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, EMA: tl.constexpr,
+    COPY: tl.constexpr, EMA_COPY: tl.constexpr, REMAINDER: tl.constexpr, ALIGNED: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if found_inf_ptr is not None:
+    if found_inf_ptr is not None:  # noqa: SIM102 (the outer one is settled when compiling)
         if tl.load(found_inf_ptr) != 0.0:
             return
     row_ptr = table_ptr + tl.load(chunk_row_ptr + pid) * COLUMNS
@@ -217,7 +223,7 @@ def _adamw_ema_kernel(
     copy_ptr = _pointer(row_ptr, 7, COPY, ALIGNED)
     has_ema_copy = tl.load(row_ptr + 8) != 0
     ema_copy_ptr = _pointer(row_ptr, 8, EMA_COPY, ALIGNED)
-    size = tl.load(row_ptr + 12)
+    size = _size(row_ptr + 12, ALIGNED)
     start = (pid - tl.load(row_ptr)) * CHUNK
 
     inverse_scale = 1.0
@@ -302,7 +308,8 @@ class _Row(NamedTuple):
         with_remainder = self.remainder is not None
         usual = (p, p, torch.float32 if with_remainder else p, torch.float32, torch.bfloat16, torch.bfloat16)
         own = (self.param, self.grad, self.exp_avg, self.ema, self.copy, self.ema_copy)
-        return *(u if x is None else x.dtype for x, u in zip(own, usual, strict=True)), with_remainder
+        dtypes = (u if x is None else x.dtype for x, u in zip(own, usual, strict=True))
+        return *dtypes, with_remainder, _is_aligned(self[:8])
 
 
 def join_remainder(param: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
@@ -364,7 +371,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._numbers: tuple | None = None
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure=None,
         *,
@@ -415,12 +422,15 @@ class AdamWEMA(torch.optim.AdamW):
         for p in self.state:
             if "remainder" in self.state[p]:
                 masters[p] = join_remainder(p, self.state[p]["remainder"])
-        for group, (params, grads, *states) in zip(self.param_groups, groups, strict=True):
+        for group, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in zip(
+            self.param_groups, groups, strict=True
+        ):
+            if grad_scale is not None:
+                grads = [g.clone() for g in grads]  # torch's fused AdamW would divide `.grad` itself
             adam(
                 [masters.get(p, p) for p in params],
-                [g.to(masters[p].dtype) if p in masters else g.clone() if grad_scale is not None else g
-                 for p, g in zip(params, grads, strict=True)],
-                *states,
+                [g.float() if p in masters else g for p, g in zip(params, grads, strict=True)],
+                exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
                 amsgrad=group["amsgrad"], beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
                 foreach=group["foreach"], capturable=group["capturable"], differentiable=group["differentiable"],
@@ -438,7 +448,7 @@ class AdamWEMA(torch.optim.AdamW):
         averages = set(self.ema_targets) if ema_decay is None else set()  # have not moved
         copies = [(c, masters.get(s, s)) for s, c in self.copies if s not in averages]
         if copies:
-            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+            torch._foreach_copy_([c for c, _ in copies], [s for _, s in copies])
 
     # --- one launch ---
 
@@ -449,12 +459,11 @@ class AdamWEMA(torch.optim.AdamW):
         rows = []
         for p in dict.fromkeys([*grads, *ema, *(s for s in copies if s not in averages)]):
             state, (grad, group), average = self.state.get(p, {}), grads.get(p, (None, 0)), ema.get(p)
-            rows.append(
-                _Row(
-                    p, grad, *(state.get(k) for k in ("exp_avg", "exp_avg_sq", "remainder")), average, copies.get(p),
-                    None if average is None else copies.get(average), None if grad is None else state["step"], group,
-                )  # fmt: skip
-            )
+            row = _Row(
+                p, grad, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("remainder"), average, copies.get(p),
+                None if average is None else copies.get(average), None if grad is None else state["step"], group,
+            )  # fmt: skip
+            rows.append(row)
         return rows
 
     def _plan(self, groups, with_ema: bool) -> None:
@@ -477,10 +486,10 @@ class AdamWEMA(torch.optim.AdamW):
             lr = lrs[row.group]
             data = [0 if x is None else x.data_ptr() for x in row[:9]]
             data.append((self._lr[row.group] if lr is None else lr).data_ptr())
-            kinds.setdefault((*row.kind(), self.param_groups[row.group]["maximize"]), []).append(
+            kinds.setdefault((self.param_groups[row.group]["maximize"], *row.kind()), []).append(
                 [*data, row.group, row.param.numel()]
             )
-        self._launches = [(kind, _table(data, 8, device)) for kind, data in kinds.items()]
+        self._launches = [(kind, _table(data, device)) for kind, data in kinds.items()]
         self._counter = torch.zeros((), dtype=torch.int32, device=device)
         if _is_capturing():
             _captured_tables.extend(table for _, table in self._launches)
@@ -492,7 +501,7 @@ class AdamWEMA(torch.optim.AdamW):
             if any(isinstance(beta, torch.Tensor) for beta in group["betas"]):
                 return "no kernel for betas that are tensors"
             lr = group["lr"]
-            if isinstance(lr, torch.Tensor) and (lr.dtype != torch.float32 or rows and lr.device != rows[0].param.device):
+            if isinstance(lr, torch.Tensor) and (lr.dtype, lr.device) != (torch.float32, group["params"][0].device):
                 return "a learning rate that is a tensor must be float32 on the device of the parameters"
         return _unsupported([x for row in rows for x in (*row[:4], *row[5:8]) if x is not None])
 
@@ -518,8 +527,8 @@ class AdamWEMA(torch.optim.AdamW):
             launch(
                 _adamw_ema_kernel, len(table.chunk_row), self._counter,
                 table.rows, table.chunk_row, self._hyper, grad_scale, found_inf, decay, number, self._counter,
-                len(table.rows), *map(_tl_dtype, kind[:6]), *kind[6:], table.aligned,
-                table.rows.shape[1], power_of_2(len(table.rows)), CHUNK, BLOCK, num_warps=4,
+                len(table.rows), kind[0], *map(_tl_dtype, kind[1:7]), *kind[7:], table.rows.shape[1],
+                power_of_2(len(table.rows)), CHUNK, BLOCK, num_warps=4,
             )  # fmt: skip
 
     # --- state ---

@@ -19,18 +19,24 @@ SHORT = 128  # longest sequence whose scores fit on chip whole
 
 
 class Layout(NamedTuple):
-    """Which rows attend to which: sequence r is slots `q_start[r]:q_end[r]`, its keys `k_start[r]:k_end[r]`."""
+    """Which rows attend to which: sequence r is slots `q_start[r]:q_end[r]`, its keys `k_start[r]:k_end[r]`.
+
+    `k_start` None: the keys are those of the queries' slots.
+    """
 
     q_start: torch.Tensor
     q_end: torch.Tensor
     q_rows: torch.Tensor | None  # row of each query slot; None: the slot itself
-    k_start: torch.Tensor
-    k_end: torch.Tensor
+    k_start: torch.Tensor | None
+    k_end: torch.Tensor | None
     k_rows: torch.Tensor | None
     max_q: int
     max_k: int
     slots: int  # query slots in all
     scatter: bool  # the output has a row for each row of q, not one for each slot
+
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self[:3] if self.k_start is None else self[3:6]  # type: ignore[return-value]
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -38,7 +44,7 @@ class Layout(NamedTuple):
 
 @jit
 def _rows(rows_ptr, slot, valid):
-    if rows_ptr is None:
+    if rows_ptr is None:  # noqa: SIM108 (settled when compiling)
         rows = slot.to(tl.int64)
     else:
         rows = tl.load(rows_ptr + slot, mask=valid, other=0).to(tl.int64)
@@ -127,19 +133,44 @@ class Config(NamedTuple):
     num_stages: int = 1
 
 
+# Warps (forward, backward) of sequences held in one tile, 16-bit dtypes, by rounded length and head dim. Chosen from
+# the compiler's registers and shared memory (tests/test_aot.py holds them to it), not yet by timing on each GPU.
+_ONE_TILE = {
+    (16, 32): (1, 1), (16, 64): (1, 1), (16, 128): (2, 2),
+    (32, 32): (2, 2), (32, 64): (2, 4), (32, 128): (4, 4),
+    (64, 32): (4, 4), (64, 64): (4, 4), (64, 128): (8, 8),
+    (128, 32): (8, 8), (128, 64): (8, 8), (128, 128): (8, 8),
+}  # fmt: skip
+# what differs by compute capability
+_ONE_TILE_BY_ARCH = {(80, 64, 64): (4, 8), (100, 128, 64): (4, 8)}
+_LONG_FWD = {(90, 32): Config(128, 64, 8, 2), (90, 64): Config(128, 64, 8, 2)}
+_LONG_BWD = {(100, 32): Config(64, 64, 4, 2), (100, 64): Config(64, 64, 4, 2)}
+_LONG_BWD_FP32 = {(90, 128): Config(64, 32, 8), (100, 128): Config(64, 32, 8)}
+
+
 def _config(q: torch.Tensor, max_q: int, max_k: int, backward: bool) -> tuple[bool, Config]:
     """(whole sequence in one tile?, its configuration) for this GPU, dtype and rounded size."""
-    half = q.element_size() == 2
-    D = power_of_2(q.shape[-1])
-    tile = max(power_of_2(max(max_q, max_k)), 16)
-    one_tile = tile <= (SHORT if half else 32)
-    return one_tile, Config(tile, tile, 4)
+    gpu, half = min(arch(q) // 10 * 10, 100), q.element_size() == 2
+    D, tile = power_of_2(q.shape[-1]), max(power_of_2(max(max_q, max_k)), 16)
+    if half:
+        longest = 64 if gpu < 90 and D > 32 else SHORT  # mma operands of a 128 tile do not fit in registers
+        warps = _ONE_TILE_BY_ARCH.get((gpu, tile, D), _ONE_TILE.get((tile, D)))
+    else:
+        longest, warps = 32 if D <= 64 else 16, (4, 4)
+    if tile <= longest and warps:
+        return True, Config(tile, tile, warps[backward])
+    if not half:
+        config = Config(32, 32, 8)
+        return False, _LONG_BWD_FP32.get((gpu, D), config) if backward else config
+    if backward:
+        return False, _LONG_BWD.get((gpu, D), Config(32, 64, 4, 2))
+    return False, _LONG_FWD.get((gpu, D), Config(64, 64, 4, 2))
 
 
 def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
     """q, k, v as `[rows, H, D]` views, heads and channels dense: what the kernels take."""
-    q, k, v = q.unbind(1) if k is None else (q, k, v)
-    return [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, v)]
+    tensors = q.unbind(1) if k is None or v is None else (q, k, v)
+    return [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in tensors]
 
 
 def _masked_attention_fwd_fake(
@@ -153,7 +184,7 @@ def _masked_attention_fwd_fake(
 
 
 _LAYOUT = (
-    "Tensor q_start, Tensor q_end, Tensor? q_rows, Tensor k_start, Tensor k_end, Tensor? k_rows, "
+    "Tensor q_start, Tensor q_end, Tensor? q_rows, Tensor? k_start, Tensor? k_end, Tensor? k_rows, "
     "SymInt max_q, SymInt max_k, SymInt slots, bool scatter, float scale, bool tf32"
 )
 
@@ -166,11 +197,13 @@ def _masked_attention_fwd(
     q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: q holds all three, `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is only written for long sequences."""
+    if k_start is None:
+        k_start, k_end, k_rows = q_start, q_end, q_rows
     one_tile, config = _config(q, max_q, max_k, backward=False)
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns are zero
     H, D = q.shape[-2:]
     out = allocate(q.shape[0] if scatter else slots, H, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(0 if one_tile else H, slots, dtype=torch.float32, device=q.device)
+    lse = allocate(0 if one_tile else H, slots, dtype=torch.float32, device=q.device)
     q, k, v = _operands(q, k, v)
     tiles = -(-max_q // config.block_q)
     launch(
@@ -321,6 +354,8 @@ def _masked_attention_bwd(
     do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: dq holds all three. out and lse are only read for long sequences."""
+    if k_start is None:
+        k_start, k_end, k_rows = q_start, q_end, q_rows
     one_tile, config = _config(q, max_q, max_k, backward=True)
     # where rows are gathered, those that no sequence owns have zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
@@ -340,10 +375,10 @@ def _masked_attention_bwd(
         )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
-        tiles = -(-max_q // 64)
+        tiles = -(-max_q // 32)
         launch(
             _masked_attention_delta_kernel, R * tiles * H, q_,
-            out, do, delta, q_start, q_end, q_rows, slots, H, tiles, D, power_of_2(D), 64, scatter, num_warps=4,
+            out, do, delta, q_start, q_end, q_rows, slots, H, tiles, D, power_of_2(D), 32, scatter, num_warps=4,
         )  # fmt: skip
         tiles = -(-max(max_q, max_k) // config.block_k)
         launch(
@@ -389,12 +424,13 @@ def _attention_reference(q, k, v, layout: Layout, scale: float | None) -> torch.
     if 0 in (layout.slots, layout.q_start.shape[0], layout.max_q, layout.max_k, k.shape[0]):
         return q.new_zeros(rows, H, D) + (q[:0].sum() + k[:0].sum() + v[:0].sum())  # still part of the graph
     R, S = layout.q_start.shape[0], layout.max_q
-    if layout.q_rows is None and layout.k_rows is None and R * S == q.shape[0] == k.shape[0] and S == layout.max_k:
-        dense = (x.unflatten(0, (R, S)).transpose(1, 2) for x in (q, k, v))  # every sequence full: no padding, no mask
-        return F.scaled_dot_product_attention(*dense, scale=scale).transpose(1, 2).reshape(rows, H, D)
+    if layout.q_rows is None and layout.keys()[2] is None and R * S == q.shape[0] == k.shape[0] and layout.max_k == S:
+        # every sequence full: no padding, no mask
+        q, k, v = (x.unflatten(0, (R, S)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(rows, H, D)
     q_pad, q_row, q_slot, q_real = _pad(q, layout.q_start, layout.q_end, layout.q_rows, layout.max_q)
-    k_pad, _, _, k_real = _pad(k, layout.k_start, layout.k_end, layout.k_rows, layout.max_k)
-    v_pad = _pad(v, layout.k_start, layout.k_end, layout.k_rows, layout.max_k)[0]
+    k_pad, _, _, k_real = _pad(k, *layout.keys(), layout.max_k)
+    v_pad = _pad(v, *layout.keys(), layout.max_k)[0]
     # a sequence without keys attends to its padding, whose values are zero
     keys = (k_real | ~k_real.any(1, keepdim=True))[:, None, None, :]
     out = F.scaled_dot_product_attention(q_pad, k_pad, v_pad, attn_mask=keys, scale=scale).transpose(1, 2)
@@ -416,7 +452,7 @@ def _partition(mask_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the True entries of each sample first, in order, then the others; and how many are True. No sync."""
     B, N = mask_BN.shape
     order = torch.argsort(mask_BN.logical_not().byte(), dim=1, stable=True)
-    return (order + torch.arange(0, B * N, N, device=mask_BN.device)[:, None]).flatten(), mask_BN.sum(1)
+    return (order + torch.arange(0, B * N, max(N, 1), device=mask_BN.device)[:, None]).flatten(), mask_BN.sum(1)
 
 
 def _visible_rows(visible_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -433,11 +469,17 @@ def _packed_key_rows(key_mask_T: torch.Tensor, cu: torch.Tensor) -> tuple[torch.
     return torch.argsort(2 * sequence + ~key_mask_T, stable=True), cu[:-1] + kept.diff()
 
 
-def _packed_layout(q, k, cu, max_seqlen, cu_k, max_seqlen_k, key_mask) -> Layout:
-    k_start, k_end, k_rows = cu_k[:-1], cu_k[1:], None
+def _packed_layout(q, cu, max_seqlen, cu_k, max_seqlen_k, key_mask) -> Layout:
+    k_start = k_end = k_rows = None
     if key_mask is not None:
+        cu_k = cu if cu_k is None else cu_k
         k_rows, k_end = _packed_key_rows(key_mask, cu_k)
-    return Layout(cu[:-1], cu[1:], None, k_start, k_end, k_rows, max_seqlen, max_seqlen_k, q.shape[0], False)
+    elif cu_k is not None:
+        k_end = cu_k[1:]
+    if cu_k is not None:
+        k_start = cu_k[:-1]
+    max_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
+    return Layout(cu[:-1], cu[1:], None, k_start, k_end, k_rows, max_seqlen, max_k, q.shape[0], False)
 
 
 def _dense_layout(q, k, visible, cu, max_seqlen, key_mask, scatter: bool) -> Layout:
@@ -446,21 +488,19 @@ def _dense_layout(q, k, visible, cu, max_seqlen, key_mask, scatter: bool) -> Lay
     if visible is not None and visible.dtype == torch.bool:
         if scatter:
             rows, count = _partition(visible)
-            start = torch.arange(0, B * N, N, device=q.device)
+            start = torch.arange(0, B * N, max(N, 1), device=q.device)
             bound = N if max_seqlen is None else max_seqlen
-            return Layout(start, start + count, rows, start, start + count, rows, bound, bound, B * N, True)
+            return Layout(start, start + count, rows, None, None, None, bound, bound, B * N, True)
         visible, cu = _visible_rows(visible)
         max_seqlen = N if max_seqlen is None else max_seqlen
     elif visible is not None and visible.dim() == 2:
         max_seqlen = visible.shape[1]
         cu = torch.arange(0, B * max_seqlen + 1, max(max_seqlen, 1), device=q.device)[: B + 1]
-        visible = (visible + torch.arange(0, B * N, N, device=q.device)[:, None]).flatten()
+        visible = (visible + torch.arange(0, B * N, max(N, 1), device=q.device)[:, None]).flatten()
     if visible is not None:
-        return Layout(
-            cu[:-1], cu[1:], visible, cu[:-1], cu[1:], visible, max_seqlen, max_seqlen, len(visible), scatter
-        )
-    start = torch.arange(0, B * N, N, device=q.device)
-    k_start = torch.arange(0, B * N_k, N_k, device=q.device)
+        return Layout(cu[:-1], cu[1:], visible, None, None, None, max_seqlen, max_seqlen, len(visible), scatter)
+    start = torch.arange(0, B * N, max(N, 1), device=q.device)
+    k_start = torch.arange(0, B * N_k, max(N_k, 1), device=q.device)
     k_rows, k_count = (None, N_k) if key_mask is None else _partition(key_mask)
     return Layout(start, start + N, None, k_start, k_start + k_count, k_rows, N, N_k, B * N, False)
 
@@ -479,9 +519,7 @@ def _check_arguments(q, k, v, packed, cu, max_seqlen, cu_k, max_seqlen_k, visibl
     lead, heads = (1, "T") if packed else (2, "B, N")
     if k is None:
         _require(v is None, "k and v must be given together")
-        _require(
-            q.dim() == lead + 3 and q.shape[lead] == 3, f"qkv must be [{heads}, 3, H, D], got {list(q.shape)}"
-        )
+        _require(q.dim() == lead + 3 and q.shape[lead] == 3, f"qkv must be [{heads}, 3, H, D], got {list(q.shape)}")
     else:
         _require(v is not None and k.shape == v.shape, "k and v must be given together, with equal shapes")
         _require(q.dim() == k.dim() == lead + 2, f"q, k, v must be [{heads}, H, D], got {list(q.shape)}")
@@ -494,9 +532,8 @@ def _check_arguments(q, k, v, packed, cu, max_seqlen, cu_k, max_seqlen_k, visibl
         _require(x is None or x.device == q.device, f"{name} must be on {q.device}")
     for name, x, bound in (("cu_seqlens", cu, max_seqlen), ("cu_seqlens_k", cu_k, max_seqlen_k)):
         if x is not None:
-            _require(
-                x.dim() == 1 and x.shape[0] >= 1 and _is_index(x), f"{name} must be a 1-D integer tensor of R + 1 offsets"
-            )
+            offsets = x.dim() == 1 and x.shape[0] >= 1 and _is_index(x)
+            _require(offsets, f"{name} must be a 1-D integer tensor of R + 1 offsets")
             _require(bound is not None and bound >= 0, f"{name} needs its max_seqlen")
     _require(output in ("packed", "scattered"), f"output must be 'packed' or 'scattered', got {output!r}")
     if packed:
@@ -506,8 +543,9 @@ def _check_arguments(q, k, v, packed, cu, max_seqlen, cu_k, max_seqlen_k, visibl
             cu_k is not None or k is None or k.shape[0] == q.shape[0], "k of another length than q needs cu_seqlens_k"
         )
     else:
-        _require(cu is not None or visible is None or visible.dim() == 2, "visible must be [B, N] bool or [B, V] indices")
-        _require(cu is None or (visible is not None and visible.dim() == 1), "dense inputs with cu_seqlens need visible [T]")
+        rows = visible is not None and visible.dim() == 1
+        _require(rows == (cu is not None), "visible must be boolean [B, N] or indices [B, V], or [T] with cu_seqlens")
+        _require(visible is None or rows or visible.dim() == 2, "visible must have one axis or two")
         _require(cu_k is None, "cu_seqlens_k is for packed inputs")
     if visible is not None:
         _require(key_mask is None, "visible and key_mask exclude each other")
@@ -526,7 +564,7 @@ def _check_contents(q, k, layout: Layout) -> None:
     """What only the device knows. Reads it, so waits for it."""
     for name, start, end, rows, bound, held in (
         ("cu_seqlens", layout.q_start, layout.q_end, layout.q_rows, layout.max_q, q.shape[0]),
-        ("cu_seqlens of the keys", layout.k_start, layout.k_end, layout.k_rows, layout.max_k, k.shape[0]),
+        ("cu_seqlens of the keys", *layout.keys(), layout.max_k, k.shape[0]),
     ):
         if not len(start):
             continue
@@ -537,7 +575,7 @@ def _check_contents(q, k, layout: Layout) -> None:
         if rows is None:
             _require(int(end[-1]) == slots, f"{name} must end at the number of tokens, {slots}")
         elif len(rows):
-            _require(0 <= int(rows.min()) and int(rows.max()) < held, "an index of visible is out of range")
+            _require(int(rows.min()) >= 0 and int(rows.max()) < held, "an index of visible is out of range")
             _require(len(rows.unique()) == len(rows), "visible names a patch twice")
 
 
@@ -607,26 +645,25 @@ def masked_attention(
     """
     q = qkv
     packed = cu_seqlens is not None and visible is None
-    _check_arguments(
-        q, k, v, packed, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, visible, key_mask, output
-    )
+    _check_arguments(q, k, v, packed, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, visible, key_mask, output)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x is None else x.to(dtype) for x in (q, k, v))
-    keys = q if k is None else k
+        q, k, v = q.to(dtype), None if k is None else k.to(dtype), None if v is None else v.to(dtype)
     shape: tuple = ()
     if packed:
-        cu_k, max_k = (cu_seqlens, max_seqlen) if cu_seqlens_k is None else (cu_seqlens_k, max_seqlen_k)
-        layout = _packed_layout(q, keys, cu_seqlens, max_seqlen, cu_k, max_k, key_mask)
+        layout = _packed_layout(q, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, key_mask)
     else:
         scatter = output == "scattered" and visible is not None
-        layout = _dense_layout(q, keys, visible, cu_seqlens, max_seqlen, key_mask, scatter)
+        layout = _dense_layout(q, q if k is None else k, visible, cu_seqlens, max_seqlen, key_mask, scatter)
         if visible is None or scatter:
             shape = tuple(q.shape[:2])
         elif visible.dim() == 2 and visible.dtype != torch.bool:
             shape = tuple(visible.shape)
-        q, k, v = (x if x is None else x.flatten(0, 1) for x in (q, k, v))
+        q, k, v = q.flatten(0, 1), None if k is None else k.flatten(0, 1), None if v is None else v.flatten(0, 1)
     if check:
+        if visible is not None and visible.dim() == 2 and visible.numel() and visible.dtype != torch.bool:
+            _require(int(visible.min()) >= 0, "an index of visible is out of range")
+            _require(int(visible.max()) < qkv.shape[1], "an index of visible is out of range")
         _check_contents(q, q if k is None else k, layout)
 
     unsupported = ""
@@ -638,5 +675,6 @@ def masked_attention(
     if use_triton("masked_attention", impl, q, unsupported):
         out = _MaskedAttention.apply(q, k, v, float(scale), tf32, *layout)
     else:
-        out = _attention_reference(*(q.unbind(1) if k is None else (q, k, v)), layout, scale)
+        q, k, v = q.unbind(1) if k is None else (q, k, v)
+        out = _attention_reference(q, k, v, layout, scale)
     return out.unflatten(0, shape) if shape else out

@@ -88,7 +88,7 @@ def _add_layer_norm_bwd_kernel(
     stride_s, stride_dn, stride_ds, M, eps, programs,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A fixed number of programs walks the rows, so that partial sums for weight and bias stay few and their order set."""
+    """A fixed number of programs walks the rows: few partial sums for weight and bias, in a set order."""
     pid = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)[None, :]
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
