@@ -53,8 +53,11 @@ def _specialise(kernel, args, options):
     signature: dict[str, str] = {}
     constants: dict = {}
     aligned = []
+    counts = {p.name for p in kernel.params if p.do_not_specialize}
     for name, x in bound.items():
-        if name in constexpr or x is None or (isinstance(x, int) and not isinstance(x, bool) and x == 1):
+        if name in counts:
+            signature[name] = "i32"
+        elif name in constexpr or x is None or (isinstance(x, int) and not isinstance(x, bool) and x == 1):
             signature[name], constants[name] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             signature[name] = "*" + _TYPES[x.dtype]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ajepa_kernels._triton import triton
 
-TESTS = ["masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm"]
+TESTS = ["kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm"]
 
 
 @pytest.mark.skipif(triton is None, reason="triton is not installed")

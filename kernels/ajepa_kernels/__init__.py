@@ -4,6 +4,7 @@ from ajepa_kernels.adamw_ema import AdamWEMA, ema_update_, ema_update_reference_
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from ajepa_kernels.warmup import warmup
 
 __all__ = [
     "AdamWEMA",
@@ -15,4 +16,5 @@ __all__ = [
     "latent_l2_loss_reference",
     "masked_attention",
     "masked_attention_reference",
+    "warmup",
 ]

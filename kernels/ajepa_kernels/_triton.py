@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,8 +28,14 @@ _recorded_arch = 90
 
 
 def jit(fn: Callable) -> Any:
-    """`triton.jit`, or the function itself where there is no Triton and nothing will launch it."""
-    return triton.jit(fn) if triton is not None else fn
+    """`triton.jit`, or the function itself where there is no Triton and nothing will launch it.
+
+    Counts that change from step to step must not make it compile anew.
+    """
+    if triton is None:
+        return fn
+    counts = {"T", "M", "slots", "tiles", "rows", "programs"} & inspect.signature(fn).parameters.keys()
+    return triton.jit(fn, do_not_specialize=sorted(counts))
 
 
 def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:

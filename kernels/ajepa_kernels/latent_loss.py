@@ -94,8 +94,9 @@ def _config(C: int) -> tuple[int, int, int]:
 
 @jit
 def _latent_l2_loss_bwd_kernel(
-    grad_ptr, upstream_ptr, factor, n, PER_TOKEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptr, upstream_ptr, factor, T, PER_TOKEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
+    n = T.to(tl.int64) * C
     if PER_TOKEN:
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         scale = tl.load(upstream_ptr + offsets // C, mask=offsets < n, other=0.0).to(tl.float32) * factor
@@ -112,10 +113,9 @@ def _latent_l2_loss_bwd_kernel(
 @register("latent_l2_loss_bwd(Tensor(a!) grad, Tensor upstream, float factor) -> ()", lambda *args: None)
 def _latent_l2_loss_bwd(grad, upstream, factor):
     """grad `[T, C]` times factor times upstream (a scalar, or one for each token), in place."""
-    n = grad.numel()
     launch(
-        _latent_l2_loss_bwd_kernel, -(-n // 4096), grad,
-        grad, upstream.contiguous(), factor, n, upstream.dim() == 1, grad.shape[1], 4096, num_warps=4,
+        _latent_l2_loss_bwd_kernel, -(-grad.numel() // 4096), grad,
+        grad, upstream.contiguous(), factor, grad.shape[0], upstream.dim() == 1, grad.shape[1], 4096, num_warps=4,
     )  # fmt: skip
     torch.autograd.graph.increment_version(grad)
 
