@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ajepa_kernels._triton import INTERPRET, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
+from oracle import DEVICE, IMPLS, INTERPRET, needs_kernel
+
 from ajepa_kernels import AdamWEMA, ema_update_
 from ajepa_kernels.adamw_ema import CHUNK, join_remainder, split_remainder
-from oracle import DEVICE, IMPLS, INTERPRET, needs_kernel
 
 SHAPES = [(3, 5), (CHUNK + 17,), (1,), (0,), (64, 32)]  # odd, more than one chunk, a scalar's worth, empty, aligned
 
@@ -15,7 +16,8 @@ def parameters(dtype=torch.float32, seed=0):
 
 
 def groups(params, lr):
-    return [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "weight_decay": 0.0, "lr": lr}]
+    decay = torch.tensor(0.1, device=DEVICE) if isinstance(lr, torch.Tensor) else 0.1
+    return [{"params": params[:2], "weight_decay": decay}, {"params": params[2:], "weight_decay": 0.0, "lr": lr}]
 
 
 def set_gradients(params, step):
@@ -57,8 +59,8 @@ def test_against_float64(tensors, impl):
         else:
             optimizer.param_groups[1]["lr"] = rate
         scale = torch.tensor(2.0, device=DEVICE)
-        optimizer.step(ema_decay=scalar(decay), grad_scale=scale, found_inf=torch.zeros((), device=DEVICE))
         oracle_step(values, averages, state, params, [1e-3] * 2 + [rate] * 3, [0.1] * 2 + [0.0] * 3, decay, 2.0)
+        optimizer.step(ema_decay=scalar(decay), grad_scale=scale, found_inf=torch.zeros((), device=DEVICE))
     for i, p in enumerate(params):
         torch.testing.assert_close(p.detach().double().cpu(), values[i], rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(emas[i].double().cpu(), averages[i], rtol=2e-6, atol=1e-6)

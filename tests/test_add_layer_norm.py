@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ajepa_kernels import add_layer_norm, add_layer_norm_reference
 from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, needs_kernel, poison  # noqa: F401
+
+from ajepa_kernels import add_layer_norm, add_layer_norm_reference
 
 
 def oracle(x, residual, weight, bias):

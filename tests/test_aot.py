@@ -3,8 +3,9 @@
 import os
 
 import pytest
-from ajepa_kernels._triton import INTERPRET, triton
 from aot import ARCHS, CORE, REST, compile_all
+
+from ajepa_kernels._triton import INTERPRET, triton
 
 pytestmark = [
     pytest.mark.skipif(triton is None, reason="triton is not installed"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ajepa_kernels._triton import triton
 
 TESTS = ["kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm"]

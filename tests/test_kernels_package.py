@@ -4,11 +4,12 @@ import subprocess
 import sys
 import warnings
 
-import ajepa_kernels
 import pytest
 import torch
-from ajepa_kernels import _triton
 from oracle import CAN_LAUNCH, DEVICE
+
+import ajepa_kernels
+from ajepa_kernels import _triton
 
 
 def test_imports_without_triton():

@@ -3,9 +3,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, needs_kernel, poison  # noqa: F401
+
 from ajepa_kernels import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.latent_loss import KINDS, REDUCTIONS
-from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, needs_kernel, poison  # noqa: F401
 
 
 def oracle(prediction, latents, index, kind, normalize, reduction):

@@ -2,9 +2,10 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
+from oracle import DEVICE, DTYPES, IMPLS, INTERPRET, assert_as_good, needs_kernel, poison, relative_error  # noqa: F401
+
 from ajepa_kernels import masked_attention, masked_attention_reference
 from ajepa_kernels.attention import _dense_layout, _packed_layout
-from oracle import DEVICE, DTYPES, IMPLS, INTERPRET, assert_as_good, needs_kernel, poison, relative_error  # noqa: F401
 
 
 def oracle(q, k, v, spans, scale=None):

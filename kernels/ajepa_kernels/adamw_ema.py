@@ -195,7 +195,8 @@ def _unsupported(tensors: Sequence[torch.Tensor]) -> str:
 # --- AdamW + EMA ------------------------------------------------------------------------------------------------------
 
 # columns of a row: 0 first chunk, 1 param, 2 grad, 3 exp_avg, 4 exp_avg_sq, 5 remainder, 6 ema, 7 copy, 8 ema copy,
-# 9 step, 10 lr, 11 group, 12 size; of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 weight decay, 5 eps, 6 lr
+# 9 step, 10 lr, 11 weight decay, 12 group, 13 size; of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 eps,
+# 5 lr, 6 weight decay
 
 
 @jit
@@ -223,7 +224,7 @@ def _adamw_ema_kernel(
     copy_ptr = _pointer(row_ptr, 7, COPY, ALIGNED)
     has_ema_copy = tl.load(row_ptr + 8) != 0
     ema_copy_ptr = _pointer(row_ptr, 8, EMA_COPY, ALIGNED)
-    size = _size(row_ptr + 12, ALIGNED)
+    size = _size(row_ptr + 13, ALIGNED)
     start = (pid - tl.load(row_ptr)) * CHUNK
 
     inverse_scale = 1.0
@@ -232,16 +233,16 @@ def _adamw_ema_kernel(
     if decay_ptr is not None:
         decay = tl.load(decay_ptr).to(tl.float32)
     # float64 scalars: 1 - beta2^step loses its digits in float32
-    hyper_ptr += tl.load(row_ptr + 11) * 7
+    hyper_ptr += tl.load(row_ptr + 12) * 7
     beta1, beta2 = tl.load(hyper_ptr), tl.load(hyper_ptr + 1)
-    weight_decay, eps = tl.load(hyper_ptr + 4).to(tl.float32), tl.load(hyper_ptr + 5).to(tl.float32)
+    eps = tl.load(hyper_ptr + 4).to(tl.float32)
     step_size, shrink, root_correction = 0.0, 1.0, 1.0
     if has_grad:
         step = tl.load(_pointer(row_ptr, 9, tl.float32, False)).to(tl.float64) + 1.0
         lr = tl.load(_pointer(row_ptr, 10, tl.float32, False))
         step_size = (lr.to(tl.float64) / (1.0 - tl.exp(step * tl.load(hyper_ptr + 2)))).to(tl.float32)
         root_correction = tl.sqrt(1.0 - tl.exp(step * tl.load(hyper_ptr + 3))).to(tl.float32)
-        shrink = 1.0 - lr * weight_decay
+        shrink = 1.0 - lr * tl.load(_pointer(row_ptr, 11, tl.float32, False))
     lerp1, keep2, lerp2 = (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32)
 
     for i in range(0, CHUNK, BLOCK):
@@ -312,6 +313,10 @@ class _Row(NamedTuple):
         return *dtypes, with_remainder, _is_aligned(self[:8])
 
 
+def _tensor(x: float | torch.Tensor) -> torch.Tensor | None:
+    return x if isinstance(x, torch.Tensor) else None
+
+
 def join_remainder(param: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
     """The float32 values that a bfloat16 tensor and its int16 remainder hold between them."""
     return ((param.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
@@ -332,8 +337,9 @@ class AdamWEMA(torch.optim.AdamW):
     either loads the other's.
 
     On a GPU all parameters of equal dtypes are updated by one kernel, in float32. The learning rate, `ema_decay`,
-    `grad_scale` and `found_inf` may be scalars on the device, which a captured CUDA graph reads again at each replay;
-    numbers are frozen into the graph. Unlike torch's fused AdamW it leaves `.grad` as it was, not divided by the scale.
+    `grad_scale`, `found_inf` and a group's weight decay may be scalars on the device, which a captured CUDA graph reads
+    again at each replay; numbers are frozen into the graph. The kernel leaves `.grad` as it was, while torch's fused
+    AdamW divides it by the scale.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
@@ -425,14 +431,12 @@ class AdamWEMA(torch.optim.AdamW):
         for group, (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps) in zip(
             self.param_groups, groups, strict=True
         ):
-            if grad_scale is not None:
-                grads = [g.clone() for g in grads]  # torch's fused AdamW would divide `.grad` itself
             adam(
                 [masters.get(p, p) for p in params],
                 [g.float() if p in masters else g for p, g in zip(params, grads, strict=True)],
                 exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
                 amsgrad=group["amsgrad"], beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
+                weight_decay=float(group["weight_decay"]), eps=group["eps"], maximize=group["maximize"],
                 foreach=group["foreach"], capturable=group["capturable"], differentiable=group["differentiable"],
                 fused=group["fused"], grad_scale=grad_scale, found_inf=found_inf, decoupled_weight_decay=True,
                 has_complex=any(torch.is_complex(p) for p in params),
@@ -470,8 +474,8 @@ class AdamWEMA(torch.optim.AdamW):
         """The tables of what to launch, made again only where an address has changed."""
         rows = self._rows(groups, with_ema)
         pointers = tuple(0 if x is None else x.data_ptr() for row in rows for x in row[:9])
-        lrs = [group["lr"] if isinstance(group["lr"], torch.Tensor) else None for group in self.param_groups]
-        pointers += tuple(0 if lr is None else lr.data_ptr() for lr in lrs)
+        rates = [tuple(_tensor(group[name]) for name in ("lr", "weight_decay")) for group in self.param_groups]
+        pointers += tuple(0 if rate is None else rate.data_ptr() for pair in rates for rate in pair)
         if pointers == self._pointers:
             return
         self._pointers, self._launches = pointers, []
@@ -479,13 +483,13 @@ class AdamWEMA(torch.optim.AdamW):
         if self._why_not or not rows:
             return
         device = rows[0].param.device
-        self._lr = torch.zeros(len(lrs), dtype=torch.float32, device=device)  # where those that are numbers go
+        self._rates = torch.zeros(len(rates), 2, dtype=torch.float32, device=device)  # where those that are numbers go
         self._numbers = None
         kinds: dict[tuple, list[list[int]]] = {}
         for row in rows:
-            lr = lrs[row.group]
             data = [0 if x is None else x.data_ptr() for x in row[:9]]
-            data.append((self._lr[row.group] if lr is None else lr).data_ptr())
+            for rate, slot in zip(rates[row.group], self._rates[row.group], strict=True):
+                data.append((slot if rate is None else rate).data_ptr())
             kinds.setdefault((self.param_groups[row.group]["maximize"], *row.kind()), []).append(
                 [*data, row.group, row.param.numel()]
             )
@@ -500,9 +504,9 @@ class AdamWEMA(torch.optim.AdamW):
                 return "no kernel for amsgrad, differentiable or fused=False"
             if any(isinstance(beta, torch.Tensor) for beta in group["betas"]):
                 return "no kernel for betas that are tensors"
-            lr = group["lr"]
-            if isinstance(lr, torch.Tensor) and (lr.dtype, lr.device) != (torch.float32, group["params"][0].device):
-                return "a learning rate that is a tensor must be float32 on the device of the parameters"
+            for rate in (_tensor(group["lr"]), _tensor(group["weight_decay"])):
+                if rate is not None and (rate.dtype, rate.device) != (torch.float32, group["params"][0].device):
+                    return "learning rates and weight decays that are tensors must be float32 beside the parameters"
         return _unsupported([x for row in rows for x in (*row[:4], *row[5:8]) if x is not None])
 
     def _step_triton(self, ema_decay, grad_scale, found_inf) -> None:
@@ -510,16 +514,15 @@ class AdamWEMA(torch.optim.AdamW):
             return
         device = self._counter.device
         numbers = tuple(
-            (*group["betas"], math.log(group["betas"][0]) if group["betas"][0] else -math.inf,
-             math.log(group["betas"][1]) if group["betas"][1] else -math.inf, group["weight_decay"], group["eps"],
-             -1.0 if isinstance(group["lr"], torch.Tensor) else group["lr"])
+            (*group["betas"], *(math.log(beta) if beta else -math.inf for beta in group["betas"]), group["eps"],
+             *(0.0 if _tensor(group[name]) is not None else group[name] for name in ("lr", "weight_decay")))
             for group in self.param_groups
         )  # fmt: skip
         if numbers != self._numbers:  # one copy to the device where a number has changed
             hyper = torch.tensor(numbers, dtype=torch.float64)
             hyper = hyper.pin_memory() if device.type == "cuda" else hyper
             self._hyper = hyper.to(device, non_blocking=True)
-            self._lr.copy_(self._hyper[:, 6])
+            self._rates.copy_(self._hyper[:, 5:])
             self._numbers = numbers
         decay = ema_decay if isinstance(ema_decay, torch.Tensor) else None
         number = 0.0 if ema_decay is None or decay is not None else float(ema_decay)

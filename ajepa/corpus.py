@@ -1,0 +1,103 @@
+"""The audio of a run: what it trains on, what its features are scored on, and what had to be left out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ajepa.config import Config
+from ajepa.data import AudioLoader, iterate_once
+from ajepa.features import Evaluation
+from ajepa.index import Index, build_index, cache_root
+from ajepa.synthetic import make_synthetic
+
+
+@dataclass(frozen=True)
+class Corpus:
+    index: Index
+    evaluation: Evaluation
+    skipped: list[tuple[str, str]]  # (path, reason), found when indexed or loaded for the evaluation
+    description: str
+
+    def loader(self, cfg: Config, state: dict[str, Any] | None) -> AudioLoader:
+        return AudioLoader(
+            self.index,
+            **clip_options(cfg),
+            batch_size=cfg.optim.batch_size,
+            seed=cfg.seed,
+            gain_db=cfg.data.gain_db,
+            prefetch=cfg.data.prefetch,
+            state=state,
+        )
+
+    def write_skipped(self, folder: Path, loader: AudioLoader) -> int:
+        """List the files left out, with the reason, in `skipped.tsv`. Returns their number."""
+        rows = dict([*self.skipped, *loader.skipped])
+        lines = [f"{ascii(path)[1:-1]}\t{' '.join(reason.split())}\n" for path, reason in rows.items()]
+        (folder / "skipped.tsv").write_text("path\treason\n" + "".join(lines))
+        return len(rows)
+
+
+def clip_options(cfg: Config) -> dict[str, Any]:
+    """How recordings become clips, in training and in evaluation alike."""
+    rate = cfg.front_end.sample_rate
+    samples = round(cfg.data.clip_seconds * rate)
+    return {
+        "sample_rate": rate,
+        "clip_samples": samples,
+        "pad": cfg.data.pad,
+        "threads": cfg.data.loader_threads,
+    }
+
+
+def open_corpus(cfg: Config) -> Corpus:
+    """Index the training audio and load the clips to watch the features on. DataError where nothing is usable."""
+    data, watch = cfg.data, cfg.watch
+    source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
+    if source is None:
+        folder = cache_root() / "synthetic"
+        source = str(make_synthetic(folder, seconds=data.clip_seconds, sample_rate=cfg.front_end.sample_rate))
+        where = "split=train"
+        if eval_source is None:
+            eval_source, eval_test = source, "split=test"
+    index = build_index(source, where=where, label_column=data.label)
+    evaluated = index
+    if eval_source is not None:
+        evaluated = build_index(eval_source, where=watch.eval_where, label_column=watch.eval_label or data.label)
+    skipped = [*index.skipped, *evaluated.skipped]
+    evaluation = load_evaluation(cfg, evaluated, eval_test, watch.eval_clips, skipped)
+    hours = index.seconds / 3600
+    description = f"{len(index):,} recordings, {hours:.2f} hours, from {data.data or 'the synthetic set'}"
+    if skipped:
+        description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
+    return Corpus(index, evaluation, skipped, description)
+
+
+def load_evaluation(
+    cfg: Config, index: Index, test: str | None, limit: int | None, skipped: list[tuple[str, str]]
+) -> Evaluation:
+    """At most `limit` clips, spread evenly over the index (the labelled part where there is one), decoded into memory.
+
+    `test` names the rows to classify; by default every fourth.
+    """
+    labelled = np.flatnonzero(index.labels >= 0)
+    rows = labelled if len(labelled) else np.arange(len(index))
+    if limit is not None and len(rows) > limit:
+        rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+    chosen = index.subset(rows)
+    batches = list(iterate_once(chosen, **clip_options(cfg), batch_size=64, skipped=skipped))
+    items = torch.cat([batch.items for batch in batches])
+    if test is None:
+        is_test = torch.arange(len(items)) % 4 == 3
+    else:
+        names = {entry.name for entry in index.filter(test).entries}
+        is_test = torch.tensor([chosen.entries[i].name in names for i in items.tolist()])
+    return Evaluation(
+        pcm=torch.cat([batch.pcm for batch in batches]),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        is_test=is_test,
+        items=torch.from_numpy(rows)[items],
+    )

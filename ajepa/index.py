@@ -1,0 +1,284 @@
+"""The index of a data set: every usable recording with its length, rate and label, and every unusable one with why.
+
+A source is a folder, a CSV or JSONL manifest, or webdataset tars. Each file is decoded once when it is first seen; the
+verdicts are kept in a cache keyed by path, size and modification time, so later runs look at changed files only.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ajepa.audiofile import AudioInfo, BadAudio, cores, inspect, os_reason, stat_file
+from ajepa.sources import DataError, Listed, Listing, list_source
+
+__all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
+
+FORMAT = "ajepa-index-1"
+Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
+
+
+class Entry(NamedTuple):
+    """One recording: bytes `[offset, offset + size)` of `path`."""
+
+    path: str
+    member: str  # name inside a tar, else ""
+    offset: int
+    size: int
+    mtime_ns: int  # of the whole file at `path`
+    file_size: int  # of the whole file at `path`
+    frames: int
+    sample_rate: int
+    channels: int
+    format: str
+    label: int  # row of `Index.label_names`, -1 where unknown
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}!{self.member}" if self.member else self.path
+
+
+@dataclass(frozen=True)
+class Index:
+    """`entries[i]` is row i; `metadata[column][i]` its other manifest columns, as text."""
+
+    source: str
+    entries: list[Entry]
+    label_names: list[str] = field(default_factory=list)
+    metadata: dict[str, list[str]] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 `[len(self)]`, -1 where unknown."""
+        return np.fromiter((entry.label for entry in self.entries), np.int64, len(self))
+
+    @property
+    def seconds(self) -> float:
+        return sum(entry.frames / entry.sample_rate for entry in self.entries)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the entries and their order: a data position means the same recordings only where it agrees."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            digest.update(f"{entry.name}\0{entry.frames}\0{entry.sample_rate}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    def subset(self, rows: Iterable[int]) -> "Index":
+        """The given rows, in the given order; labels keep their numbers."""
+        rows = list(rows)
+        return replace(
+            self,
+            entries=[self.entries[row] for row in rows],
+            metadata={name: [column[row] for row in rows] for name, column in self.metadata.items()},
+        )
+
+    def filter(self, where: str | Sequence[str]) -> "Index":
+        """Rows that meet `where` (see `build_index`). Raises DataError for an unknown column or an empty result."""
+        names = [self.label_names[entry.label] if entry.label >= 0 else "" for entry in self.entries]
+        return self.subset(_select({**self.metadata, "label": self.metadata.get("label", names)}, where, self.source))
+
+
+def cache_root() -> Path:
+    """`AJEPA_CACHE`, else `ajepa` in the user's cache folder (XDG)."""
+    if root := os.environ.get("AJEPA_CACHE"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ajepa"
+
+
+def build_index(
+    source: str | os.PathLike,
+    *,
+    where: str | Sequence[str] | None = None,
+    label_column: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    threads: int = 0,
+    decode: bool = True,
+    progress: bool = True,
+) -> Index:
+    """Lists and checks a data set.
+
+    Args:
+        source: a folder, searched recursively; a .csv, .tsv, .jsonl or .ndjson manifest with a column `filename`,
+            `file`, `path` or `audio`; or webdataset tars, as a path, a glob or a brace range (`shard-{000..010}.tar`).
+        where: keeps rows by column: `"fold=1,2,3"`, `"speaker!=theo"`; several are joined by `;` or given as a list.
+        label_column: the manifest column to take labels from; default `label`, `target`, `category`, `class`...
+        cache_dir: where the verdicts are kept; default `cache_root() / "index"`.
+        threads: files checked at once; 0 takes the cores this process may use.
+        decode: decode every file to its end (finds damage inside a file); False trusts the headers.
+        progress: report to stderr when it takes more than two seconds.
+
+    Returns:
+        An `Index`; rows keep the listing's order (sorted paths, manifest rows, tar order). Labels are numbered over
+        the whole listing, before `where`, so folds and splits of one manifest agree.
+
+    Raises:
+        DataError: nothing usable, no such source, a bad manifest or an unknown column; says what to do.
+    """
+    source = os.path.expanduser(os.fspath(source))
+    listing = list_source(source, label_column)
+    rows: Sequence[int] = range(len(listing.files))
+    if where:
+        columns = {name: [file.metadata[i] for file in listing.files] for i, name in enumerate(listing.columns)}
+        columns.setdefault("label", [file.label or "" for file in listing.files])
+        rows = _select(columns, where, source)
+    files = [listing.files[row] for row in rows]
+    cache = _Cache(Path(cache_dir) if cache_dir is not None else cache_root() / "index", source, decode)
+    verdicts = _check(files, cache, threads or cores(), decode, progress)
+    return _assemble(source, listing, files, verdicts)
+
+
+def _assemble(source: str, listing: Listing, files: list[Listed], verdicts: list[AudioInfo | str]) -> Index:
+    names = _label_names(listing.files)
+    number = {name: i for i, name in enumerate(names)}
+    good, entries, skipped = [], [], list(listing.skipped)
+    for file, verdict in zip(files, verdicts, strict=True):
+        if isinstance(verdict, str):
+            skipped.append((file.name, verdict))
+            continue
+        good.append(file)
+        label = -1 if file.label is None else number[file.label]
+        whole = file.file_size
+        entries.append(Entry(file.path, file.member, file.offset, file.size, file.mtime_ns, whole, *verdict, label))
+    if not entries:
+        if not skipped:
+            raise DataError(f"{source}: no audio files here; expected WAV, FLAC, Ogg, Opus or MP3")
+        first = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
+        raise DataError(f"{source}: none of its {len(skipped)} audio files can be used ({first})")
+    metadata = {name: [file.metadata[i] for file in good] for i, name in enumerate(listing.columns)}
+    return Index(source, entries, names, metadata, skipped)
+
+
+def _label_names(files: list[Listed]) -> list[str]:
+    names = {file.label for file in files if file.label is not None}
+    try:
+        return sorted(names, key=int)  # "10" after "9"
+    except ValueError:
+        return sorted(names)
+
+
+def _select(columns: dict[str, list[str]], where: str | Sequence[str], source: str) -> list[int]:
+    clauses = where.split(";") if isinstance(where, str) else list(where)
+    keep: np.ndarray | None = None
+    for clause in filter(str.strip, clauses):
+        name, equals, values = clause.partition("=")
+        negate, name = name.endswith("!"), name.rstrip("!").strip()
+        if not equals or not name:
+            raise DataError(f"where: {clause.strip()!r} is not of the form column=value,value or column!=value")
+        if name not in columns:
+            raise DataError(f"where: {source} has no column {name!r}; its columns: {', '.join(columns) or 'none'}")
+        wanted = {value.strip() for value in values.split(",")}
+        met = np.array([(value in wanted) != negate for value in columns[name]], bool)
+        keep = met if keep is None else keep & met
+    rows = [] if keep is None else np.flatnonzero(keep).tolist()
+    if keep is not None and not rows:
+        raise DataError(f"where: no row of {source} has {where if isinstance(where, str) else '; '.join(where)}")
+    return rows if keep is not None else list(range(len(next(iter(columns.values()), []))))
+
+
+class _Cache:
+    """Verdicts by (path, offset, size, mtime_ns), as JSON lines under a header with their checksum."""
+
+    def __init__(self, folder: Path, source: str, decode: bool):
+        # Header-only verdicts live apart: they must not pass for full ones.
+        name = hashlib.sha256(f"{os.path.abspath(source)}\0{decode}".encode(errors="surrogateescape")).hexdigest()[:24]
+        self.path = folder / f"{name}.jsonl"
+        self.verdicts: dict[Key, AudioInfo | str] = self._load()
+        self.changed = False
+
+    def _load(self) -> dict[Key, AudioInfo | str]:
+        try:
+            header, _, body = self.path.read_bytes().partition(b"\n")
+            stated = json.loads(header)
+            if stated["format"] != FORMAT or stated["crc32"] != zlib.crc32(body):
+                raise ValueError("checksum")
+            rows = (json.loads(line) for line in body.splitlines())
+            return {tuple(key): AudioInfo(*info) if isinstance(info, list) else info for key, info in rows}
+        except OSError:
+            return {}
+        except (ValueError, KeyError, TypeError):
+            print(f"{self.path}: damaged or outdated index cache, rebuilding it", file=sys.stderr)
+            return {}
+
+    def save(self, keys: Iterable[Key]) -> None:
+        """Writes the verdicts, those in `keys` and those of a file no newer key replaces, in one step."""
+        newest = {key[:2]: key for key in keys}
+        kept = {key: info for key, info in self.verdicts.items() if newest.get(key[:2], key) == key}
+        body = b"".join(json.dumps([key, info]).encode() + b"\n" for key, info in kept.items())
+        header = json.dumps({"format": FORMAT, "crc32": zlib.crc32(body)}).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+            aside.write_bytes(header + body)
+            os.replace(aside, self.path)
+        except OSError as error:
+            print(f"index cache not written ({error}): files are checked again next time", file=sys.stderr)
+
+
+def _check(files: list[Listed], cache: _Cache, threads: int, decode: bool, progress: bool) -> list[AudioInfo | str]:
+    """A verdict per file: what it holds, or the reason it cannot be used."""
+    keys = [(file.path, file.offset, file.size, file.mtime_ns) for file in files]
+    todo = [i for i, key in enumerate(keys) if key not in cache.verdicts]
+    fresh: dict[Key, str] = {}  # reasons that may pass without the file changing: permissions, input/output errors
+    report = _Progress(len(todo), progress)
+
+    def check(i: int) -> tuple[int, AudioInfo | str, bool]:
+        file = files[i]
+        try:
+            stat_file(file.path)
+            info = inspect(file.path, file.offset, file.size, in_tar=bool(file.member), decode=decode)
+            return i, info, True
+        except BadAudio as error:
+            return i, str(error), True
+        except OSError as error:
+            return i, os_reason(error), False
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for first in range(0, len(todo), 1024):  # a bounded number of futures, and a prompt Ctrl-C
+                for i, verdict, lasting in pool.map(check, todo[first : first + 1024]):
+                    if lasting:
+                        cache.verdicts[keys[i]] = verdict
+                    else:
+                        fresh[keys[i]] = str(verdict)
+                    report.step(isinstance(verdict, str))
+    finally:
+        report.close()
+        if len(todo) > len(fresh):
+            cache.save(keys)
+    return [cache.verdicts[key] if key in cache.verdicts else fresh[key] for key in keys]
+
+
+class _Progress:
+    def __init__(self, total: int, show: bool):
+        self.total, self.done, self.bad, self.shown = total, 0, 0, False
+        self.next = time.monotonic() + 2 if show else float("inf")
+
+    def step(self, bad: bool) -> None:
+        self.done += 1
+        self.bad += bad
+        if time.monotonic() >= self.next:
+            terminal = sys.stderr.isatty()
+            self.next, self.shown = time.monotonic() + (0.5 if terminal else 15), True
+            text = f"checking audio files: {self.done:,} of {self.total:,}, {self.bad:,} bad"
+            print(f"\r{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            end = "\r" if sys.stderr.isatty() else ""
+            print(f"{end}checked {self.done:,} audio files, {self.bad:,} bad     ", file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""Schedules and parameter groups."""
+
+import math
+
+from torch import nn
+
+from ajepa.config import OptimConfig
+
+
+def cosine(start: float, end: float, step: int, steps: int) -> float:
+    """start at step 0, end at the last step, half a cosine between."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps - 1))))
+
+
+def learning_rate(cfg: OptimConfig, step: int) -> float:
+    """Linear from lr_start to lr over the warm-up, then a cosine to lr_end at the last step."""
+    if step < cfg.warmup_steps:
+        return cfg.lr_start + (cfg.lr - cfg.lr_start) * step / cfg.warmup_steps
+    return cosine(cfg.lr, cfg.lr_end, step - cfg.warmup_steps, cfg.steps - cfg.warmup_steps)
+
+
+def weight_decay(cfg: OptimConfig, step: int) -> float:
+    end = cfg.weight_decay if cfg.weight_decay_end is None else cfg.weight_decay_end
+    return cosine(cfg.weight_decay, end, step, cfg.steps)
+
+
+def ema_decay(cfg: OptimConfig, step: int) -> float:
+    if cfg.ema_schedule == "linear":
+        return cfg.ema_start + (cfg.ema_end - cfg.ema_start) * step / max(1, cfg.steps - 1)
+    return cosine(cfg.ema_start, cfg.ema_end, step, cfg.steps)
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
+    """Weight decay on matrices only; biases, norms and the mask token have none."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "decays": True},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "decays": False},
+    ]

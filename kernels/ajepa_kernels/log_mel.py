@@ -1,0 +1,425 @@
+"""Log-mel spectrogram of PCM, in the two conventions people train on, straight to normalised patches.
+
+Shapes: B clips, S samples, T frames, K frequency bins, M mel bands, N patches, P values of a patch.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+KALDI_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of mel power
+PEAK_EPS = 1e-6  # below one step of int16 (3e-5): a silent clip stays silent
+Layout = Literal["patches", "spectrogram"]
+
+
+@dataclass(frozen=True)
+class LogMelSpec:
+    """A front end: PCM -> waveform norm -> frames -> window -> |FFT|^power -> mel -> log -> (x - mean) / std.
+
+    Convention "kaldi" is `torchaudio.compliance.kaldi.fbank` (per frame: minus its mean, y[n] = x[n] - c x[n-1] with
+    x[-1] = x[0], symmetric window, triangles linear in mel, Nyquist bin unused). Convention "torchaudio" is
+    `torchaudio.transforms.MelSpectrogram` (periodic window centred in n_fft, triangles linear in Hz), then
+    `AmplitudeToDB` or ln. The two differ in more than these: docs of each field name what only one of them has.
+
+    Args:
+        sample_rate: Hz.
+        n_fft: transform size: a power of two, 128 to 8192, or 400 (Whisper's).
+        win_length, hop_length: samples.
+        n_mels: mel bands, 1 to 256.
+        f_min, f_max: Hz; None is the Nyquist frequency.
+        convention: "kaldi" or "torchaudio".
+        window: "hann", "hamming", or (Kaldi only) "povey", Hann to the power 0.85.
+        power: 2 for power, 1 for magnitude.
+        preemphasis, remove_dc_offset, snip_edges: Kaldi only. With `snip_edges=False` a clip has
+            round(S / hop) frames and its ends are mirrored (the edge sample repeated).
+        center: torchaudio only: frame t is centred on sample t * hop, ends mirrored (the edge sample not repeated).
+        mel_scale, mel_norm: torchaudio only: "htk" or "slaney"; None or "slaney" (each band divided by its width).
+        log: "ln", or "db": 10 log10 of power, 20 log10 of magnitude.
+        floor: least mel value before the log; None is float32 epsilon for Kaldi, 1e-10 for torchaudio.
+        top_db: in dB, values below a clip's own maximum - top_db are raised to it. (torchaudio takes the maximum
+            over a whole [B, S] batch; over one clip only when called clip by clip.)
+        n_frames: frames of the result: cropped to it, or padded with rows of zeros. None keeps every frame.
+        waveform_norm: "none", "mean" (x - mean x) or "peak" ((x - mean x) / (max |x - mean x| + 1e-6)), clip by clip.
+        mean, std: of the data set, applied last, to padded rows too (as AudioMAE).
+        patch: (mel bands, frames) of a patch.
+
+    Raises:
+        ValueError: values that cannot be, naming the field and the remedy.
+    """
+
+    sample_rate: int = 16000
+    n_fft: int = 512
+    win_length: int = 400
+    hop_length: int = 160
+    n_mels: int = 128
+    f_min: float = 20.0
+    f_max: float | None = None
+    convention: Literal["kaldi", "torchaudio"] = "kaldi"
+    window: Literal["hann", "povey", "hamming"] = "hann"
+    power: Literal[1, 2] = 2
+    preemphasis: float = 0.97
+    remove_dc_offset: bool = True
+    snip_edges: bool = True
+    center: bool = True
+    mel_scale: Literal["htk", "slaney"] = "htk"
+    mel_norm: Literal["slaney"] | None = None
+    log: Literal["ln", "db"] = "ln"
+    floor: float | None = None
+    top_db: float | None = None
+    n_frames: int | None = None
+    waveform_norm: Literal["none", "mean", "peak"] = "none"
+    mean: float = 0.0
+    std: float = 1.0
+    patch: tuple[int, int] = (16, 16)
+
+    def __post_init__(self):
+        nyquist, kaldi = self.sample_rate / 2, self.convention == "kaldi"
+        f_max = nyquist if self.f_max is None else self.f_max
+        power_of_two = 128 <= self.n_fft <= 8192 and self.n_fft & (self.n_fft - 1) == 0
+        choices = {"convention": ("kaldi", "torchaudio"), "window": ("hann", "povey", "hamming"), "power": (1, 2),
+                   "mel_scale": ("htk", "slaney"), "mel_norm": (None, "slaney"), "log": ("ln", "db"),
+                   "waveform_norm": ("none", "mean", "peak")}  # fmt: skip
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"LogMelSpec: {field} must be one of {allowed}, got {getattr(self, field)!r}")
+        for wrong, message in (
+            (self.sample_rate < 1, f"sample_rate must be positive, got {self.sample_rate}"),
+            (not (power_of_two or self.n_fft == 400), f"n_fft must be a power of two in 128..8192, got {self.n_fft}"),
+            (not 2 <= self.win_length <= self.n_fft,
+             f"win_length {self.win_length} must be 2..n_fft; raise n_fft ({self.n_fft}) or shorten the window"),
+            (self.hop_length < 1, f"hop_length must be at least 1 sample, got {self.hop_length}"),
+            (not 1 <= self.n_mels <= 256, f"n_mels must be 1..256, got {self.n_mels}"),
+            (f_max > nyquist, f"f_max {f_max} Hz is above Nyquist ({nyquist} Hz); lower it or set None"),
+            (not 0 <= self.f_min < f_max, f"f_min {self.f_min} Hz must be at least 0 and below f_max ({f_max} Hz)"),
+            (not 0 <= self.preemphasis <= 1, f"preemphasis must be 0..1, got {self.preemphasis}"),
+            (not 1e-30 <= self.log_floor < math.inf, f"floor must be at least 1e-30, got {self.floor}"),
+            (self.top_db is not None and (self.log != "db" or not self.top_db >= 0),
+             f"top_db needs log='db' and a value of at least 0, got log={self.log!r}, top_db={self.top_db}"),
+            (self.n_frames is not None and self.n_frames < 1, f"n_frames must be None or at least 1: {self.n_frames}"),
+            (not (0 < self.std < math.inf), f"std must be positive, got {self.std}"),
+            (not math.isfinite(self.mean), f"mean must be finite, got {self.mean}"),
+            (len(self.patch) != 2 or min(self.patch) < 1, f"patch must be two positive sizes, got {self.patch}"),
+            (not kaldi and self.window == "povey", "window 'povey' is Kaldi's; choose 'hann' or convention='kaldi'"),
+            (not kaldi and not self.snip_edges, "snip_edges is Kaldi's; leave it True (torchaudio has `center`)"),
+            (kaldi and not self.center, "center is torchaudio's; leave it True (Kaldi has `snip_edges`)"),
+            (kaldi and self.mel_scale != "htk", "mel_scale 'slaney' is torchaudio's; Kaldi has one scale"),
+            (kaldi and self.mel_norm is not None, "mel_norm is torchaudio's; leave it None with convention='kaldi'"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(f"LogMelSpec: {message}")
+
+    @property
+    def log_floor(self) -> float:
+        """Least mel value before the log."""
+        if self.floor is not None:
+            return self.floor
+        return KALDI_FLOOR if self.convention == "kaldi" else 1e-10
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest clip that has a frame."""
+        if self.convention == "kaldi":
+            return self.win_length
+        return self.n_fft // 2 + 1 if self.center else self.n_fft
+
+    @property
+    def first_sample(self) -> int:
+        """Where the window of frame 0 starts; negative where the clip's beginning is mirrored."""
+        if self.convention == "kaldi":
+            return 0 if self.snip_edges else self.hop_length // 2 - self.win_length // 2
+        return (self.n_fft - self.win_length) // 2 - (self.n_fft // 2 if self.center else 0)
+
+    @property
+    def frame_rule(self) -> tuple[int, int]:
+        """(a, b) such that a clip of S >= min_samples samples has (S + a) // hop + b frames."""
+        if self.convention == "kaldi":
+            return (-self.win_length, 1) if self.snip_edges else (self.hop_length // 2, 0)
+        return (0, 1) if self.center else (-self.n_fft, 1)
+
+    def frames(self, samples: int) -> int:
+        """Frames that a clip of so many samples fills, before padding or cropping to `n_frames`."""
+        a, b = self.frame_rule
+        return (samples + a) // self.hop_length + b if samples >= self.min_samples else 0
+
+    def patch_grid(self, samples: int) -> tuple[int, int]:
+        """(frequency, time) patches of a clip; frames are padded with zero rows to whole patches."""
+        if self.n_mels % self.patch[0]:
+            raise ValueError(f"LogMelSpec: patch height {self.patch[0]} must divide n_mels {self.n_mels}")
+        frames = self.frames(samples) if self.n_frames is None else self.n_frames
+        return self.n_mels // self.patch[0], -(-frames // self.patch[1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(frequency, time) patches, for a fixed `n_frames`."""
+        if self.n_frames is None:
+            raise ValueError("LogMelSpec: grid depends on the clip when n_frames is None; set it or use patch_grid(S)")
+        return self.patch_grid(0)
+
+    @property
+    def n_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch[0] * self.patch[1]
+
+
+LOG_MEL_PRESETS: dict[str, LogMelSpec] = {
+    # arXiv 2507.02915: 254 frames of a 10 s clip, then two rows of zeros.
+    "audio-jepa": LogMelSpec(
+        sample_rate=32000, n_fft=4096, win_length=3125, hop_length=1250, n_frames=256, waveform_norm="peak"
+    ),
+    # Its successor: 257 frames of a 10 s clip, the last one dropped.
+    "audio-jepa-16k": LogMelSpec(
+        n_fft=2048, win_length=2048, hop_length=625, f_min=0.0, convention="torchaudio", log="db", n_frames=256
+    ),
+    # arXiv 2311.15830, with AudioMAE's statistics of AudioSet (it divides by twice the standard deviation). Its
+    # waveform mean is not subtracted here: every frame's own mean is.
+    "a-jepa": LogMelSpec(n_frames=1024, mean=-4.2677393, std=2 * 4.5689974),
+    # openai/whisper: (log10 + 4) / 4 with everything below max - 8 raised to it, written in dB; 30 s clips.
+    "whisper": LogMelSpec(
+        n_fft=400, n_mels=80, f_min=0.0, convention="torchaudio", mel_scale="slaney", mel_norm="slaney", log="db",
+        top_db=80.0, n_frames=3000, mean=-40.0, std=40.0,
+    ),
+}  # fmt: skip
+
+
+class _Tables(NamedTuple):
+    window: torch.Tensor  # [win_length]
+    mel: torch.Tensor  # [K, M]
+
+
+_SLANEY_HZ = 200.0 / 3  # a mel below 1 kHz; logarithmic above
+_SLANEY_KNEE, _SLANEY_STEP = 1000.0 / _SLANEY_HZ, math.log(6.4) / 27.0
+
+
+def _hz_to_mel(hz: float, scale: str) -> float:
+    if scale == "htk":
+        return 2595.0 * math.log10(1.0 + hz / 700.0)
+    return hz / _SLANEY_HZ if hz < 1000.0 else _SLANEY_KNEE + math.log(hz / 1000.0) / _SLANEY_STEP
+
+
+def _mel_to_hz(mel: torch.Tensor, scale: str) -> torch.Tensor:
+    if scale == "htk":
+        return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+    return torch.where(mel < _SLANEY_KNEE, mel * _SLANEY_HZ, 1000.0 * torch.exp(_SLANEY_STEP * (mel - _SLANEY_KNEE)))
+
+
+def _mel_bank(spec: LogMelSpec) -> torch.Tensor:
+    """Triangles `[K, M]`, float32, rounded as torchaudio rounds them: an edge bin may hold a weight of 1e-4, whose
+    rounding would show in the log."""
+    bins = spec.n_fft // 2 + 1
+    if spec.convention == "kaldi":
+        hz = spec.sample_rate / spec.n_fft * torch.arange(bins, dtype=torch.float32, device="cpu")
+        points = 1127.0 * torch.log(1.0 + hz / 700.0)
+        low, high = (1127.0 * math.log(1.0 + f / 700.0) for f in (spec.f_min, spec.f_max or spec.sample_rate / 2))
+        steps = torch.arange(spec.n_mels + 2, dtype=torch.float32, device="cpu")
+        edges = low + steps * ((high - low) / (spec.n_mels + 1))
+    else:
+        points = torch.linspace(0, spec.sample_rate // 2, bins, dtype=torch.float32, device="cpu")
+        low, high = (_hz_to_mel(f, spec.mel_scale) for f in (spec.f_min, spec.f_max or float(spec.sample_rate // 2)))
+        mels = torch.linspace(low, high, spec.n_mels + 2, dtype=torch.float32, device="cpu")
+        edges = _mel_to_hz(mels, spec.mel_scale)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    points = points[:, None]
+    bank = torch.minimum((points - left) / (centre - left), (right - points) / (right - centre)).clamp_min(0)
+    if spec.convention == "kaldi":
+        bank[-1] = 0
+    elif spec.mel_norm == "slaney":
+        bank *= 2.0 / (right - left)
+    empty = (bank.amax(0) == 0).nonzero().flatten().tolist()
+    if empty:
+        warnings.warn(
+            f"log_mel: mel bands {empty} of {spec.n_mels} hold no bin of a {spec.n_fft}-point transform at "
+            f"{spec.sample_rate} Hz; they stay at the log floor",
+            stacklevel=2,
+        )
+    return bank
+
+
+def _window(spec: LogMelSpec) -> torch.Tensor:
+    """`[win_length]`, float64."""
+    kind = torch.hamming_window if spec.window == "hamming" else torch.hann_window
+    window = kind(spec.win_length, periodic=spec.convention == "torchaudio", dtype=torch.float64, device="cpu")
+    return window.pow(0.85) if spec.window == "povey" else window
+
+
+@lru_cache(maxsize=64)
+def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
+    # Outside inference mode and fake tensors: what is cached must be plain tensors.
+    with torch.inference_mode(False), _disable_current_modes():
+        return _Tables(_window(spec).to(device, dtype), _mel_bank(spec).to(device, dtype))
+
+
+def _mirror(index: torch.Tensor, length: torch.Tensor | int, repeat_edge: bool) -> torch.Tensor:
+    """Index of the sample that stands at `index`, before 0 or from `length` on, when a clip's ends are mirrored."""
+    edge = int(repeat_edge)
+    index = torch.where(index < 0, -edge - index, index)
+    last = torch.as_tensor(length, device=index.device) - 1
+    return torch.where(index > last, 2 * last + edge - index, index).clamp_min(0)
+
+
+def _check(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, dtype: torch.dtype, layout: str) -> None:
+    if pcm.dim() != 2:
+        raise ValueError(f"log_mel: pcm must be [B, S], got {list(pcm.shape)}; add a batch dimension with pcm[None]")
+    if pcm.dtype not in (torch.int16, torch.float32, torch.float64):
+        raise TypeError(f"log_mel: pcm must be int16 or float32, got {pcm.dtype}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"log_mel: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if layout not in ("patches", "spectrogram"):
+        raise ValueError(f"log_mel: layout must be 'patches' or 'spectrogram', got {layout!r}")
+    if pcm.shape[1] < spec.min_samples:
+        raise ValueError(
+            f"log_mel: a clip of {pcm.shape[1]} samples is shorter than one window; it needs {spec.min_samples}"
+        )
+    if lengths is not None:
+        if lengths.shape != pcm.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"log_mel: lengths must be int32 or int64 [{len(pcm)}], got {lengths.dtype} {list(lengths.shape)}"
+            )
+        if lengths.device != pcm.device:
+            raise ValueError(f"log_mel: lengths are on {lengths.device}, pcm on {pcm.device}; move them together")
+
+
+def _check_values(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None) -> None:
+    if pcm.is_floating_point() and not bool(pcm.isfinite().all()):
+        raise ValueError("log_mel: pcm holds NaN or Inf")
+    if lengths is not None and len(lengths):
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < spec.min_samples or high > pcm.shape[1]:
+            raise ValueError(f"log_mel: lengths must be {spec.min_samples}..{pcm.shape[1]}, got {low}..{high}")
+
+
+def _normalise_waveform(x: torch.Tensor, kind: str, lengths: torch.Tensor | None) -> torch.Tensor:
+    if kind == "none":
+        return x
+    inside = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    if inside is None:
+        mean = x.mean(1, keepdim=True)
+    else:
+        mean = torch.where(inside, x, 0).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
+    x = x - mean
+    if kind == "mean":
+        return x
+    peak = (x if inside is None else torch.where(inside, x, 0)).abs().amax(1, keepdim=True)
+    return x / (peak + PEAK_EPS)
+
+
+def _log_mel_frames(x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, n_frames: int) -> torch.Tensor:
+    """Waveforms `[B, S]` -> `[B, M, n_frames]`, before the data set's normalisation."""
+    samples = x.shape[1]
+    filled = min(spec.frames(samples), n_frames)
+    x = _normalise_waveform(x, spec.waveform_norm, lengths)
+    first, span = spec.first_sample, (filled - 1) * spec.hop_length + spec.win_length
+    kaldi = spec.convention == "kaldi"
+    if first < 0 or first + span > samples or (lengths is not None and not (kaldi and spec.snip_edges)):
+        index = torch.arange(first, first + span, device=x.device)
+        if lengths is None:
+            x = x[:, _mirror(index, samples, kaldi)]
+        else:
+            x = x.gather(1, _mirror(index[None], lengths[:, None], kaldi))
+    else:
+        x = x[:, first : first + span]
+    frames_BTW = x.unfold(1, spec.win_length, spec.hop_length)
+    if kaldi and spec.remove_dc_offset:
+        frames_BTW = frames_BTW - frames_BTW.mean(-1, keepdim=True)
+    if kaldi and spec.preemphasis:
+        before = torch.cat((frames_BTW[..., :1], frames_BTW[..., :-1]), -1)
+        frames_BTW = frames_BTW - spec.preemphasis * before
+    window, mel = _tables(spec, x.device, x.dtype)
+    spectrum_BTK = torch.fft.rfft(frames_BTW * window, n=spec.n_fft)
+    power_BTK = spectrum_BTK.real.square() + spectrum_BTK.imag.square()
+    out = ((power_BTK if spec.power == 2 else power_BTK.sqrt()) @ mel).clamp_min(spec.log_floor).log()
+    inside = None
+    if lengths is not None:
+        a, b = spec.frame_rule
+        counts = (lengths + a).div(spec.hop_length, rounding_mode="floor") + b
+        counts = torch.where(lengths >= spec.min_samples, counts, 0)
+        inside = (torch.arange(filled, device=x.device) < counts[:, None])[:, :, None]
+    if spec.log == "db":
+        out = out * ((10.0 if spec.power == 2 else 20.0) / math.log(10.0))
+        if spec.top_db is not None:
+            peak = out if inside is None else torch.where(inside, out, -math.inf)
+            out = torch.maximum(out, peak.amax((1, 2), keepdim=True) - spec.top_db)
+    if inside is not None:
+        out = torch.where(inside, out, 0)
+    return torch.nn.functional.pad(out.transpose(1, 2), (0, n_frames - filled))
+
+
+def log_mel_reference(
+    pcm: torch.Tensor,
+    spec: LogMelSpec,
+    *,
+    lengths: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: Layout = "patches",
+) -> torch.Tensor:
+    """Plain PyTorch definition of `log_mel`, in float32; in float64 for float64 `pcm` or `dtype`."""
+    _check(pcm, spec, lengths, dtype, layout)
+    batch, samples = pcm.shape
+    compute = torch.float64 if torch.float64 in (pcm.dtype, dtype) else torch.float32
+    if layout == "patches":
+        freq, time = spec.patch_grid(samples)
+        n_frames = time * spec.patch[1]
+    else:
+        n_frames = spec.frames(samples) if spec.n_frames is None else spec.n_frames
+    x = pcm.to(compute)
+    if pcm.dtype == torch.int16:
+        x = x / 32768.0
+    wanted = n_frames if spec.n_frames is None else spec.n_frames
+    step = max(1, 2**24 // (spec.frames(samples) * spec.n_fft))  # clips at once: 64 MB of frames
+    parts = [
+        _log_mel_frames(x[i : i + step], spec, None if lengths is None else lengths[i : i + step], wanted)
+        for i in range(0, batch, step)
+    ]
+    out = torch.cat(parts) if parts else x.new_empty(0, spec.n_mels, wanted)
+    out = torch.nn.functional.pad(out, (0, n_frames - wanted))
+    out = ((out - spec.mean) / spec.std).to(dtype)
+    if layout == "patches":
+        out = out.view(batch, freq, spec.patch[0], time, spec.patch[1]).transpose(2, 3)
+        out = out.reshape(batch, freq * time, spec.patch_dim)
+    return out
+
+
+def log_mel(
+    pcm: torch.Tensor,
+    spec: LogMelSpec,
+    *,
+    lengths: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    layout: Layout = "patches",
+    impl: str = "auto",
+    check: bool = False,
+) -> torch.Tensor:
+    """Log-mel features of PCM clips, as patches for a transformer or as a spectrogram.
+
+    Formula and conventions: `LogMelSpec`. No gradient flows to `pcm`.
+
+    Args:
+        pcm: `[B, S]` int16 (scaled by 1/32768) or float32 in [-1, 1].
+        spec: the front end.
+        lengths: int32 or int64 `[B]` on pcm's device: samples of each clip, the rest of its row being ignored. Frames
+            after a clip's last one are rows of zeros (before `mean`, `std`); a clip below `spec.min_samples` has none.
+        dtype: of the result: float32, bfloat16 or float16.
+        layout: "patches" or "spectrogram".
+        impl: "auto" or "reference".
+        check: also refuse NaN or Inf in `pcm` and `lengths` out of range (waits for the device).
+
+    Returns:
+        "patches": `[B, N, P]`, token n = f * time_patches + t (frequency-major), a patch being [mel, frame] flattened;
+        "spectrogram": `[B, n_mels, frames]`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device, or clips shorter than one window.
+    """
+    _check(pcm, spec, lengths, dtype, layout)
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"log_mel: impl must be 'auto' or 'reference', got {impl!r}")
+    if check:
+        _check_values(pcm, spec, lengths)
+    return log_mel_reference(pcm, spec, lengths=lengths, dtype=dtype, layout=layout)

@@ -1,0 +1,52 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Tests neither read nor fill the user's cache."""
+    if "AJEPA_TEST_CACHE" not in os.environ:
+        monkeypatch.setenv("AJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def audio_dir() -> Path:
+    """Real recordings, named by AJEPA_TEST_AUDIO."""
+    folder = os.environ.get("AJEPA_TEST_AUDIO")
+    if not folder:
+        pytest.skip("AJEPA_TEST_AUDIO is not set: no folder of real audio to test on")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> Path:
+    """Forty short WAV files of two classes (low and high tones) in two folders, 16 kHz, half a second to one long."""
+    root = tmp_path_factory.mktemp("tones")
+    rng = np.random.default_rng(0)
+    for label, base in (("low", 200), ("high", 2500)):
+        (root / label).mkdir()
+        for i in range(20):
+            t = np.arange(rng.integers(8_000, 16_000)) / 16_000
+            x = 0.3 * np.sin(2 * np.pi * base * rng.uniform(0.8, 1.2) * t) + 0.01 * rng.standard_normal(len(t))
+            soundfile.write(root / label / f"{i:02d}.wav", x.astype(np.float32), 16_000, subtype="PCM_16")
+    return root
+
+
+SMALL = [
+    *("--clip-seconds", "0.5", "--n-frames", "16", "--hop-length", "480", "--size", "tiny"),
+    *("--batch-size", "4", "--steps", "8", "--warmup-steps", "2", "--log-every", "2", "--watch-every", "4"),
+    *("--checkpoint-every", "3", "--compare-steps", "1", "--loader-threads", "1", "--min-context", "2"),
+]  # a run of a few seconds: 16 patches a clip
+
+
+@pytest.fixture
+def small_run(tones, tmp_path):
+    """Command line of a small run on `tones` in a new folder, and that folder."""
+    return ["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL], tmp_path / "run"

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ajepa import probe, train
+from ajepa.features import Evaluation, effective_rank, knn_accuracy, knn_predict, log_mel_features, mean_cosine, pool
+from ajepa_kernels import LogMelSpec, log_mel
+
+SPEC = LogMelSpec(n_mels=32, n_frames=64, patch=(8, 8))  # 16 kHz, hop 160, window 400: 4 x 8 patches
+
+
+def test_knn_votes_as_x_ares_does():
+    generator = torch.Generator().manual_seed(0)
+    train_x, test_x = torch.randn(60, 5, generator=generator), torch.randn(20, 5, generator=generator)
+    train_y = torch.randint(0, 4, (60,), generator=generator)
+    wanted = []
+    for x in test_x:
+        similarity = torch.stack([F.cosine_similarity(x, t, dim=0) for t in train_x])
+        nearest = similarity.argsort(descending=True)[:10]
+        weight = (similarity[nearest] / 0.07).softmax(0)
+        votes = [weight[train_y[nearest] == c].sum().item() for c in range(4)]
+        wanted.append(votes.index(max(votes)))
+    assert knn_predict(train_x, train_y, test_x).tolist() == wanted
+
+
+def test_knn_accuracy_is_perfect_on_separate_classes_and_chance_on_noise():
+    labels = torch.arange(400) % 4
+    test = torch.arange(400) % 5 == 0
+    noise = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    assert knn_accuracy(F.one_hot(labels).float().repeat(1, 2) * 50 + noise, labels, test) == 1.0
+    assert knn_accuracy(noise, labels, test) < 0.45
+
+
+def test_effective_rank_counts_directions():
+    x = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0))
+    assert effective_rank(x) == pytest.approx(5, abs=0.05)
+    assert effective_rank(x[:, :1] * torch.ones(5) + 3) == pytest.approx(1, abs=1e-3)
+
+
+def test_mean_cosine_is_the_mean_over_pairs():
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    pairs = [F.cosine_similarity(x[i], x[j], dim=0).item() for i in range(7) for j in range(7) if i != j]
+    assert mean_cosine(x) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert mean_cosine(torch.ones(5, 3)) == pytest.approx(1)
+
+
+def test_pooling_takes_real_frames_only_and_can_keep_the_frequency_axis():
+    latents = torch.randn(2, 32, 6)
+    lengths = torch.tensor([400 + 160 * 16, 400 + 160 * 63])  # 17 frames: three columns of patches; 64: all eight
+    grid = latents.view(2, 4, 8, 6)
+    means = torch.stack([grid[0, :, :3].mean(1), grid[1].mean(1)])
+    torch.testing.assert_close(pool(latents, SPEC, lengths, "concat"), means.flatten(1))
+    torch.testing.assert_close(pool(latents, SPEC, lengths, "mean"), means.mean(1))
+    assert pool(latents, SPEC, torch.tensor([3, 3]), "mean").isfinite().all()  # shorter than a window
+
+
+def test_log_mel_features_are_mean_and_deviation_over_real_frames():
+    pcm = torch.randint(-9999, 9999, (2, 10480), dtype=torch.int16)
+    lengths = torch.tensor([2960, 10480])
+    got = log_mel_features(SPEC)(pcm, lengths)
+    for row, (clip, n) in zip(got, zip(pcm, lengths.tolist(), strict=True), strict=True):
+        x = log_mel(clip[None, :n], SPEC, layout="spectrogram")[0][:, : SPEC.frames(n)]
+        torch.testing.assert_close(row, torch.cat([x.mean(1), x.std(1, unbiased=False)]), rtol=1e-4, atol=1e-4)
+
+
+def test_scores_without_labels_have_no_knn():
+    n = 8
+    clips = Evaluation(
+        pcm=torch.randint(-99, 99, (n, 10480), dtype=torch.int16),
+        lengths=torch.full((n,), 10480),
+        labels=torch.full((n,), -1),
+        is_test=torch.arange(n) % 4 == 3,
+        items=torch.arange(n),
+    )
+    scores = clips.score(log_mel_features(SPEC), torch.device("cpu"))
+    assert scores["knn_accuracy"] is None and scores["effective_rank"] > 1
+
+
+def test_probe_program_scores_a_run_and_refuses_what_is_not_one(tones, small_run, tmp_path, capsys):
+    argv, folder = small_run
+    assert train.main([*argv, "--compare-steps", "0"]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    capsys.readouterr()
+    assert probe.main([str(folder), "--data", str(tones)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split(" kNN")[0].strip() for line in lines]
+    assert names == [
+        "pooled log-mel",
+        "untrained encoder",
+        "trained encoder",
+    ]
+    figures = [float(line.split("kNN ")[1].rstrip("%")) / 100 for line in lines]
+    keys = ("knn_accuracy_log_mel", "knn_accuracy_untrained", "knn_accuracy")
+    assert figures == pytest.approx([summary[key] for key in keys], abs=6e-4)  # the run watched the same clips
+
+    assert probe.main([str(tmp_path), "--data", str(tones)]) == 2
+    assert "config.json" in capsys.readouterr().err
+    (folder / "encoder.safetensors").write_bytes(b"\x80\x04.")
+    assert probe.main([str(folder), "--data", str(tones)]) == 2
+    assert "encoder.safetensors" in capsys.readouterr().err
+    assert probe.main([str(folder), "--data", str(tones), "--folds", "speaker"]) == 2

@@ -1,0 +1,203 @@
+"""log_mel against torchaudio (in float64 where it can) over both conventions and awkward input."""
+
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ajepa._torchaudio import import_torchaudio
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+
+torchaudio = import_torchaudio()
+AUDIO_JEPA = LOG_MEL_PRESETS["audio-jepa"]
+
+
+def torchaudio_log_mel(x: torch.Tensor, spec: LogMelSpec) -> torch.Tensor:
+    """One clip `[S]` through torchaudio -> `[M, T]`, before padding and data-set normalisation."""
+    if spec.convention == "kaldi":
+        ms = 1000 / spec.sample_rate
+        out = torchaudio.compliance.kaldi.fbank(
+            x[None], sample_frequency=spec.sample_rate, frame_length=(spec.win_length + 1e-3) * ms,
+            frame_shift=(spec.hop_length + 1e-3) * ms, num_mel_bins=spec.n_mels, low_freq=spec.f_min,
+            high_freq=spec.f_max or 0.0, window_type={"hann": "hanning"}.get(spec.window, spec.window),
+            preemphasis_coefficient=spec.preemphasis, remove_dc_offset=spec.remove_dc_offset,
+            snip_edges=spec.snip_edges, use_power=spec.power == 2,
+        )  # fmt: skip
+        return out.T
+    window = torch.hamming_window if spec.window == "hamming" else torch.hann_window
+    mel = torchaudio.transforms.MelSpectrogram(
+        spec.sample_rate, spec.n_fft, spec.win_length, spec.hop_length, f_min=spec.f_min, f_max=spec.f_max,
+        n_mels=spec.n_mels, window_fn=window, power=spec.power, center=spec.center, norm=spec.mel_norm,
+        mel_scale=spec.mel_scale,
+    )  # fmt: skip
+    mel.spectrogram.window = window(spec.win_length, dtype=torch.float64).to(x.dtype)
+    mel.mel_scale.to(x.dtype)
+    out = mel(x)
+    if spec.log == "ln":
+        return out.clamp_min(spec.log_floor).log()
+    decibel = torchaudio.transforms.AmplitudeToDB("power" if spec.power == 2 else "magnitude", spec.top_db)
+    decibel.amin = spec.log_floor
+    return decibel(out)
+
+
+def clips(samples: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    """Noise under a slow envelope, plus a chirp: loud and quiet frames, int16."""
+    g = torch.Generator().manual_seed(seed)
+    t = torch.linspace(0, 1, samples)
+    x = 0.2 * torch.randn(batch, samples, generator=g) * torch.exp(-4 * t) + 0.3 * torch.sin(2000 * t + 9000 * t * t)
+    return (x.clamp(-1, 1) * 32767).round().to(torch.int16)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_about_empty_bands():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*mel (bands|filterbank).*")
+        yield
+
+
+KALDI = {
+    "a-jepa": replace(LOG_MEL_PRESETS["a-jepa"], n_frames=None, mean=0.0, std=1.0),
+    "povey, mirrored ends": LogMelSpec(window="povey", snip_edges=False, n_mels=23),
+    "hamming, raw": LogMelSpec(window="hamming", preemphasis=0.0, remove_dc_offset=False, f_max=7000.0, n_mels=40),
+    "audio-jepa": replace(AUDIO_JEPA, n_frames=None, waveform_norm="none"),
+    "magnitude": LogMelSpec(power=1, n_mels=40, hop_length=400, snip_edges=False),
+    "window shorter than hop": LogMelSpec(win_length=300, hop_length=500, snip_edges=False, n_mels=40),
+}
+TORCHAUDIO = {
+    "audio-jepa-16k": replace(LOG_MEL_PRESETS["audio-jepa-16k"], n_frames=None),
+    "whisper": replace(LOG_MEL_PRESETS["whisper"], n_frames=None, mean=0.0, std=1.0),
+    "htk, magnitude": LogMelSpec(convention="torchaudio", n_mels=40, f_min=0.0, power=1, log="db", top_db=60.0),
+    "no centre, ln": LogMelSpec(convention="torchaudio", center=False, n_mels=64, window="hamming", mel_norm="slaney"),
+}
+
+
+@pytest.mark.parametrize("name", KALDI | TORCHAUDIO)
+def test_equals_torchaudio(name):
+    spec = (KALDI | TORCHAUDIO)[name]
+    pcm = clips(2 * spec.sample_rate)
+    exact = torch.stack([torchaudio_log_mel(x, spec) for x in pcm.double() / 32768])
+    out = log_mel_reference(pcm, spec, layout="spectrogram", dtype=torch.float64)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-9)
+    theirs = torch.stack([torchaudio_log_mel(x, spec) for x in pcm.float() / 32768])
+    out = log_mel_reference(pcm, spec, layout="spectrogram")
+    assert (out - exact).abs().max() < 2 * (theirs - exact).abs().max() + 1e-4  # float32 errs alike in both
+
+
+def test_presets():
+    """Frames, tokens and padding of the published front ends on their published clip lengths."""
+    assert AUDIO_JEPA.frames(320_000) == 254 and AUDIO_JEPA.grid == (8, 16) and AUDIO_JEPA.n_patches == 128
+    assert LOG_MEL_PRESETS["a-jepa"].frames(160_000) == 998 and LOG_MEL_PRESETS["a-jepa"].n_patches == 512
+    assert LOG_MEL_PRESETS["audio-jepa-16k"].frames(160_000) == 257
+    assert LOG_MEL_PRESETS["whisper"].frames(480_000) == 3001
+    out = log_mel(clips(320_000), AUDIO_JEPA, layout="spectrogram")
+    assert out.shape == (2, 128, 256) and not out[:, :, 254:].any() and out[:, :, 253].all()
+    spec = LOG_MEL_PRESETS["a-jepa"]
+    out = log_mel(clips(160_000), spec, layout="spectrogram")
+    torch.testing.assert_close(out[:, :, 998:], torch.full((2, 128, 26), -spec.mean / spec.std))
+
+
+def test_whisper_formula():
+    """log10, everything below max - 8 raised to it, (x + 4) / 4, the last frame dropped."""
+    pcm = clips(480_000, batch=1)
+    mel = torchaudio.transforms.MelSpectrogram(16000, 400, None, 160, n_mels=80, norm="slaney", mel_scale="slaney")
+    expected = mel(pcm.float() / 32768)[..., :-1].clamp(min=1e-10).log10()
+    expected = (torch.maximum(expected, expected.max() - 8.0) + 4.0) / 4.0
+    out = log_mel(pcm, LOG_MEL_PRESETS["whisper"], layout="spectrogram")
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mean", "peak"])
+def test_waveform_norm(kind):
+    pcm = clips(320_000)
+    x = pcm.double() / 32768
+    x = x - x.mean(1, keepdim=True)
+    if kind == "peak":
+        x = x / (x.abs().amax(1, keepdim=True) + 1e-6)
+    spec = replace(AUDIO_JEPA, n_frames=None, waveform_norm=kind)
+    expected = torch.stack([torchaudio_log_mel(row, spec) for row in x])
+    out = log_mel(pcm, spec, layout="spectrogram")
+    torch.testing.assert_close(out, expected.float(), rtol=0, atol=1e-3)
+
+
+def test_silence_is_the_floor():
+    out = log_mel(torch.zeros(1, 320_000, dtype=torch.int16), replace(AUDIO_JEPA, n_frames=None), layout="spectrogram")
+    torch.testing.assert_close(out, torch.full_like(out, math.log(AUDIO_JEPA.log_floor)))
+
+
+def test_patch_order():
+    """Token n = f * time_patches + t; inside a patch [mel, frame]."""
+    spec = replace(AUDIO_JEPA, patch=(32, 8))
+    pcm = clips(320_000)
+    tokens, spectrogram = log_mel(pcm, spec), log_mel(pcm, spec, layout="spectrogram")
+    freq, time = spec.grid
+    assert tokens.shape == (2, freq * time, 256)
+    for f, t in ((0, 0), (1, 5), (freq - 1, time - 1)):
+        block = spectrogram[:, 32 * f : 32 * f + 32, 8 * t : 8 * t + 8]
+        torch.testing.assert_close(tokens[:, f * time + t].view(2, 32, 8), block, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["povey, mirrored ends", "audio-jepa", "audio-jepa-16k", "whisper", "no centre, ln"])
+def test_ragged_lengths(name):
+    """A clip's features are those of the clip alone; frames it does not have are zeros."""
+    spec = replace((KALDI | TORCHAUDIO)[name], waveform_norm="peak")
+    pcm = clips(40_000, batch=4)
+    lengths = torch.tensor([40_000, 31_111, spec.min_samples, spec.min_samples - 1])
+    out = log_mel(pcm, spec, lengths=lengths, layout="spectrogram")
+    for row, clip, n in zip(out, pcm, lengths.tolist(), strict=True):
+        frames = spec.frames(n)
+        if frames:
+            alone = log_mel(clip[None, :n], spec, layout="spectrogram")[0]
+            torch.testing.assert_close(row[:, :frames], alone, rtol=0, atol=2e-4 if spec.log == "ln" else 2e-3)
+        assert not row[:, frames:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"n_fft": 500}, "n_fft"), ({"n_fft": 16384}, "n_fft"), ({"win_length": 513}, "win_length"),
+        ({"hop_length": 0}, "hop_length"), ({"n_mels": 257}, "n_mels"), ({"f_max": 8001.0}, "Nyquist"),
+        ({"f_min": 9000.0}, "f_min"), ({"preemphasis": 2.0}, "preemphasis"), ({"floor": 0.0}, "floor"),
+        ({"top_db": 80.0}, "top_db"), ({"n_frames": 0}, "n_frames"), ({"std": 0.0}, "std"),
+        ({"mean": math.inf}, "mean"),
+        ({"patch": (16,)}, "patch"), ({"convention": "htk"}, "convention"), ({"window": "kaiser"}, "window"),
+        ({"convention": "torchaudio", "window": "povey"}, "povey"), ({"center": False}, "center"),
+        ({"convention": "torchaudio", "snip_edges": False}, "snip_edges"), ({"mel_scale": "slaney"}, "mel_scale"),
+        ({"power": 3}, "power"), ({"sample_rate": 0}, "sample_rate"), ({"mel_norm": "slaney"}, "mel_norm"),
+    ],
+)  # fmt: skip
+def test_impossible_specs(change, match):
+    with pytest.raises(ValueError, match=match):
+        LogMelSpec(**change)
+
+
+def test_bad_calls():
+    spec, pcm = LogMelSpec(n_mels=40), clips(16000)
+    for bad, error, match in (
+        (lambda: log_mel(pcm[0], spec), ValueError, "batch dimension"),
+        (lambda: log_mel(pcm.int(), spec), TypeError, "int16"),
+        (lambda: log_mel(pcm, spec, dtype=torch.int16), TypeError, "dtype"),
+        (lambda: log_mel(pcm, spec, layout="mel"), ValueError, "layout"),
+        (lambda: log_mel(pcm, spec, impl="cuda"), ValueError, "impl"),
+        (lambda: log_mel(pcm[:, :399], spec), ValueError, "shorter than one window"),
+        (lambda: log_mel(pcm, spec), ValueError, "patch height"),
+        (lambda: log_mel(pcm, spec, lengths=torch.tensor([1])), ValueError, "lengths"),
+        (lambda: log_mel(pcm, spec, lengths=torch.tensor([1.0, 2.0])), ValueError, "lengths"),
+        (lambda: log_mel(pcm.float() / 0, spec, check=True), ValueError, "NaN"),
+        (lambda: log_mel(pcm, spec, lengths=torch.tensor([16001, 400]), check=True), ValueError, "lengths"),
+    ):
+        with pytest.raises(error, match=match):
+            bad()
+    with pytest.raises(ValueError, match="n_frames"):
+        _ = spec.grid
+
+
+def test_empty_bands_warn_once():
+    spec = LogMelSpec(sample_rate=16001)  # a spec no other test has cached
+    with pytest.warns(UserWarning, match=r"mel bands \[.*\] of 128"):
+        out = log_mel(clips(16000), spec, layout="spectrogram")
+    assert (out[:, 0] == math.log(spec.log_floor)).all() or (out.amin((0, 2)) == math.log(spec.log_floor)).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_mel(clips(16000), spec)

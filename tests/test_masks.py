@@ -1,0 +1,178 @@
+import math
+
+import pytest
+import torch
+
+from ajepa.config import MaskConfig
+from ajepa.masks import (
+    Masks,
+    MaskSampler,
+    block_masks,
+    curriculum_probability,
+    random_masks,
+    time_frequency_masks,
+)
+
+GRIDS = [(8, 16), (8, 64), (8, 8), (3, 11)]
+FAMILIES = ["random", "block", "time-frequency", "curriculum"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rectangle(mask_FT):
+    """(height, width) of a mask that must be one solid rectangle."""
+    rows, columns = mask_FT.any(1).nonzero()[:, 0], mask_FT.any(0).nonzero()[:, 0]
+    height, width = (int(x.max() - x.min()) + 1 for x in (rows, columns))
+    assert int(mask_FT.sum()) == height * width
+    return height, width
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_random_masks_split_every_clip_at_one_share_and_cover_patches_evenly(grid):
+    context, targets = random_masks(4000, grid, (0.4, 0.6), generator())
+    assert targets.shape == (4000, 1, math.prod(grid))
+    assert torch.equal(context, ~targets[:, 0])
+    shares = targets.float().mean(-1).unique()
+    assert len(shares) == 1 and 0.4 - 0.5 / math.prod(grid) <= shares.item() <= 0.6 + 0.5 / math.prod(grid)
+    assert len(context.unique(dim=0)) > 100 or math.prod(grid) < 40  # an own permutation each
+    coverage = targets[:, 0].float().mean(0)
+    assert (coverage - shares).abs().max() < 5 * math.sqrt(0.25 / 4000)
+
+
+def test_random_ratio_is_uniform_between_batches():
+    ratios = torch.tensor([random_masks(1, (8, 16), (0.4, 0.6), generator(s))[1].float().mean() for s in range(2000)])
+    assert ratios.min() < 0.41 and ratios.max() > 0.59
+    assert abs(ratios.mean() - 0.5) < 0.01 and abs(ratios.std() - 0.2 / math.sqrt(12)) < 0.004
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_block_targets_are_rectangles_of_the_asked_area_and_never_seen(grid):
+    F, T = grid
+    context, targets = block_masks(500, grid, 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), generator())
+    assert not (context[:, None] & targets).any()
+    for block in targets.flatten(0, 1)[:300]:
+        height, width = rectangle(block.view(F, T))
+        assert abs(height * width / (F * T) - 0.175) <= 0.025 + 0.5 * height / (F * T)  # width is rounded
+    heights = {rectangle(b.view(F, T))[0] for b in targets.flatten(0, 1)[:300]}
+    lowest, highest = F * math.sqrt(0.15 * 0.75), F * math.sqrt(0.2 * 1.5)
+    assert heights <= set(range(round(lowest), round(highest) + 1))
+    assert len(context.sum(-1).unique()) > 3  # ragged
+
+
+@pytest.mark.parametrize("grid", [(8, 64), (8, 16), (16, 16)])
+def test_time_frequency_context_shares_no_row_or_column_with_a_target(grid):
+    context, targets = time_frequency_masks(500, grid, 3, (0.05, 0.075), (0.75, 1.5), (0.85, 1.0), 10, generator())
+    F, T = grid
+    seen, union = context.view(-1, F, T), targets.any(1).view(-1, F, T)
+    assert not (seen & union).any()
+    rows_clash = (seen.any(2) & union.any(2)).any(1)
+    columns_clash = (seen.any(1) & union.any(1)).any(1)
+    strict = ~rows_clash & ~columns_clash
+    assert strict.float().mean() > 0.5
+    assert (seen.sum((1, 2)) >= 10).float().mean() > 0.99
+    # A context that had to be relaxed was too small under the strict rule.
+    strict_count = ((~union.any(2)).sum(1) * (~union.any(1)).sum(1))[~strict]
+    assert (strict_count < 10 + F * T * 0.15).all()
+
+
+def test_curriculum_probability_is_the_published_formula():
+    for step, steps, c0 in [(0, 100, 0.01), (1, 100, 0.01), (50, 100, 0.01), (100, 100, 0.01), (7, 30, 0.2)]:
+        expected = min(1.0, (step * (1 - c0**2) / steps + c0**2) ** 0.5)
+        assert curriculum_probability(step, steps, c0) == pytest.approx(expected, abs=1e-12)
+    assert curriculum_probability(0, 10) == pytest.approx(0.01)
+    assert curriculum_probability(10, 10) == 1.0
+
+
+def test_curriculum_moves_from_blocks_to_time_frequency():
+    sampler = MaskSampler(MaskConfig(mask="curriculum"), (8, 64))
+    groups = {step: len(sampler(step, 1000, 600).predict_cu) - 1 for step in (0, 250, 1000)}
+    share = {step: (4 * 600 - n) / 600 for step, n in groups.items()}  # a time-frequency clip has 3 groups, not 4
+    assert share[0] == pytest.approx(0.01, abs=0.02)
+    assert share[250] == pytest.approx(0.5, abs=0.08)
+    assert share[1000] == 1.0
+
+
+@pytest.mark.parametrize("mask", FAMILIES)
+@pytest.mark.parametrize("masks_per_clip", [1, 3])
+def test_packing_says_the_same_as_the_booleans(mask, masks_per_clip):
+    grid, B, N = (8, 16), 7, 128
+    cfg = MaskConfig(mask=mask, masks_per_clip=masks_per_clip)
+    masks = MaskSampler(cfg, grid, seed=3)(5, 10, B)
+    contexts = [masks.context[a:b] for a, b in zip(masks.context_cu[:-1], masks.context_cu[1:], strict=True)]
+    assert len(contexts) == B * masks_per_clip
+    for r, context in enumerate(contexts):
+        assert (context // N == r // masks_per_clip).all() and (context.diff() > 0).all()
+        assert len(context) >= min(cfg.min_context, N // 4)
+    assert masks.max_context == max(map(len, contexts))
+    pieces = list(zip(masks.predict_cu[:-1], masks.predict_cu[1:], strict=True))
+    assert masks.max_predict == max(int(b - a) for a, b in pieces)
+    answered = []
+    owners = torch.repeat_interleave(torch.arange(len(contexts)), masks.context_cu.diff())
+    for a, b in pieces:
+        rows = masks.predict[a:b]
+        shown, asked = rows[rows < len(masks.context)], rows[rows >= len(masks.context)] - len(masks.context)
+        owner = int(owners[shown[0]])
+        assert torch.equal(masks.context[shown], contexts[owner])
+        targets = masks.target[asked]
+        assert len(targets) and (targets // N == owner // masks_per_clip).all()
+        assert not torch.isin(targets, contexts[owner]).any()
+        answered.append(asked)
+    assert torch.equal(torch.cat(answered), torch.arange(len(masks.target)))
+    assert torch.equal(masks.predict[masks.predicted] - len(masks.context), torch.arange(len(masks.target)))
+
+
+@pytest.mark.parametrize("mask", FAMILIES)
+def test_draws_depend_on_seed_rank_and_step_alone(mask):
+    def draw(seed=0, rank=0, step=4):
+        return MaskSampler(MaskConfig(mask=mask), (8, 16), seed=seed, rank=rank)(step, 10, 4).context
+
+    assert torch.equal(draw(), draw())
+    for other in (draw(seed=1), draw(rank=1), draw(step=5)):
+        assert not torch.equal(draw(), other)
+
+
+@pytest.mark.parametrize("mask", FAMILIES)
+@pytest.mark.parametrize("masks_per_clip", [1, 2])
+def test_fixed_token_budget_gives_static_shapes_and_ragged_clips(mask, masks_per_clip):
+    cfg = MaskConfig(mask=mask, masks_per_clip=masks_per_clip, fixed_token_budget=True)
+    sampler = MaskSampler(cfg, (8, 16))
+    draws = [sampler(step, 20, 16) for step in range(20)]
+    shapes = {(len(m.context), len(m.target), len(m.predict), len(m.predict_cu)) for m in draws}
+    assert len(shapes) == 1
+    assert all(len(m.context_cu.diff().unique()) > 1 for m in draws)
+    assert min(int(m.context_cu.diff().min()) for m in draws) >= sampler.minimum
+    for m in draws:  # a context and its own targets stay apart
+        owner = torch.repeat_interleave(torch.arange(16 * masks_per_clip), m.context_cu.diff())
+        for a, b in zip(m.predict_cu[:-1], m.predict_cu[1:], strict=True):
+            rows = m.predict[a:b]
+            shown = m.context[rows[rows < len(m.context)]]
+            assert not torch.isin(m.target[rows[rows >= len(m.context)] - len(m.context)], shown).any()
+        assert len(owner) == len(m.context)
+
+
+def test_random_budget_stays_within_the_asked_ratios():
+    cfg = MaskConfig(mask="random", mask_ratio=(0.4, 0.6), fixed_token_budget=True)
+    masks = MaskSampler(cfg, (8, 16))(0, 1, 64)
+    assert len(masks.context) == 64 * 64
+    visible = masks.context_cu.diff()
+    assert visible.min() >= 128 * 0.4 - 8 and visible.max() <= 128 * 0.6 + 8
+
+
+def test_contexts_keep_their_minimum_where_targets_cover_nearly_everything():
+    cfg = MaskConfig(mask="block", block_targets=12, block_scale=(0.5, 0.9), min_context=16)
+    masks = MaskSampler(cfg, (8, 16))(0, 1, 32)
+    assert masks.context_cu.diff().min() >= 16
+    assert len(masks.target) > 0
+
+
+def test_pack_accepts_a_context_without_targets():
+    context = torch.ones(2, 6, dtype=torch.bool)
+    targets = torch.zeros(2, 1, 6, dtype=torch.bool)
+    context[1, :2], targets[1, 0, :2] = False, True
+    masks = Masks.pack(context, targets, 1)
+    assert masks.context_cu.tolist() == [0, 6, 10]
+    assert masks.target.tolist() == [6, 7]
+    assert masks.predict_cu.tolist() == [0, 6]
+    assert masks.predict.tolist() == [6, 7, 8, 9, 10, 11]

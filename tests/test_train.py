@@ -1,0 +1,356 @@
+"""The program as a user meets it: a run to its end, interruption and exact resume, wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ajepa.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_latest, read_verified, save_checkpoint
+from ajepa.config import PRESETS
+from ajepa.engine import Engine
+from ajepa.masks import MaskSampler
+from ajepa.train import main
+
+SUMMARY_KEYS = {
+    "steps", "clips_per_second", "data_wait_share", "final_loss", "target_variance", "effective_rank", "knn_accuracy",
+    "knn_accuracy_untrained", "knn_accuracy_log_mel", "plain_clips_per_second", "speedup_over_plain", "files_skipped",
+}  # fmt: skip
+
+
+def weights(folder):
+    last = checkpoints(folder / "checkpoints")[-1]
+    return {name: load_file(last / name) for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def assert_same_bits(a, b):
+    for name in a:
+        assert a[name].keys() == b[name].keys()
+        for key in a[name]:
+            assert torch.equal(a[name][key], b[name][key]), key
+
+
+@pytest.fixture(scope="module")
+def finished(tones, tmp_path_factory):
+    """A small run that was never interrupted."""
+    from conftest import SMALL
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["--data", str(tones), "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["steps"] == 8 and summary["files_skipped"] == 0
+    assert summary["clips_per_second"] > 0 and 0 <= summary["data_wait_share"] < 1
+    assert summary["speedup_over_plain"] > 0
+    assert summary["knn_accuracy_log_mel"] > 0.9  # low against high tones
+    config = json.loads((finished / "config.json").read_text())
+    assert config["optim"]["steps"] == 8 and config["front_end"]["n_frames"] == 16
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "lr" in r] == [2, 4, 6, 8]
+    assert [r["step"] for r in records if "target_variance" in r] == [4, 8]
+    for name in ("curves.png", "masks.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert any((finished / "tensorboard").iterdir())
+    assert len(checkpoints(finished / "checkpoints")) == 3
+    assert (finished / "skipped.tsv").read_text() == "path\treason\n"
+
+
+def test_exported_encoder_is_the_ema_target_encoder(finished):
+    encoder = load_file(finished / "encoder.safetensors")
+    model = load_file(checkpoints(finished / "checkpoints")[-1] / "model.safetensors")
+    assert encoder.keys() == {k.split(".", 1)[1] for k in model if k.startswith("target_encoder.")}
+    assert all(torch.equal(value, model[f"target_encoder.{key}"]) for key, value in encoder.items())
+
+
+def test_the_same_command_trains_the_same_weights(finished, small_run):
+    argv, folder = small_run
+    assert main(argv) == 0
+    assert_same_bits(weights(folder), weights(finished))
+
+
+def run_process(argv, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ajepa.train", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None and not condition():
+            pytest.fail(f"ended early:\n{process.communicate()[0]}")
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("first", [3, 6])
+def test_a_killed_run_resumes_to_the_same_bits(finished, small_run, first):
+    argv, folder = small_run
+    process = run_process(argv)
+    wait_for(lambda: (folder / "checkpoints" / f"step_{first:08d}").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "summary.json").exists()
+    assert main([*argv, "--resume"]) == 0
+    assert_same_bits(weights(folder), weights(finished))
+    ours, theirs = ([json.loads(s)["loss"] for s in (f / "metrics.jsonl").read_text().splitlines() if '"lr"' in s]
+                    for f in (folder, finished))  # fmt: skip
+    assert len(ours) == len(theirs) and ours[-1] == theirs[-1]
+
+
+def test_ctrl_c_saves_and_resume_continues_to_the_same_bits(finished, small_run):
+    argv, folder = small_run
+    slow = [*argv, "--checkpoint-every", "1000"]  # only the interruption saves
+    process = run_process(slow)
+    wait_for(lambda: '"step": 2' in (folder / "metrics.jsonl").read_text() if folder.exists() and
+             (folder / "metrics.jsonl").exists() else False, process)  # fmt: skip
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "--resume" in output and "Traceback" not in output
+    assert len(checkpoints(folder / "checkpoints")) == 1
+    assert main([*argv, "--resume"]) == 0
+    assert_same_bits(weights(folder), weights(finished))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, small_run, capsys):
+    argv, folder = small_run
+    process = run_process(argv)
+    wait_for(lambda: (folder / "checkpoints" / "step_00000006").exists(), process)
+    process.kill()
+    process.wait()
+    newest = checkpoints(folder / "checkpoints")[-1] / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert main([*argv, "--resume"]) == 0
+    assert str(newest) in capsys.readouterr().err
+    assert_same_bits(weights(folder), weights(finished))
+
+
+def test_resuming_a_finished_run_says_so(finished, tones, capsys):
+    from conftest import SMALL
+
+    before = (finished / "summary.json").read_bytes()
+    assert main(["--data", str(tones), "--out", str(finished), *SMALL, "--resume"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_bad_files_are_skipped_listed_and_counted(tones, tmp_path, small_run):
+    import shutil
+
+    argv, folder = small_run
+    data = tmp_path / "mixed data\nset"
+    shutil.copytree(tones, data)
+    (data / "low" / "empty.wav").touch()
+    (data / "low" / "garbage.flac").write_bytes(np.random.default_rng(0).bytes(5000))
+    (data / "high" / "cut.wav").write_bytes((tones / "high" / "00.wav").read_bytes()[:3000])
+    argv[1] = str(data)
+    assert main(argv) == 0
+    assert json.loads((folder / "summary.json").read_text())["files_skipped"] == 3
+    listed = (folder / "skipped.tsv").read_text().splitlines()[1:]
+    assert len(listed) == 3 and all("\t" in line for line in listed)
+    assert {line.split("\t")[0].rsplit("/", 1)[1] for line in listed} == {"empty.wav", "garbage.flac", "cut.wav"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--preset", "huge"], ["--preset huge", "audio-jepa"]),
+        (["--data", "/no/such/folder"], ["/no/such/folder"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
+        (["--steps", "10"], ["--warmup-steps", "--steps 10"]),
+        (["--mask-ratio", "0.9", "0.2"], ["--mask-ratio"]),
+        (["--mask-ratio", "0.5", "1.0"], ["--mask-ratio"]),
+        (["--clip-seconds", "0.01"], ["--clip-seconds", "--win-length"]),
+        (["--clip-seconds", "9"], ["--clip-seconds", "--n-frames"]),
+        (["--target-layers", "9"], ["--target-layers 9"]),
+        (["--predictor-heads", "5"], ["--predictor-width"]),
+        (["--ema-start", "1.5"], ["--ema-start"]),
+        (["--min-context", "60"], ["--min-context"]),
+        (["--compare", "--resume"], ["--compare"]),
+        (["--out", "/proc/nowhere"], ["--out /proc/nowhere"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_in_one_line_that_names_it(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("argv", [["--no-such-flag", "1"], ["--steps", "many"], ["--mask", "spiral"]])
+def test_unknown_flags_and_values_are_refused_by_name(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert argv[0].lstrip("-") in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_is_refused_where_there_is_none(capsys):
+    assert main(["--device", "cuda"]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_an_existing_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tones, capsys):
+    from conftest import SMALL
+
+    argv = ["--data", str(tones), "--out", str(finished), *SMALL]
+    assert main(argv) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*argv, "--resume", "--lr", "0.5"]) == 2
+    assert "--lr 0.5" in capsys.readouterr().err
+
+
+def test_a_foreign_configuration_is_refused(finished, tmp_path, capsys):
+    raw = json.loads((finished / "config.json").read_text())
+    for broken in ("{", json.dumps({**raw, "secret": 1}), json.dumps({**raw, "seed": "x"})):
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(broken)
+        assert main(["--out", str(folder), "--resume"]) == 2
+        assert str(folder / "config.json") in capsys.readouterr().err
+
+
+def test_non_finite_steps_leave_the_weights_alone_and_end_the_run_with_a_diagnosis(small_run, capsys):
+    argv, folder = small_run
+    assert main([*argv, "--std", "1e-38", "--max-bad-steps", "4"]) == 2  # patches overflow to infinity
+    error = capsys.readouterr().err
+    assert "not finite for 4 steps in a row" in error and "--lr" in error
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["bad_steps"] == 4 and records[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_a_bad_step_changes_nothing(impl):
+    cfg = replace(PRESETS["tiny"], impl=impl)
+    engine = Engine(cfg, torch.device("cpu"))
+    masks = MaskSampler(cfg.mask, cfg.front_end.grid)(0, 10, 2)
+    pcm = torch.randint(-9999, 9999, (2, 32_000), dtype=torch.int16)
+    lengths = torch.full((2,), 32_000, dtype=torch.int32)
+    assert engine.step(pcm, lengths, masks, 300).bad == 0
+    with torch.no_grad():
+        engine.model.predictor.mask_token[0] = torch.inf
+    before = {name: p.clone() for name, p in engine.model.named_parameters()}
+    moments = [s["exp_avg"].clone() for s in engine.optimizer.state.values()]
+    assert engine.step(pcm, lengths, masks, 301).bad == 1
+    if impl == "reference":  # swa_utils' average knows of no bad steps: it moves towards the unchanged weights
+        before = {name: p for name, p in before.items() if not name.startswith("target_encoder")}
+    now = dict(engine.model.named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in before.items())
+    assert all(torch.equal(s["exp_avg"], m) for s, m in zip(engine.optimizer.state.values(), moments, strict=True))
+
+
+def test_engines_train_alike(tones):
+    """From one seed, plain PyTorch (torchaudio, torch's AdamW and EMA) and ours go through the same losses."""
+    losses = {}
+    for impl in ("reference", "fused"):
+        cfg = replace(PRESETS["tiny"], impl=impl)
+        engine = Engine(cfg, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        pcm = torch.randint(-9999, 9999, (4, 32_000), dtype=torch.int16, generator=generator)
+        lengths = torch.full((4,), 32_000, dtype=torch.int32)
+        sampler = MaskSampler(cfg.mask, cfg.front_end.grid)
+        losses[impl] = [engine.step(pcm, lengths, sampler(s, 600, 4), s * 20).loss.item() for s in range(8)]
+    assert losses["fused"][-1] < losses["fused"][0]
+    np.testing.assert_allclose(losses["fused"], losses["reference"], rtol=2e-3)
+
+
+def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys):
+    argv, folder = small_run
+    assert main([*argv, "--compare", "--impl", "reference"]) == 0
+    out = capsys.readouterr().out
+    assert "reference" in out and "compile" in out and "clips/s" in out
+    assert not folder.exists()
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def engine(self):
+        return Engine(PRESETS["tiny"], torch.device("cpu"))
+
+    def test_round_trip_and_pruning(self, engine, tmp_path):
+        for step in (1, 2, 3, 4):
+            save_checkpoint(tmp_path, step, engine, {"counts": step}, keep=2)
+        assert [p.name for p in checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+        state, damaged = load_latest(tmp_path, engine)
+        assert state["step"] == 4 and state["counts"] == 4 and not damaged
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"])
+    @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty"])
+    def test_any_damage_is_caught(self, engine, tmp_path, name, damage):
+        path = save_checkpoint(tmp_path, 1, engine, {}, keep=1) / name
+        data = path.read_bytes()
+        if damage == "remove":
+            path.unlink()
+        else:
+            flipped = bytearray(data)
+            flipped[len(data) // 3] ^= 4
+            path.write_bytes({"flip": bytes(flipped), "truncate": data[:-1], "empty": b""}[damage])
+        with pytest.raises(CheckpointError, match="step_00000001"):
+            load_checkpoint(path.parent, engine)
+
+    def test_a_pickle_never_runs(self, engine, tmp_path):
+        import hashlib
+        import pickle
+
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "exploded"),)
+
+        path = save_checkpoint(tmp_path, 1, engine, {}, keep=1)
+        bomb = pickle.dumps(Bomb())
+        (path / "model.safetensors").write_bytes(bomb)
+        sums = json.loads((path / "checksums.json").read_text())
+        sums["model.safetensors"] = hashlib.sha256(bomb).hexdigest()
+        (path / "checksums.json").write_text(json.dumps(sums))
+        with pytest.raises(CheckpointError, match="not safetensors"):
+            load_checkpoint(path, engine)
+        torch.save(Bomb(), tmp_path / "step_00000002.pt")
+        assert read_verified(path) and not (tmp_path / "exploded").exists()
+
+    def test_another_models_checkpoint_is_refused_untouched(self, engine, tmp_path):
+        path = save_checkpoint(tmp_path, 1, engine, {}, keep=1)
+        cfg = PRESETS["tiny"]
+        other = Engine(replace(cfg, model=replace(cfg.model, predictor_width=48)), torch.device("cpu"))
+        before = {k: v.clone() for k, v in other.model.state_dict().items()}
+        with pytest.raises(CheckpointError, match="another model"):
+            load_checkpoint(path, other)
+        assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
+
+    def test_a_full_disk_leaves_earlier_checkpoints(self, engine, tmp_path, monkeypatch):
+        save_checkpoint(tmp_path, 1, engine, {}, keep=1)
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("ajepa.checkpoint.write_synced", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save_checkpoint(tmp_path, 2, engine, {}, keep=1)
+        assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+        assert load_latest(tmp_path, engine)[0]["step"] == 1
+
+    def test_leftovers_of_a_kill_while_saving_are_cleared(self, engine, tmp_path):
+        save_checkpoint(tmp_path, 1, engine, {}, keep=1)
+        (tmp_path / ".partial_step_00000002").mkdir()
+        assert load_latest(tmp_path, engine)[0]["step"] == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
