@@ -132,7 +132,9 @@ def ema_update_reference_(
 ) -> None:
     """Plain PyTorch definition of `ema_update_`: torch's own foreach EMA."""
     targets, sources = list(targets), [s.to(t.dtype) for t, s in zip(targets, sources, strict=True)]
-    if isinstance(decay, torch.Tensor):
+    if isinstance(decay, torch.Tensor) and decay.device.type == "cpu":
+        torch._foreach_lerp_(targets, sources, [1 - decay] * len(targets))
+    elif isinstance(decay, torch.Tensor):  # without a launch for each tensor, and without reading the decay back
         torch._foreach_mul_(targets, decay)
         torch._foreach_add_(targets, torch._foreach_mul(sources, 1 - decay))
     else:

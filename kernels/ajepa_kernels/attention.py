@@ -410,32 +410,45 @@ class _MaskedAttention(torch.autograd.Function):
 # --- plain definition -----------------------------------------------------------------------------------------------
 
 
-def _pad(x: torch.Tensor, start: torch.Tensor, end: torch.Tensor, rows: torch.Tensor | None, length: int):
-    """x `[rows, H, D]` as `[R, H, length, D]` with zeros past each end, the slot of each entry, and which are real."""
-    slot = start[:, None].long() + torch.arange(length, device=x.device)
-    real = slot < end[:, None]
-    slot = slot.where(real, 0)
-    row = slot if rows is None else rows.long()[slot]
-    return x[row].where(real[:, :, None, None], 0).transpose(1, 2), row, slot, real
+def _positions(slots: int, start: torch.Tensor, end: torch.Tensor, length: int):
+    """Of each slot, its place in `[R * length]` padded tokens (past their end if no sequence owns it); of each place,
+    whether a slot fills it, `[R, length]`."""
+    R, slot = start.shape[0], torch.arange(slots, device=start.device)
+    sequence = torch.searchsorted(start.long(), slot, right=True) - 1
+    place = sequence * length + slot - start[sequence]
+    real = torch.arange(length, device=start.device) < (end - start)[:, None]
+    return place.where(slot < end[sequence], R * length), real
+
+
+def _pad(x: torch.Tensor, rows: torch.Tensor | None, place: torch.Tensor, R: int, length: int) -> torch.Tensor:
+    """x `[rows, H, D]` as `[R, H, length, D]`, zero where there is no token."""
+    x = x if rows is None else x.index_select(0, rows)
+    flat = x.flatten(1)  # torch copies rows by index ten times faster where they have one axis
+    padded = x.new_zeros(R * length + 1, flat.shape[1]).index_copy(0, place, flat)
+    return padded[:-1].view(R, length, *x.shape[1:]).transpose(1, 2)
 
 
 def _attention_reference(q, k, v, layout: Layout, scale: float | None) -> torch.Tensor:
     rows, (H, D) = q.shape[0] if layout.scatter else layout.slots, q.shape[1:]
-    if 0 in (layout.slots, layout.q_start.shape[0], layout.max_q, layout.max_k, k.shape[0]):
-        return q.new_zeros(rows, H, D) + (q[:0].sum() + k[:0].sum() + v[:0].sum())  # still part of the graph
     R, S = layout.q_start.shape[0], layout.max_q
-    if layout.q_rows is None and layout.keys()[2] is None and R * S == q.shape[0] == k.shape[0] and layout.max_k == S:
+    if 0 in (layout.slots, R, S, layout.max_k, k.shape[0]):
+        return q.new_zeros(rows, H, D) + (q[:0].sum() + k[:0].sum() + v[:0].sum())  # still part of the graph
+    k_start, k_end, k_rows = layout.keys()
+    if layout.q_rows is None and k_rows is None and R * S == q.shape[0] == k.shape[0] and layout.max_k == S:
         # every sequence full: no padding, no mask
         q, k, v = (x.unflatten(0, (R, S)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(rows, H, D)
-    q_pad, q_row, q_slot, q_real = _pad(q, layout.q_start, layout.q_end, layout.q_rows, layout.max_q)
-    k_pad, _, _, k_real = _pad(k, *layout.keys(), layout.max_k)
-    v_pad = _pad(v, *layout.keys(), layout.max_k)[0]
+    q_place, _ = _positions(layout.slots, layout.q_start, layout.q_end, S)
+    k_place, real = _positions(k.shape[0] if k_rows is None else k_rows.shape[0], k_start, k_end, layout.max_k)
     # a sequence without keys attends to its padding, whose values are zero
-    keys = (k_real | ~k_real.any(1, keepdim=True))[:, None, None, :]
-    out = F.scaled_dot_product_attention(q_pad, k_pad, v_pad, attn_mask=keys, scale=scale).transpose(1, 2)
-    place = (q_row if layout.scatter else q_slot).where(q_real, rows)  # padding goes to a row that is cut off
-    return q.new_zeros(rows + 1, H, D).index_put((place,), out)[:rows]
+    keys = (real | ~real.any(1, keepdim=True))[:, None, None, :]
+    q = _pad(q, layout.q_rows, q_place, R, S)
+    k, v = (_pad(x, k_rows, k_place, R, layout.max_k) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale).transpose(1, 2).reshape(R * S, H, D)
+    if layout.q_rows is None:
+        return out.index_select(0, q_place)
+    out = out.index_select(0, q_place.clamp(max=R * S - 1)).where((q_place < R * S)[:, None, None], 0)
+    return out.new_zeros(rows, H, D).index_copy(0, layout.q_rows.long(), out) if layout.scatter else out
 
 
 def masked_attention_reference(
