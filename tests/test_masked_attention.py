@@ -174,6 +174,18 @@ def test_compiles_whole(impl):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_once_for_all_counts(impl):
+    """Token counts and bounds that change from batch to batch are symbols, across both kinds of kernel."""
+    function = lambda x, cu, S: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl=impl)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([4, 5], [3, 8], [40, 7]):
+        qkv = torch.randn(sum(lengths), 3, 2, 32, device=DEVICE, requires_grad=True)
+        arguments = qkv, packed_spans(lengths)[1].to(DEVICE), max(lengths)
+        got, want = (torch.autograd.grad(f(*arguments).square().sum(), qkv) for f in (compiled, function))
+        torch.testing.assert_close(got, want)
+
+
 @needs_kernel
 @pytest.mark.parametrize("S", [6, 33])
 def test_opcheck(S):

@@ -111,6 +111,8 @@ def launch(kernel: Any, programs: int, x: torch.Tensor, *args: Any, **options: A
     if _recorded is not None:
         _recorded.append((kernel, args, options))
         return
+    if why_not := cannot_launch(x):
+        raise RuntimeError(f"{kernel.__name__} cannot be launched: {why_not}")
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](*args, **options)

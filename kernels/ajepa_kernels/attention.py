@@ -148,16 +148,24 @@ _LONG_BWD = {(100, 32): Config(64, 64, 4, 2), (100, 64): Config(64, 64, 4, 2)}
 _LONG_BWD_FP32 = {(90, 128): Config(64, 32, 8), (100, 64): Config(16, 32, 8), (100, 128): Config(16, 32, 8)}
 
 
+def _gpu(q: torch.Tensor) -> int:
+    return min(arch(q) // 10 * 10, 100)
+
+
+def _longest_tile(q: torch.Tensor) -> int:
+    """The longest sequence that one tile holds without spilling registers, a power of two."""
+    D = power_of_2(q.shape[-1])
+    if q.element_size() == 2:
+        return 64 if _gpu(q) < 90 and D > 32 else SHORT  # mma operands of a 128 tile do not fit in registers
+    return 32 if D <= 64 else 16
+
+
 def _config(q: torch.Tensor, max_q: int, max_k: int, backward: bool) -> tuple[bool, Config]:
     """(whole sequence in one tile?, its configuration) for this GPU, dtype and rounded size."""
-    gpu, half = min(arch(q) // 10 * 10, 100), q.element_size() == 2
-    D, tile = power_of_2(q.shape[-1]), max(power_of_2(max(max_q, max_k)), 16)
-    if half:
-        longest = 64 if gpu < 90 and D > 32 else SHORT  # mma operands of a 128 tile do not fit in registers
-        warps = _ONE_TILE_BY_ARCH.get((gpu, tile, D), _ONE_TILE.get((tile, D)))
-    else:
-        longest, warps = 32 if D <= 64 else 16, (4, 4)
-    if tile <= longest and warps:
+    gpu, half, D = _gpu(q), q.element_size() == 2, power_of_2(q.shape[-1])
+    tile = max(power_of_2(max(max_q, max_k)), 16)
+    if tile <= _longest_tile(q):
+        warps = _ONE_TILE_BY_ARCH.get((gpu, tile, D), _ONE_TILE[tile, D]) if half else (4, 4)
         return True, Config(tile, tile, warps[backward])
     if not half:
         config = Config(32, 32, 8)
@@ -177,7 +185,7 @@ def _masked_attention_fwd_fake(
     q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     H, D = q.shape[-2:]
-    one_tile, _ = _config(q, max_q, max_k, backward=False)
+    one_tile = max_q <= _longest_tile(q) and max_k <= _longest_tile(q)
     return q.new_empty(q.shape[0] if scatter else slots, H, D), q.new_empty(
         (0 if one_tile else H, slots), dtype=torch.float32
     )
@@ -513,6 +521,8 @@ def _dense_layout(q, k, visible, cu, max_seqlen, key_mask, scatter: bool) -> Lay
     if visible is not None:
         return Layout(cu[:-1], cu[1:], visible, None, None, None, max_seqlen, max_seqlen, len(visible), scatter)
     start = torch.arange(0, B * N, max(N, 1), device=q.device)
+    if key_mask is None and N_k == N:
+        return Layout(start, start + N, None, None, None, None, N, N, B * N, False)
     k_start = torch.arange(0, B * N_k, max(N_k, 1), device=q.device)
     k_rows, k_count = (None, N_k) if key_mask is None else _partition(key_mask)
     return Layout(start, start + N, None, k_start, k_start + k_count, k_rows, N, N_k, B * N, False)
@@ -627,6 +637,7 @@ def masked_attention(
             boolean `visible`, whose counts the host does not know: N otherwise.
         visible: dense inputs only. Boolean `[B, N]`; or indices `[B, V]` of V patches for each sample; or, with
             `cu_seqlens`, indices `[T]` into the B * N flattened patches. An index may appear once. None: all.
+            Booleans are sorted at each call: indices spare a model of many layers that.
         key_mask: boolean `[T]` or `[B, N]`. All patches are queries, but only those marked True are keys (A-JEPA's
             regularised masking, arXiv 2311.15830). A query without any key gives zero.
         cu_seqlens_k, max_seqlen_k: packed keys of other lengths than the queries (cross-attention).
