@@ -13,12 +13,12 @@ from ajepa.masks import Masks
 Batch = tuple[torch.Tensor, torch.Tensor, Masks]  # pcm, lengths, masks
 
 
-def compare(
+def time_engines(
     cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl], warm_up: int = 1
-) -> dict[str, float]:
-    """Clips per second of each implementation: the median over `batches`, each run by every engine in turn (A B A B).
+) -> dict[Impl, list[float]]:
+    """Seconds of each step: every batch through every engine in turn (A B A B), from PCM to updated weights.
 
-    Fresh engines of the same seed; whole steps from PCM to updated weights.
+    Fresh engines of the same seed. The first `warm_up` batches are run once more, uncounted, beforehand.
     """
     engines = {impl: Engine(dataclasses.replace(cfg, impl=impl), device) for impl in impls}
     seconds: dict[Impl, list[float]] = {impl: [] for impl in impls}
@@ -30,8 +30,13 @@ def compare(
             _wait(device)
             if i >= warm_up:
                 seconds[impl].append(time.perf_counter() - tick)
+    return seconds
+
+
+def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:
+    """Clips per second of each engine, from its median step."""
     clips = len(batches[0][0])
-    return {impl: clips / statistics.median(times) for impl, times in seconds.items()}
+    return {impl: clips / statistics.median(t) for impl, t in time_engines(cfg, device, batches, impls).items()}
 
 
 def table(rates: dict[str, float]) -> str:

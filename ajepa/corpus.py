@@ -57,8 +57,14 @@ def open_corpus(cfg: Config) -> Corpus:
     data, watch = cfg.data, cfg.watch
     source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
     if source is None:
-        folder = cache_root() / "synthetic"
-        source = str(make_synthetic(folder, seconds=data.clip_seconds, sample_rate=cfg.front_end.sample_rate))
+        source = str(
+            make_synthetic(
+                cache_root() / "synthetic",
+                n_clips=max(220, round(4_000 / data.clip_seconds)),  # about an hour, whatever the clip
+                seconds=max(0.5, data.clip_seconds),
+                sample_rate=cfg.front_end.sample_rate,
+            )
+        )
         where = "split=train"
         if eval_source is None:
             eval_source, eval_test = source, "split=test"

@@ -62,7 +62,7 @@ class Engine:
     def step(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks, step: int) -> StepResult:
         """Train on `pcm` int16 `[B, S]` with the schedules of `step`. No device sync."""
         with torch.no_grad():
-            patches = self.front_end(pcm, lengths)
+            patches = self.front_end(pcm, lengths if self.cfg.data.pad == "zero" else None)  # cyclic: all full
         with self.autocast():
             loss, _, _ = self.forward(patches, masks)
         loss.backward()

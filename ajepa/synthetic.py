@@ -283,7 +283,7 @@ def _render(sound: Callable[[_Event], np.ndarray], rng: Generator, backgrounds: 
     clip[onset : onset + length] = body / (np.sqrt((body**2).mean()) + 1e-12)
     if rng.random() > 0.15:  # else digital silence around the event
         noise = np.roll(backgrounds[rng.integers(len(backgrounds))], rng.integers(samples))
-        clip += noise * 10 ** (-rng.uniform(10, 40) / 20)
+        clip += noise * 10 ** (-rng.uniform(20, 50) / 20)
     peak = 10 ** (rng.uniform(-30, 0) / 20)
     return np.rint(clip * (peak * 32767 / np.abs(clip).max())).astype(np.int16)
 

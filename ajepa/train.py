@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             train(cfg, folder)
     except KeyboardInterrupt:
         return 130
-    except (ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+    except (ConfigError, DataError, CheckpointError, NonFiniteError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

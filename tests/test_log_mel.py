@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from log_mel_cases import clips, quiet_about_empty_bands  # noqa: F401
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
@@ -40,21 +41,6 @@ def torchaudio_log_mel(x: torch.Tensor, spec: LogMelSpec) -> torch.Tensor:
     decibel = torchaudio.transforms.AmplitudeToDB("power" if spec.power == 2 else "magnitude", spec.top_db)
     decibel.amin = spec.log_floor
     return decibel(out)
-
-
-def clips(samples: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    """Noise under a slow envelope, plus a chirp: loud and quiet frames, int16."""
-    g = torch.Generator().manual_seed(seed)
-    t = torch.linspace(0, 1, samples)
-    x = 0.2 * torch.randn(batch, samples, generator=g) * torch.exp(-4 * t) + 0.3 * torch.sin(2000 * t + 9000 * t * t)
-    return (x.clamp(-1, 1) * 32767).round().to(torch.int16)
-
-
-@pytest.fixture(autouse=True)
-def _quiet_about_empty_bands():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*mel (bands|filterbank).*")
-        yield
 
 
 KALDI = {

@@ -151,4 +151,4 @@ def test_top_layer_targets_are_the_mean_of_instance_normalised_outputs():
     outputs = encoder.encode(patches, 3)
     normed = [(o - o.mean(1, keepdim=True)) / (o.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() for o in outputs]
     torch.testing.assert_close(encoder.targets(patches), sum(normed) / 3, rtol=1e-4, atol=1e-5)
-    assert encoder.encode(patches).shape == (2, SPEC.n_patches, 192)
+    assert encoder.encode(patches).shape == (2, SPEC.n_patches, 128)

@@ -354,3 +354,14 @@ class TestCheckpoint:
         (tmp_path / ".partial_step_00000002").mkdir()
         assert load_latest(tmp_path, engine)[0]["step"] == 1
         assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("preset", ["audio-jepa", "a-jepa"])
+def test_the_published_recipes_run(preset, tones, tmp_path):
+    """Front end, masks, loader and loop as published; a small encoder and batch, so that a CPU gets through."""
+    folder = tmp_path / "run"
+    argv = ["--preset", preset, "--data", str(tones), "--out", str(folder), "--size", "S", "--predictor-depth", "1"]
+    argv += ["--batch-size", "2", "--steps", "2", "--warmup-steps", "1", "--compare-steps", "0", "--eval-clips", "8"]
+    assert main(argv) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["preset"] == preset and np.isfinite(summary["final_loss"])

@@ -3,16 +3,21 @@
 Shapes: B clips, S samples, T frames, K frequency bins, M mel bands, N patches, P values of a patch.
 """
 
+import itertools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ajepa_kernels import _extension
+
 KALDI_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of mel power
+SEGMENT = 16  # most bins a thread of the CUDA kernel adds up; csrc/log_mel.h has the same
 PEAK_EPS = 1e-6  # below one step of int16 (3e-5): a silent clip stays silent
 Layout = Literal["patches", "spectrogram"]
 
@@ -194,6 +199,15 @@ class _Tables(NamedTuple):
     mel: torch.Tensor  # [K, M]
 
 
+class _KernelTables(NamedTuple):
+    """The bank as interval sums: between mel edges i and i + 1 a bin falls in band i - 1 and rises in band i."""
+
+    window: torch.Tensor  # float32 [win_length]
+    weights: torch.Tensor  # float32 [SEGMENT, Q, 2]: of a segment's bin in the band it falls and rises in
+    segments: torch.Tensor  # int32 [Q, 2]: first bin, number of bins (1 to SEGMENT)
+    offsets: torch.Tensor  # int32 [M + 2]: interval i is segments offsets[i]:offsets[i + 1]
+
+
 _SLANEY_HZ = 200.0 / 3  # a mel below 1 kHz; logarithmic above
 _SLANEY_KNEE, _SLANEY_STEP = 1000.0 / _SLANEY_HZ, math.log(6.4) / 27.0
 
@@ -210,23 +224,28 @@ def _mel_to_hz(mel: torch.Tensor, scale: str) -> torch.Tensor:
     return torch.where(mel < _SLANEY_KNEE, mel * _SLANEY_HZ, 1000.0 * torch.exp(_SLANEY_STEP * (mel - _SLANEY_KNEE)))
 
 
+def _mel_edges(spec: LogMelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frequency of each bin `[K]` and edges of the triangles `[M + 2]`, on the scale they are linear in, float32."""
+    bins, f_max = spec.n_fft // 2 + 1, spec.f_max
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    if spec.convention == "kaldi":
+        hz = spec.sample_rate / spec.n_fft * torch.arange(bins, **on_cpu)
+        f_max = spec.sample_rate / 2 if f_max is None else f_max
+        low, high = (1127.0 * math.log(1.0 + f / 700.0) for f in (spec.f_min, f_max))
+        edges = low + torch.arange(spec.n_mels + 2, **on_cpu) * ((high - low) / (spec.n_mels + 1))
+        return 1127.0 * torch.log(1.0 + hz / 700.0), edges
+    f_max = float(spec.sample_rate // 2) if f_max is None else f_max
+    low, high = (_hz_to_mel(f, spec.mel_scale) for f in (spec.f_min, f_max))
+    mels = torch.linspace(low, high, spec.n_mels + 2, **on_cpu)
+    return torch.linspace(0, spec.sample_rate // 2, bins, **on_cpu), _mel_to_hz(mels, spec.mel_scale)
+
+
+@lru_cache(maxsize=64)
 def _mel_bank(spec: LogMelSpec) -> torch.Tensor:
     """Triangles `[K, M]`, float32, rounded as torchaudio rounds them: an edge bin may hold a weight of 1e-4, whose
     rounding would show in the log."""
-    bins = spec.n_fft // 2 + 1
-    if spec.convention == "kaldi":
-        hz = spec.sample_rate / spec.n_fft * torch.arange(bins, dtype=torch.float32, device="cpu")
-        points = 1127.0 * torch.log(1.0 + hz / 700.0)
-        low, high = (1127.0 * math.log(1.0 + f / 700.0) for f in (spec.f_min, spec.f_max or spec.sample_rate / 2))
-        steps = torch.arange(spec.n_mels + 2, dtype=torch.float32, device="cpu")
-        edges = low + steps * ((high - low) / (spec.n_mels + 1))
-    else:
-        points = torch.linspace(0, spec.sample_rate // 2, bins, dtype=torch.float32, device="cpu")
-        low, high = (_hz_to_mel(f, spec.mel_scale) for f in (spec.f_min, spec.f_max or float(spec.sample_rate // 2)))
-        mels = torch.linspace(low, high, spec.n_mels + 2, dtype=torch.float32, device="cpu")
-        edges = _mel_to_hz(mels, spec.mel_scale)
-    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    points = points[:, None]
+    points, edges = _mel_edges(spec)
+    points, left, centre, right = points[:, None], edges[:-2], edges[1:-1], edges[2:]
     bank = torch.minimum((points - left) / (centre - left), (right - points) / (right - centre)).clamp_min(0)
     if spec.convention == "kaldi":
         bank[-1] = 0
@@ -250,10 +269,42 @@ def _window(spec: LogMelSpec) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
+def _cached_tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
     # Outside inference mode and fake tensors: what is cached must be plain tensors.
     with torch.inference_mode(False), _disable_current_modes():
         return _Tables(_window(spec).to(device, dtype), _mel_bank(spec).to(device, dtype))
+
+
+@lru_cache(maxsize=64)
+def _cached_kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
+    with torch.inference_mode(False), _disable_current_modes():
+        bank = torch.nn.functional.pad(_mel_bank(spec), (1, 1))
+        points, edges = _mel_edges(spec)
+        first_bins = torch.searchsorted(points, edges).clamp_max(len(points) - int(spec.convention == "kaldi")).tolist()
+        segments, weights, offsets = [], [], [0]
+        for interval, (start, stop) in enumerate(itertools.pairwise(first_bins)):
+            for first in range(start, stop, SEGMENT):
+                last = min(first + SEGMENT, stop)
+                segments.append((first, last - first))
+                weights.append(torch.zeros(SEGMENT, 2))
+                weights[-1][: last - first] = bank[first:last, interval : interval + 2]
+            offsets.append(len(segments))
+        return _KernelTables(
+            _window(spec).to(device, torch.float32),
+            torch.stack(weights, 1).to(device) if weights else torch.zeros(SEGMENT, 0, 2, device=device),
+            torch.tensor(segments, dtype=torch.int32, device=device).view(-1, 2),
+            torch.tensor(offsets, dtype=torch.int32, device=device),
+        )
+
+
+@torch.compiler.assume_constant_result
+def _kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
+    return _cached_kernel_tables(spec, device)
+
+
+@torch.compiler.assume_constant_result
+def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
+    return _cached_tables(spec, device, dtype)
 
 
 def _mirror(index: torch.Tensor, length: torch.Tensor | int, repeat_edge: bool) -> torch.Tensor:
@@ -372,7 +423,8 @@ def log_mel_reference(
     if pcm.dtype == torch.int16:
         x = x / 32768.0
     wanted = n_frames if spec.n_frames is None else spec.n_frames
-    step = max(1, 2**24 // (spec.frames(samples) * spec.n_fft))  # clips at once: 64 MB of frames
+    budget = 2 ** (21 if pcm.device.type == "cpu" else 28)  # values of frames at once: 8 MB stay in a CPU's cache
+    step = max(1, budget // (spec.frames(samples) * spec.n_fft))
     parts = [
         _log_mel_frames(x[i : i + step], spec, None if lengths is None else lengths[i : i + step], wanted)
         for i in range(0, batch, step)
@@ -384,6 +436,73 @@ def log_mel_reference(
         out = out.view(batch, freq, spec.patch[0], time, spec.patch[1]).transpose(2, 3)
         out = out.reshape(batch, freq * time, spec.patch_dim)
     return out
+
+
+def _kernel_reason(pcm: torch.Tensor, spec: LogMelSpec, dtype: torch.dtype) -> str:
+    """Why the compiled kernel cannot take this call, or ""."""
+    if pcm.device.type not in ("cpu", "cuda"):
+        return f"there is no kernel for {pcm.device.type}"
+    if torch.float64 in (pcm.dtype, dtype):
+        return "kernels compute in float32, not float64"
+    if _extension.MISSING:
+        return f"ajepa_kernels has no compiled kernels ({_extension.MISSING})"
+    if pcm.device.type == "cuda" and not _extension.CUDA:
+        return "ajepa_kernels was built without nvcc"
+    if pcm.device.type == "cuda" and spec.n_fft == 400:
+        return "the CUDA kernel takes powers of two, not n_fft = 400"
+    return ""
+
+
+def _log_mel_fused(
+    pcm: torch.Tensor,
+    spec: LogMelSpec,
+    lengths: torch.Tensor | None,
+    dtype: torch.dtype,
+    layout: Layout,
+    op: Callable[..., None] | None = None,  # torch.ops.ajepa.log_mel_fwd, but for tests
+) -> torch.Tensor:
+    batch, samples = pcm.shape
+    kaldi, frames = spec.convention == "kaldi", spec.frames(samples)
+    kept = frames if spec.n_frames is None else spec.n_frames
+    if layout == "patches":
+        (freq, time), (height, width) = spec.patch_grid(samples), spec.patch
+    else:  # one patch holds the spectrogram
+        (freq, time), (height, width) = (1, 1), (spec.n_mels, kept)
+    out = torch.empty(batch, freq, time, height, width, dtype=dtype, device=pcm.device)
+    bias, add = spec.frame_rule
+    db = (10.0 if spec.power == 2 else 20.0) / math.log(10.0)
+    (op or torch.ops.ajepa.log_mel_fwd)(
+        pcm.contiguous(),
+        None if lengths is None else lengths.to(torch.int64),
+        *_kernel_tables(spec, pcm.device),
+        out,
+        n_fft=spec.n_fft,
+        hop_length=spec.hop_length,
+        first_sample=spec.first_sample,
+        edge=(0 if spec.snip_edges else 1) if kaldi else (2 if spec.center else 0),
+        frame_bias=bias,
+        frame_add=add,
+        min_samples=spec.min_samples,
+        n_frames=kept,
+        remove_dc=kaldi and spec.remove_dc_offset,
+        preemphasis=spec.preemphasis if kaldi else 0.0,
+        waveform_norm=("none", "mean", "peak").index(spec.waveform_norm),
+        power=spec.power,
+        floor=spec.log_floor,
+        log_scale=(db if spec.log == "db" else 1.0) / spec.std,
+        log_shift=-spec.mean / spec.std,
+        top=-1.0 if spec.top_db is None else spec.top_db / spec.std,
+    )
+    return (
+        out.view(batch, spec.n_mels, kept) if layout == "spectrogram" else out.view(batch, freq * time, height * width)
+    )
+
+
+if _extension.AVAILABLE:
+
+    @torch.library.register_fake("ajepa::log_mel_fwd")
+    def _(*arguments, **keywords):  # it only writes `out`
+        return None
 
 
 def log_mel(
@@ -398,7 +517,8 @@ def log_mel(
 ) -> torch.Tensor:
     """Log-mel features of PCM clips, as patches for a transformer or as a spectrogram.
 
-    Formula and conventions: `LogMelSpec`. No gradient flows to `pcm`.
+    Formula and conventions: `LogMelSpec`. No gradient flows to `pcm`. NaN and Inf spoil the frames they are in (on CUDA
+    also the frame that shares a transform with them), and with a waveform norm the clip.
 
     Args:
         pcm: `[B, S]` int16 (scaled by 1/32768) or float32 in [-1, 1].
@@ -407,7 +527,8 @@ def log_mel(
             after a clip's last one are rows of zeros (before `mean`, `std`); a clip below `spec.min_samples` has none.
         dtype: of the result: float32, bfloat16 or float16.
         layout: "patches" or "spectrogram".
-        impl: "auto" or "reference".
+        impl: "auto" is the compiled kernel where it can be, else plain PyTorch, which is said once; "fused" insists on
+            the kernel; "reference" is plain PyTorch.
         check: also refuse NaN or Inf in `pcm` and `lengths` out of range (waits for the device).
 
     Returns:
@@ -416,10 +537,19 @@ def log_mel(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device, or clips shorter than one window.
+        RuntimeError: `impl="fused"` where the kernel cannot run.
     """
     _check(pcm, spec, lengths, dtype, layout)
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"log_mel: impl must be 'auto' or 'reference', got {impl!r}")
+    if impl not in ("auto", "fused", "reference"):
+        raise ValueError(f"log_mel: impl must be 'auto', 'fused' or 'reference', got {impl!r}")
     if check:
         _check_values(pcm, spec, lengths)
+    pcm = pcm.detach()
+    reason = "" if impl == "reference" else _kernel_reason(pcm, spec, dtype)
+    if impl != "reference" and not reason:
+        return _log_mel_fused(pcm, spec, lengths, dtype, layout)
+    if impl == "fused":
+        raise RuntimeError(f"log_mel: impl='fused' cannot run: {reason}")
+    if reason:
+        _extension.warn_plain("log_mel", reason)
     return log_mel_reference(pcm, spec, lengths=lengths, dtype=dtype, layout=layout)

@@ -1,0 +1,166 @@
+"""log_mel against torchaudio, librosa, kaldi-native-fbank and DALI, and against a bare rfft of the same frames.
+
+Milliseconds a batch; on a CPU with 1 thread and with all. The floor on a CPU is the bare rfft (MKL), which does less:
+no framing, window, mel or logarithm. On a GPU it is the greater of the memory's and the fp32 units' least time.
+"""
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from ajepa._torchaudio import import_torchaudio
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from log_mel_cases import assert_exact, clips
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+BATCH = 8 if DEVICE == "cpu" else 256
+THREADS = sorted({1, torch.get_num_threads()}) if DEVICE == "cpu" else [1]
+
+
+def torchaudio_fbank(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
+    kaldi, ms = import_torchaudio().compliance.kaldi, 1000 / spec.sample_rate
+    return lambda: [
+        kaldi.fbank(
+            clip[None], sample_frequency=spec.sample_rate, frame_length=(spec.win_length + 1e-3) * ms,
+            frame_shift=(spec.hop_length + 1e-3) * ms, num_mel_bins=spec.n_mels, low_freq=spec.f_min,
+            window_type="hanning",
+        )
+        for clip in x
+    ]  # fmt: skip
+
+
+def mel_spectrogram(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
+    transforms = import_torchaudio().transforms
+    mel = transforms.MelSpectrogram(
+        spec.sample_rate, spec.n_fft, spec.win_length, spec.hop_length, f_min=spec.f_min, n_mels=spec.n_mels
+    ).to(x.device)
+    return lambda: mel(x)  # no logarithm: the bare transform is the harder opponent
+
+
+def librosa_mel(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
+    import librosa
+
+    clips = x.cpu().numpy()
+    return lambda: librosa.feature.melspectrogram(
+        y=clips, sr=spec.sample_rate, n_fft=spec.n_fft, win_length=spec.win_length, hop_length=spec.hop_length,
+        n_mels=spec.n_mels, fmin=spec.f_min,
+    )  # fmt: skip
+
+
+def kaldi_native(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
+    import kaldi_native_fbank as knf
+
+    options = knf.FbankOptions()
+    frame = options.frame_opts
+    frame.samp_freq, frame.window_type, frame.dither = spec.sample_rate, "hanning", 0
+    frame.frame_length_ms, frame.frame_shift_ms = (
+        (n + 1e-3) * 1000 / spec.sample_rate for n in (spec.win_length, spec.hop_length)
+    )
+    options.mel_opts.num_bins, options.mel_opts.low_freq = spec.n_mels, spec.f_min
+    knf.OnlineFbank(options)  # raises for mel bands without a bin
+    batch = x.cpu().numpy()
+
+    def run():
+        out = []
+        for clip in batch:
+            fbank = knf.OnlineFbank(options)
+            fbank.accept_waveform(spec.sample_rate, clip)
+            fbank.input_finished()
+            out.append([fbank.get_frame(i) for i in range(fbank.num_frames_ready)])
+        return out
+
+    return run
+
+
+def dali_mel(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
+    from nvidia.dali import fn, pipeline_def
+
+    batch = list(x.cpu().numpy())
+
+    @pipeline_def(
+        batch_size=len(batch), num_threads=torch.get_num_threads(), device_id=0 if DEVICE == "cuda" else None,
+        exec_async=False, exec_pipelined=False, prefetch_queue_depth=1,
+    )  # fmt: skip
+    def pipeline():
+        audio = fn.external_source(source=lambda: batch, device="cpu")
+        audio = audio.gpu() if DEVICE == "cuda" else audio
+        power = fn.spectrogram(
+            audio, nfft=spec.n_fft, window_length=spec.win_length, window_step=spec.hop_length, center_windows=False
+        )
+        mel = fn.mel_filter_bank(power, sample_rate=spec.sample_rate, nfilter=spec.n_mels, freq_low=spec.f_min)
+        return fn.to_decibels(mel)
+
+    built = pipeline()
+    built.build()
+    return built.run
+
+
+def floor_ms(spec: LogMelSpec, samples: int) -> float | None:
+    """Of a GPU: bytes over the copy rate, and one fp32 instruction a butterfly's, window's and mel's flop, both from
+    what this device has; None on a CPU, where the bare rfft stands for it."""
+    if DEVICE == "cpu":
+        return None
+    frames = spec.n_frames or spec.frames(samples)
+    properties = torch.cuda.get_device_properties(0)
+    source = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    target, start, end = torch.empty_like(source), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    target.copy_(source)
+    start.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    bytes_per_ms = 20 * source.numel() / start.elapsed_time(end)
+    n = spec.n_fft
+    instructions = frames / 2 * (5 * n * math.log2(n) + 6 * spec.win_length + 16 * n / 2)
+    issue = instructions / (properties.multi_processor_count * 128 * properties.clock_rate)
+    return BATCH * max((2 * samples + 2 * frames * spec.n_mels) / bytes_per_ms, issue)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("name", ["audio-jepa", "audio-jepa-16k", "a-jepa"])
+def test_log_mel(name, threads, interleave, record):
+    spec, before = LOG_MEL_PRESETS[name], torch.get_num_threads()
+    pcm = clips(10 * spec.sample_rate, batch=BATCH).to(DEVICE)
+    x, dtype = pcm.float() / 32768, torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    kaldi, fused = spec.convention == "kaldi", "ajepa log_mel"
+    plain = replace(spec, waveform_norm="none", mean=0.0, std=1.0)
+    assert_exact(log_mel(pcm[:2], plain).cpu(), pcm[:2].cpu(), plain)
+    frames = torch.randn(BATCH, spec.frames(pcm.shape[1]), spec.n_fft, device=DEVICE)
+    variants: dict[str, Callable[[], object]] = {
+        fused: lambda: log_mel(pcm, spec, dtype=dtype, impl="fused"),
+        "plain PyTorch": lambda: log_mel(pcm, spec, dtype=dtype, impl="reference"),
+        "torchaudio MelSpectrogram": mel_spectrogram(x, spec),
+        "bare rfft": lambda: torch.fft.rfft(frames),
+    }
+    optional = {"librosa": librosa_mel}
+    if kaldi:
+        variants["torchaudio kaldi.fbank"] = torchaudio_fbank(x, spec)
+        optional["kaldi_native_fbank"] = kaldi_native
+    optional["nvidia.dali"] = dali_mel
+    try:
+        torch.set_num_threads(threads)
+        for package, make in optional.items():
+            if importlib.util.find_spec(package.split(".")[0]) is None:
+                continue
+            try:
+                variants[package] = make(x, spec)
+            except ValueError as error:
+                print(f"{package} refuses {name}: {error}", file=sys.stderr)
+        times = interleave(variants)
+        bound = floor_ms(spec, pcm.shape[1])
+        bound = sorted(times["bare rfft"])[len(times["bare rfft"]) // 2] if bound is None else bound
+        shape = f"{name}, {BATCH} x 10 s" + (f", {threads} thread{'s' * (threads > 1)}" if DEVICE == "cpu" else "")
+        peers = [variant for variant in variants if variant not in (fused, "plain PyTorch", "bare rfft")]
+        record("log_mel", shape, times, plain="plain PyTorch", peers=peers, floor_ms=bound)
+    finally:
+        torch.set_num_threads(before)

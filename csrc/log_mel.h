@@ -1,0 +1,59 @@
+// What one call of log_mel needs, shared by the CPU and the CUDA kernels. Samples are counted in raw units (int16 steps
+// or floats): the chain up to the power spectrum is linear, so the clip's gain is applied to the mel power.
+#pragma once
+#include <cstdint>
+
+namespace ajepa {
+
+constexpr int kSegment = 16;  // most bins of one mel segment
+
+enum class Edge : int { kInside = 0, kRepeat = 1, kReflect = 2 };  // mirrored ends, edge sample repeated or not
+enum class Out : int { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
+
+struct LogMel {
+  const void* pcm;          // [batch, samples], int16 or float
+  const int64_t* lengths;   // [batch] or null
+  const float* window;      // [win_length]
+  const float* weights;     // [kSegment, n_segments, 2]: weight of a segment's bin in the band it falls and rises in
+  const int32_t* segments;  // [n_segments, 2]: first bin, bins
+  const int32_t* offsets;   // [n_mels + 2]: segments of interval i, which lies between mel edges i and i + 1
+  float* stats;             // [batch, 2]: subtrahend and gain of a clip; null without waveform norm
+  float* peaks;             // CPU: [items], CUDA: [batch]: greatest log value, for top_db; null without it
+  void* out;                // [batch, n_mels / patch_mels, patches, patch_mels, patch_frames]
+  int64_t batch, samples;
+  int n_fft, win_length, hop_length, first_sample, frame_bias, frame_add, min_samples;
+  int n_mels, n_segments, n_frames, patch_mels, patch_frames, patches;  // n_frames: kept; patches x patch_frames: written
+  int power, waveform_norm;
+  bool is_int16, remove_dc;
+  Edge edge;
+  Out dtype;
+  float preemphasis, scale, floor, log_scale, log_shift, top;  // scale: of the input; top < 0: no limit
+
+#if defined(__CUDACC__) || defined(AJEPA_CUDA_ON_HOST)
+#define AJEPA_HD __host__ __device__
+#else
+#define AJEPA_HD
+#endif
+  AJEPA_HD int64_t length(int64_t clip) const {
+    if (!lengths) return samples;
+    const int64_t n = lengths[clip];
+    return n < 0 ? 0 : n > samples ? samples : n;
+  }
+  AJEPA_HD int frames(int64_t length) const {
+    if (length < min_samples) return 0;
+    const int64_t n = (length + frame_bias) / hop_length + frame_add;
+    return n < n_frames ? int(n) : n_frames;
+  }
+  AJEPA_HD int mirror(int i, int length) const {
+    const int repeat = edge == Edge::kRepeat;
+    if (i < 0) i = -repeat - i;
+    if (i >= length) i = 2 * length - 2 + repeat - i;
+    return i < 0 ? 0 : i;
+  }
+  AJEPA_HD int64_t out_index(int64_t clip, int mel, int frame) const {  // of patch order
+    const int64_t patch = (clip * (n_mels / patch_mels) + mel / patch_mels) * patches + frame / patch_frames;
+    return (patch * patch_mels + mel % patch_mels) * patch_frames + frame % patch_frames;
+  }
+};
+
+}  // namespace ajepa

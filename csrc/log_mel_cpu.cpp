@@ -1,0 +1,417 @@
+// Log-mel on the CPU, with one frame a SIMD lane: every step is plain arithmetic on vectors of frames, no shuffles but
+// the transpose that loads them. A real transform of n_fft points is a complex one of half the size. Compiled once per
+// instruction set (AJEPA_KERNEL, AJEPA_LANES); everything here has internal linkage, so that no function built for
+// AVX-512 can be linked into the portable path.
+#include "log_mel_cpu.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <utility>  // index_sequence: types only
+
+namespace ajepa {
+namespace {
+
+constexpr int W = AJEPA_LANES;
+typedef float vf __attribute__((vector_size(4 * W), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * W), may_alias));
+typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int16_t vs_unaligned __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+struct Complex {
+  vf re, im;
+};
+inline Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+inline Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+inline Complex times_minus_i(Complex a) { return {a.im, -a.re}; }
+inline Complex times(Complex a, const float* w) { return {a.re * w[0] - a.im * w[1], a.re * w[1] + a.im * w[0]}; }
+
+// ---- Transform: decimation in frequency, in place, result in digit-reversed order ----
+
+inline void dft(Complex (&a)[2]) {
+  const Complex t = a[0] - a[1];
+  a[0] = a[0] + a[1];
+  a[1] = t;
+}
+inline void dft(Complex (&a)[4]) {
+  const Complex s = a[0] + a[2], d = a[0] - a[2], t = a[1] + a[3], e = times_minus_i(a[1] - a[3]);
+  a[0] = s + t, a[1] = d + e, a[2] = s - t, a[3] = d - e;
+}
+inline void dft(Complex (&a)[5]) {
+  constexpr float c1 = 0.30901699437494742f, c2 = -0.80901699437494742f, s1 = 0.95105651629515357f,
+                  s2 = 0.58778525229247313f;
+  const Complex p = a[1] + a[4], q = a[2] + a[3], m = times_minus_i(a[1] - a[4]), n = times_minus_i(a[2] - a[3]);
+  const Complex r = {a[0].re + c1 * p.re + c2 * q.re, a[0].im + c1 * p.im + c2 * q.im};
+  const Complex s = {a[0].re + c2 * p.re + c1 * q.re, a[0].im + c2 * p.im + c1 * q.im};
+  const Complex u = {s1 * m.re + s2 * n.re, s1 * m.im + s2 * n.im}, v = {s2 * m.re - s1 * n.re, s2 * m.im - s1 * n.im};
+  a[0] = a[0] + p + q, a[1] = r + u, a[2] = s + v, a[3] = s - v, a[4] = r - u;
+}
+inline void dft(Complex (&a)[8]) {
+  constexpr float h = 0.70710678118654752f;
+  Complex even[4] = {a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]};
+  const Complex d1 = a[1] - a[5], d3 = a[3] - a[7];
+  Complex odd[4] = {a[0] - a[4],
+                    {(d1.re + d1.im) * h, (d1.im - d1.re) * h},
+                    times_minus_i(a[2] - a[6]),
+                    {(d3.im - d3.re) * h, (d3.re + d3.im) * -h}};
+  dft(even), dft(odd);
+  for (int q = 0; q < 4; ++q) a[2 * q] = even[q], a[2 * q + 1] = odd[q];
+}
+
+// Strides of 2^n bytes would put every input of a butterfly into one set of the cache, so blocks of 2^granule values lie
+// one value apart. Blocks below that size have no pads inside.
+constexpr int kMaxPasses = 5, kNoPads = 31;
+inline int padded(int j, int granule) { return j + (j >> granule); }
+
+struct Plan {  // of a complex transform of `size` points
+  int size = 0, passes = 0, radix[kMaxPasses];
+  int granule[kMaxPasses];      // log2 of the values between two pads of one value, at each pass
+  float* twiddles[kMaxPasses];  // [size of the pass / radix, radix - 1, 2]
+  float* post;                  // [size / 2 + 1, 2]: exp(-i pi k / size)
+  int32_t* slot;                // [size + 1]: where the power of bin k stands, in vectors
+};
+
+template <int R>
+inline void butterfly(Complex (&a)[R], vf* x, int stride, const float* twiddles) {
+  dft(a);
+  for (int q = 0; q < R; ++q) {
+    if (q && twiddles) a[q] = times(a[q], twiddles + 2 * (q - 1));
+    x[2 * q * stride] = a[q].re, x[2 * q * stride + 1] = a[q].im;
+  }
+}
+
+template <int R>
+void pass(vf* x, int size, const float* twiddles, int granule) {
+  const int count = size / R, stride = padded(count, granule);
+  for (int j = 0; j < count; ++j) {
+    vf* at = x + 2 * padded(j, granule);
+    Complex a[R];
+    for (int q = 0; q < R; ++q) a[q] = {at[2 * q * stride], at[2 * q * stride + 1]};
+    butterfly(a, at, stride, count > 1 ? twiddles + 2 * (R - 1) * j : nullptr);
+  }
+}
+
+void transform(const Plan& plan, int level, vf* x, int size) {  // depth first: the small ones stay in the first cache
+  const int radix = plan.radix[level], granule = plan.granule[level];
+  switch (radix) {
+    case 2: pass<2>(x, size, plan.twiddles[level], granule); break;
+    case 4: pass<4>(x, size, plan.twiddles[level], granule); break;
+    case 5: pass<5>(x, size, plan.twiddles[level], granule); break;
+    default: pass<8>(x, size, plan.twiddles[level], granule);
+  }
+  size /= radix;
+  if (level + 1 < plan.passes)
+    for (int q = 0; q < radix; ++q) transform(plan, level + 1, x + 2 * q * padded(size, granule), size);
+}
+
+Plan make_plan(int size) {
+  Plan plan;
+  plan.size = size;
+  int rest = size;
+  for (; rest % 8 == 0; rest /= 8) plan.radix[plan.passes++] = 8;
+  for (; rest % 5 == 0; rest /= 5) plan.radix[plan.passes++] = 5;
+  if (rest > 1) plan.radix[plan.passes++] = rest;
+  for (int p = 0; p < plan.passes; ++p)
+    plan.granule[p] = size < 1024 ? (p || size % 64 ? kNoPads : __builtin_ctz(size / 8)) : p < 2 ? __builtin_ctz(size / 64) : kNoPads;
+  int span = size;
+  for (int p = 0; p < plan.passes; span /= plan.radix[p++]) {
+    const int radix = plan.radix[p], stride = span / radix;
+    float* w = plan.twiddles[p] = new float[size_t(2) * stride * (radix - 1)];
+    for (int j = 0; j < stride; ++j)
+      for (int q = 1; q < radix; ++q, w += 2) {
+        const double angle = -2 * M_PI * j * q / span;
+        w[0] = float(cos(angle)), w[1] = float(sin(angle));
+      }
+  }
+  plan.post = new float[size + 2];
+  for (int k = 0; k <= size / 2; ++k)
+    plan.post[2 * k] = float(cos(-M_PI * k / size)), plan.post[2 * k + 1] = float(sin(-M_PI * k / size));
+  plan.slot = new int32_t[size + 1];
+  for (int k = 0; k < size; ++k) {
+    int at = 0, rest_k = k, block = size;
+    for (int p = 0; p < plan.passes; ++p) {
+      block /= plan.radix[p];
+      at += rest_k % plan.radix[p] * block, rest_k /= plan.radix[p];
+    }
+    plan.slot[k] = 2 * padded(at, plan.granule[0]);
+  }
+  plan.slot[size] = plan.slot[0] + 1;  // Nyquist, in the imaginary half of bin 0
+  return plan;
+}
+
+const Plan& plan_for(int size) {  // made once, kept for good
+  switch (size) {
+#define AJEPA_PLAN(n) \
+  case n: {           \
+    static const Plan plan = make_plan(n); \
+    return plan;      \
+  }
+    AJEPA_PLAN(64) AJEPA_PLAN(128) AJEPA_PLAN(256) AJEPA_PLAN(512) AJEPA_PLAN(1024) AJEPA_PLAN(2048) AJEPA_PLAN(4096)
+    default: AJEPA_PLAN(200)
+#undef AJEPA_PLAN
+  }
+}
+
+// Spectrum of the real signal behind the complex one, as power in place of its real parts. The window carries the 1/2.
+void power_spectrum(const Plan& plan, vf* x) {
+  const int size = plan.size;
+  const vf re = x[0], im = x[1];
+  x[0] = 4 * (re + im) * (re + im), x[1] = 4 * (re - im) * (re - im);
+  for (int k = 1; k <= size / 2; ++k) {
+    vf *u = x + plan.slot[k], *v = x + plan.slot[size - k];
+    const Complex a = {u[0], u[1]}, b = {v[0], -v[1]};
+    const Complex even = a + b, odd = times(times_minus_i(a - b), plan.post + 2 * k);
+    const Complex lower = even + odd, upper = even - odd;
+    u[0] = lower.re * lower.re + lower.im * lower.im;
+    v[0] = upper.re * upper.re + upper.im * upper.im;
+  }
+}
+
+// ---- Frames in ----
+
+template <int H, size_t... I>
+inline void exchange(vf& a, vf& b, std::index_sequence<I...>) {
+  const vf low = __builtin_shufflevector(a, b, (I & H ? W + I - H : I)...);
+  b = __builtin_shufflevector(a, b, (I & H ? W + I : I + H)...);
+  a = low;
+}
+template <int H = W / 2>
+inline void transpose(vf (&rows)[W]) {
+  for (int i = 0; i < W; ++i)
+    if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_index_sequence<W>{});
+  if constexpr (H > 1) transpose<H / 2>(rows);
+}
+
+inline vf load(const int16_t* x) { return __builtin_convertvector(*reinterpret_cast<const vs_unaligned*>(x), vf); }
+inline vf load(const float* x) { return *reinterpret_cast<const vf_unaligned*>(x); }
+
+double sum(const int16_t* x, int64_t n) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n;) {
+    const int64_t stop = n - i > 32768 ? i + 32768 : n;  // 2^15 samples of 2^15 fit 32 bits
+    int32_t part = 0;
+    for (; i < stop; ++i) part += x[i];
+    total += part;
+  }
+  return double(total);
+}
+double sum(const float* x, int64_t n) {
+  double part[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) part[j] += x[i + j];
+  for (; i < n; ++i) part[0] += x[i];
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+template <class T>
+void stats_of(const LogMel& p, int64_t begin, int64_t end) {
+  for (int64_t clip = begin; clip < end; ++clip) {
+    const T* x = static_cast<const T*>(p.pcm) + clip * p.samples;
+    const int64_t n = p.length(clip);
+    const double mean = n ? sum(x, n) / double(n) : 0;
+    T low = n ? x[0] : T(0), high = low;
+    for (int64_t i = 0; i < n; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+    const double peak = high - mean > mean - low ? high - mean : mean - low;
+    p.stats[2 * clip] = float(mean);
+    p.stats[2 * clip + 1] = p.waveform_norm == 2 ? float(p.scale / (peak * p.scale + 1e-6)) : p.scale;
+  }
+}
+
+// The first pass of the transform, on frames as they are loaded: (sample - offset), pre-emphasised, windowed, zeros after
+// them. Every first radix is 8.
+template <class T>
+void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t length, const int* frame, float clip_mean,
+                   T* edge_rows, vf* x) {
+  constexpr int R = 8;
+  const T* row[W];
+  vf offset;
+  for (int lane = 0; lane < W; ++lane) {
+    const int64_t start = int64_t(frame[lane]) * p.hop_length + p.first_sample;
+    row[lane] = clip + start;
+    if (start < 0 || start + p.win_length > length) {
+      T* edge = edge_rows + int64_t(lane) * p.win_length;
+      for (int i = 0; i < p.win_length; ++i) edge[i] = clip[p.mirror(int(start) + i, int(length))];
+      row[lane] = edge;
+    }
+    offset[lane] = p.remove_dc ? float(sum(row[lane], p.win_length) / p.win_length) : clip_mean;
+  }
+  const int count = plan.size / R, stride = padded(count, plan.granule[0]);  // complex values
+  const int win_length = p.win_length, granule = plan.granule[0];
+  const float c = p.preemphasis, *window = p.window, *twiddles = plan.twiddles[0];
+  vf before[R], samples[R][W];
+  for (int q = 0; q < R; ++q)
+    for (int lane = 0; lane < W; ++lane) {
+      const int n = 2 * q * count - 1;
+      before[q][lane] = n < win_length ? float(row[lane][n < 0 ? 0 : n]) - offset[lane] : 0;
+    }
+  for (int j = 0; j < count; j += W / 2) {
+    for (int q = 0; q < R; ++q) {
+      const int n = 2 * (j + q * count), here = win_length - n < W ? win_length - n : W;
+      vf v[W];
+      if (here == W) {
+        for (int lane = 0; lane < W; ++lane) v[lane] = load(row[lane] + n);
+        transpose(v);
+        for (int i = 0; i < W; ++i) {
+          const vf d = v[i] - offset;
+          samples[q][i] = (d - c * before[q]) * (0.5f * window[n + i]);
+          before[q] = d;
+        }
+        continue;
+      }
+      for (int i = 0; i < W; ++i) samples[q][i] = vf{};
+      for (int i = 0; i < here; ++i) {
+        vf d;
+        for (int lane = 0; lane < W; ++lane) d[lane] = float(row[lane][n + i]);
+        d -= offset;
+        samples[q][i] = (d - c * before[q]) * (0.5f * window[n + i]);
+        before[q] = d;
+      }
+    }
+    for (int i = 0; i < W / 2 && j + i < count; ++i, twiddles += 2 * (R - 1)) {
+      Complex a[R];
+      for (int q = 0; q < R; ++q) a[q] = {samples[q][2 * i], samples[q][2 * i + 1]};
+      butterfly(a, x + 2 * padded(j + i, granule), stride, twiddles);
+    }
+  }
+}
+
+// ---- Mel, log, out ----
+
+inline vf square_root(vf x) {
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+
+// ln of positive normal numbers: 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), ln(1 + f) = f - f^2 / 2 + f^3 P(f) with P
+// fitted by weighted least squares, relative error 6e-9 before rounding; ln 2 in two parts.
+inline vf ln(vf x) {
+  constexpr float fit[] = {0.333333284f,  -0.250008464f, 0.200014129f, -0.166227534f,
+                           0.141978756f, -0.131616011f, 0.127863303f, -0.0766083002f};
+  const vi bits = reinterpret_cast<vi&>(x), e = (bits - 0x3f3504f3) >> 23;
+  const vi scaled = bits - (e << 23);
+  const vf f = reinterpret_cast<const vf&>(scaled) - 1, exponent = __builtin_convertvector(e, vf);
+  vf series = vf{} + fit[7];
+  for (int i = 6; i >= 0; --i) series = series * f + fit[i];
+  return exponent * 0.693359375f + (f - (0.5f - f * series) * f * f + exponent * -2.12194440e-4f);
+}
+
+template <int Power>
+void mel_bands(const LogMel& p, const Plan& plan, const vf* x, float gain, int valid, vf* bands) {
+  const int n_mels = p.n_mels, next = 2 * p.n_segments;
+  const int32_t *segments = p.segments, *offsets = p.offsets, *slots = plan.slot;
+  const float* weights = p.weights;
+  vf rising = vf{};  // of interval i - 1, into band i - 1
+  for (int i = 0; i <= n_mels; ++i) {
+    vf up = vf{}, down = vf{};
+    for (int s = offsets[i]; s < offsets[i + 1]; ++s) {
+      const int32_t *slot = slots + segments[2 * s], *end = slot + segments[2 * s + 1];
+      for (const float* weight = weights + 2 * s; slot < end; ++slot, weight += next) {
+        const vf power = Power == 2 ? x[*slot] : square_root(x[*slot]);
+        down += weight[0] * power;
+        up += weight[1] * power;
+      }
+    }
+    if (i) bands[i - 1] = rising + down;
+    rising = up;
+  }
+  const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
+  vi outside;  // lanes after the clip's last frame: rows of zeros
+  for (int lane = 0; lane < W; ++lane) outside[lane] = lane < valid ? 0 : -1;
+  for (int i = 0; i < n_mels; ++i) {
+    const vf mel = bands[i] * gain, log = ln(mel > floor ? mel : vf{} + floor);
+    const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN stay themselves
+    bands[i] = (outside ? vf{} : value) * log_scale + log_shift;
+  }
+}
+
+typedef uint16_t vu __attribute__((vector_size(2 * W), may_alias));
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+inline void store(float* out, vf x) { *reinterpret_cast<vf_unaligned*>(out) = x; }
+inline void store(Half* out, vf x) {
+  typedef _Float16 vh __attribute__((vector_size(2 * W)));
+  const vh h = __builtin_convertvector(x, vh);
+  memcpy(out, &h, sizeof h);
+}
+inline void store(BFloat16* out, vf x) {  // to nearest, ties to even
+  const vi bits = reinterpret_cast<const vi&>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const vu b = __builtin_convertvector(x == x ? rounded : vi{} + 0x7fc0, vu);
+  memcpy(out, &b, sizeof b);
+}
+
+template <class T>
+void store_bands(const LogMel& p, int64_t clip, int first, int count, const vf* bands) {
+  const int height = p.patch_mels, width = p.patch_frames;
+  for (int from = 0; from < count;) {  // runs of frames within one patch
+    const int room = width - (first + from) % width, run = count - from < room ? count - from : room;
+    for (int mel = 0; mel < p.n_mels; mel += height) {
+      T* to = static_cast<T*>(p.out) + p.out_index(clip, mel, first + from);
+      for (int i = 0; i < height; ++i, to += width) {
+        if (run == W) {
+          store(to, bands[mel + i]);
+        } else {
+          T values[W];
+          store(values, bands[mel + i]);
+          memcpy(to, values + from, size_t(run) * sizeof(T));
+        }
+      }
+    }
+    from += run;
+  }
+}
+
+int transform_vectors(const LogMel& p) { return p.n_fft + p.n_fft / 8; }  // with the most pads
+int64_t scratch_floats(const LogMel& p) { return int64_t(W) * (transform_vectors(p) + p.win_length + p.n_mels); }
+
+void clip_stats(const LogMel& p, int64_t begin, int64_t end) {
+  p.is_int16 ? stats_of<int16_t>(p, begin, end) : stats_of<float>(p, begin, end);
+}
+
+void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
+  const Plan& plan = plan_for(p.n_fft / 2);
+  vf* x = reinterpret_cast<vf*>(scratch);
+  vf* bands = x + transform_vectors(p);
+  float* edge_rows = reinterpret_cast<float*>(bands + p.n_mels);
+  const int rows = p.patches * p.patch_frames, groups = (rows + W - 1) / W;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t clip = item / groups;
+    const int first = int(item % groups) * W, count = rows - first < W ? rows - first : W;
+    const int64_t length = p.length(clip);
+    const int valid = p.frames(length) - first;
+    float peak = -INFINITY;
+    if (valid > 0) {
+      const float mean = p.stats ? p.stats[2 * clip] : 0.0f, gain = p.stats ? p.stats[2 * clip + 1] : p.scale;
+      int frame[W];
+      for (int lane = 0; lane < W; ++lane) frame[lane] = first + (lane < valid ? lane : valid - 1);
+      if (p.is_int16)
+        load_and_pass(p, plan, static_cast<const int16_t*>(p.pcm) + clip * p.samples, length, frame, mean,
+                      reinterpret_cast<int16_t*>(edge_rows), x);
+      else
+        load_and_pass(p, plan, static_cast<const float*>(p.pcm) + clip * p.samples, length, frame, mean, edge_rows, x);
+      for (int q = 0; q < 8; ++q) transform(plan, 1, x + 2 * q * padded(plan.size / 8, plan.granule[0]), plan.size / 8);
+      power_spectrum(plan, x);
+      p.power == 2 ? mel_bands<2>(p, plan, x, gain * gain, valid, bands) : mel_bands<1>(p, plan, x, gain, valid, bands);
+      if (p.peaks)
+        for (int mel = 0; mel < p.n_mels; ++mel)
+          for (int lane = 0; lane < W && lane < valid; ++lane) peak = bands[mel][lane] > peak ? bands[mel][lane] : peak;
+    } else {
+      for (int mel = 0; mel < p.n_mels; ++mel) bands[mel] = vf{} + p.log_shift;
+    }
+    if (p.peaks) p.peaks[item] = peak;
+    if (p.dtype == Out::kFloat) store_bands<float>(p, clip, first, count, bands);
+    else if (p.dtype == Out::kHalf) store_bands<Half>(p, clip, first, count, bands);
+    else store_bands<BFloat16>(p, clip, first, count, bands);
+  }
+}
+
+}  // namespace
+
+extern const CpuKernel AJEPA_KERNEL;
+const CpuKernel AJEPA_KERNEL = {W, scratch_floats, clip_stats, run};
+
+}  // namespace ajepa

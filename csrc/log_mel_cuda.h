@@ -1,0 +1,10 @@
+// The CUDA launcher.
+#pragma once
+#include "log_mel.h"
+
+namespace ajepa {
+
+// Launches on `stream` of the current device. Returns "" or what went wrong.
+const char* log_mel_cuda(const LogMel& p, void* stream);
+
+}  // namespace ajepa

@@ -1,0 +1,214 @@
+// Registers the ops and checks what reaches them; the kernels are elsewhere. Only torch's stable ABI: one library
+// serves torch 2.11 and later. Fake kernels are registered from Python.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "log_mel.h"
+#include "log_mel_cpu.h"
+#ifdef AJEPA_CUDA
+#include "log_mel_cuda.h"
+// Defined in libtorch_cuda alone: weak, so that this library also loads beside a CPU build of torch.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace {
+
+using ajepa::LogMel;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- log_mel ----
+
+void check_table(const Tensor& t, const Tensor& pcm, ScalarType type, int64_t least, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() >= least,
+                  "log_mel_fwd: ", name, " has the wrong dtype, size or strides");
+  STD_TORCH_CHECK(t.device() == pcm.device(), "log_mel_fwd: ", name, " is not on pcm's device");
+}
+
+LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const Tensor& window, const Tensor& weights,
+                const Tensor& segments, const Tensor& offsets, Tensor& out, int64_t n_fft, int64_t hop_length,
+                int64_t first_sample, int64_t edge, int64_t frame_bias, int64_t frame_add, int64_t min_samples,
+                int64_t n_frames, bool remove_dc, double preemphasis, int64_t waveform_norm, int64_t power, double floor,
+                double log_scale, double log_shift, double top) {
+  STD_TORCH_CHECK(pcm.dim() == 2 && pcm.is_contiguous(), "log_mel_fwd: pcm must be contiguous [B, S]");
+  const auto in = pcm.scalar_type(), dtype = out.scalar_type();
+  STD_TORCH_CHECK(in == ScalarType::Short || in == ScalarType::Float, "log_mel_fwd: pcm must be int16 or float32");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "log_mel_fwd: out must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(out.dim() == 5 && out.is_contiguous() && out.size(0) == pcm.size(0) && out.device() == pcm.device(),
+                  "log_mel_fwd: out must be contiguous [B, F, T, patch mels, patch frames] on pcm's device");
+  STD_TORCH_CHECK((n_fft >= 128 && n_fft <= 8192 && (n_fft & (n_fft - 1)) == 0) || n_fft == 400,
+                  "log_mel_fwd: n_fft must be a power of two in 128..8192 or 400, got ", n_fft);
+  STD_TORCH_CHECK(hop_length > 0 && edge >= 0 && edge <= 2 && (power == 1 || power == 2) && waveform_norm >= 0 &&
+                      waveform_norm <= 2 && min_samples > 0 && pcm.size(1) < (int64_t(1) << 30),
+                  "log_mel_fwd: an argument is out of range");
+  const int64_t n_mels = out.size(1) * out.size(3), n_segments = segments.size(0);
+  check_table(window, pcm, ScalarType::Float, 2, "window");
+  check_table(weights, pcm, ScalarType::Float, 2 * ajepa::kSegment * n_segments, "weights");
+  check_table(segments, pcm, ScalarType::Int, 2 * n_segments, "segments");
+  check_table(offsets, pcm, ScalarType::Int, n_mels + 2, "offsets");
+  STD_TORCH_CHECK(window.numel() <= n_fft, "log_mel_fwd: the window is longer than n_fft");
+  if (lengths) check_table(*lengths, pcm, ScalarType::Long, pcm.size(0), "lengths");
+  STD_TORCH_CHECK(n_frames >= 0 && n_frames <= out.size(2) * out.size(4), "log_mel_fwd: out holds fewer than n_frames");
+
+  LogMel p{};
+  p.pcm = pcm.data_ptr(), p.lengths = lengths ? static_cast<const int64_t*>(lengths->data_ptr()) : nullptr;
+  p.window = static_cast<const float*>(window.data_ptr()), p.weights = static_cast<const float*>(weights.data_ptr());
+  p.segments = static_cast<const int32_t*>(segments.data_ptr());
+  p.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+  p.out = out.data_ptr();
+  p.batch = pcm.size(0), p.samples = pcm.size(1);
+  p.n_fft = int(n_fft), p.win_length = int(window.numel()), p.hop_length = int(hop_length);
+  p.first_sample = int(first_sample), p.frame_bias = int(frame_bias), p.frame_add = int(frame_add);
+  p.min_samples = int(min_samples), p.n_mels = int(n_mels), p.n_segments = int(n_segments), p.n_frames = int(n_frames);
+  p.patch_mels = int(out.size(3)), p.patch_frames = int(out.size(4)), p.patches = int(out.size(2));
+  p.power = int(power), p.waveform_norm = int(waveform_norm);
+  p.is_int16 = in == ScalarType::Short, p.remove_dc = remove_dc, p.edge = ajepa::Edge(edge);
+  p.dtype = dtype == ScalarType::Float ? ajepa::Out::kFloat
+            : dtype == ScalarType::Half ? ajepa::Out::kHalf : ajepa::Out::kBFloat16;
+  p.preemphasis = float(preemphasis), p.scale = p.is_int16 ? 1.0f / 32768 : 1.0f, p.floor = float(floor);
+  p.log_scale = float(log_scale), p.log_shift = float(log_shift), p.top = float(top);
+  return p;
+}
+
+const ajepa::CpuKernel& cpu_kernel() {
+#ifdef AJEPA_X86
+  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const char* limit = std::getenv("AJEPA_CPU_ISA");
+  const std::string most = limit ? limit : "avx512";
+  if (avx512 && most == "avx512") return ajepa::kAvx512Kernel;
+  if (avx2 && most != "portable") return ajepa::kAvx2Kernel;
+#endif
+  return ajepa::kPortableKernel;
+}
+
+float* scratch(size_t floats) {  // of this thread, kept between calls
+  struct Free {
+    void operator()(float* x) const { std::free(x); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local size_t size = 0;
+  if (size < floats) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+    size = memory ? floats : 0;
+  }
+  return memory.get();
+}
+
+template <class T, class Load, class Store>
+void limit_range(const LogMel& p, int64_t clip, float cutoff, Load load, Store store) {
+  const int frames = p.frames(p.length(clip));
+  for (int mel = 0; mel < p.n_mels; ++mel)
+    for (int t = 0; t < frames; ++t) {
+      T* at = static_cast<T*>(p.out) + p.out_index(clip, mel, t);
+      if (load(*at) < cutoff) *at = store(cutoff);
+    }
+}
+
+void log_mel_cpu(const LogMel& described) {
+  LogMel p = described;
+  const auto& kernel = cpu_kernel();
+  const int64_t frames = int64_t(p.patches) * p.patch_frames, groups = (frames + kernel.lanes - 1) / kernel.lanes;
+  std::vector<float> stats(p.waveform_norm ? 2 * p.batch : 0), peaks(p.top >= 0 ? groups * p.batch : 0);
+  if (p.waveform_norm) {
+    p.stats = stats.data();
+    torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) { kernel.clip_stats(p, begin, end); });
+  }
+  if (p.top >= 0) p.peaks = peaks.data();
+  std::atomic<bool> complete = true;  // nothing may be thrown through the C interface of parallel_for
+  torch::stable::parallel_for(0, p.batch * groups, 1, [&](int64_t begin, int64_t end) {
+    if (float* memory = scratch(size_t(kernel.scratch_floats(p)))) kernel.run(p, begin, end, memory);
+    else complete = false;
+  });
+  STD_TORCH_CHECK(complete, "log_mel_fwd: out of memory");
+  if (p.top < 0) return;
+  torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t clip = begin; clip < end; ++clip) {
+      const float* of_clip = p.peaks + clip * groups;
+      const float cutoff = *std::max_element(of_clip, of_clip + groups) - p.top;
+      using torch::headeronly::BFloat16;
+      using torch::headeronly::Half;
+      const auto load = [](auto x) { return float(x); };
+      if (p.dtype == ajepa::Out::kFloat) limit_range<float>(p, clip, cutoff, load, [](float x) { return x; });
+      else if (p.dtype == ajepa::Out::kHalf) limit_range<Half>(p, clip, cutoff, load, [](float x) { return Half(x); });
+      else limit_range<BFloat16>(p, clip, cutoff, load, [](float x) { return BFloat16(x); });
+    }
+  });
+}
+
+#define LOG_MEL_ARGS                                                                                                  \
+  Tensor pcm, std::optional<Tensor> lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets,         \
+      Tensor out, int64_t n_fft, int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias,         \
+      int64_t frame_add, int64_t min_samples, int64_t n_frames, bool remove_dc, double preemphasis,                  \
+      int64_t waveform_norm, int64_t power, double floor, double log_scale, double log_shift, double top
+#define LOG_MEL_DESCRIBE                                                                                              \
+  describe(pcm, lengths, window, weights, segments, offsets, out, n_fft, hop_length, first_sample, edge, frame_bias, \
+           frame_add, min_samples, n_frames, remove_dc, preemphasis, waveform_norm, power, floor, log_scale,         \
+           log_shift, top)
+
+void log_mel_fwd_cpu(LOG_MEL_ARGS) {
+  const LogMel p = LOG_MEL_DESCRIBE;
+  if (p.batch) log_mel_cpu(p);
+}
+
+#ifdef AJEPA_CUDA
+void log_mel_fwd_cuda(LOG_MEL_ARGS) {
+  LogMel p = LOG_MEL_DESCRIBE;
+  if (!p.batch || !out.numel()) return;
+  STD_TORCH_CHECK(n_fft != 400, "log_mel_fwd: the CUDA kernel takes powers of two only");
+  STD_TORCH_CHECK(p.batch <= 65535 || p.top < 0, "log_mel_fwd: top_db takes at most 65535 clips a call");
+  const int32_t device = pcm.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  // From the caching allocator: also inside a CUDA graph.
+  std::optional<Tensor> stats, peaks;
+  if (p.waveform_norm) {
+    stats = torch::stable::new_empty(window, {p.batch, 2});
+    p.stats = static_cast<float*>(stats->data_ptr());
+  }
+  if (p.top >= 0) {
+    peaks = torch::stable::new_empty(window, {p.batch});
+    p.peaks = static_cast<float*>(peaks->data_ptr());
+  }
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "log_mel_fwd: no current CUDA stream");
+  const char* error = ajepa::log_mel_cuda(p, stream);
+  STD_TORCH_CHECK(!*error, "log_mel_fwd: ", error);
+}
+#endif
+
+bool has_cuda() {
+#ifdef AJEPA_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
+  m.def(
+      "log_mel_fwd(Tensor pcm, Tensor? lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets, "
+      "Tensor(a!) out, int n_fft, int hop_length, int first_sample, int edge, int frame_bias, int frame_add, "
+      "int min_samples, int n_frames, bool remove_dc, float preemphasis, int waveform_norm, int power, float floor, "
+      "float log_scale, float log_shift, float top) -> ()");
+  m.def("has_cuda() -> bool");
+}
+STABLE_TORCH_LIBRARY_IMPL(ajepa, CPU, m) { m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cpu)); }
+#ifdef AJEPA_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ajepa, CUDA, m) { m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cuda)); }
+#endif
+STABLE_TORCH_LIBRARY_IMPL(ajepa, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }

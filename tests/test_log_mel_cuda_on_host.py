@@ -1,0 +1,139 @@
+"""The CUDA kernel's own source, run on the CPU one fiber a thread, and what its compiler says about it."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+from ajepa_kernels.log_mel import _log_mel_fused
+
+ROOT = Path(__file__).parent.parent
+CXX = os.environ.get("CXX", "c++").split()[0]
+SIZES = [128, 256, 512, 1024, 2048, 4096, 8192]
+
+
+class LogMel(ctypes.Structure):
+    """csrc/log_mel.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("pcm", "lengths", "window", "weights", "segments", "offsets")),
+        *((name, ctypes.c_void_p) for name in ("stats", "peaks", "out")),
+        ("batch", ctypes.c_int64), ("samples", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in (
+            "n_fft", "win_length", "hop_length", "first_sample", "frame_bias", "frame_add", "min_samples",
+            "n_mels", "n_segments", "n_frames", "patch_mels", "patch_frames", "patches", "power", "waveform_norm",
+        )),
+        ("is_int16", ctypes.c_bool), ("remove_dc", ctypes.c_bool), ("edge", ctypes.c_int), ("dtype", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("preemphasis", "scale", "floor", "log_scale", "log_shift", "top")),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """`log_mel` through the CUDA source: same arguments, same result."""
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no C++ compiler ({CXX})")
+    library = tmp_path_factory.mktemp("cuda_on_host") / "log_mel.so"
+    source = ROOT / "tests/cuda_on_host/log_mel.cpp"
+    command = [CXX, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", str(source)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    run = ctypes.CDLL(str(library)).log_mel_on_host
+
+    def op(pcm, lengths, window, weights, segments, offsets, out, **scalars):
+        batch, _, patches, patch_mels, patch_frames = out.shape
+        out.fill_(torch.nan)  # whatever is not written fails
+        stats = torch.empty(batch, 2) if scalars["waveform_norm"] else None
+        peaks = torch.empty(batch) if scalars["top"] >= 0 else None
+        tensors = {"pcm": pcm, "lengths": lengths, "window": window, "weights": weights, "segments": segments,
+                   "offsets": offsets, "stats": stats, "peaks": peaks, "out": out}  # fmt: skip
+        described = LogMel(
+            **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+            **scalars, batch=batch, samples=pcm.shape[1], win_length=len(window), n_mels=out.shape[1] * patch_mels,
+            n_segments=len(segments), patch_mels=patch_mels, patch_frames=patch_frames, patches=patches,
+            is_int16=pcm.dtype == torch.int16, scale=1 / 32768 if pcm.dtype == torch.int16 else 1.0,
+            dtype=[torch.float32, torch.float16, torch.bfloat16].index(out.dtype),
+        )  # fmt: skip
+        assert run(ctypes.byref(described)) == 0
+
+    def call(pcm, spec, *, lengths=None, dtype=torch.float32, layout="patches"):
+        return _log_mel_fused(pcm, spec, lengths, dtype, layout, op)
+
+    return call
+
+
+@pytest.mark.parametrize("n_fft", SIZES)
+@pytest.mark.parametrize("convention", ["kaldi", "torchaudio"])
+def test_every_size(kernel, n_fft, convention):
+    """Windows shorter than the transform; a frame count that fills no chunk; int16 and float."""
+    spec = LogMelSpec(
+        n_fft=n_fft, win_length=n_fft - n_fft // 5, hop_length=n_fft // 3, n_mels=48, convention=convention,
+        floor=1e-7, waveform_norm="mean",
+    )  # fmt: skip
+    pcm = clips(n_fft * 5 + 77, batch=1)
+    assert_exact(kernel(pcm, spec), pcm, spec)
+    assert_exact(kernel(pcm.float() / 32768, spec), pcm, spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("audio-jepa", {"n_frames": 32}),
+        ("a-jepa", {"n_frames": 32}),
+        ("audio-jepa-16k", {"n_frames": 16, "power": 1}),
+        ("a-jepa", {"n_frames": 20, "snip_edges": False, "patch": (8, 7), "n_mels": 256}),
+        ("audio-jepa-16k", {"n_frames": None, "top_db": 30.0, "waveform_norm": "peak", "center": False}),
+    ],
+)
+def test_front_ends(kernel, name, changes):
+    spec = replace(LOG_MEL_PRESETS[name], **changes)
+    pcm = clips(spec.n_fft + 9 * spec.hop_length, batch=2)
+    lengths = torch.tensor([pcm.shape[1], spec.n_fft + 3 * spec.hop_length + 1])
+    for layout in ("patches", "spectrogram"):
+        out = kernel(pcm, spec, lengths=lengths, layout=layout)
+        assert_exact(out, pcm, spec, lengths=lengths, layout=layout)
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(
+            kernel(pcm, spec, lengths=lengths, dtype=dtype), kernel(pcm, spec, lengths=lengths).to(dtype)
+        )
+
+
+def test_quiet_frame_beside_a_loud_one(kernel):
+    """The two frames of a transform may be 96 dB apart; the quiet one keeps its own rounding, not the other's."""
+    spec = LogMelSpec(win_length=512, hop_length=512, n_mels=40, floor=1e-20)
+    g = torch.Generator().manual_seed(0)
+    loud, quiet = (torch.randn(512, generator=g, dtype=torch.float64) * level for level in (0.3, 1e-5))
+    for frames in ((loud, quiet), (quiet, loud), (loud, 0 * loud), (0 * loud, loud), (0 * loud, 0 * loud)):
+        x = torch.cat(frames)[None].float()
+        exact = log_mel_reference(x.double(), spec, layout="spectrogram")
+        assert (kernel(x, spec, layout="spectrogram") - exact).abs().max() < 2e-3
+
+
+def test_equals_the_cpu_kernel(kernel):
+    spec = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=48)
+    pcm = clips(8000)
+    torch.testing.assert_close(kernel(pcm, spec), log_mel(pcm, spec), rtol=0, atol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.slow
+def test_no_spills(tmp_path):
+    """ptxas, for the architecture in AJEPA_TEST_ARCH (90): no spills, no stack, registers for four blocks of 256."""
+    arch = os.environ.get("AJEPA_TEST_ARCH", "90")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
+    report = subprocess.run(
+        [*command, str(ROOT / "csrc/log_mel.cu"), "-o", str(tmp_path / "log_mel.cubin")],
+        check=True, capture_output=True, text=True,
+    ).stderr  # fmt: skip
+    line = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
+    kernels = re.findall(line, report, re.DOTALL)
+    assert len([name for name, *_ in kernels if "log_mel_fwd_kernel" in name]) == 2 * len(SIZES)
+    for name, stack, spills, registers in kernels:
+        assert (stack, spills) == ("0", "0") and int(registers) <= 64, f"{name}: {stack=} {spills=} {registers=}"

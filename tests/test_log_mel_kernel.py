@@ -1,0 +1,172 @@
+"""The compiled CPU kernel of log_mel, on every instruction set this machine has, against float64."""
+
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
+from ajepa_kernels.log_mel import _kernel_tables
+
+pytestmark = pytest.mark.skipif(not _extension.AVAILABLE, reason=f"no compiled kernels: {_extension.MISSING}")
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """The kernel takes the best of these the processor has, up to this one."""
+    monkeypatch.setenv("AJEPA_CPU_ISA", request.param)
+    return request.param
+
+
+def random_spec(r: random.Random) -> LogMelSpec:
+    n_fft = r.choice([128, 256, 400, 512, 1024, 2048, 4096, 8192])
+    win_length, rate = r.randint(n_fft // 2, n_fft), r.choice([8000, 16000, 22050, 32000, 48000])
+    common = {
+        "sample_rate": rate, "n_fft": n_fft, "win_length": win_length, "hop_length": r.randint(win_length // 4, n_fft),
+        "n_mels": r.choice([1, 23, 40, 64, 80, 128, 256]), "f_min": r.choice([0.0, 20.0, 300.0]),
+        "f_max": r.choice([None, rate / 2 - 100, rate / 3]), "power": r.choice([1, 2]),
+        "waveform_norm": r.choice(["none", "mean", "peak"]), "n_frames": r.choice([None, 5, 40]),
+        "patch": (1, r.choice([3, 8, 16, 64])), "mean": r.choice([0.0, -4.0]), "std": r.choice([1.0, 4.5]),
+    }  # fmt: skip
+    if r.random() < 0.5:
+        return LogMelSpec(
+            **common, window=r.choice(["hann", "povey", "hamming"]), snip_edges=r.random() < 0.5,
+            preemphasis=r.choice([0.0, 0.97]), remove_dc_offset=r.random() < 0.7,
+        )  # fmt: skip
+    log = r.choice(["ln", "db"])
+    return LogMelSpec(
+        **common, convention="torchaudio", window=r.choice(["hann", "hamming"]), center=r.random() < 0.7, log=log,
+        mel_scale=r.choice(["htk", "slaney"]), mel_norm=r.choice([None, "slaney"]), floor=r.choice([1e-5, 1e-7]),
+        top_db=r.choice([None, 30.0, 80.0]) if log == "db" else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_specs(isa, seed):
+    r = random.Random(seed)
+    spec = random_spec(r)
+    pcm = clips(spec.n_fft + r.randint(1, 20) * spec.hop_length + r.randint(0, 99), batch=3, seed=seed)
+    lengths = torch.tensor([pcm.shape[1], spec.min_samples, r.randint(spec.min_samples, pcm.shape[1])])
+    layout = r.choice(["patches", "spectrogram"])
+    assert_exact(log_mel(pcm, spec, layout=layout, impl="fused"), pcm, spec, layout=layout)
+    x = pcm.float() / 32768
+    out = log_mel(x, spec, lengths=lengths, layout=layout, impl="fused")
+    assert_exact(out, x, spec, lengths=lengths, layout=layout)
+
+
+SIGNALS = {
+    "silence": lambda n: torch.zeros(n),
+    "constant": lambda n: torch.full((n,), 12345.0),
+    "impulse": lambda n: torch.zeros(n).index_fill(0, torch.tensor([n // 3]), 32767.0),
+    "first sample": lambda n: torch.zeros(n).index_fill(0, torch.tensor([0]), -32768.0),
+    "full-scale square": lambda n: torch.where(torch.arange(n) % 50 < 25, 32767.0, -32768.0),
+    "full-scale sine": lambda n: 32767 * torch.sin(torch.arange(n) * 0.3),
+    "least noise": lambda n: torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(0)).float(),
+    "silence, then noise": lambda n: torch.where(torch.arange(n) < n // 2, 0.0, torch.randn(n) * 3000),
+}
+
+
+@pytest.mark.parametrize("name", ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper"])
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_signals(isa, name, signal):
+    # Rounding of the transform stands at 1e-14 of a full-scale frame's power; the floor stays above it.
+    spec = replace(LOG_MEL_PRESETS[name], n_frames=None, patch=(16, 8), floor=1e-7)
+    pcm = SIGNALS[signal](spec.n_fft + 20 * spec.hop_length).round().clamp(-32768, 32767).to(torch.int16)[None]
+    assert_exact(log_mel(pcm, spec, impl="fused"), pcm, spec)
+
+
+def test_dtypes_and_strides():
+    spec, pcm = LOG_MEL_PRESETS["audio-jepa"], clips(60_000, batch=4)
+    expected = log_mel(pcm, spec, impl="fused")
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(log_mel(pcm, spec, dtype=dtype, impl="fused"), expected.to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(log_mel(pcm[::2], spec, impl="fused"), expected[::2], rtol=0, atol=0)
+    torch.testing.assert_close(log_mel(pcm.T.contiguous().T, spec, impl="fused"), expected, rtol=0, atol=0)
+    assert log_mel(pcm[:0], spec, impl="fused").shape == (0, 128, 256)
+    x = (pcm.float() / 32768).requires_grad_()
+    assert not log_mel(x, spec).requires_grad
+
+
+def test_nan_stays_in_its_frames():
+    spec = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=None)
+    x = clips(16_000).float() / 32768
+    expected = log_mel(x, spec, layout="spectrogram", impl="fused")
+    x[0, 8000] = torch.nan
+    out = log_mel(x, spec, layout="spectrogram", impl="fused")
+    hit = torch.zeros_like(out, dtype=torch.bool)
+    hit[0, :, (8000 - 400) // 160 + 1 : 8000 // 160 + 1] = True
+    torch.testing.assert_close(out[~hit], expected[~hit], rtol=0, atol=0)
+    assert out[0, :, hit[0, 0]].isnan().float().mean() > 0.95  # all bands but empty ones
+
+
+def test_same_at_any_thread_count():
+    pcm, threads = clips(320_000, batch=3), torch.get_num_threads()
+    expected = log_mel(pcm, LOG_MEL_PRESETS["audio-jepa"], impl="fused")
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(log_mel(pcm, LOG_MEL_PRESETS["audio-jepa"], impl="fused"), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("lengths", [None, [4000, 1600]])
+def test_opcheck(lengths):
+    out = torch.empty(2, 8, 1, 16, 16)
+    arguments = {
+        "n_fft": 512, "hop_length": 160, "first_sample": 0, "edge": 0, "frame_bias": -400, "frame_add": 1,
+        "min_samples": 400, "n_frames": 10, "remove_dc": True, "preemphasis": 0.97, "waveform_norm": 2, "power": 2,
+        "floor": 1e-7, "log_scale": 1.0, "log_shift": 0.0, "top": 3.0,
+    }  # fmt: skip
+    ragged = None if lengths is None else torch.tensor(lengths)
+    tables = _kernel_tables(LogMelSpec(), torch.device("cpu"))
+    torch.library.opcheck(torch.ops.ajepa.log_mel_fwd.default, (clips(4000), ragged, *tables, out), arguments)
+
+
+def test_op_refuses_what_it_cannot_take():
+    spec, pcm = LogMelSpec(n_mels=32), clips(4000)
+    tables, out = _kernel_tables(spec, torch.device("cpu")), torch.empty(2, 2, 1, 16, 16)
+    good = {
+        "n_fft": 512, "hop_length": 160, "first_sample": 0, "edge": 0, "frame_bias": -400, "frame_add": 1,
+        "min_samples": 400, "n_frames": 16, "remove_dc": True, "preemphasis": 0.97, "waveform_norm": 0, "power": 2,
+        "floor": 1e-7, "log_scale": 1.0, "log_shift": 0.0, "top": -1.0,
+    }  # fmt: skip
+    op = torch.ops.ajepa.log_mel_fwd
+    op(pcm, None, *tables, out, **good)
+    for bad, match in (
+        (lambda: op(pcm.int(), None, *tables, out, **good), "int16 or float32"),
+        (lambda: op(pcm.T, None, *tables, out, **good), "contiguous"),
+        (lambda: op(pcm, None, *tables, out.double(), **good), "float32, float16"),
+        (lambda: op(pcm, None, *tables, out[:1], **good), "out must be"),
+        (lambda: op(pcm, torch.tensor([1]), *tables, out, **good), "lengths"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 500}), "n_fft"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 256}), "longer than n_fft"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "n_frames": 17}), "n_frames"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "hop_length": 0}), "out of range"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            bad()
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_compiles_as_one_graph(impl):
+    spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=32), clips(8000)
+    compiled = torch.compile(lambda x: 2 * log_mel(x, spec, impl=impl), fullgraph=True)
+    torch.testing.assert_close(compiled(pcm), 2 * log_mel(pcm, spec, impl=impl), rtol=0, atol=1e-3)
+
+
+def test_without_the_extension(monkeypatch):
+    """log_mel says once that it runs the plain version, and why."""
+    spec, pcm = LogMelSpec(n_mels=32), clips(4000)
+    expected = log_mel(pcm, spec, impl="reference")
+    monkeypatch.setattr(_extension, "MISSING", "it was installed without a C++ compiler")
+    _extension.warn_plain.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch.*without a C\\+\\+ compiler"):
+        assert torch.equal(log_mel(pcm, spec), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_mel(pcm, spec)
+    with pytest.raises(RuntimeError, match="compiler"):
+        log_mel(pcm, spec, impl="fused")
