@@ -3,12 +3,16 @@
 from ajepa_kernels.adamw_ema import AdamWEMA, ema_update_, ema_update_reference_
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
+from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+from ajepa_kernels.warmup import warmup
 
 __all__ = [
     "LOG_MEL_PRESETS",
     "AdamWEMA",
     "LogMelSpec",
+    "add_layer_norm",
+    "add_layer_norm_reference",
     "ema_update_",
     "ema_update_reference_",
     "latent_l2_loss",
@@ -17,4 +21,5 @@ __all__ = [
     "log_mel_reference",
     "masked_attention",
     "masked_attention_reference",
+    "warmup",
 ]

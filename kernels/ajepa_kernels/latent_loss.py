@@ -3,10 +3,146 @@
 Shapes: T masked tokens, M rows of latents, C width.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._triton import jit, launch, power_of_2, register, tl, use_triton
+
 KINDS = ("l2", "smooth_l1", "cosine")
+REDUCTIONS = ("mean", "sum", "none")
+MAX_WIDTH = 4096  # two rows of float32 in the registers of eight warps
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _latent_l2_loss_fwd_kernel(
+    prediction_ptr, latents_ptr, index_ptr, loss_ptr, grad_ptr, stride_p, stride_l, T, grad_factor, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Distance of each token and its gradient times `grad_factor`; the gathered, normalised target stays on chip."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK_C)[None, :]
+    valid = row < T
+    mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
+    index = tl.load(index_ptr + row, mask=valid, other=0).to(tl.int64)
+    t = tl.load(latents_ptr + index[:, None] * stride_l + c, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(prediction_ptr + row.to(tl.int64)[:, None] * stride_p + c, mask=mask, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        t = tl.where(mask, t - (tl.sum(t, 1) / C)[:, None], 0.0)
+        t = t * (1.0 / tl.sqrt_rn(tl.sum(t * t, 1) / C + eps))[:, None]
+    if KIND == "cosine":
+        dot = tl.sum(p * t, 1)
+        norm_p, norm_t = tl.sqrt_rn(tl.sum(p * p, 1)), tl.sqrt_rn(tl.sum(t * t, 1))
+        length_p, length_t = tl.maximum(norm_p, eps), tl.maximum(norm_t, eps)
+        cosine = dot / (length_p * length_t)
+        loss = 2.0 - 2.0 * cosine
+        # below eps the length is a constant, so the second term goes
+        along = tl.where(norm_p > eps, cosine / (length_p * length_p), 0.0)
+        grad = -2.0 * (t / (length_p * length_t)[:, None] - p * along[:, None])
+    elif KIND == "smooth_l1":
+        d = p - t
+        loss = tl.sum(tl.where(tl.abs(d) < 1.0, 0.5 * d * d, tl.abs(d) - 0.5), 1) / C
+        grad = tl.minimum(tl.maximum(d, -1.0), 1.0) / C
+    else:
+        d = p - t
+        loss = tl.sum(d * d, 1) / C
+        grad = d * (2.0 / C)
+    tl.store(loss_ptr + row, loss, mask=valid)
+    if grad_ptr is not None:
+        grad = (grad * grad_factor).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + row.to(tl.int64)[:, None] * C + c, grad, mask=mask)
+
+
+def _latent_l2_loss_fwd_fake(prediction, latents, index, kind, normalize, eps, grad_factor, with_grad):
+    (T, C), n = prediction.shape, prediction.shape[0] if with_grad else 0
+    return prediction.new_empty(T, dtype=torch.float32), prediction.new_empty(n, C)
+
+
+@register(
+    "latent_l2_loss_fwd(Tensor prediction, Tensor latents, Tensor index, str kind, bool normalize, float eps, "
+    "float grad_factor, bool with_grad) -> (Tensor loss, Tensor grad)",
+    _latent_l2_loss_fwd_fake,
+)
+def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_factor, with_grad):
+    """Float32 loss of each token `[T]` and, if wanted, `grad_factor` x its gradient `[T, C]`."""
+    T, C = prediction.shape
+    prediction, latents = (x if x.stride(1) == 1 else x.contiguous() for x in (prediction, latents))
+    loss = torch.empty(T, dtype=torch.float32, device=prediction.device)
+    grad = torch.empty(T if with_grad else 0, C, dtype=prediction.dtype, device=prediction.device)
+    block_c, num_warps, rows = _config(C)
+    launch(
+        _latent_l2_loss_fwd_kernel, -(-T // rows), prediction,
+        prediction, latents, index.contiguous(), loss, grad if with_grad else None,
+        prediction.stride(0), latents.stride(0), T, grad_factor, eps, C, block_c, rows, kind, normalize,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return loss, grad
+
+
+def _config(C: int) -> tuple[int, int, int]:
+    """(channels, warps, rows) of a program: 32 channels a thread or fewer, several rows where they are narrow."""
+    block_c = power_of_2(C)
+    return block_c, max(4, min(block_c // 512, 8)), max(1, min(2048 // block_c, 8))
+
+
+# --- backward -------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _latent_l2_loss_bwd_kernel(
+    grad_ptr, upstream_ptr, factor, T, PER_TOKEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    n = T.to(tl.int64) * C
+    if PER_TOKEN:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scale = tl.load(upstream_ptr + offsets // C, mask=offsets < n, other=0.0).to(tl.float32) * factor
+        grad = tl.load(grad_ptr + offsets, mask=offsets < n, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + offsets, (grad * scale).to(grad_ptr.dtype.element_ty), mask=offsets < n)
+    else:
+        scale = tl.load(upstream_ptr).to(tl.float32) * factor
+        if scale != 1.0:  # without a loss scale the gradient is ready: nothing is read or written
+            offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            grad = tl.load(grad_ptr + offsets, mask=offsets < n, other=0.0).to(tl.float32)
+            tl.store(grad_ptr + offsets, (grad * scale).to(grad_ptr.dtype.element_ty), mask=offsets < n)
+
+
+@register("latent_l2_loss_bwd(Tensor(a!) grad, Tensor upstream, float factor) -> ()", lambda *args: None)
+def _latent_l2_loss_bwd(grad, upstream, factor):
+    """grad `[T, C]` times factor times upstream (a scalar, or one for each token), in place."""
+    launch(
+        _latent_l2_loss_bwd_kernel, -(-grad.numel() // 4096), grad,
+        grad, upstream.contiguous(), factor, grad.shape[0], upstream.dim() == 1, grad.shape[1], 4096, num_warps=4,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(grad)
+
+
+class _LatentL2Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, prediction, latents, index, kind, normalize, eps, reduction, with_grad):
+        mean = 1.0 / max(prediction.shape[0], 1) if reduction == "mean" else 1.0
+        # divided by millions of tokens a float16 gradient would underflow: the loss scale comes in before that division
+        late = prediction.dtype == torch.float16
+        loss, grad = torch.ops.ajepa.latent_l2_loss_fwd(
+            prediction, latents, index, kind, normalize, eps, 1.0 if late else mean, with_grad
+        )
+        ctx.factor = mean if late else 1.0
+        ctx.save_for_backward(grad)
+        return loss if reduction == "none" else loss.sum() * mean
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        (grad,) = ctx.saved_tensors
+        # in place: autograd's version check refuses a second backward through the same graph
+        torch.ops.ajepa.latent_l2_loss_bwd(grad, upstream, ctx.factor)
+        return grad, *[None] * 7
+
+
+# --- public ---------------------------------------------------------------------------------------------------------
 
 
 def latent_l2_loss_reference(
@@ -16,18 +152,22 @@ def latent_l2_loss_reference(
     kind: str = "l2",
     normalize: bool = True,
     eps: float = 1e-6,
+    reduction: str = "mean",
 ) -> torch.Tensor:
-    """Plain PyTorch definition of `latent_l2_loss`, in float32."""
-    prediction, target = prediction_TC.float(), latents_MC.detach().index_select(0, index_T).float()
+    """Plain PyTorch definition of `latent_l2_loss`, in float32 (float64 for float64 inputs)."""
+    dtype = torch.promote_types(prediction_TC.dtype, torch.float32)
+    prediction, target = prediction_TC.to(dtype), latents_MC.detach().index_select(0, index_T).to(dtype)
     if normalize:
         target = F.layer_norm(target, target.shape[-1:], eps=eps)
-    if prediction.numel() == 0:
-        return prediction.sum()  # zero, and still part of the graph
     if kind == "l2":
-        return F.mse_loss(prediction, target)
-    if kind == "smooth_l1":
-        return F.smooth_l1_loss(prediction, target)
-    return (2 - 2 * F.cosine_similarity(prediction, target, dim=-1, eps=eps)).mean()
+        loss = F.mse_loss(prediction, target, reduction="none").mean(-1)
+    elif kind == "smooth_l1":
+        loss = F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+    else:
+        loss = 2 - 2 * F.cosine_similarity(prediction, target, dim=-1, eps=eps)
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
 
 
 def latent_l2_loss(
@@ -38,33 +178,70 @@ def latent_l2_loss(
     kind: str = "l2",
     normalize: bool = True,
     eps: float = 1e-6,
+    reduction: str = "mean",
+    check: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Mean distance between predictions and layer-normalised targets gathered at `index_T`.
+    """Distance between predictions and layer-normalised targets gathered at `index_T`.
 
-    `l2`: mean over tokens and channels of (p - t)^2; `smooth_l1`: Huber with threshold 1; `cosine`: mean over tokens
-    of 2 - 2 cos(p, t). t = layer_norm(latents[index]) without affine parameters (I-JEPA, arXiv 2301.08243).
+    With t = layer_norm(latents[index]) without affine parameters (I-JEPA, arXiv 2301.08243), the distance of a token is
+    `l2`: mean over channels of (p - t)^2; `smooth_l1`: mean of Huber with threshold 1; `cosine`: 2 - 2 cos(p, t).
 
     Args:
-        prediction_TC: predictor's output, `[T, C]`. The only argument that receives a gradient.
+        prediction_TC: predictor's output, `[T, C]`. The only argument that receives a gradient. C up to 4,096 and
+            bfloat16, float16 or float32 have a kernel, which computes in float32.
         latents_MC: target encoder's output for every patch of the batch, `[M, C]`.
-        index_T: int64 `[T]`, the row of `latents_MC` that each prediction is about.
+        index_T: int64 or int32 `[T]`, the row of `latents_MC` that each prediction is about.
         kind: "l2", "smooth_l1" or "cosine".
         normalize: layer-normalise the targets.
-        impl: "auto" or "reference".
+        eps: of the layer norm, and the least length that `cosine` divides by.
+        reduction: "mean" or "sum" over tokens, or "none".
+        check: verify the indices on the device and wait for the answer (ValueError). Otherwise they are trusted.
+        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
 
     Returns:
-        A float32 scalar; zero where T is 0.
+        A float32 scalar, zero where T is 0; `[T]` for "none".
+
+    Saved for backward: the gradient `[T, C]`, computed in the forward pass, in the dtype of the prediction. Backward
+    scales it in place, and does nothing where the incoming gradient is 1; a second backward needs a second forward.
+
+    Raises:
+        ValueError: shapes, dtypes or options that cannot be, before any launch.
+
+    Example::
+
+        prediction = torch.randn(4096, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        latents = torch.randn(16384, 768, device="cuda", dtype=torch.bfloat16)
+        masked = torch.randperm(16384, device="cuda")[:4096]
+        latent_l2_loss(prediction, latents, masked).backward()
     """
     if prediction_TC.dim() != 2 or latents_MC.dim() != 2 or prediction_TC.shape[1] != latents_MC.shape[1]:
         raise ValueError(
             f"latent_l2_loss: prediction [T, C] and latents [M, C] must share C, "
             f"got {list(prediction_TC.shape)} and {list(latents_MC.shape)}"
         )
+    if not (prediction_TC.is_floating_point() and latents_MC.is_floating_point()):
+        raise ValueError("latent_l2_loss: prediction and latents must be floating point")
     if index_T.shape != prediction_TC.shape[:1]:
         raise ValueError(f"latent_l2_loss: index must be [{len(prediction_TC)}], got {list(index_T.shape)}")
+    if index_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"latent_l2_loss: index must be int32 or int64, got {index_T.dtype}")
+    if not prediction_TC.device == latents_MC.device == index_T.device:
+        raise ValueError("latent_l2_loss: prediction, latents and index must share a device")
     if kind not in KINDS:
         raise ValueError(f"latent_l2_loss: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"latent_l2_loss: impl must be 'auto' or 'reference', got {impl!r}")
-    return latent_l2_loss_reference(prediction_TC, latents_MC, index_T, kind, normalize, eps)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"latent_l2_loss: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if check and len(index_T) and not 0 <= int(index_T.min()) <= int(index_T.max()) < len(latents_MC):
+        raise ValueError(f"latent_l2_loss: an index is outside the {len(latents_MC)} rows of latents")
+    unsupported = ""
+    if not {prediction_TC.dtype, latents_MC.dtype} <= {torch.float32, torch.float16, torch.bfloat16}:
+        unsupported = f"no kernel for {prediction_TC.dtype} and {latents_MC.dtype}"
+    elif not 1 <= prediction_TC.shape[1] <= MAX_WIDTH:
+        unsupported = f"no kernel for width {prediction_TC.shape[1]}, only up to {MAX_WIDTH}"
+    if use_triton("latent_l2_loss", impl, prediction_TC, unsupported):
+        with_grad = prediction_TC.requires_grad and torch.is_grad_enabled()
+        return _LatentL2Loss.apply(
+            prediction_TC, latents_MC.detach(), index_T, kind, normalize, eps, reduction, with_grad
+        )
+    return latent_l2_loss_reference(prediction_TC, latents_MC, index_T, kind, normalize, eps, reduction)

@@ -1,0 +1,260 @@
+"""Residual addition and layer norm as one pass over memory.
+
+Shapes: M rows (all leading axes), C width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ajepa_kernels._triton import jit, launch, multiprocessors, power_of_2, register, tl, use_triton
+
+MAX_WIDTH = 4096  # a row, its gradients and their sums in the registers of eight warps
+
+
+def _config(C: int) -> tuple[int, int, int]:
+    """(channels, rows, warps) of a program: about 16 channels a thread."""
+    block_c = power_of_2(C)
+    return block_c, max(1, min(4096 // block_c, 16)), 8
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _add_layer_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, sum_ptr, stride_x, stride_r, M, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK_C)[None, :]
+    valid = row < M
+    mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
+    x = tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + row[:, None] * stride_r + c, mask=mask, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)  # what backward reads is what is normalised
+        tl.store(sum_ptr + row[:, None] * C + c, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    x = tl.where(mask, x - (tl.sum(x, 1) / C)[:, None], 0.0)
+    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + eps))[:, None]
+    x = x * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + row[:, None] * C + c, x.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, dtype):
+    total = x.new_empty(0) if residual is None else _sum_like(x, residual)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), total
+
+
+def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@register(
+    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
+    " -> (Tensor normed, Tensor sum)",
+    _add_layer_norm_fwd_fake,
+)
+def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
+    """x, residual `[M, C]`. Without a residual the sum is x itself and not returned."""
+    M, C = x.shape
+    block_c, rows, num_warps = _config(C)
+    normed = torch.empty(M, C, dtype=dtype, device=x.device)
+    total = x.new_empty(0) if residual is None else _sum_like(x, residual)
+    x, residual = _dense_rows(x), None if residual is None else _dense_rows(residual)
+    launch(
+        _add_layer_norm_fwd_kernel, -(-M // rows), x,
+        x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), normed, total,
+        x.stride(0), 0 if residual is None else residual.stride(0), M, eps, C, block_c, rows, num_warps=num_warps,
+    )  # fmt: skip
+    return normed, total
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _add_layer_norm_bwd_kernel(
+    sum_ptr, weight_ptr, dnormed_ptr, dsum_ptr, dtotal_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    stride_s, stride_dn, stride_ds, M, eps, programs,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A fixed number of programs walks the rows: few partial sums for weight and bias, in a set order."""
+    pid = tl.program_id(0)
+    c = tl.arange(0, BLOCK_C)[None, :]
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in range(pid * ROWS, M, programs * ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        valid = row < M
+        mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
+        x = tl.load(sum_ptr + row[:, None] * stride_s + c, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dnormed_ptr + row[:, None] * stride_dn + c, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - (tl.sum(x, 1) / C)[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + eps)
+        x = x * rstd[:, None]
+        dweight += dy * x
+        dbias += dy
+        dy = dy * weight
+        dx = (dy - (tl.sum(dy, 1) / C)[:, None] - x * (tl.sum(dy * x, 1) / C)[:, None]) * rstd[:, None]
+        if dsum_ptr is not None:
+            dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dtotal_ptr + row[:, None] * C + c, dx.to(dtotal_ptr.dtype.element_ty), mask=mask)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + row[:, None] * C + c, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + pid * C + c, tl.sum(dweight, 0)[None, :], mask=c < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + pid * C + c, tl.sum(dbias, 0)[None, :], mask=c < C)
+
+
+def _add_layer_norm_bwd_fake(dnormed, dsum, total, weight, with_bias, eps, x_dtype):
+    dtotal = torch.empty_like(total, memory_format=torch.contiguous_format)
+    dx = dtotal.new_empty(0) if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
+    return dtotal, dx, torch.empty_like(weight), torch.empty_like(weight) if with_bias else weight.new_empty(0)
+
+
+@register(
+    "add_layer_norm_bwd(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor weight, bool with_bias, float eps, "
+    "ScalarType x_dtype) -> (Tensor dtotal, Tensor dx, Tensor dweight, Tensor dbias)",
+    _add_layer_norm_bwd_fake,
+)
+def _add_layer_norm_bwd(dnormed, dsum, total, weight, with_bias, eps, x_dtype):
+    """dtotal is the gradient of x and of the residual; dx the same in x's dtype, where that is another one."""
+    M, C = total.shape
+    block_c, rows, num_warps = _config(C)
+    programs = min(2 * multiprocessors(total), -(-M // rows))
+    dtotal = torch.empty(M, C, dtype=total.dtype, device=total.device)
+    dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
+    dweight = torch.empty(programs, C, dtype=torch.float32, device=total.device)
+    dbias = torch.empty_like(dweight) if with_bias else None
+    total, dnormed = _dense_rows(total), _dense_rows(dnormed)
+    dsum = None if dsum is None else _dense_rows(dsum)
+    launch(
+        _add_layer_norm_bwd_kernel, programs, total,
+        total, weight.contiguous(), dnormed, dsum, dtotal, dx, dweight, dbias,
+        total.stride(0), dnormed.stride(0), 0 if dsum is None else dsum.stride(0), M, eps, programs,
+        C, block_c, rows, num_warps=num_warps,
+    )  # fmt: skip
+    dbias = weight.new_empty(0) if dbias is None else dbias.sum(0).to(weight.dtype)
+    return dtotal, dtotal.new_empty(0) if dx is None else dx, dweight.sum(0).to(weight.dtype), dbias
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, dtype):
+        normed, total = torch.ops.ajepa.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else total, weight)
+        ctx.eps, ctx.x_dtype = eps, x.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return normed if residual is None else (normed, total)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dnormed, dsum=None):
+        total, weight = ctx.saved_tensors
+        if dnormed is None:
+            return dsum.to(ctx.x_dtype), dsum.to(ctx.residual_dtype), None, None, None, None
+        dtotal, dx, dweight, dbias = torch.ops.ajepa.add_layer_norm_bwd(
+            dnormed, dsum, total, weight, ctx.bias_dtype is not None, ctx.eps, ctx.x_dtype
+        )
+        return (
+            dtotal if ctx.x_dtype == total.dtype else dx,
+            None if ctx.residual_dtype is None else dtotal.to(ctx.residual_dtype),
+            dweight,
+            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+            None,
+            None,
+        )
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def add_layer_norm_reference(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch definition of `add_layer_norm`: the norm in float32 (float64 for float64), rounded to `dtype`."""
+    total = x if residual is None else x + residual
+    compute = torch.promote_types(total.dtype, torch.float32)
+    bias = None if bias is None else bias.to(compute)
+    normed = F.layer_norm(total.to(compute), total.shape[-1:], weight.to(compute), bias, eps)
+    return normed.to(x.dtype if dtype is None else dtype), total
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum = x + residual; normed = (sum - mean) / sqrt(variance + eps) * weight + bias, over the last axis.
+
+    The step between two halves of a pre-norm transformer block (arXiv 2002.04745): x is what the last half added, the
+    residual the stream that it is added to.
+
+    Args:
+        x: `[..., C]`, floating point; C up to 4,096 and bfloat16, float16 or float32 have a kernel.
+        residual: the shape of x; its dtype may be wider (a float32 stream beside bfloat16 halves). None: zero.
+        weight, bias: `[C]`; bias may be None.
+        eps: added to the variance.
+        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+
+    Returns:
+        normed, in the dtype of x, or under autocast in autocast's; and sum, in the wider dtype of x and residual (x
+        itself where there is no residual). Computed in float32.
+
+    Saved for backward: sum and weight. Weight and bias gradients are summed in a fixed order.
+
+    Raises:
+        ValueError: shapes or devices that cannot be, before any launch.
+
+    Example::
+
+        x = attention(normed)
+        normed, stream = add_layer_norm(x, stream, norm.weight, norm.bias, norm.eps)
+        x = mlp(normed)
+    """
+    if x.dim() < 1 or (residual is not None and residual.shape != x.shape):
+        raise ValueError(
+            f"add_layer_norm: x [..., C] and residual must have equal shapes, "
+            f"got {list(x.shape)} and {None if residual is None else list(residual.shape)}"
+        )
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and p.shape != x.shape[-1:]:
+            raise ValueError(f"add_layer_norm: {name} must be [{x.shape[-1]}], got {list(p.shape)}")
+    tensors = [t for t in (x, residual, weight, bias) if t is not None]
+    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
+        raise ValueError("add_layer_norm: all tensors must be floating point and on one device")
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    unsupported, C = "", x.shape[-1]
+    if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in tensors):
+        unsupported = "no kernel for float64"
+    elif not 1 <= C <= MAX_WIDTH:
+        unsupported = f"no kernel for width {C}, only up to {MAX_WIDTH}"
+    if not use_triton("add_layer_norm", impl, x, unsupported):
+        return add_layer_norm_reference(x, residual, weight, bias, eps, dtype)
+    if residual is None:
+        return _AddLayerNorm.apply(x.reshape(-1, C), None, weight, bias, eps, dtype).view(x.shape), x
+    normed, total = _AddLayerNorm.apply(x.reshape(-1, C), residual.reshape(-1, C), weight, bias, eps, dtype)
+    return normed.view(x.shape), total.view(x.shape)

@@ -1,0 +1,216 @@
+"""Compiles the launches that an operation would make on a given GPU, without one, and reads what the assembler made.
+
+`python tests/aot.py` prints the table of every shipped configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+ARCHS = (80, 90, 100)
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+# tensor-core instructions, by the width of the unit that runs them: warp, warp group, tensor memory
+TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA", "UTCQMMA")
+
+
+@dataclass
+class Report:
+    kernel: str
+    arch: int
+    threads: int
+    registers: int
+    stack: int
+    spills: int  # local-memory loads and stores in the machine code
+    shared: int
+    tensor_core: int
+    warp_group: int  # those of Hopper's and Blackwell's own units
+    wide: int  # 16-byte loads
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds: 64 Ki registers; 164 KiB of shared memory on sm_80, 228 KiB after."""
+        registers = self.threads * -(-self.registers // 8) * 8
+        shared = (164 if self.arch == 80 else 228) * 1024
+        return min(65536 // registers, shared // (self.shared + 1024), 2048 // self.threads, 32)
+
+
+def _specialise(kernel, args, options):
+    """Signature, constants and attributes that Triton's own launcher would derive."""
+    bound = dict(zip(kernel.arg_names, args, strict=False))
+    bound |= {name: x for name, x in options.items() if name in kernel.arg_names}
+    constexpr = {kernel.arg_names[i] for i in kernel.constexprs}
+    signature: dict[str, str] = {}
+    constants: dict = {}
+    aligned = []
+    counts = {p.name for p in kernel.params if p.do_not_specialize}
+    for name, x in bound.items():
+        if name in counts:
+            signature[name] = "i32"
+        elif name in constexpr or x is None or (isinstance(x, int) and not isinstance(x, bool) and x == 1):
+            signature[name], constants[name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = "*" + _TYPES[x.dtype]
+            # unlike views into one buffer, a fresh allocation is aligned; a view is where its offset is
+            if x.storage_offset() * x.element_size() % 16 == 0:
+                aligned.append(name)
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
+            if x % 16 == 0:
+                aligned.append(name)
+    place = kernel.arg_names.index
+    return (
+        signature,
+        {(place(n),): v for n, v in constants.items()},
+        {(place(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+
+
+def compile_launch(kernel, args, options, arch: int) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import __file__ as backend
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _specialise(kernel, args, options)
+    options = {k: v for k, v in options.items() if k not in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tools = os.path.join(os.path.dirname(backend), "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        read = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = read([f"{tools}/cuobjdump", "--dump-resource-usage", file.name]).stdout
+        code = read([f"{tools}/nvdisasm", "-c", file.name]).stdout
+    count = lambda *names: len(re.findall(rf"\b(?:{'|'.join(names)})\b", code))  # noqa: E731
+    return Report(
+        kernel.__name__, arch, 32 * compiled.metadata.num_warps, int(re.search(r"REG:(\d+)", usage)[1]),
+        int(re.search(r"STACK:(\d+)", usage)[1]), count("STL", "LDL"), compiled.metadata.shared, count(*TENSOR_CORE),
+        count(*TENSOR_CORE[1:]), len(re.findall(r"\bLDG\S*\.128", code)),
+    )  # fmt: skip
+
+
+def reports(case, arch: int) -> list[Report]:
+    """`case`: a function and its arguments; every launch that it makes is compiled for `arch`."""
+    from ajepa_kernels._triton import record_launches
+
+    function, *args = case
+    with record_launches(arch) as launches:
+        function(*args)
+    return [compile_launch(*launch, arch) for launch in launches]
+
+
+def compile_all(cases: dict, archs=ARCHS, workers: int | None = None) -> dict:
+    """{(name of the case, arch): reports}, compiled in parallel processes."""
+    jobs = [(name, arch) for name in cases for arch in archs]
+    with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        results = pool.map(reports, [cases[name] for name, _ in jobs], [arch for _, arch in jobs])
+        return dict(zip(jobs, results, strict=True))
+
+
+# --- the shipped configurations ---------------------------------------------------------------------------------------
+
+META = {"device": "meta"}
+
+
+def attention(S: int, D: int, dtype: torch.dtype) -> None:
+    from ajepa_kernels.attention import _masked_attention_bwd, _masked_attention_fwd, _packed_layout
+
+    qkv, cu = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(5, dtype=torch.int32, **META)
+    arguments = (*_packed_layout(qkv, cu, S, None, None, None), 0.125, False)
+    out, lse = _masked_attention_fwd(qkv, None, None, *arguments)
+    _masked_attention_bwd(out, qkv, None, None, out, lse, *arguments)
+
+
+def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
+    from ajepa_kernels.attention import Layout, _masked_attention_bwd, _masked_attention_fwd
+
+    qkv, rows = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(4 * S, dtype=torch.int64, **META)
+    start = torch.empty(4, dtype=torch.int64, **META)
+    arguments = (*Layout(start, start, rows, None, None, None, S, S, 4 * S, True), 0.125, False)
+    out, lse = _masked_attention_fwd(qkv, None, None, *arguments)
+    _masked_attention_bwd(out, qkv, None, None, out, lse, *arguments)
+
+
+def loss(C: int, kind: str, dtype: torch.dtype) -> None:
+    from ajepa_kernels.latent_loss import _latent_l2_loss_bwd, _latent_l2_loss_fwd
+
+    prediction, index = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, dtype=torch.int64, **META)
+    _, grad = _latent_l2_loss_fwd(prediction, prediction, index, kind, True, 1e-6, 1.0, True)
+    _latent_l2_loss_bwd(grad, torch.empty((), **META), 1.0)
+
+
+def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype) -> None:
+    from ajepa_kernels.layer_norm import _add_layer_norm_bwd, _add_layer_norm_fwd
+
+    x, residual = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, C, dtype=stream, **META)
+    weight = torch.empty(C, **META)
+    normed, total = _add_layer_norm_fwd(x, residual, weight, weight, 1e-5, dtype)
+    _add_layer_norm_bwd(normed, total, total, weight, True, 1e-5, dtype)
+
+
+def optimizer(remainder: bool) -> None:
+    from ajepa_kernels import AdamWEMA
+    from ajepa_kernels.adamw_ema import _ema_update
+
+    dtype = torch.bfloat16 if remainder else torch.float32
+    p = torch.nn.Parameter(torch.empty(768, 768, dtype=dtype, **META))
+    p.grad, ema, scalar = torch.empty_like(p), torch.empty(768, 768, **META), torch.empty((), **META)
+    copies = [(ema, torch.empty(768, 768, dtype=torch.bfloat16, **META))]
+    adamw = AdamWEMA(
+        [p], ema=[(p, ema)], copies=copies, remainder=remainder, impl="triton", capturable=True, fused=False
+    )
+    adamw.step(ema_decay=scalar, grad_scale=scalar, found_inf=scalar)
+    _ema_update([ema], [p.detach()], scalar, 0.0)
+
+
+B, F = torch.bfloat16, torch.float32
+# head dim 96 is compiled as 128, float16 as bfloat16
+CORE = {
+    **{f"attention {S} x {D}": (attention, S, D, B) for S, D in ((16, 32), (64, 64), (128, 64), (128, 128), (300, 64))},
+    "attention 64 x 64 gathered": (attention_gathered, 64, 64, B),
+    "attention 32 x 64 fp32": (attention, 32, 64, F),
+    "loss 768": (loss, 768, "l2", B),
+    "layer norm 768": (layer_norm, 768, B, F),
+    "optimizer": (optimizer, False),
+}
+REST = {
+    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 128, 300) for D in (32, 64, 96, 128)},
+    **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 32, 300) for D in (32, 64, 128)},
+    "attention 128 x 64 gathered": (attention_gathered, 128, 64, B),
+    "attention 300 x 64 gathered": (attention_gathered, 300, 64, B),
+    **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
+    **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 4096)},
+    "layer norm 768 fp32": (layer_norm, 768, F, F),
+    "optimizer remainder": (optimizer, True),
+}
+REST = {name: case for name, case in REST.items() if name not in CORE}
+
+
+def table(results: dict) -> str:
+    lines = ["| Case | sm | Kernel | Threads | Registers | Spills | Shared | Tensor core | Blocks/SM |"]
+    lines.append("|" + "---|" * 9)
+    for (name, arch), reported in results.items():
+        for r in reported:
+            lines.append(
+                f"| {name} | {arch} | `{r.kernel}` | {r.threads} | {r.registers} | {r.spills} | {r.shared} "
+                f"| {r.tensor_core} | {r.blocks} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(compile_all(CORE | REST)))

@@ -1,0 +1,28 @@
+"""Runs the kernels' tests again in Triton's interpreter, on CPU tensors, in a process of their own.
+
+Interpretation is decided when a kernel is defined, and nothing can be compiled in a process that interprets.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ajepa_kernels._triton import triton
+
+TESTS = ["kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm"]
+
+
+@pytest.mark.skipif(triton is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the kernels themselves are tested")
+@pytest.mark.parametrize("name", TESTS)
+def test_interpreted(name):
+    file = Path(__file__).parent / f"test_{name}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", "not reference"]
+    done = subprocess.run(
+        [*command, str(file)], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

@@ -1,0 +1,182 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, needs_kernel, poison  # noqa: F401
+
+from ajepa_kernels import latent_l2_loss, latent_l2_loss_reference
+from ajepa_kernels.latent_loss import KINDS, REDUCTIONS
+
+
+def oracle(prediction, latents, index, kind, normalize, reduction):
+    """The formula itself, in float64, token by token."""
+    losses = []
+    for p, i in zip(prediction.double(), index.tolist(), strict=True):
+        t = latents[i].double()
+        if normalize:
+            t = (t - t.mean()) / (t.var(correction=0) + 1e-6).sqrt()
+        if kind == "l2":
+            losses.append(((p - t) ** 2).mean())
+        elif kind == "smooth_l1":
+            d = (p - t).abs()
+            losses.append(torch.where(d < 1, d * d / 2, d - 0.5).mean())
+        else:
+            losses.append(2 - 2 * (p @ t) / (p.norm().clamp_min(1e-6) * t.norm().clamp_min(1e-6)))
+    loss = torch.stack(losses) if losses else prediction.double().sum(1)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / max(len(loss), 1)}[reduction]
+
+
+def both(function, prediction, upstream):
+    prediction = prediction.detach().requires_grad_()
+    loss = function(prediction)
+    upstream = upstream.to(loss.device, loss.dtype)
+    return loss, torch.autograd.grad(loss, prediction, upstream)[0]
+
+
+# widths: less than a vector access, a power of two, ViT-S's, ViT-B's (masked tails), one past a power of two
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("T", "C"), [(5, 7), (9, 64), (1, 384), (6, 768), (3, 1025), (0, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_value_and_gradient(T, C, kind, dtype, impl):
+    for reduction in REDUCTIONS:
+        normalize = reduction != "sum"
+        prediction, latents = torch.randn(T, C).to(dtype), torch.randn(11, C).to(dtype)
+        index = torch.randint(11, (T,))
+        upstream = torch.randn(T) if reduction == "none" else torch.tensor(1.7)
+        options = {"kind": kind, "normalize": normalize, "reduction": reduction}
+        want = both(partial(oracle, latents=latents, index=index, **options), prediction.double(), upstream)
+        plain = both(
+            partial(latent_l2_loss_reference, latents_MC=latents, index_T=index, **options), prediction, upstream
+        )
+        function = partial(
+            latent_l2_loss, latents_MC=latents.to(DEVICE), index_T=index.to(DEVICE), impl=impl, **options
+        )
+        got = both(function, prediction.to(DEVICE), upstream)
+        assert got[0].dtype == torch.float32 and got[1].dtype == dtype
+        # the loss is float32 whatever its inputs; only the gradient is rounded to dtype
+        assert_as_good([got[0].cpu()], plain[:1], want[:1], torch.float32)
+        assert_as_good([got[1].cpu()], plain[1:], want[1:], dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_zero_tokens_have_finite_gradients(kind, impl):
+    """A prediction or a target of exact zeros: no direction, no variance."""
+    prediction = torch.zeros(2, 16, device=DEVICE, requires_grad=True)
+    latents = torch.zeros(3, 16, device=DEVICE)
+    loss = latent_l2_loss(prediction, latents, torch.tensor([0, 2], device=DEVICE), kind=kind, impl=impl)
+    loss.backward()
+    assert loss.isfinite() and prediction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_views_and_int32(impl):
+    storage = torch.randn(6, 2, 32, device=DEVICE)
+    prediction, latents = storage[:, 0].requires_grad_(), storage[:, 1]
+    index = torch.tensor([5, 5, 0, 1, 2, 3], device=DEVICE)
+    got = latent_l2_loss(prediction, latents, index.int(), impl=impl)
+    target = F.layer_norm(latents[index], (32,), eps=1e-6)
+    torch.testing.assert_close(got, F.mse_loss(prediction, target))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_whole(impl):
+    prediction = torch.randn(6, 32, device=DEVICE, requires_grad=True)
+    latents, index = torch.randn(9, 32, device=DEVICE), torch.randint(9, (6,), device=DEVICE)
+    function = lambda p: 3 * latent_l2_loss(p, latents, index, impl=impl)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    upstream = torch.ones(())
+    torch.testing.assert_close(both(compiled, prediction, upstream), both(function, prediction, upstream))
+
+
+@needs_kernel
+def test_opcheck():
+    prediction, latents = torch.randn(6, 32, device=DEVICE), torch.randn(9, 32, device=DEVICE)
+    index = torch.randint(9, (6,), device=DEVICE)
+    for with_grad in (False, True):
+        torch.library.opcheck(
+            torch.ops.ajepa.latent_l2_loss_fwd.default,
+            (prediction, latents, index, "l2", True, 1e-6, 0.5, with_grad),
+        )
+    for upstream in (torch.tensor(2.0, device=DEVICE), torch.randn(6, device=DEVICE)):
+        torch.library.opcheck(torch.ops.ajepa.latent_l2_loss_bwd.default, (prediction, upstream, 0.5))
+
+
+@needs_kernel
+def test_second_backward_is_refused():
+    """The saved gradient is scaled in place: a second pass must not scale it twice in silence."""
+    prediction = torch.randn(6, 32, device=DEVICE, requires_grad=True)
+    index = torch.arange(6, device=DEVICE)
+    loss = latent_l2_loss(prediction, torch.randn(6, 32, device=DEVICE), index, impl="triton")
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_kernel
+def test_float16_gradients_do_not_underflow():
+    """Those of a mean over many elements would, unless the loss scale comes in before the division."""
+    latents, index = torch.randn(8, 512, device=DEVICE).half(), torch.arange(8, device=DEVICE)
+    prediction = (latents + 0.01 * torch.randn_like(latents)).requires_grad_()
+    run = lambda p, impl: both(  # noqa: E731
+        lambda p: latent_l2_loss(p, latents, index, normalize=False, impl=impl), p, torch.tensor(65536.0)
+    )[1]
+    want = run(prediction.double(), "reference")
+    assert (run(prediction, "triton").double() - want).norm() < 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_gradient_wanted(impl):
+    with torch.no_grad():
+        loss = latent_l2_loss(
+            torch.ones(2, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE), torch.arange(2, device=DEVICE), impl=impl
+        )
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents_MC": torch.zeros(3, 5)}, "must share C"),
+        ({"index_T": torch.zeros(3, dtype=torch.int64)}, r"index must be \[2\]"),
+        ({"index_T": torch.zeros(2)}, "int32 or int64"),
+        ({"index_T": torch.tensor([0, 3]), "check": True}, "outside the 3 rows"),
+        ({"prediction_TC": torch.zeros(2, 4, dtype=torch.int64)}, "floating point"),
+        ({"latents_MC": torch.zeros(3, 4, device="meta")}, "share a device"),
+        ({"kind": "l3"}, "kind must be"),
+        ({"reduction": "max"}, "reduction must be"),
+        ({"impl": "cuda"}, "impl must be"),
+    ],
+)
+def test_errors(change, message):
+    arguments = {"prediction_TC": torch.zeros(2, 4), "latents_MC": torch.zeros(3, 4), "index_T": torch.zeros(2).long()}
+    with pytest.raises(ValueError, match=f"latent_l2_loss: .*{message}"):
+        latent_l2_loss(**{**arguments, **change})
+
+
+def test_reference_is_mse_of_layer_norm():
+    prediction, latents, index = torch.randn(4, 8), torch.randn(6, 8), torch.tensor([1, 1, 5, 0])
+    want = F.mse_loss(prediction, F.layer_norm(latents[index], (8,), eps=1e-6))
+    torch.testing.assert_close(latent_l2_loss_reference(prediction, latents, index), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_graph_and_repeats():
+    prediction = torch.randn(65536, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    latents = torch.randn(131072, 768, device="cuda", dtype=torch.bfloat16)
+    index = torch.randperm(131072, device="cuda")[:65536]
+    run = lambda: both(lambda p: latent_l2_loss(p, latents, index), prediction, torch.ones(()))  # noqa: E731
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        first = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, captured = torch.cuda.CUDAGraph(), None
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))

@@ -1,0 +1,304 @@
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from oracle import DEVICE, DTYPES, IMPLS, INTERPRET, assert_as_good, needs_kernel, poison, relative_error  # noqa: F401
+
+from ajepa_kernels import masked_attention, masked_attention_reference
+from ajepa_kernels.attention import _dense_layout, _packed_layout
+
+
+def oracle(q, k, v, spans, scale=None):
+    """Attention row by row in float64. spans: (query rows, key rows) of each sequence, as lists."""
+    q, k, v = q.double(), k.double(), v.double()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())  # part of the graph even when empty
+    for rows, keys in spans:
+        if rows and keys:
+            s = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * scale
+            out = out.index_put((torch.tensor(rows),), torch.einsum("hqk,khd->qhd", s.softmax(-1), v[keys]))
+    return out
+
+
+def gradients(function, leaves, upstream):
+    out = function(*leaves)
+    return out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype).to(out.device).reshape(out.shape))
+
+
+def check(function, reference, wanted, leaves, upstream, dtype):
+    """`function` against the float64 oracle `wanted`, no worse than `reference` in the same dtype."""
+    make = lambda d: [x.to(d).to(DEVICE if d == dtype else "cpu").requires_grad_() for x in leaves]  # noqa: E731
+    leaves = [x.to(dtype).double() for x in leaves]  # all see the same rounded inputs
+    want = gradients(wanted, [x.detach().requires_grad_() for x in leaves], upstream.to(dtype).double())
+    plain = gradients(reference, make(dtype), upstream.to(dtype))
+    got = gradients(function, make(dtype), upstream.to(dtype))
+    assert got[0].dtype == dtype
+    assert_as_good([x.cpu() for x in got], [x.cpu() for x in plain], want, dtype)
+
+
+def packed_spans(lengths):
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    return [(list(range(a, b)),) * 2 for a, b in pairwise(ends)], torch.tensor(ends)
+
+
+# lengths: one tile full; ragged with an empty sequence and one of a single token; several tiles; nothing at all
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("lengths", [[16, 16], [5, 0, 1, 13], [40, 33], [150, 3], [0, 0], []])
+@pytest.mark.parametrize("head_dim", [32, 96])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed(lengths, head_dim, dtype, impl):
+    if max(lengths, default=0) > 64 and (head_dim == 96) != (dtype == torch.float16):
+        pytest.skip("long sequences are checked in two of the four combinations")
+    spans, cu = packed_spans(lengths)
+    T, S = int(cu[-1]), max(lengths, default=0)
+    cu = cu.to(DEVICE, torch.int32)
+    qkv, upstream = torch.randn(T, 3, 2, head_dim), torch.randn(T, 2, head_dim)
+    check(
+        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl=impl),
+        lambda x: masked_attention_reference(x, cu, S),
+        lambda x: oracle(*x.unbind(1), spans),
+        [qkv], upstream, dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("S", [7, 140])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_separate_and_cross(S, impl):
+    """Fewer queries than keys, q, k, v apart and not contiguous, an explicit scale."""
+    lengths, lengths_k = [3, S, 0, 2], [5, 4, 3, 0]
+    ends, ends_k = (torch.tensor([0, *x]).cumsum(0).tolist() for x in (lengths, lengths_k))
+    spans = [(list(range(*a)), list(range(*b))) for a, b in zip(pairwise(ends), pairwise(ends_k), strict=True)]
+    leaves = [torch.randn(n, 32, 2) for n in (ends[-1], ends_k[-1], ends_k[-1])]
+    function = lambda impl: lambda q, k, v: masked_attention(  # noqa: E731
+        q.mT, k.mT, v.mT, cu_seqlens=torch.tensor(ends, device=DEVICE), max_seqlen=S,
+        cu_seqlens_k=torch.tensor(ends_k, device=DEVICE), max_seqlen_k=5, scale=0.3, impl=impl,
+    )  # fmt: skip
+    wanted = lambda q, k, v: oracle(q.mT, k.mT, v.mT, spans, 0.3)  # noqa: E731
+    check(function(impl), function("reference"), wanted, leaves, torch.randn(ends[-1], 2, 32), torch.float32)
+
+
+DENSE = ["all", "indices", "indices scattered", "flat", "boolean scattered", "boolean packed", "key_mask", "long"]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dense(case, impl):
+    B, N = (2, 150) if case == "long" else (3, 11)
+    mask = torch.rand(B, N) < 0.5
+    mask[1] = False  # a sample of which nothing is visible
+    mask[0, :2] = True
+    rows = [(torch.arange(N)[m] + b * N).tolist() for b, m in enumerate(mask)]
+    everything = [(torch.arange(N) + b * N).tolist() for b in range(B)]
+    kwargs: dict = {}
+    if case == "all":
+        spans, kept = [(r, r) for r in everything], None
+    elif case == "key_mask":
+        spans, kept, kwargs = list(zip(everything, rows, strict=True)), None, {"key_mask": mask}
+    elif case.startswith("indices"):
+        index = torch.rand(B, N).argsort(1)[:, :4]
+        rows = (index + torch.arange(B)[:, None] * N).tolist()
+        spans, kept, kwargs = [(r, r) for r in rows], [*chain.from_iterable(rows)], {"visible": index}
+    elif case == "flat":
+        kept = [*chain.from_iterable(rows)]
+        cu = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
+        spans = [(r, r) for r in rows]
+        kwargs = {"visible": torch.tensor(kept, dtype=torch.int32), "cu_seqlens": cu, "max_seqlen": N}
+    else:
+        spans, kept, kwargs = [(r, r) for r in rows], [*chain.from_iterable(rows)], {"visible": mask}
+    scattered = case in ("indices scattered", "boolean scattered", "long")
+    if scattered:
+        kept, kwargs["output"] = None, "scattered"
+    kwargs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    qkv = torch.randn(B, N, 3, 2, 32)
+
+    def function(impl):
+        return lambda x: masked_attention(x, check=True, impl=impl, **kwargs).reshape(-1, 2, 32)
+
+    def wanted(x):
+        out = oracle(*x.flatten(0, 1).unbind(1), spans)
+        return out if kept is None else out[kept]
+
+    upstream = torch.randn(B * N if kept is None else len(kept), 2, 32)
+    check(function(impl), function("reference"), wanted, [qkv], upstream, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_invisible_rows_are_not_read(impl):
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 3:7] = mask[1, ::2] = True
+    qkv = torch.randn(2, 9, 3, 2, 32).masked_fill(~mask[:, :, None, None, None], float("nan")).to(DEVICE)
+    qkv.requires_grad_()
+    out = masked_attention(qkv, visible=mask.to(DEVICE), output="scattered", impl=impl)
+    out.sum().backward()
+    assert out.isfinite().all() and qkv.grad.isfinite().all()
+    assert (out[~mask.to(DEVICE)] == 0).all() and (qkv.grad[~mask.to(DEVICE)] == 0).all()
+
+
+def test_packed_key_mask():
+    """All tokens are queries, only the kept ones keys."""
+    spans, cu = packed_spans([4, 0, 6])
+    keep = torch.tensor([1, 0, 1, 0, 0, 0, 1, 1, 0, 1], dtype=torch.bool)
+    spans = [(q, [i for i in k if keep[i]]) for q, k in spans]
+    qkv = torch.randn(10, 3, 2, 32, dtype=torch.float64)
+    got = masked_attention(qkv, cu_seqlens=cu, max_seqlen=6, key_mask=keep)
+    torch.testing.assert_close(got, oracle(*qkv.unbind(1), spans))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layouts_agree(impl):
+    """The packed layout of the visible rows and the dense layout that gathers them are one computation."""
+    qkv = torch.randn(3, 10, 3, 2, 32, device=DEVICE)
+    index = torch.rand(3, 10, device=DEVICE).argsort(1)[:, :6]
+    packed = qkv[torch.arange(3)[:, None], index].flatten(0, 1)
+    cu = torch.arange(0, 19, 6, device=DEVICE)
+    got = masked_attention(qkv, visible=index, impl=impl)
+    assert torch.equal(got.flatten(0, 1), masked_attention(packed, cu_seqlens=cu, max_seqlen=6, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_whole(impl):
+    qkv, cu = torch.randn(9, 3, 2, 32, device=DEVICE, requires_grad=True), torch.tensor([0, 4, 9], device=DEVICE)
+    mask = torch.rand(3, 3, device=DEVICE) < 0.7
+
+    def both(x):
+        packed = masked_attention(x, cu_seqlens=cu, max_seqlen=5, impl=impl)
+        return packed, masked_attention(x.unflatten(0, (3, 3)), visible=mask, output="scattered", impl=impl)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    got, want = compiled(qkv), both(qkv)
+    torch.testing.assert_close(got, want)
+    got, want = ([torch.autograd.grad(sum(x.square().sum() for x in out), qkv)] for out in (got, want))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_once_for_all_counts(impl):
+    """Token counts and bounds that change from batch to batch are symbols, across both kinds of kernel."""
+    function = lambda x, cu, S: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl=impl)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([4, 5], [3, 8], [40, 7]):
+        qkv = torch.randn(sum(lengths), 3, 2, 32, device=DEVICE, requires_grad=True)
+        arguments = qkv, packed_spans(lengths)[1].to(DEVICE), max(lengths)
+        got, want = (torch.autograd.grad(f(*arguments).square().sum(), qkv) for f in (compiled, function))
+        torch.testing.assert_close(got, want)
+
+
+@needs_kernel
+@pytest.mark.parametrize("S", [6, 33])
+def test_opcheck(S):
+    qkv = torch.randn(2 * S, 3, 2, 32, device=DEVICE)
+    cu = torch.tensor([0, S, 2 * S], device=DEVICE)
+    layouts = [
+        (qkv, _packed_layout(qkv, cu, S, None, None, None)),
+        (qkv, _dense_layout(qkv.unflatten(0, (2, S)), qkv.unflatten(0, (2, S)), torch.rand(2, S, device=DEVICE) < 0.5,
+                            None, None, None, True)),
+    ]  # fmt: skip
+    for x, layout in layouts:
+        arguments = (x, None, None, *layout, 0.2, False)
+        torch.library.opcheck(torch.ops.ajepa.masked_attention_fwd.default, arguments)
+        out, lse = torch.ops.ajepa.masked_attention_fwd(*arguments)
+        torch.library.opcheck(
+            torch.ops.ajepa.masked_attention_bwd.default,
+            (torch.randn_like(out), x, None, None, out, lse, *arguments[3:]),
+        )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl):
+    qkv = torch.randn(4, 3, 2, 32, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.float16):
+        out = masked_attention(qkv, cu_seqlens=torch.tensor([0, 4], device=DEVICE), max_seqlen=4, impl=impl)
+    out.sum().backward()
+    assert out.dtype == torch.float16 and qkv.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "kwargs", "message"),
+    [
+        ((4, 2, 2, 32), {"cu_seqlens": [0, 4]}, r"qkv must be \[T, 3, H, D\]"),
+        ((4, 3, 2, 32), {}, r"qkv must be \[B, N, 3, H, D\]"),
+        ((4, 3, 2, 32), {"cu_seqlens": [[0, 4]]}, "1-D integer"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0.0, 4.0]}, "1-D integer"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen": None}, "max_seqlen"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 3, 2, 4], "check": True}, "never decrease"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 3], "check": True}, "end at the number of tokens"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 9], "check": True}, "not pass"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen": 2, "check": True}, "longer than max_seqlen"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "output": "scattered"}, "dense"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "output": "sparse"}, "output must be"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "impl": "cuda"}, "impl must be"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "key_mask": [True]}, "key_mask must be boolean"),
+        ((2, 4, 3, 2, 32), {"visible": [[0, 4], [1, 1]], "check": True}, "out of range"),
+        ((2, 4, 3, 2, 32), {"visible": [[0, 3], [1, 1]], "check": True}, "twice"),
+        ((2, 4, 3, 2, 32), {"visible": [[True], [False]]}, "boolean visible must be"),
+        ((2, 4, 3, 2, 32), {"visible": [[0]]}, "row for each sample"),
+        ((2, 4, 3, 2, 32), {"visible": [[0.5], [0.5]]}, "boolean or integer"),
+        ((2, 4, 3, 2, 32), {"visible": [0]}, "visible must be"),
+    ],
+)
+def test_errors(shape, kwargs, message):
+    kwargs = {"max_seqlen": 4 if "cu_seqlens" in kwargs else None, **kwargs}
+    kwargs = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    with pytest.raises(ValueError, match=f"masked_attention: .*{message}"):
+        masked_attention(torch.randn(shape), **kwargs)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="there is something to launch on")
+def test_triton_without_a_device_is_refused():
+    with pytest.raises(ValueError, match="impl='triton' is impossible: the tensors are on the CPU"):
+        masked_attention(torch.randn(4, 3, 2, 32), cu_seqlens=torch.tensor([0, 4]), max_seqlen=4, impl="triton")
+
+
+@needs_kernel
+def test_head_dim_without_a_kernel():
+    qkv, cu = torch.randn(4, 3, 2, 24, device=DEVICE), torch.tensor([0, 4], device=DEVICE)
+    with pytest.raises(ValueError, match="no kernel for head dim 24"):
+        masked_attention(qkv, cu_seqlens=cu, max_seqlen=4, impl="triton")
+    assert masked_attention(qkv, cu_seqlens=cu, max_seqlen=4).shape == (4, 2, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+class TestOnGPU:
+    @pytest.mark.usefixtures("poison")
+    @pytest.mark.parametrize("S", [16, 64, 100, 128, 300, 4096])
+    @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_sizes(self, S, head_dim, dtype):
+        lengths = torch.randint(1, S + 1, (6,))
+        lengths[0] = S
+        cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to("cuda", torch.int32)
+        qkv = torch.randn(int(cu[-1]), 3, 3, head_dim, device="cuda", dtype=dtype)
+        upstream = torch.randn(len(qkv), 3, head_dim, device="cuda", dtype=dtype)
+        run = lambda x, impl: gradients(  # noqa: E731
+            lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl=impl), [x.requires_grad_()], upstream
+        )
+        want = run(qkv.double(), "reference")
+        assert_as_good(run(qkv, "triton"), run(qkv.clone(), "reference"), want, dtype)
+
+    def test_repeats_bit_for_bit(self):
+        cu = torch.arange(0, 6401, 64, device="cuda", dtype=torch.int32)
+        qkv = torch.randn(6400, 3, 12, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        run = lambda: gradients(lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=64), [qkv], qkv[:, 0].detach())  # noqa: E731
+        first = run()
+        assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(), strict=True))
+
+    def test_graph_and_stream(self):
+        """A captured graph follows the offsets on the device; a side stream is the one launched on."""
+        cu = torch.tensor([0, 10, 64], device="cuda", dtype=torch.int32)
+        qkv = torch.randn(64, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        run = lambda: gradients(lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=64), [qkv], qkv[:, 0].detach())  # noqa: E731
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        cu.copy_(torch.tensor([0, 50, 64]))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
