@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
 from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
 
 pytestmark = [
     pytest.mark.gpu,
