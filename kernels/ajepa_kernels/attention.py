@@ -142,7 +142,7 @@ _ONE_TILE = {
     (128, 32): (8, 8), (128, 64): (8, 8), (128, 128): (8, 8),
 }  # fmt: skip
 # what differs by compute capability
-_ONE_TILE_BY_ARCH = {(80, 64, 64): (4, 8), (100, 128, 64): (4, 8)}
+_ONE_TILE_BY_ARCH = {(100, 128, 64): (4, 8)}
 _LONG_FWD = {(90, 32): Config(128, 64, 8, 2), (90, 64): Config(128, 64, 8, 2)}
 _LONG_BWD = {(100, 32): Config(64, 64, 4, 2), (100, 64): Config(64, 64, 4, 2)}
 _LONG_BWD_FP32 = {(90, 128): Config(64, 32, 8), (100, 64): Config(16, 32, 8), (100, 128): Config(16, 32, 8)}

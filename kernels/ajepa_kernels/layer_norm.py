@@ -13,9 +13,11 @@ from ajepa_kernels._triton import jit, launch, multiprocessors, power_of_2, regi
 MAX_WIDTH = 4096  # a row, its gradients and their sums in the registers of eight warps
 
 
-def _config(C: int) -> tuple[int, int, int]:
-    """(channels, rows, warps) of a program: about 16 channels a thread."""
+def _config(C: int, backward: bool) -> tuple[int, int, int]:
+    """(channels, rows, warps) of a program: 16 channels a thread, or 8 where their sums are held as well."""
     block_c = power_of_2(C)
+    if backward:
+        return block_c, max(1, min(2048 // block_c, 16)), 8 if block_c <= 2048 else 16
     return block_c, max(1, min(4096 // block_c, 16)), 8
 
 
@@ -67,7 +69,7 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
     """x, residual `[M, C]`. Without a residual the sum is x itself and not returned."""
     M, C = x.shape
-    block_c, rows, num_warps = _config(C)
+    block_c, rows, num_warps = _config(C, backward=False)
     normed = torch.empty(M, C, dtype=dtype, device=x.device)
     total = x.new_empty(0) if residual is None else _sum_like(x, residual)
     x, residual = _dense_rows(x), None if residual is None else _dense_rows(residual)
@@ -131,7 +133,7 @@ def _add_layer_norm_bwd_fake(dnormed, dsum, total, weight, with_bias, eps, x_dty
 def _add_layer_norm_bwd(dnormed, dsum, total, weight, with_bias, eps, x_dtype):
     """dtotal is the gradient of x and of the residual; dx the same in x's dtype, where that is another one."""
     M, C = total.shape
-    block_c, rows, num_warps = _config(C)
+    block_c, rows, num_warps = _config(C, backward=True)
     programs = min(2 * multiprocessors(total), -(-M // rows))
     dtotal = torch.empty(M, C, dtype=total.dtype, device=total.device)
     dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
