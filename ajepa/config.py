@@ -185,8 +185,8 @@ PRESETS: dict[str, Config] = {
         ),
         model=ModelConfig(size="tiny", predictor_width=64, predictor_depth=2, predictor_heads=4, target_layers=4),
         mask=MaskConfig(mask_ratio=(0.6, 0.8)),
-        optim=OptimConfig(batch_size=64, steps=600, lr=1e-3, warmup_steps=50, ema_start=0.99),
-        watch=WatchConfig(watch_every=100, checkpoint_every=200, eval_clips=2_000),
+        optim=OptimConfig(batch_size=64, steps=400, lr=1e-3, warmup_steps=50, ema_start=0.99),
+        watch=WatchConfig(log_every=20, watch_every=100, checkpoint_every=100, eval_clips=2_000),
     ),
 }
 
