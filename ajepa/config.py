@@ -12,6 +12,7 @@ import torch
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from ajepa.files import write_atomic
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]
@@ -223,7 +224,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def save(cfg: Config, path: Path) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    write_atomic(path, (json.dumps(dataclasses.asdict(cfg), indent=2) + "\n").encode())
 
 
 def load(path: Path) -> Config:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from ajepa.config import OptimConfig
+from ajepa.files import write_atomic
 from ajepa.optim import ema_decay, learning_rate
 
 # Dense bf16 tensor-core peak in FLOP/s, by a part of the device's name; from the vendor's data sheets.
@@ -159,7 +160,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _drop_after(jsonl: Path, step: int) -> None:
     """Forget what a killed run logged after the checkpoint that it now continues from."""
     kept = [r for r in read_metrics(jsonl.parent) if r["step"] <= step] if step else []
-    jsonl.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    write_atomic(jsonl, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
 
 def _last_finite(jsonl: Path) -> str:

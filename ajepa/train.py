@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save as save_bytes
 
 from ajepa import config, plots
-from ajepa.checkpoint import CheckpointError, load_latest, save_checkpoint, write_synced
+from ajepa.checkpoint import CheckpointError, load_latest, save_checkpoint
 from ajepa.compare import compare, table
 from ajepa.config import Config, ConfigError, Impl
 from ajepa.corpus import Corpus, open_corpus
 from ajepa.engine import Engine, choose_device
 from ajepa.features import encoder_features, log_mel_features
+from ajepa.files import write_atomic
 from ajepa.index import DataError
 from ajepa.masks import MaskSampler
 from ajepa.monitor import NonFiniteError, RunLog, read_metrics, warn
@@ -78,7 +79,7 @@ def train(cfg: Config, folder: Path) -> dict[str, Any]:
             raise KeyboardInterrupt
         rates = compare_engines(cfg, device, corpus, min(cfg.watch.compare_steps, cfg.optim.steps))
         summary = finish(cfg, folder, engine, log, baselines, rates, skipped)
-        draw(cfg, folder, engine, pcm, lengths, baselines)
+        draw(cfg, folder, engine, corpus, baselines)
     return summary
 
 
@@ -122,7 +123,7 @@ def compare_engines(cfg: Config, device: torch.device, corpus: Corpus, steps: in
 def finish(cfg: Config, folder: Path, engine: Engine, log: RunLog, baselines, rates, skipped: int) -> dict[str, Any]:
     """Write weights and summary, and say how it went."""
     weights = {k: v.contiguous().cpu() for k, v in engine.model.target_encoder.state_dict().items()}
-    write_synced(folder / "encoder.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
+    write_atomic(folder / "encoder.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
     records = read_metrics(folder)
     last = {key: r[key] for r in records for key in r}  # later records overwrite earlier ones
     plain = rates.get("reference")
@@ -131,8 +132,8 @@ def finish(cfg: Config, folder: Path, engine: Engine, log: RunLog, baselines, ra
         "impl": cfg.impl,
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
         "steps": cfg.optim.steps,
-        "clips_per_second": log.clips / log.seconds if log.seconds else None,
-        "data_wait_share": log.waited / log.seconds if log.seconds else None,
+        "clips_per_second": log.clips / log.seconds if log.seconds else last.get("clips_per_second"),
+        "data_wait_share": log.waited / log.seconds if log.seconds else last.get("data_wait_share"),
         "final_loss": last.get("loss"),
         "target_variance": last.get("target_variance"),
         "effective_rank": last.get("effective_rank"),
@@ -143,14 +144,14 @@ def finish(cfg: Config, folder: Path, engine: Engine, log: RunLog, baselines, ra
         "files_skipped": skipped,
         "bad_steps": log.counts["bad_steps"],
     }
-    write_synced(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     log.say(describe_summary(summary, folder))
     if rates:
         log.say("same batches through both engines, in alternation:\n" + table(rates))
     return summary
 
 
-def draw(cfg: Config, folder: Path, engine: Engine, pcm, lengths, baselines) -> None:
+def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines) -> None:
     lines = {
         "untrained encoder": baselines["knn_accuracy_untrained"],
         "pooled log-mel": baselines["knn_accuracy_log_mel"],
@@ -158,7 +159,8 @@ def draw(cfg: Config, folder: Path, engine: Engine, pcm, lengths, baselines) -> 
     plots.plot_curves(read_metrics(folder), lines, folder / "curves.png")
     one = MaskSampler(dataclasses.replace(cfg.mask, masks_per_clip=1), cfg.front_end.grid, seed=cfg.seed)
     masks = one(cfg.optim.steps - 1, cfg.optim.steps, 1)
-    patches = engine.front_end(pcm, lengths)
+    clips = corpus.evaluation
+    patches = engine.front_end(clips.pcm[:64].to(engine.device), clips.lengths[:64].to(engine.device))
     liveliest = patches.flatten(1).std(1).argmax()  # a silent clip would show nothing
     plots.plot_masks(patches[liveliest], masks, cfg.front_end, folder / "masks.png")
 

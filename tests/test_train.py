@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file
 
 from ajepa.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_latest, read_verified, save_checkpoint
@@ -40,8 +42,6 @@ def assert_same_bits(a, b):
 @pytest.fixture(scope="module")
 def finished(tones, tmp_path_factory):
     """A small run that was never interrupted."""
-    from conftest import SMALL
-
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert main(["--data", str(tones), "--out", str(folder), *SMALL]) == 0
     return folder
@@ -143,9 +143,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, small_r
     assert_same_bits(weights(folder), weights(finished))
 
 
-def test_resuming_a_finished_run_says_so(finished, tones, capsys):
-    from conftest import SMALL
+def test_a_run_killed_after_its_last_step_is_finished_by_resume(finished, tones, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in ("summary.json", "encoder.safetensors", "curves.png", "masks.png"):
+        (folder / name).unlink()
+    assert main(["--data", str(tones), "--out", str(folder), *SMALL, "--resume"]) == 0
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
+    for key in ("final_loss", "knn_accuracy", "target_variance"):
+        assert ours[key] == theirs[key]
+    assert ours["clips_per_second"] > 0
+    assert (folder / "encoder.safetensors").read_bytes() == (finished / "encoder.safetensors").read_bytes()
+    assert (folder / "masks.png").exists()
 
+
+def test_resuming_a_finished_run_says_so(finished, tones, capsys):
     before = (finished / "summary.json").read_bytes()
     assert main(["--data", str(tones), "--out", str(finished), *SMALL, "--resume"]) == 0
     assert "finished" in capsys.readouterr().out
@@ -153,8 +165,6 @@ def test_resuming_a_finished_run_says_so(finished, tones, capsys):
 
 
 def test_bad_files_are_skipped_listed_and_counted(tones, tmp_path, small_run):
-    import shutil
-
     argv, folder = small_run
     data = tmp_path / "mixed data\nset"
     shutil.copytree(tones, data)
@@ -212,8 +222,6 @@ def test_cuda_is_refused_where_there_is_none(capsys):
 
 
 def test_an_existing_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tones, capsys):
-    from conftest import SMALL
-
     argv = ["--data", str(tones), "--out", str(finished), *SMALL]
     assert main(argv) == 2
     assert "--resume" in capsys.readouterr().err
