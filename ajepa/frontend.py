@@ -58,7 +58,7 @@ def _spectrogram(x: torch.Tensor, spec: LogMelSpec) -> torch.Tensor:
     fbank = import_torchaudio().compliance.kaldi.fbank
     # Its times are in ms and become samples again by truncation: half a sample keeps them whole.
     per_ms = 1000.0 / spec.sample_rate
-    return torch.stack(
+    features = torch.stack(
         [
             fbank(
                 clip[None],
@@ -78,6 +78,7 @@ def _spectrogram(x: torch.Tensor, spec: LogMelSpec) -> torch.Tensor:
             for clip in x
         ]
     )
+    return features.clamp_min(math.log(spec.log_floor))  # fbank knows one floor, float32 epsilon
 
 
 @lru_cache(maxsize=8)
