@@ -12,8 +12,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """Tests neither read nor fill the user's cache."""
-    if "AJEPA_TEST_CACHE" not in os.environ:
-        monkeypatch.setenv("AJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("AJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")
