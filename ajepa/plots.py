@@ -128,6 +128,6 @@ def plot_embeddings(
         for c in used:
             axis.scatter(*flat[of == c].T[:2], s=8, alpha=0.7, color=color[c], label=classes[c], linewidths=0)
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right", fontsize=7, ncols=-(-len(names) // 26), markerscale=2)
+    figure.legend(handles, names, loc="outside right center", fontsize=7, ncols=-(-len(names) // 26), markerscale=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -105,11 +105,12 @@ def probe(args: Arguments) -> dict[str, Any]:
 
     pooling = cfg.watch.pooling if args.pooling == "run" else args.pooling
     kinds = [pooling] + ["tokens"] * ("attentive" in args.heads)
-    options = {"device": engine.device, "threads": cfg.data.loader_threads, "skipped": skipped}
+    options: dict[str, Any] = {"device": engine.device, "threads": cfg.data.loader_threads, "skipped": skipped}
     samples = round(cfg.data.clip_seconds * spec.sample_rate)
 
     def encoder_source() -> EncoderFeatures:
-        precision = "bf16" if engine.device.type == "cuda" and cfg.precision != "fp32" else "fp32"
+        auto = "bf16" if engine.device.type == "cuda" else "fp32"
+        precision = auto if cfg.precision == "auto" else cfg.precision
         key = f"{tensors_hash(encoder.state_dict())} {cfg.model.positions} {precision}"
         return EncoderFeatures(encoder, engine.front_end, spec, key)
 
@@ -269,8 +270,8 @@ def pretrained_on(cfg: Config, index: Index) -> set[str] | None:
 def load_run(path: Path) -> tuple[Config, dict[str, torch.Tensor], dict[str, Any]]:
     """Configuration, weights of the EMA target encoder, and where they came from.
 
-    `path`: a run folder (its encoder.safetensors, or its newest whole checkpoint where it is not finished) or one of its
-    checkpoints. Nothing in them can run code. Raises ConfigError, CheckpointError.
+    `path`: a run folder (its encoder.safetensors, or where it is not finished its newest whole checkpoint) or one of
+    its checkpoints. Nothing in them can run code. Raises ConfigError, CheckpointError.
     """
     folder = checkpoint_folder(path)
     cfg = config.load(folder / "config.json")
@@ -328,8 +329,8 @@ def report(result: dict[str, Any], args: Arguments, console: Console) -> None:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     for fold in folds:
         if fold["seen_in_pretraining"]:
-            print(f"warning: {fold['seen_in_pretraining']} of the {fold['test']} test recordings of {fold['name']} were "
-                  "pretrained on; pretrain with --where and leave them out", file=sys.stderr)  # fmt: skip
+            what = f"{fold['seen_in_pretraining']} of the {fold['test']} test recordings of {fold['name']}"
+            print(f"warning: {what} were pretrained on; leave them out of pretraining with --where", file=sys.stderr)
     head = shown(args)
     if len(data["classes"]) <= 60:
         table = Table(title=f"{TRAINED}, {head}, by class", title_justify="left")
@@ -339,9 +340,9 @@ def report(result: dict[str, Any], args: Arguments, console: Console) -> None:
             figures = (f"{row[key]:.1%}" for key in ("precision", "recall", "f1-score"))
             table.add_row(name, *figures, f"{row['support']:.0f}")
         console.print(table)
-    table = Table(title=f"{data['recordings']:,} recordings, {len(data['classes'])} classes, "
-                        f"{len(folds)} test {'fold' if len(folds) == 1 else 'folds'}, "
-                        f"{result['settings']['pooling']} over frequency; accuracy in %", title_justify="left")  # fmt: skip
+    title = f"{data['recordings']:,} recordings, {len(data['classes'])} classes, {len(folds)} test "
+    title += f"{'fold' if len(folds) == 1 else 'folds'}, {result['settings']['pooling']} over frequency; accuracy in %"
+    table = Table(title=title, title_justify="left")
     table.add_column("features")
     table.add_column("width", justify="right")
     for name in args.heads:
