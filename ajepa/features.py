@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ajepa.layers import Sequences
 from ajepa_kernels import LogMelSpec, log_mel
 
 Features = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,7 +25,7 @@ def encode_real(encoder, patches_BNP: torch.Tensor, spec: LogMelSpec, columns_B:
     real = (torch.arange(columns, device=columns_B.device) < columns_B[:, None])[:, None].expand(-1, rows, -1)
     index = real.flatten().nonzero()[:, 0]
     cu = F.pad((columns_B * rows).cumsum(0), (1, 0)).int()
-    latents = encoder(patches_BNP, index, cu, spec.n_patches)
+    latents = encoder(patches_BNP, index, Sequences(cu, spec.n_patches))
     full = latents.new_zeros(real.numel(), latents.shape[-1]).index_copy(0, index, latents)
     return full.unflatten(0, (len(patches_BNP), spec.n_patches))
 

@@ -23,7 +23,7 @@ from sklearn.metrics import classification_report, confusion_matrix
 
 from ajepa import config, plots
 from ajepa.checkpoint import CheckpointError, checkpoints, read_verified
-from ajepa.config import Config, ConfigError
+from ajepa.config import Config, ConfigError, StepConfig
 from ajepa.engine import Engine, choose_device
 from ajepa.files import write_atomic
 from ajepa.frozen import EncoderFeatures, LogMelFeatures, data_hash, embed, tensors_hash
@@ -99,7 +99,7 @@ def probe(args: Arguments) -> dict[str, Any]:
     index = build_index(args.data, where=args.where, label_column=args.label)
     index = labelled(index)
     divide(index, torch.arange(len(index)), args, cfg)  # what is wrong is said before any work
-    engine = Engine(cfg, choose_device(args.device))
+    engine = Engine(replace(cfg, step=StepConfig()), choose_device(args.device))
     encoder, spec = engine.model.target_encoder.eval(), cfg.front_end
     skipped = list(index.skipped)
 

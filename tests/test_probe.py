@@ -17,6 +17,7 @@ from ajepa.frontend import FrontEnd
 from ajepa.frozen import EncoderFeatures, LogMelFeatures, embed
 from ajepa.heads import Embedded, predict, validation_split
 from ajepa.index import build_index
+from ajepa.layers import Sequences
 from ajepa.model import Encoder
 from ajepa_kernels import LogMelSpec, log_mel
 
@@ -102,7 +103,7 @@ def test_long_recordings_are_pooled_over_all_their_chunks(encoder, tmp_path):
             index_T = (torch.arange(4)[:, None] * 8 + torch.arange(real)).flatten()
             with torch.no_grad():
                 full = torch.zeros(1, 32, x.shape[-1]).index_copy(1, index_T, x)
-                latents = encoder(full, index_T, torch.tensor([0, 4 * real]), 32)
+                latents = encoder(full, index_T, Sequences(torch.tensor([0, 4 * real]), 32))
             columns.append(latents.view(4, real, -1).transpose(0, 1))
             mels.append(log_mel(piece[None], sources["m"].spec, layout="spectrogram")[0])
         wanted, mel = torch.cat(columns), torch.cat(mels, 1)
