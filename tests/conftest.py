@@ -49,3 +49,13 @@ SMALL = [
 def small_run(tones, tmp_path):
     """Command line of a small run on `tones` in a new folder, and that folder."""
     return ["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL], tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def run(tones, tmp_path_factory) -> Path:
+    """Folder of a small finished run on `tones`; tests add results to it and change nothing."""
+    from ajepa import train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train.main(["--data", str(tones), "--out", str(folder), *SMALL, "--compare-steps", "0"]) == 0
+    return folder

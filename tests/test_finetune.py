@@ -10,10 +10,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
 from safetensors.torch import load_file
 
-from ajepa import classifier, finetune, probe, train
+from ajepa import classifier, finetune, probe
 from ajepa.checkpoint import checkpoints
 from ajepa.classifier import Classifier, key_mask, mixup, parameter_groups, spec_augment, split_labels
 from ajepa.config import PRESETS
@@ -21,13 +20,6 @@ from ajepa.finetune import Arguments, Tuner, learning_rate, load_classifier
 from ajepa.frontend import FrontEnd
 
 CFG = PRESETS["tiny"]
-
-
-@pytest.fixture(scope="module")
-def run(tones, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finetune") / "run"
-    assert train.main(["--data", str(tones), "--out", str(folder), *SMALL, "--compare-steps", "0"]) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
 
-from ajepa import frozen, heads, probe, train
+from ajepa import frozen, heads, probe
 from ajepa.config import PRESETS, ModelConfig
 from ajepa.engine import Engine
 from ajepa.frontend import FrontEnd
@@ -30,13 +29,6 @@ CPU = torch.device("cpu")
 def encoder():
     torch.manual_seed(0)
     return Encoder(ModelConfig(size="tiny"), SPEC).eval()
-
-
-@pytest.fixture(scope="module")
-def run(tones, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probe") / "run"
-    assert train.main(["--data", str(tones), "--out", str(folder), *SMALL, "--compare-steps", "0"]) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")
