@@ -129,7 +129,8 @@ def convert(weights: dict[str, torch.Tensor], args: Arguments) -> Encoder:
     try:
         encoder.vit.load_state_dict(renamed)
     except RuntimeError as error:
-        raise ConfigError(f"{args.checkpoint} is not laid out as Audio-JEPA's: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{args.checkpoint} is not laid out as Audio-JEPA's: {reason}") from error
     return encoder
 
 

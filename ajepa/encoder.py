@@ -117,16 +117,25 @@ class Encoder(
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:8]
 
+    @property
+    def stride(self) -> int:
+        """Samples from one chunk to the next: whole frames, so that they stay evenly spaced."""
+        clip = self.config.clip_samples
+        return min(max(1, clip // self.frame_samples) * self.frame_samples, clip)
+
+    def frames(self, samples: int) -> int:
+        """Frames that hold something of a chunk of at most `clip_samples` samples; 0 where it is below one window."""
+        spec = self.config.front_end
+        return min(-(-spec.frames(samples) // spec.patch[1]), spec.grid[1])
+
     def chunks(self, samples: int) -> list[Chunk]:
         """How a clip of `samples` samples at `sampling_rate` is cut; the frames of a clip are those of its chunks."""
-        clip, P = self.config.clip_samples, self.frame_samples
-        kept = max(1, clip // P)
+        clip, kept = self.config.clip_samples, -(-self.stride // self.frame_samples)
         plan, start = [], 0
         while samples - start > clip:
             plan.append(Chunk(start, start + clip, kept))
-            start += min(kept * P, clip)
-        spec = self.config.front_end
-        frames = min(-(-spec.frames(samples - start) // spec.patch[1]), spec.grid[1])
+            start += self.stride
+        frames = self.frames(samples - start)
         if frames or not plan:  # a tail shorter than one window has nothing of its own
             plan.append(Chunk(start, samples, max(1, frames)))
         return plan
@@ -197,7 +206,8 @@ class Encoder(
             else:
                 encoder = super().from_pretrained(str(source), **hub)
         except (HfHubHTTPError, HFValidationError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{source}: no encoder could be loaded from this folder or hub id: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{source}: no encoder could be loaded from this folder or hub id: {reason}") from error
         if pooling is not None and pooling != encoder.config.pooling:
             encoder.config = parse_config({**dataclasses.asdict(encoder.config), "pooling": pooling})
             encoder._hub_mixin_config = encoder.config
@@ -229,7 +239,8 @@ def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
         cfg = _ADAPTER.validate_python(raw)
         grid = cfg.front_end.grid
     except (ValidationError, ValueError, TypeError) as error:
-        raise ConfigError(f"{name} is not an encoder's of ajepa: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} is not an encoder's of ajepa: {reason}") from error
     unknown = raw.keys() - dataclasses.asdict(cfg).keys()
     if unknown or min(grid) < 1 or cfg.clip_samples < cfg.front_end.min_samples:
         what = f"unknown settings {sorted(unknown)}" if unknown else f"clip_samples {cfg.clip_samples} and grid {grid}"
@@ -246,7 +257,8 @@ def load_tensors(module: nn.Module, data: bytes, name: str, prefix: str = "") ->
     try:
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     except RuntimeError as error:
-        raise ConfigError(f"{name} does not fit its {CONFIG}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} does not fit its {CONFIG}: {reason}") from error
 
 
 def is_run(folder: Path) -> bool:

@@ -52,11 +52,10 @@ def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
         **dataclasses.asdict(spec), "log_floor": spec.log_floor, "first_sample": spec.first_sample,
         "min_samples": spec.min_samples, "frame_bias": bias, "frame_add": add, "grid": spec.grid,
     }  # fmt: skip
-    full = encoder.chunks(cfg.clip_samples + 1)[0]
     config = {
         **dataclasses.asdict(cfg), "front_end": front_end, "width": width, "depth": depth, "heads": heads,
-        "output_dim": encoder.output_dim, "hop_size_in_ms": encoder.hop_size_in_ms, "frames_kept": full.frames,
-        "stride": min(full.frames * encoder.frame_samples, cfg.clip_samples),
+        "output_dim": encoder.output_dim, "hop_size_in_ms": encoder.hop_size_in_ms, "stride": encoder.stride,
+        "frames_kept": encoder.chunks(cfg.clip_samples + 1)[0].frames,
     }  # fmt: skip
     window, mel = _tables(spec, torch.device("cpu"), torch.float32)
     tensors = {**encoder.vit.state_dict(), "window": window, "mel": mel, "positions": encoder.vit.positions}

@@ -18,6 +18,7 @@ from torch import nn
 # The exporter fills these in. Without WEIGHTS (base64), a file of the same name with the suffix .safetensors is read.
 CONFIG: dict = {}
 WEIGHTS = ""
+ROWS = 16  # chunks at once: bounds the memory
 
 
 def read_safetensors(data: bytes) -> dict[str, torch.Tensor]:
@@ -133,12 +134,15 @@ class Portable(nn.Module):
     @torch.inference_mode()
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         audio = (audio[None] if audio.ndim == 1 else audio).float().to(self.vit.norm.weight.device)
-        clip, kept = self.config["clip_samples"], self.config["frames_kept"]
-        start, parts = 0, []
-        while audio.shape[1] - start > clip:
-            parts.append(self.encode(audio[:, start : start + clip])[:, :kept])
-            start += self.config["stride"]
-        tail = audio[:, start:]
+        clip, kept, stride = (self.config[name] for name in ("clip_samples", "frames_kept", "stride"))
+        full, parts = max(0, -(-(audio.shape[1] - clip) // stride)), []
+        group = -(-ROWS // len(audio))
+        for first in range(0, full, group):
+            last = min(first + group, full)
+            chunks = audio[:, first * stride : (last - 1) * stride + clip].unfold(1, clip, stride)
+            frames = self.encode(chunks.flatten(0, 1))[:, :kept]
+            parts.append(frames.unflatten(0, (len(audio), last - first)).flatten(1, 2))
+        tail = audio[:, full * stride :]
         frames = self.frames(tail.shape[1])
         if frames or not parts:
             parts.append(self.encode(tail)[:, : max(1, frames)])
@@ -154,7 +158,7 @@ class Portable(nn.Module):
 
     def encode(self, chunk):
         """Frames `[B, grid columns, D]` of chunks of at most `clip_samples` samples."""
-        return torch.cat([self.encode_rows(rows) for rows in chunk.split(16)])  # bounds the memory
+        return torch.cat([self.encode_rows(rows) for rows in chunk.split(ROWS)])
 
     def encode_rows(self, chunk):
         spec, pad, clip = self.config["front_end"], self.config["pad"], self.config["clip_samples"]
