@@ -28,6 +28,19 @@ from ajepa_kernels import LogMelSpec, log_mel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording takes
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+An audio encoder pretrained with ajepa, a joint-embedding predictive architecture on log-mel patches.
+
+```python
+import ajepa
+
+encoder = ajepa.Encoder.from_pretrained("<this folder, or its id on the hub>")
+frames = encoder(waveform, sampling_rate=44100)  # [B, T', D] of mono [B, T], at any length
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Encoder(
     library_name="ajepa",
     pipeline_tag="feature-extraction",
     tags=["audio", "jepa"],
+    model_card_template=MODEL_CARD,
 ):
     """Front end and EMA target encoder of a run.
 

@@ -156,6 +156,7 @@ def test_save_and_load_in_hugging_faces_layout(tmp_path):
     one = encoder(pooling="concat", positions="rotary", norm_eps=1e-5)
     one.save_pretrained(tmp_path / "mine")
     assert {p.name for p in (tmp_path / "mine").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert "library_name: ajepa" in (tmp_path / "mine" / "README.md").read_text()
     two = ajepa.Encoder.from_pretrained(tmp_path / "mine")
     assert two.config == one.config and not two.training and two.fingerprint() == one.fingerprint()
     assert torch.equal(two(noise(9_000)), one(noise(9_000)))
