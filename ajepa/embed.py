@@ -195,7 +195,7 @@ def _resampled(path: str, size: int, expected: int, rate: int) -> Iterator[np.nd
             if stream is not None:
                 yield stream.resample_chunk(np.empty(0, np.float32), last=True)
     except sf.LibsndfileError as error:
-        raise BadAudio(f"cannot be decoded: {error.error_string.strip()}") from None
+        raise BadAudio(f"cannot be decoded: {error.error_string.strip().removeprefix('Error : ')}") from None
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     if bad:
         lines = [f"{_text(path)}\t{' '.join(reason.split())}\n" for path, reason in bad.items()]
         write_atomic(listing, "".join(["file\treason\n", *lines]).encode())
-        print(f"{len(bad)} bad files, also listed in {listing}:", file=sys.stderr)
+        print(f"bad files: {len(bad)}, also listed in {listing}", file=sys.stderr)
         print("".join(f"  {line}" for line in lines), end="", file=sys.stderr)
     print(f"{good} files embedded" + (f" into {args.out}" if good else "; nothing written"))
     return 1 if bad else 0

@@ -137,7 +137,7 @@ def test_bad_files_are_listed_and_leave_no_trace(encoder, recordings, tmp_path, 
     assert rows.keys() == reasons.keys()
     for path, reason in reasons.items():
         assert reason in rows[path] and rows[path] and path in shown.err
-    assert f"{len(reasons)} bad files" in shown.err and "5 files embedded" in shown.out
+    assert f"bad files: {len(reasons)}," in shown.err and "5 files embedded" in shown.out
 
     assert run(folder, bad[0], "--out", tmp_path / "none.npz") == 1
     assert not (tmp_path / "none.npz").exists() and "nothing written" in capsys.readouterr().out

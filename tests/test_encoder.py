@@ -168,6 +168,24 @@ def test_save_and_load_in_hugging_faces_layout(tmp_path):
     assert two.fingerprint() != one.fingerprint()
 
 
+def test_a_hub_id_is_loaded_through_the_hub(tmp_path, monkeypatch):
+    encoder().save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id, filename, revision=None, **_):
+        asked.append((repo_id, filename, revision))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    monkeypatch.setattr("ajepa.encoder.hf_hub_download", download)
+    one = Encoder.from_pretrained("someone/audio", revision="v1", pooling="concat")
+    assert asked == [("someone/audio", name, "v1") for name in ("config.json", "model.safetensors")]
+    assert one.output_dim == 1024 and torch.equal(one.vit.norm.weight, encoder().vit.norm.weight)
+    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
+    with pytest.raises(ConfigError, match="wav2vec2"):
+        Encoder.from_pretrained("someone/audio")
+
+
 def test_loading_leaves_the_random_state_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -77,7 +77,7 @@ def test_exported_file_keeps_the_contract_and_agrees(exported, case):
     check(theirs)
     generator = torch.Generator().manual_seed(0)
     clip = CASES[case].clip_samples
-    for samples in (1, 900, clip // 3, clip, clip + 5_000, 3 * clip + 7):
+    for samples in (1, 900, clip // 3, 3 * clip + 7):
         x = 0.1 * torch.randn(2, samples, generator=generator)
         with torch.inference_mode():
             ours = encoder(x)
