@@ -128,7 +128,7 @@ class Encoder(
         """Eight hexadecimal digits that change with the weights or the configuration."""
         digest = hashlib.sha256(repr(self.config).encode())
         for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode() + value.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:8]
 
     @property
@@ -190,7 +190,8 @@ class Encoder(
         lengths = torch.tensor([len(chunk) for chunk in chunks], device=x.device) if pad == "zero" else None
         # A program that torch.export writes must run where ajepa's kernels are not installed.
         impl = "reference" if torch.compiler.is_exporting() else "auto"
-        latents = self.vit.encode(log_mel(x, spec, lengths=lengths, impl=impl)).float()
+        patches = log_mel(x, spec, lengths=lengths, dtype=self.vit.embed.weight.dtype, impl=impl)
+        latents = self.vit.encode(patches).float()
         grid = latents.unflatten(1, spec.grid)  # [n, F, T', C]
         return grid.mean(1) if self.config.pooling == "mean" else grid.transpose(1, 2).flatten(2)
 

@@ -125,6 +125,15 @@ def test_int16_and_other_rates_are_the_same_sound():
     torch.testing.assert_close(ragged[1, :2], one(sound[:24_000], 48_000)[0])
 
 
+def test_it_trains_and_runs_in_half_precision():
+    one, x = encoder(), noise(32_000)
+    frames = one(x)
+    frames.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in one.parameters())
+    half = one.bfloat16()(x)
+    assert half.dtype == torch.float32 and 0 < (half - frames).abs().max() < 0.1
+
+
 @pytest.mark.parametrize(
     ("waveform", "options", "message"),
     [
