@@ -109,7 +109,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is computed: what changes speed and memory, and no result but for rounding."""
+    """How the fused engine computes a step: speed and memory, and no result but for rounding."""
 
     micro_batch: int | None = None
     """Clips at once; their gradients add up to the whole batch's. Less memory. None: the whole batch."""
@@ -121,6 +121,8 @@ class StepConfig:
     """Target and context encoder on two CUDA streams."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Precision of the residual stream where the step computes in bf16."""
+    target_precision: Literal["same", "fp8"] = "same"
+    """fp8: the target encoder's blocks multiply in 8 bits (GPUs from compute capability 8.9). Changes the targets."""
     profile: int = 0
     """Steps to profile, after ten: writes trace.json and prints where the time went."""
 

@@ -129,3 +129,16 @@ def test_flops_count_each_micro_batch_and_the_published_model():
     whole = engine.flops(sampler(0, 1, 6))
     assert whole / 6 == pytest.approx(64.5e9, rel=0.01)  # with 64 of 128 patches visible
     assert engine.flops(sampler.parts(0, 1, [4, 2])) == pytest.approx(whole)
+
+
+def test_fp8_targets_point_where_the_others_do():
+    """The gate of fp8: the cosine of each target to the full-precision one, and the loss curve."""
+    full, engine = run(make(precision="bf16", model={"target_layers": 1}), steps=6)
+    cfg = make(step={"target_precision": "fp8"}, precision="bf16", model={"target_layers": 1})
+    low, other = run(cfg, steps=6)
+    assert low == pytest.approx(full, rel=0.03)
+    other.model.load_state_dict(engine.model.state_dict())
+    patches = torch.randn(4, cfg.front_end.n_patches, cfg.front_end.patch_dim)
+    with torch.no_grad(), engine.autocast():
+        a, b = (e.model.target_encoder.targets(patches).float() for e in (engine, other))
+    assert not torch.equal(a, b) and torch.cosine_similarity(a, b, dim=-1).min() > 0.98
