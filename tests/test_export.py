@@ -1,6 +1,5 @@
 import dataclasses
 import importlib.util
-import multiprocessing
 import subprocess
 import sys
 
@@ -21,10 +20,12 @@ DECIBELS = LogMelSpec(
     mel_scale="slaney", mel_norm="slaney", log="db", top_db=60.0, waveform_norm="mean", patch=(8, 8),
 )  # fmt: skip
 MIRRORED = dataclasses.replace(TINY, snip_edges=False, preemphasis=0.0, window="povey", power=1, std=1.5)
+TEN_SECONDS = dataclasses.replace(TINY, n_fft=4096, win_length=3760, hop_length=2480)
 CASES = {
     "tiny": EncoderConfig(TINY, "tiny", 32_000),
     "zero_concat": EncoderConfig(TINY, "tiny", 32_000, pad="zero", pooling="concat"),
     "rotary_silence": EncoderConfig(TINY, "tiny", 32_000, pad="silence", positions="rotary", norm_eps=1e-5),
+    "ten_seconds": EncoderConfig(TEN_SECONDS, "tiny", 160_000),
     "audio_jepa_16k": EncoderConfig(LOG_MEL_PRESETS["audio-jepa-16k"], "tiny", 160_000),
     "decibels": EncoderConfig(DECIBELS, "tiny", 32_000, pad="zero"),
     "mirrored": EncoderConfig(MIRRORED, "tiny", 32_000, pad="zero"),
@@ -68,7 +69,7 @@ def exported(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "ten_seconds"])
 def test_exported_file_keeps_the_contract_and_agrees(exported, case):
     encoder, path, name = exported(case)
     theirs = load(path)()
@@ -85,7 +86,7 @@ def test_exported_file_keeps_the_contract_and_agrees(exported, case):
 
 
 def test_ten_minutes_and_large_batches(exported):
-    encoder, path, _ = exported("tiny")
+    encoder, path, _ = exported("ten_seconds")
     theirs = load(path)()
     minutes = theirs(torch.randn(1, 600 * 16_000))
     assert abs(minutes.shape[1] - 600_000 / theirs.hop_size_in_ms) <= 1
@@ -94,31 +95,30 @@ def test_ten_minutes_and_large_batches(exported):
         torch.testing.assert_close(theirs(x), encoder(x), rtol=0, atol=1e-4)
 
 
-def shape_in_worker(path) -> tuple[int, ...]:
-    return tuple(load(path)()(torch.randn(2, 50_000)).shape)
-
-
-def test_it_works_in_a_process_that_has_torch_alone(exported, tmp_path):
-    """Not even numpy's neighbours: every package but torch and what torch itself imports is hidden."""
-    _, path, name = exported("tiny")
-    code = f"""
+SPAWNING = """
 import sys
 for hidden in ("ajepa", "ajepa_kernels", "triton", "torchaudio", "safetensors", "huggingface_hub", "soxr", "soundfile"):
-    sys.modules[hidden] = None
-import pickle
-from {path.stem} import {name}
+    sys.modules[hidden] = None  # an import of it fails
+import multiprocessing, pickle
 import torch
-encoder = pickle.loads(pickle.dumps({name}()))
-print(*encoder(torch.randn(2, 50000)).shape)
-"""
-    out = subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True, capture_output=True, text=True)
-    assert out.stdout.split() == ["2", "13", "128"]
+from {module} import {name}
 
+def shape(encoder):
+    return tuple(encoder(torch.randn(2, 50_000)).shape)
 
-def test_it_is_safe_under_spawn(exported):
-    _, path, _ = exported("tiny")
+if __name__ == "__main__":
+    encoder = pickle.loads(pickle.dumps({name}()))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(shape_in_worker, (path,)) == (2, 13, 128)
+        print(shape(encoder), pool.apply(shape, (encoder,)))
+"""
+
+
+def test_it_needs_torch_alone_and_works_under_spawn(exported):
+    _, path, name = exported("tiny")
+    script = path.with_name("spawning.py")
+    script.write_text(SPAWNING.format(module=path.stem, name=name))
+    out = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True, timeout=300)
+    assert out.stdout.split("\n")[0] == "(2, 13, 128) (2, 13, 128)"
 
 
 def test_large_weights_lie_beside_and_names_follow_the_weights(exported, monkeypatch, tmp_path):
