@@ -22,6 +22,7 @@ import torch
 
 from ajepa.decode import Decoded, Decoder, Plan, default_threads
 from ajepa.index import DataError, Index
+from ajepa.noise import hash64
 
 Pad = Literal["cyclic", "zero"]
 Crop = Literal["random", "start", "center"]
@@ -237,18 +238,9 @@ def _fraction(crop: str) -> float:
     return 0.5 if crop == "center" else 0.0
 
 
-def _hash(seed: int, purpose: int, epoch: int, counter: np.ndarray) -> np.ndarray:
-    """uint64 of the counter's shape: SplitMix64's finaliser over a keyed counter, one-to-one in the counter."""
-    key = np.random.SeedSequence([seed, purpose, epoch]).generate_state(1, np.uint64)[0]
-    z = counter.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 def _uniform(seed: int, purpose: int, counter: np.ndarray) -> np.ndarray:
     """float64 in [0, 1)."""
-    return (_hash(seed, purpose, 0, counter) >> np.uint64(11)) * 2.0**-53
+    return (hash64(seed, purpose, 0, counter) >> np.uint64(11)) * 2.0**-53
 
 
 class _Stream:
@@ -278,7 +270,7 @@ class _Stream:
         if epoch not in self._permutations:
             if len(self._permutations) > 2:
                 self._permutations.clear()
-            self._permutations[epoch] = np.argsort(_hash(self.seed, PERMUTATION, epoch, np.arange(self.rows)))
+            self._permutations[epoch] = np.argsort(hash64(self.seed, PERMUTATION, epoch, np.arange(self.rows)))
         return self._permutations[epoch]
 
 
