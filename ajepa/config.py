@@ -85,7 +85,7 @@ class MaskConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     batch_size: int = 256
-    """Clips a step."""
+    """Clips a step, of all ranks together."""
     steps: int = 100_000
     lr: float = 3e-4
     """Peak learning rate."""
@@ -147,6 +147,10 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every rank holds the whole model (ddp), or a shard of it (fsdp: FSDP2, for large models)."""
+    rank_timeout: float = 50.0
+    """Seconds that a rank waits for another within a step before it gives the run up."""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     front_end: LogMelSpec = field(default_factory=lambda: LOG_MEL_PRESETS["audio-jepa"])
@@ -192,7 +196,8 @@ PRESETS: dict[str, Config] = {
 }
 
 _ADAPTER = TypeAdapter(Config)
-_MAY_CHANGE = {"resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out"}
+_MAY_CHANGE = {"resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
+               "parallel", "rank_timeout"}  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -254,6 +259,7 @@ def validate(cfg: Config) -> None:
         "watch_every": watch.watch_every, "checkpoint_every": watch.checkpoint_every, "keep": watch.keep,
         "masks_per_clip": mask.masks_per_clip, "min_context": mask.min_context, "block_targets": mask.block_targets,
         "tf_targets": mask.tf_targets, "predictor_depth": model.predictor_depth, "target_layers": model.target_layers,
+        "rank_timeout": cfg.rank_timeout,
     }  # fmt: skip
     for name, value in positive.items():
         need(value > 0, f"--{_flag(name)} {value}: must be above 0")
@@ -291,8 +297,12 @@ def validate(cfg: Config) -> None:
         need(h > 0 and w % h == 0 and (w // h) % 4 == 0,
              f"{what}: width {w} over {h} heads must give a head dim that is a multiple of 4")  # fmt: skip
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device is here; use --device cpu")
-    need(int(os.environ.get("WORLD_SIZE", "1")) == 1,
-         "WORLD_SIZE is above 1: this version trains on one device; start one process without torchrun")  # fmt: skip
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    need(ranks.isdecimal() and int(ranks) > 0, f"WORLD_SIZE={ranks}: not a number of processes; start with torchrun")
+    need(optim.batch_size % int(ranks) == 0,
+         f"--batch-size {optim.batch_size} is that of all ranks together: make it a multiple of {ranks}")  # fmt: skip
+    need(ranks == "1" or cfg.impl != "compile", "--impl compile trains on one device: use --impl fused with several")
+    need(ranks == "1" or not cfg.compare, "--compare measures one device: start it without torchrun")
     need(not (cfg.compare and cfg.resume), "--compare does not train: leave out --resume")
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ajepa.config import SIZES, Config
+from ajepa.distributed import Ranks
 from ajepa.frontend import FrontEnd
 from ajepa.masks import Masks
 from ajepa.model import JEPA
@@ -31,11 +32,12 @@ class Engine:
     `fused` runs on `ajepa_kernels` (each op says aloud where it has no kernel for the device). `reference` is plain
     PyTorch: torchaudio's front end, SDPA, torch's fused AdamW and foreach EMA. `compile` is `reference` under
     torch.compile. All three have the same parameters, so that weights move between them freely. A step whose loss or
-    gradient is not finite changes no weight and no moment.
+    gradient is not finite changes no weight and no moment. With several `ranks` each trains on its share of the batch.
     """
 
-    def __init__(self, cfg: Config, device: torch.device):
+    def __init__(self, cfg: Config, device: torch.device, ranks: Ranks | None = None):
         self.cfg, self.device, self.plain = cfg, device, cfg.impl != "fused"
+        self.ranks = ranks or Ranks()
         impl = "reference" if self.plain else "auto"
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
         self.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
@@ -43,9 +45,12 @@ class Engine:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.model = JEPA(cfg.model, cfg.front_end, impl).to(device)
+        self.net = self.ranks.wrap(self.model)
         groups = parameter_groups(self.model, cfg.optim.weight_decay)
+        for group in groups:
+            group["params"] = [self.ranks.local(p) for p in group["params"]]
         options: dict[str, Any] = {"lr": cfg.optim.lr_start, "betas": cfg.optim.betas, "fused": True}
-        self.pairs = self.model.ema_pairs()
+        self.pairs = [(self.ranks.local(p), self.ranks.local(target)) for p, target in self.model.ema_pairs()]
         self.optimizer: torch.optim.AdamW = (
             torch.optim.AdamW(groups, **options) if self.plain else AdamWEMA(groups, ema=self.pairs, **options)
         )
@@ -53,18 +58,20 @@ class Engine:
         self.forward = torch.compile(self._forward) if cfg.impl == "compile" else self._forward
 
     def _forward(self, patches: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        prediction, latents = self.model(patches, masks)
+        prediction, latents = self.net(patches, masks)
         loss = latent_l2_loss(
             prediction, latents, masks.target, kind=self.cfg.optim.loss, impl="reference" if self.plain else "auto"
         )
         return loss, prediction, latents
 
-    def step(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks, step: int) -> StepResult:
-        """Train on `pcm` int16 `[B, S]` with the schedules of `step`. No device sync."""
+    def step(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks, step: int, share: float = 1.0) -> StepResult:
+        """Train on `pcm` int16 `[B, S]` with the schedules of `step`. No device sync. `share`: see `Ranks.share`."""
         with torch.no_grad():
             patches = self.front_end(pcm, lengths if self.cfg.data.pad == "zero" else None)  # cyclic: all full
         with self.autocast():
             loss, _, _ = self.forward(patches, masks)
+        if share != 1.0:
+            loss = loss * share
         loss.backward()
         return self._update(loss.detach(), step)
 
@@ -73,7 +80,7 @@ class Engine:
         lr, decay = learning_rate(optim, step), weight_decay(optim, step)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None], foreach=True)
+        loss, norm = self.ranks.reduce(loss, self.trained)
         bad = (~(loss + norm).isfinite()).float()
         # torch's fused AdamW divides gradients by grad_scale and leaves everything alone where found_inf is 1.
         clip = torch.ones_like(norm) if optim.clip_norm is None else (norm / optim.clip_norm).clamp(min=1.0)
@@ -87,6 +94,10 @@ class Engine:
             ema_update_reference_(targets, sources, average)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, norm, bad)
+
+    def target_encoder(self) -> torch.nn.Module:
+        """The EMA target encoder, whole; all ranks must call."""
+        return self.ranks.whole_target_encoder(self.model)
 
     @torch.no_grad()
     def inspect(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks) -> dict[str, float]:
