@@ -132,7 +132,8 @@ class Ranks:
         # The positions, its only buffers, are constants: no need to send them at each step.
         options = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # torch < 2.13
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
+        chosen: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+        return DistributedDataParallel(model, **chosen)
 
     def local(self, parameter: torch.Tensor) -> torch.Tensor:
         """The plain tensor that the optimiser updates for `parameter`: this rank's part of it."""
