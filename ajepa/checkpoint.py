@@ -108,21 +108,29 @@ def _load_newest(folder: Path, engine: Engine) -> tuple[dict[str, Any] | None, l
 def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     """Verify and load one checkpoint; returns its state. The engine is untouched where this raises CheckpointError."""
     contents = read_verified(path)
-    state = json.loads(contents["state.json"])
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {state.get('format')}, this version reads {FORMAT}")
     try:
-        model, moments = load_bytes(contents["model.safetensors"]), load_bytes(contents["optimizer.safetensors"])
-    except Exception as error:  # safetensors has an exception type of its own
-        raise CheckpointError(f"{path}: not safetensors: {error}") from error
+        state = json.loads(contents["state.json"])
+        model, optimizer = load_bytes(contents["model.safetensors"]), load_bytes(contents["optimizer.safetensors"])
+    except Exception as error:  # safetensors has an exception type of its own; a deep JSON raises RecursionError
+        raise CheckpointError(f"{path} is not a checkpoint of ajepa, not safetensors or not JSON: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
+        found = state.get("format") if isinstance(state, dict) else None
+        raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
     own = dict(engine.model.named_parameters())  # its buffers are constants
     wrong = [k for k in own.keys() | model.keys() if k not in own or k not in model or own[k].shape != model[k].shape]
+    random = {name: optimizer.pop(name) for name in list(optimizer) if name.startswith("rng/")}
+    for name, value in optimizer.items():
+        p = own.get(name.partition("/")[2])
+        if p is None or (value.ndim and value.shape != p.shape):
+            wrong.append(name)
+    wrong += [k for k, v in random.items() if v.dtype != torch.uint8 or (k[4:7] == "cpu" and v.shape != _rng_shape())]
     if wrong:
         raise CheckpointError(f"{path} belongs to another model: {len(wrong)} tensors differ, such as {min(wrong)}")
     with torch.no_grad():
         for name, p in own.items():
             engine.ranks.local(p).copy_(engine.ranks.part(p, model[name]))
-    _load_optimizer(engine, moments)
+    _load_optimizer(engine, optimizer)
+    _load_random(engine, random)
     return state
 
 
@@ -185,14 +193,21 @@ def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | No
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _load_optimizer(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
+def _rng_shape() -> torch.Size:
+    return torch.get_rng_state().shape
+
+
+def _load_random(engine: Engine, states: dict[str, torch.Tensor]) -> None:
     """A rank that the saved run did not have keeps its fresh random state."""
-    ranks = engine.ranks
-    random = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rng/")}
-    if (state := random.get(f"rng/cpu/{ranks.rank}")) is not None:
+    rank = engine.ranks.rank
+    if (state := states.get(f"rng/cpu/{rank}")) is not None:
         torch.set_rng_state(state)
-    if engine.device.type == "cuda" and (state := random.get(f"rng/cuda/{ranks.rank}")) is not None:
+    if engine.device.type == "cuda" and (state := states.get(f"rng/cuda/{rank}")) is not None:
         torch.cuda.set_rng_state(state, engine.device)
+
+
+def _load_optimizer(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
+    ranks = engine.ranks
     parameters = dict(engine.model.named_parameters())
     names = {ranks.local(p): name for name, p in parameters.items()}
     order = {names[p]: i for i, p in enumerate(p for group in engine.optimizer.param_groups for p in group["params"])}
