@@ -126,9 +126,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     wrong += [k for k, v in random.items() if v.dtype != torch.uint8 or (k[4:7] == "cpu" and v.shape != _rng_shape())]
     if wrong:
         raise CheckpointError(f"{path} belongs to another model: {len(wrong)} tensors differ, such as {min(wrong)}")
-    with torch.no_grad():
-        for name, p in own.items():
-            engine.ranks.local(p).copy_(engine.ranks.part(p, model[name]))
+    engine.ranks.load(engine.model, model)
     _load_optimizer(engine, optimizer)
     _load_random(engine, random)
     return state

@@ -47,6 +47,8 @@ class Ranks:
     Alone (`Ranks()`), every method does the obvious without torch.distributed.
     """
 
+    replicated = True
+
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.alone, self.is_first = world_size == 1, rank == 0
@@ -135,6 +137,14 @@ class Ranks:
         chosen: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
         return DistributedDataParallel(model, **chosen)
 
+    def accumulate(self, net: Any, last: bool) -> contextlib.AbstractContextManager:
+        """Around forward and backward of a micro-batch: replicas exchange gradients in the last one only."""
+        return contextlib.nullcontext() if self.alone or last else net.no_sync()
+
+    def load(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        """Sets the weights from whole tensors."""
+        model.load_state_dict(tensors)
+
     def local(self, parameter: torch.Tensor) -> torch.Tensor:
         """The plain tensor that the optimiser updates for `parameter`: this rank's part of it."""
         return parameter
@@ -172,9 +182,9 @@ class ShardedRanks(Ranks):
     The optimiser and the EMA work on each rank's plain shards, on which their kernels run as on whole tensors.
     """
 
+    replicated = False
+
     def wrap(self, model: Any) -> nn.Module:
-        if self.alone:
-            return model
         self._plain_target = copy.deepcopy(model.target_encoder)
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
         for network in (model.context_encoder, model.predictor, model.target_encoder):
@@ -184,12 +194,18 @@ class ShardedRanks(Ranks):
         self._locals = {p: nn.Parameter(p.to_local().detach(), p.requires_grad) for p in model.parameters()}
         return model
 
+    def accumulate(self, net, last):
+        return contextlib.nullcontext()  # whole gradients of several micro-batches would take the memory of replicas
+
+    @torch.no_grad()
+    def load(self, model, tensors):
+        for name, p in model.named_parameters():
+            self.local(p).copy_(self.part(p, tensors[name]))
+
     def local(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter if self.alone else self._locals[parameter]
+        return self._locals[parameter]
 
     def reduce(self, loss, trained):
-        if self.alone:
-            return super().reduce(loss, trained)
         for parameter, local in self._locals.items():
             local.grad = None if parameter.grad is None else parameter.grad.to_local()
             parameter.grad = None
@@ -202,7 +218,7 @@ class ShardedRanks(Ranks):
         """Nothing to compare: each weight lives on one rank."""
 
     def whole(self, parameter, value):
-        if self.alone or not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor):
             return value
         if not isinstance(value, DTensor):
             mesh, placements, stride = parameter.device_mesh, parameter.placements, parameter.stride()
@@ -210,14 +226,12 @@ class ShardedRanks(Ranks):
         return value.full_tensor()
 
     def part(self, parameter, value):
-        if self.alone or not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor):
             return value
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
     def whole_target_encoder(self, model):
-        if self.alone:
-            return model.target_encoder
         state = {name: self.whole(value, value) for name, value in model.target_encoder.state_dict().items()}
         self._plain_target.load_state_dict(state)
         return self._plain_target
@@ -234,13 +248,13 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
     Raises ConfigError where the launcher's variables are incomplete or there are more local ranks than GPUs.
     """
     world_size, local_rank = world(), _variable("LOCAL_RANK", 0)
-    kind = ShardedRanks if cfg.parallel == "fsdp" else Ranks
     if world_size == 1:
-        yield kind(), device
+        yield Ranks(), device
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set: start with torchrun")
+    kind = ShardedRanks if cfg.parallel == "fsdp" else Ranks
     ranks = kind(_variable("RANK", 0), world_size, local_rank)
     timeout = datetime.timedelta(seconds=cfg.rank_timeout)
     if cuda := device.type == "cuda":
