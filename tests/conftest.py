@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from forks import Forks
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -59,3 +60,10 @@ def run(tones, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert train.main(["--data", str(tones), "--out", str(folder), *SMALL, "--compare-steps", "0"]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs `ajepa.train.main` in processes of their own, without importing torch anew in each."""
+    with Forks() as server:
+        yield server
