@@ -26,6 +26,7 @@ from ajepa.classifier import Classifier, mixup, parameter_groups, spec_augment, 
 from ajepa.config import Config, ConfigError
 from ajepa.corpus import clip_options
 from ajepa.data import AudioLoader
+from ajepa.distributed import Ranks
 from ajepa.engine import choose_device
 from ajepa.files import write_atomic
 from ajepa.frontend import FrontEnd
@@ -106,7 +107,7 @@ class Tuner:
 
     def __init__(self, args: Arguments, cfg: Config, classes: int, steps: int):
         self.args, self.cfg, self.steps = args, cfg, steps
-        self.device = choose_device(args.device)
+        self.device, self.ranks = choose_device(args.device), Ranks()  # one process; checkpoints ask
         bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.type == "cuda")
         self.autocast = contextlib.nullcontext if not bf16 else lambda: torch.autocast(self.device.type, torch.bfloat16)
         self.front_end = FrontEnd(cfg.front_end)

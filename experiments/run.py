@@ -25,7 +25,8 @@ from questions import QUESTIONS, SCALES
 
 from ajepa import config, probe, train
 from ajepa.config import Config, ConfigError
-from ajepa.engine import Engine
+from ajepa.distributed import Ranks
+from ajepa.engine import Engine, choose_device
 from ajepa.files import write_atomic
 from ajepa.index import DataError, cache_root
 from ajepa.masks import MaskSampler
@@ -124,7 +125,7 @@ def run(cfg: Config, args: Arguments) -> dict[str, Any]:
         if not (folder / "summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             config.save(dataclasses.replace(cfg, resume=False), folder / "config.json")
-            train.train(cfg, folder)
+            train.train(cfg, folder, choose_device(cfg.device), Ranks())
     start = time.perf_counter()
     data, test = (args.data, args.test) if args.data else (synthetic(cfg), "split=test")
     heads = tuple(dict.fromkeys(head for q in QUESTIONS.values() for head in q.heads))

@@ -15,7 +15,7 @@ from ajepa.engine import Engine
 from ajepa.frontend import FrontEnd
 from ajepa.frozen import EncoderFeatures, LogMelFeatures, embed
 from ajepa.heads import Embedded, predict, validation_split
-from ajepa.index import build_index
+from ajepa.index import DataError, build_index
 from ajepa.layers import Sequences
 from ajepa.model import Encoder
 from ajepa_kernels import LogMelSpec, log_mel
@@ -274,6 +274,20 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys
     assert "encoder.safetensors" in refused(broken, "--data", tones)
     (broken / "encoder.safetensors").unlink()
     assert "whole checkpoint" in refused(broken, "--data", tones)
+
+
+def test_a_parquet_manifest_is_read_like_a_csv(manifest, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: no Parquet to read")
+    from pyarrow import csv as arrow_csv
+
+    table = arrow_csv.read_csv(manifest)
+    table = table.append_column("sound", [[b"\x00"] * len(table)])
+    parquet.write_table(table, tmp_path / "meta.parquet")
+    ours, theirs = (build_index(p, label_column="kind") for p in (tmp_path / "meta.parquet", manifest))
+    assert ours.entries == theirs.entries and ours.metadata == theirs.metadata
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="the manifest cannot be read"):
+        build_index(tmp_path / "bad.parquet")
 
 
 def test_digits_log_mel_floor(audio_dir):
