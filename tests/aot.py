@@ -163,18 +163,18 @@ def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype) -> None:
 
 
 def optimizer(remainder: bool) -> None:
-    from ajepa_kernels import AdamWEMA
-    from ajepa_kernels.adamw_ema import _ema_update
+    from ajepa_kernels._adamw_ema import _adamw_ema
+    from ajepa_kernels.ema_update import _ema_update
 
-    dtype = torch.bfloat16 if remainder else torch.float32
-    p = torch.nn.Parameter(torch.empty(768, 768, dtype=dtype, **META))
-    p.grad, ema, scalar = torch.empty_like(p), torch.empty(768, 768, **META), torch.empty((), **META)
-    copies = [(ema, torch.empty(768, 768, dtype=torch.bfloat16, **META))]
-    adamw = AdamWEMA(
-        [p], ema=[(p, ema)], copies=copies, remainder=remainder, impl="triton", capturable=True, fused=False
-    )
-    adamw.step(ema_decay=scalar, grad_scale=scalar, found_inf=scalar)
-    _ema_update([ema], [p.detach()], scalar, 0.0)
+    draw = lambda dtype: [torch.empty(768, 768, dtype=dtype, **META)]  # noqa: E731
+    weights, scalar = torch.bfloat16 if remainder else torch.float32, torch.empty((), **META)
+    params, emas, remainders = draw(weights), draw(torch.float32), draw(torch.int16) if remainder else []
+    _adamw_ema(
+        params, draw(weights), draw(torch.float32), draw(torch.float32), [scalar], remainders, emas, [],
+        draw(torch.bfloat16), [scalar], [0 if remainder else -1, 0, -1, 0, 0], [0, -1],
+        [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0,
+    )  # fmt: skip
+    _ema_update(emas, params, scalar, 0.0)
 
 
 B, F = torch.bfloat16, torch.float32

@@ -1,7 +1,8 @@
 """Drop-in operations for joint-embedding predictive architectures. Needs torch alone; imports without a GPU."""
 
-from ajepa_kernels.adamw_ema import AdamWEMA, ema_update_, ema_update_reference_
+from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
+from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import torch
 
 from ajepa_kernels._triton import cannot_launch
-from ajepa_kernels.adamw_ema import AdamWEMA, ema_update_
+from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention
+from ajepa_kernels.ema_update import ema_update_
 from ajepa_kernels.latent_loss import latent_l2_loss
 from ajepa_kernels.layer_norm import add_layer_norm
 
