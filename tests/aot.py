@@ -127,16 +127,18 @@ META = {"device": "meta"}
 
 
 def attention(S: int, D: int, dtype: torch.dtype) -> None:
-    from ajepa_kernels.attention import _masked_attention_bwd, _masked_attention_fwd, _packed_layout
+    from ajepa_kernels._attention_layout import packed_layout
+    from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
 
     qkv, cu = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(5, dtype=torch.int32, **META)
-    arguments = (*_packed_layout(qkv, cu, S, None, None, None), 0.125, False)
+    arguments = (*packed_layout(qkv, cu, S, None, None, None), 0.125, False)
     out, lse = _masked_attention_fwd(qkv, None, None, *arguments)
     _masked_attention_bwd(out, qkv, None, None, out, lse, *arguments)
 
 
 def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
-    from ajepa_kernels.attention import Layout, _masked_attention_bwd, _masked_attention_fwd
+    from ajepa_kernels._attention_layout import Layout
+    from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
 
     qkv, rows = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(4 * S, dtype=torch.int64, **META)
     start = torch.empty(4, dtype=torch.int64, **META)

@@ -5,7 +5,7 @@ import torch
 from oracle import DEVICE, DTYPES, IMPLS, INTERPRET, assert_as_good, needs_kernel, poison, relative_error  # noqa: F401
 
 from ajepa_kernels import masked_attention, masked_attention_reference
-from ajepa_kernels.attention import _dense_layout, _packed_layout
+from ajepa_kernels._attention_layout import dense_layout, packed_layout
 
 
 def oracle(q, k, v, spans, scale=None):
@@ -192,8 +192,8 @@ def test_opcheck(S):
     qkv = torch.randn(2 * S, 3, 2, 32, device=DEVICE)
     cu = torch.tensor([0, S, 2 * S], device=DEVICE)
     layouts = [
-        (qkv, _packed_layout(qkv, cu, S, None, None, None)),
-        (qkv, _dense_layout(qkv.unflatten(0, (2, S)), qkv.unflatten(0, (2, S)), torch.rand(2, S, device=DEVICE) < 0.5,
+        (qkv, packed_layout(qkv, cu, S, None, None, None)),
+        (qkv, dense_layout(qkv.unflatten(0, (2, S)), qkv.unflatten(0, (2, S)), torch.rand(2, S, device=DEVICE) < 0.5,
                             None, None, None, True)),
     ]  # fmt: skip
     for x, layout in layouts:
