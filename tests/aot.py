@@ -191,9 +191,9 @@ CORE = {
 }
 REST = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 128, 300) for D in (32, 64, 96, 128)},
-    **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 32, 300) for D in (32, 64, 128)},
-    "attention 128 x 64 gathered": (attention_gathered, 128, 64, B),
-    "attention 300 x 64 gathered": (attention_gathered, 300, 64, B),
+    **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 32, 64, 300) for D in (32, 64, 128)},
+    **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (128, 300) for D in (64, 96, 128)},
+    **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 4096)},
     "layer norm 768 fp32": (layer_norm, 768, F, F),

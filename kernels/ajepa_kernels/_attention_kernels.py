@@ -128,6 +128,44 @@ def _masked_attention_bwd_kernel(
 
 
 @jit
+def _masked_attention_tiled_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
+    stride_q, stride_k, stride_v, stride_dq, stride_dk, stride_dv, scale, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As above, for scores too many for the registers: all keys, some queries at a time, dk and dv kept in between."""
+    pid = tl.program_id(0)
+    h, r = pid % H, pid // H
+    q_start, q_end = tl.load(q_start_ptr + r).to(tl.int32), tl.load(q_end_ptr + r).to(tl.int32)
+    k_start, k_end = tl.load(k_start_ptr + r).to(tl.int32), tl.load(k_end_ptr + r).to(tl.int32)
+    k_slot = k_start + tl.arange(0, BLOCK_K)
+    k_valid = k_slot < k_end
+    k_rows = _rows(k_rows_ptr, k_slot, k_valid)
+    k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+    v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(q_start, q_end, BLOCK_Q):
+        q_slot = start + tl.arange(0, BLOCK_Q)
+        q_valid = q_slot < q_end
+        q_rows = _rows(q_rows_ptr, q_slot, q_valid)
+        q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
+        do = _load(do_ptr + h * D, q_rows if SCATTER else q_slot.to(tl.int64), q_valid, H * D, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        p = _softmax(tl.where(k_valid[None, :], s, float("-inf")))
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        dq = tl.dot(ds, k, input_precision=PRECISION)
+        _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
+    _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
+    _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
+
+
+@jit
 def _masked_attention_delta_kernel(
     out_ptr, do_ptr, delta_ptr, q_start_ptr, q_end_ptr, q_rows_ptr, slots, H, tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, SCATTER: tl.constexpr,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ajepa_kernels._attention_kernels import (
@@ -11,61 +9,27 @@ from ajepa_kernels._attention_kernels import (
     _masked_attention_delta_kernel,
     _masked_attention_fwd_kernel,
     _masked_attention_long_bwd_kernel,
+    _masked_attention_tiled_bwd_kernel,
 )
 from ajepa_kernels._attention_layout import Layout
-from ajepa_kernels._triton import arch, launch, power_of_2, register
+from ajepa_kernels._triton import launch, power_of_2, register
+from ajepa_kernels._tuned import LONG, Tiles, tuned
 
 HEAD_DIMS = (32, 64, 96, 128)
-SHORT = 128  # longest sequence whose scores fit on chip whole
-
-
-class Config(NamedTuple):
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int = 1
-
-
-# Warps (forward, backward) of sequences held in one tile, 16-bit dtypes, by rounded length and head dim. Chosen from
-# the compiler's registers and shared memory (tests/test_aot.py holds them to it), not yet by timing on each GPU.
-_ONE_TILE = {
-    (16, 32): (1, 1), (16, 64): (1, 1), (16, 128): (2, 2),
-    (32, 32): (2, 2), (32, 64): (2, 4), (32, 128): (4, 4),
-    (64, 32): (4, 4), (64, 64): (4, 4), (64, 128): (8, 8),
-    (128, 32): (8, 8), (128, 64): (8, 8), (128, 128): (8, 8),
-}  # fmt: skip
-# what differs by compute capability
-_ONE_TILE_BY_ARCH = {(100, 128, 64): (4, 8)}
-_LONG_FWD = {(90, 32): Config(128, 64, 8, 2), (90, 64): Config(128, 64, 8, 2)}
-_LONG_BWD = {(100, 32): Config(64, 64, 4, 2), (100, 64): Config(64, 64, 4, 2)}
-_LONG_BWD_FP32 = {(90, 128): Config(64, 32, 8), (100, 64): Config(16, 32, 8), (100, 128): Config(16, 32, 8)}
-
-
-def _gpu(q: torch.Tensor) -> int:
-    return min(arch(q) // 10 * 10, 100)
 
 
 def _longest_tile(q: torch.Tensor) -> int:
-    """The longest sequence that one tile holds without spilling registers, a power of two."""
-    D = power_of_2(q.shape[-1])
-    if q.element_size() == 2:
-        return 64 if _gpu(q) < 90 and D > 32 else SHORT  # mma operands of a 128 tile do not fit in registers
-    return 32 if D <= 64 else 16
+    """The longest sequence, a power of two, whose forward and backward are one launch each, keys on chip whole."""
+    bits, D = 8 * q.element_size(), power_of_2(q.shape[-1])
+    fits = lambda S: tuned(q, "attention_fwd", bits, S, D) and tuned(q, "attention_bwd", bits, S, D)  # noqa: E731
+    return max(S for S in (16, 32, 64, 128) if fits(S))
 
 
-def _config(q: torch.Tensor, max_q: int, max_k: int, backward: bool) -> tuple[bool, Config]:
-    """(whole sequence in one tile?, its configuration) for this GPU, dtype and rounded size."""
-    gpu, half, D = _gpu(q), q.element_size() == 2, power_of_2(q.shape[-1])
+def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Tiles]:
+    """(all keys in one tile?, the configuration) for this GPU, dtype and rounded size."""
     tile = max(power_of_2(max(max_q, max_k)), 16)
-    if tile <= _longest_tile(q):
-        warps = _ONE_TILE_BY_ARCH.get((gpu, tile, D), _ONE_TILE[tile, D]) if half else (4, 4)
-        return True, Config(tile, tile, warps[backward])
-    if not half:
-        config = Config(32, 32, 8)
-        return False, _LONG_BWD_FP32.get((gpu, D), config) if backward else config
-    if backward:
-        return False, _LONG_BWD.get((gpu, D), Config(32, 64, 4, 2))
-    return False, _LONG_FWD.get((gpu, D), Config(64, 64, 4, 2))
+    one_tile = tile <= _longest_tile(q)
+    return one_tile, tuned(q, op, 8 * q.element_size(), tile if one_tile else LONG, power_of_2(q.shape[-1]))
 
 
 def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
@@ -100,7 +64,7 @@ def _masked_attention_fwd(
     """k None: q holds all three, `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is only written for long sequences."""
     if k_start is None:
         k_start, k_end, k_rows = q_start, q_end, q_rows
-    one_tile, config = _config(q, max_q, max_k, backward=False)
+    one_tile, config = _config(q, max_q, max_k, "attention_fwd")
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns are zero
     H, D = q.shape[-2:]
     out = allocate(q.shape[0] if scatter else slots, H, D, dtype=q.dtype, device=q.device)
@@ -136,7 +100,7 @@ def _masked_attention_bwd(
     """k None: dq holds all three. out and lse are only read for long sequences."""
     if k_start is None:
         k_start, k_end, k_rows = q_start, q_end, q_rows
-    one_tile, config = _config(q, max_q, max_k, backward=True)
+    one_tile, config = _config(q, max_q, max_k, "attention_bwd")
     # where rows are gathered, those that no sequence owns have zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
     grads = [allocate(x, memory_format=torch.contiguous_format) for x in ([q] if k is None else [q, k, v])]
@@ -149,8 +113,9 @@ def _masked_attention_bwd(
     consts = (D, power_of_2(D), config.block_q, config.block_k, scatter, "tf32" if tf32 else "ieee")
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if one_tile:
+        whole = config.block_q == config.block_k
         launch(
-            _masked_attention_bwd_kernel, R * H, q_,
+            _masked_attention_bwd_kernel if whole else _masked_attention_tiled_bwd_kernel, R * H, q_,
             q_, k_, v_, do, dq, dk, dv, *layout, *strides, scale, H, *consts, **options,
         )  # fmt: skip
     else:

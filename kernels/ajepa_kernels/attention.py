@@ -141,8 +141,9 @@ def masked_attention(
     Returns:
         `[T, H, D]`, or dense as said above; dtype of the input.
 
-    Saved for backward: q, k, v alone up to 128 tokens (32 in float32), whose backward is one launch; the output and
-    `[H, T]` log-sum-exps beyond. The scheme for long sequences is FlashAttention-2's (arXiv 2307.08691).
+    Saved for backward: q, k, v alone up to 128 tokens (float32: 64, and 16 above head dim 64), whose backward is one
+    launch; the output and `[H, T]` log-sum-exps beyond, and on GPUs with less shared memory than an A100 (L4, L40, RTX)
+    above 64 tokens at head dims 96 and 128. The scheme for long sequences is FlashAttention-2's (arXiv 2307.08691).
 
     Raises:
         ValueError: shapes, dtypes, devices or options that cannot be, before any launch.
