@@ -164,6 +164,13 @@ def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype) -> None:
     _add_layer_norm_bwd(normed, total, total, weight, True, 1e-5, dtype)
 
 
+def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
+    from ajepa_kernels.bias_gelu import _bias_gelu_bwd, _bias_gelu_fwd
+
+    x, bias = torch.empty(4096, C, dtype=dtype, **META), torch.empty(C, **META)
+    _bias_gelu_bwd(_bias_gelu_fwd(x, bias, approximate == "tanh", dtype), x, bias, approximate == "tanh")
+
+
 def optimizer(remainder: bool) -> None:
     from ajepa_kernels._adamw_ema import _adamw_ema
     from ajepa_kernels.ema_update import _ema_update
@@ -187,6 +194,7 @@ CORE = {
     "attention 32 x 64 fp32": (attention, 32, 64, F),
     "loss 768": (loss, 768, "l2", B),
     "layer norm 768": (layer_norm, 768, B, F),
+    "bias gelu 3072": (gelu, 3072, "none", B),
     "optimizer": (optimizer, False),
 }
 REST = {
@@ -197,6 +205,8 @@ REST = {
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 4096)},
     "layer norm 768 fp32": (layer_norm, 768, F, F),
+    **{f"bias gelu {C} {a}": (gelu, C, a, B) for C, a in ((1536, "none"), (3072, "tanh"), (1000, "tanh"))},
+    "bias gelu 3072 fp32": (gelu, 3072, "none", F),
     "optimizer remainder": (optimizer, True),
 }
 REST = {name: case for name, case in REST.items() if name not in CORE}

@@ -18,6 +18,12 @@ pytestmark = [
 BYTES_IN_FLIGHT = {80: 16 << 10, 90: 32 << 10, 100: 48 << 10}
 
 
+STREAMING = {
+    *("_latent_l2_loss_fwd_kernel", "_add_layer_norm_fwd_kernel", "_add_layer_norm_bwd_kernel"),
+    *("_bias_gelu_fwd_kernel", "_bias_gelu_bwd_kernel", "_adamw_ema_kernel", "_ema_update_kernel"),
+}
+
+
 @pytest.fixture(scope="module")
 def compiled():
     return compile_all(CORE)
@@ -36,8 +42,7 @@ def check(name: str, arch: int, reports: list) -> None:
             if S <= 128:  # q, k, v (and dO) of a sequence are asked for at once
                 in_flight = r.blocks * tensors * S * D * 2
                 assert in_flight >= BYTES_IN_FLIGHT[arch], f"{name}: {in_flight} bytes in flight on sm_{arch}: {r}"
-        elif r.kernel in ("_latent_l2_loss_fwd_kernel", "_add_layer_norm_fwd_kernel", "_add_layer_norm_bwd_kernel",
-                          "_adamw_ema_kernel", "_ema_update_kernel"):  # fmt: skip
+        elif r.kernel in STREAMING:
             assert r.wide, f"{name}: no 16-byte load on sm_{arch}: {r}"
             assert r.blocks * r.threads >= 512, f"{name}: too few threads on sm_{arch}: {r}"
 

@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a program of the other operations."""
+    """Rows of a program of the operations on rows; each has a rule of its own for widths that no table holds."""
 
     rows: int
     num_warps: int
@@ -34,7 +34,8 @@ class Rows(NamedTuple):
 
 LONG = 0  # stands for the lengths above those that one launch holds
 
-# (operation, bits of the dtype, rounded length, rounded head dim); None: not in one launch
+# (operation, bits of the dtype, rounded length, rounded head dim); None: not in one launch.
+# Of the operations on rows: (operation, channels of a program).
 _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
     "any": {
         **{
