@@ -129,9 +129,8 @@ def main() -> int:
     entries = _tuned.TIMED.setdefault(model, {})
     _tuned._tables.cache_clear()
     for key, candidates, run in cases():
-        if only not in key[0] or (
-            _tuned.tuned(torch.empty(0, device="cuda"), *key) is None and key[0].startswith("att")
-        ):
+        attention = key[0].startswith("attention")
+        if only not in key[0] or (attention and _tuned.tuned(torch.empty(0, device="cuda"), *key) is None):
             continue
         config, best, present = fastest(key, candidates, run, entries)
         print(f"{key}: {present:.4f} ms" + (f" -> {best:.4f} ms, {config}" if config else ", kept"), flush=True)

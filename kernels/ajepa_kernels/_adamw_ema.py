@@ -153,9 +153,9 @@ def _adamw_ema(
         (b1, b2, logarithms(b1), logarithms(b2), *rest)
         for b1, b2, *rest in (hyper[i : i + 6] for i in range(0, len(hyper), 6))
     ]
-    hyper = cached((device, *hyper), lambda: to_device(numbers, torch.float64, device))
+    (hyper,) = cached((device, *hyper), lambda: (to_device(numbers, torch.float64, device),), device)
     for kind, rows in kinds.items():
-        made = cached((device, *rows), partial(table, rows, device))
+        made = cached((device, *rows), partial(table, rows, device), device)
         launch(
             _adamw_ema_kernel, len(made.chunk_row), params[0],
             made.rows, made.chunk_row, hyper, grad_scale, found_inf, decay_tensor, decay, made.counter,

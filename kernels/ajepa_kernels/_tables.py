@@ -24,19 +24,24 @@ class Table(NamedTuple):
     counter: torch.Tensor  # int32, zero between launches
 
 
-_cached: OrderedDict[tuple, Any] = OrderedDict()
+_cached: OrderedDict[tuple, tuple[tuple[torch.Tensor, ...], set[int]]] = OrderedDict()
 _captured: list = []  # a graph holds their addresses for as long as it may be replayed
 
 
-def cached(key: tuple, make: Callable[[], Any]) -> Any:
-    """`make()`, or what it made for an equal `key` lately. It may hold device memory that launches read."""
-    value = _cached.pop(key, None)
-    value = make() if value is None else value
-    _cached[key] = value
+def cached(key: tuple, make: Callable[[], tuple[torch.Tensor, ...]], device: torch.device) -> Any:
+    """`make()`, tensors on the device that launches read; or what it made for an equal `key` lately."""
+    value, streams = _cached.pop(key) if key in _cached else (make(), set())
+    _cached[key] = value, streams
     if len(_cached) > 32:
         _cached.popitem(last=False)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        _captured.append(value)
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(value)
+        elif stream.cuda_stream not in streams:  # when evicted, their memory waits for every stream that read it
+            streams.add(stream.cuda_stream)
+            for x in value:
+                x.record_stream(stream)
     return value
 
 

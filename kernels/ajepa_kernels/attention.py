@@ -131,8 +131,10 @@ def masked_attention(
         key_mask: boolean `[T]` or `[B, N]`. All patches are queries, but only those marked True are keys (A-JEPA's
             regularised masking, arXiv 2311.15830). A query without any key gives zero.
         cu_seqlens_k, max_seqlen_k: packed keys of other lengths than the queries (cross-attention).
-        output: where `visible` is given, "packed" returns visible patches only, `[B, V, H, D]` or `[T, H, D]` (for a
-            boolean `visible` T is read from the device); "scattered" returns `[B, N, H, D]`, zero where not visible.
+        output: where `visible` is given, "packed" returns visible patches only, `[B, V, H, D]` or `[T, H, D]`;
+            "scattered" returns `[B, N, H, D]`, zero where not visible. A boolean `visible` with "packed" reads T from
+            the device: the host waits, and a CUDA graph cannot capture it. Indices with either output, and booleans
+            with "scattered", never wait.
         scale: of the scores; 1 / sqrt(D) by default.
         tf32: let float32 products round their operands to tf32. Otherwise they are true float32.
         check: verify offsets and indices on the device and wait for the answer (ValueError). Otherwise trusted.

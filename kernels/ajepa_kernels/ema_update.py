@@ -53,7 +53,7 @@ def _ema_update(targets, sources, decay_tensor, decay):
     for t, s in zip(targets, sources, strict=True):
         kinds.setdefault((t.dtype, s.dtype, is_aligned((t, s))), []).append((t.data_ptr(), s.data_ptr(), t.numel()))
     for (target, source, aligned), rows in kinds.items():
-        made = cached((device, *rows), partial(table, rows, device))
+        made = cached((device, *rows), partial(table, rows, device), device)
         launch(
             _ema_update_kernel, len(made.chunk_row), targets[0],
             made.rows, made.chunk_row, decay_tensor, decay,
