@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import DEVICE, IMPLS, INTERPRET, needs_kernel
 
-from ajepa_kernels import AdamWEMA, ema_update_
+from ajepa_kernels import AdamWEMA, _tables, ema_update_
 from ajepa_kernels._tables import CHUNK
 from ajepa_kernels.adamw_ema import join_remainder, split_remainder
 
@@ -272,6 +272,16 @@ def test_ema_update_compiles_whole(impl):
     decay = torch.tensor(0.25, device=DEVICE)
     torch.compile(lambda: ema_update_([target], [source], decay, impl=impl), fullgraph=True, backend="aot_eager")()
     torch.testing.assert_close(target, torch.full_like(target, 0.75))
+
+
+def test_tables_made_in_a_capture_are_its_own(monkeypatch):
+    """Their memory is filled when the graph is replayed, not before: an eager step must not find them."""
+    make, device = lambda: (torch.zeros(1),), torch.device("cuda")
+    monkeypatch.setattr(_tables, "_captured", [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first, second = (_tables.cached(("test",), make, device) for _ in range(2))
+    assert first is not second and ("test",) not in _tables._cached
+    assert _tables._captured[0] is first and _tables._captured[1] is second  # alive as long as the graph may be
 
 
 def test_errors():

@@ -30,15 +30,18 @@ _captured: list = []  # a graph holds their addresses for as long as it may be r
 
 def cached(key: tuple, make: Callable[[], tuple[torch.Tensor, ...]], device: torch.device) -> Any:
     """`make()`, tensors on the device that launches read; or what it made for an equal `key` lately."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     value, streams = _cached.pop(key) if key in _cached else (make(), set())
+    if capturing:
+        _captured.append(value)
+        if not streams:  # made here: filled by the graph's replays alone, so no one else's to read
+            return value
     _cached[key] = value, streams
     if len(_cached) > 32:
         _cached.popitem(last=False)
-    if device.type == "cuda":
+    if device.type == "cuda" and not capturing:
         stream = torch.cuda.current_stream(device)
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(value)
-        elif stream.cuda_stream not in streams:  # when evicted, their memory waits for every stream that read it
+        if stream.cuda_stream not in streams:  # when evicted, their memory waits for every stream that read it
             streams.add(stream.cuda_stream)
             for x in value:
                 x.record_stream(stream)
