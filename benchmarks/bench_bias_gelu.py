@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from ceilings import copy_bytes_per_ms, left_out, rotating
+from ceilings import SECONDS, copy_bytes_per_ms, left_out, rotating
 from conftest import DEVICE
 
 from ajepa_kernels import bias_gelu
@@ -46,6 +46,8 @@ def test_bias_gelu(M, C, approximate, interleave, record):
     }
     floor = 5 * M * C * size / copy_bytes_per_ms()
     shape = f"{M} x {C}, {approximate}, forward + backward"
-    record("bias_gelu", shape, interleave(timed), plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor)
+    record(
+        "bias_gelu", shape, interleave(timed, SECONDS), plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor
+    )
     if DEVICE == "cpu":
         left_out({"the kernel": "needs a GPU: bias_gelu is its plain definition here"})

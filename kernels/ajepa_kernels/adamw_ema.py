@@ -78,7 +78,7 @@ class AdamWEMA(torch.optim.AdamW):
     On a GPU all parameters of equal dtypes are updated by one kernel, in float32. The learning rate, `ema_decay`,
     `grad_scale`, `found_inf` and a group's weight decay may be scalars on the device, which a captured CUDA graph reads
     again at each replay; numbers are frozen into the graph. Addresses that the capture is the first to see are copied
-    to the device at each replay. The kernel leaves `.grad` as it was, while torch's fused AdamW divides it by the scale.
+    to the device at each replay. The kernel leaves `.grad` as it was; torch's fused AdamW divides it by the scale.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
