@@ -18,7 +18,7 @@ import torch
 ARCHS = (80, 90, 100)
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 # tensor-core instructions, by the width of the unit that runs them: warp, warp group, tensor memory
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA", "UTCQMMA")
