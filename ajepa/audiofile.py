@@ -103,7 +103,7 @@ def inspect(path: str, offset: int, size: int, *, in_tar: bool = False, decode: 
         with open_sound(path, offset, size, in_tar=in_tar) as sound:
             if not 1_000 <= sound.samplerate <= 1_000_000:
                 raise BadAudio(f"implausible sample rate of {sound.samplerate} Hz")
-            frames = _decode(sound) if decode else sound.frames
+            frames = _decode(sound) if decode or not counted else sound.frames
             if frames == 0:
                 raise BadAudio("no samples")
             if frames < sound.frames and counted:
@@ -130,14 +130,20 @@ def read_segment(path: str, offset: int, size: int, start: int, count: int, *, i
         with open_sound(path, offset, size, in_tar=in_tar) as sound:
             sound.seek(start)
             samples = sound.read(count, dtype="float32", always_2d=True)
-            rate, channels = sound.samplerate, sound.channels
+            rate = sound.samplerate
     except sf.LibsndfileError as error:
         raise BadAudio(f"cannot be decoded at sample {start}: {error.error_string.strip()}") from None
     if len(samples) < count:
         raise BadAudio(f"truncated: {start + len(samples)} of {start + count} samples decode")
-    body = samples.tobytes()
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(body), b"WAVE", b"fmt ", 16, 3, channels, rate,
-                         rate * channels * 4, channels * 4, 32, b"data", len(body))  # fmt: skip
+    return wav_bytes(samples, rate)
+
+
+def wav_bytes(samples: np.ndarray, rate: int) -> np.ndarray:
+    """float32 or int16 samples `[frames, channels]` as the bytes of a WAV file, uint8."""
+    body, width, channels = samples.tobytes(), samples.dtype.itemsize, samples.shape[1]
+    kind = 1 if samples.dtype == np.int16 else 3
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(body), b"WAVE", b"fmt ", 16, kind, channels, rate,
+                         rate * channels * width, channels * width, 8 * width, b"data", len(body))  # fmt: skip
     return np.frombuffer(header + body, np.uint8)
 
 
