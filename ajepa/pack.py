@@ -29,6 +29,7 @@ from ajepa.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, 
 
 LEFT_OUT = "left_out.tsv"
 OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock")  # what packing writes
+MEGABYTE = 1_000_000
 SAMPLED = 32  # clips that `--dry-run` compresses, to tell the size of FLAC shards
 
 
@@ -83,10 +84,10 @@ class Packed:
 
 def pack(args: Arguments, console: Console) -> Packed:
     """Raises PackError, DataError, OSError."""
-    if not 1_000 <= args.rate <= 1_000_000 or args.shard_mb < 1 or args.max_hours <= 0 or args.threads < 0:
-        raise PackError(
-            "--rate must be 1000 to 1000000, --shard-mb 1 or more, --max-hours above 0, --threads 0 or more"
-        )
+    if not 1_000 <= args.rate <= 1_000_000:
+        raise PackError(f"--rate {args.rate}: a rate of 1,000 to 1,000,000 Hz is needed")
+    if args.shard_mb < 1 or not 0 < args.max_hours < 1_000 or args.threads < 0:
+        raise PackError("--shard-mb must be 1 or more, --max-hours above 0 and below 1,000, --threads 0 or more")
     if is_shards(args.source):
         raise PackError(f"{args.source}: these are shards already; give the recordings they were made of")
     index = build_index(args.source, where=args.where, label_column=args.label, threads=args.threads, decode=False)
@@ -104,12 +105,12 @@ def pack(args: Arguments, console: Console) -> Packed:
         for path in target.iterdir():
             if path.name.endswith(".partial") or (path.suffix == SUFFIX and str(path) not in whole):
                 path.unlink()
-        need, free = _pcm_bytes(todo, args.rate), shutil.disk_usage(target).free
+        need, free = _pcm_bytes(todo, args), shutil.disk_usage(target).free
         if args.codec == "pcm" and need > free:
-            raise PackError(
-                f"{target}: the shards take up to {_gb(need)}, {_gb(free)} are free; --codec flac halves it"
-            )
-        seen = {clip["digest"].tobytes(): int(clip["row"]) for shard in done for clip in shard.records}
+            raise PackError(f"{target}: the shards take up to {_gb(need)}, {_gb(free)} are free; see --codec flac")
+        seen: dict[bytes, int] = {}
+        for shard in done:
+            seen.update(zip(shard.records["digest"].tolist(), shard.records["row"].tolist(), strict=True))
         for start, end in gaps:
             for path in _pack_rows(index, start, end, args, target, key, seen, step):
                 done.append(Shard(str(path)))
@@ -140,7 +141,7 @@ def _pack_rows(index: Index, start: int, end: int, args: Arguments, target: Path
                     values = [index.metadata[column][row] for column in columns]
                     writer.add(row, name, index.label_names[label] if label >= 0 else None, values, clip)
                 step()
-                if writer.position >= args.shard_mb * 1_000_000:
+                if writer.position >= args.shard_mb * MEGABYTE:
                     break
             writer.finish(args.codec, args.rate, first, row + 1, len(index), key)
         first = row + 1
@@ -206,9 +207,7 @@ def _finished(target: Path, key: bytes, args: Arguments, console: Console) -> li
             )
         damaged = shard.damaged() if args.verify else []
         if damaged:
-            console.print(
-                f"made again: {shard.path}: {len(damaged)} damaged clips, {damaged[0][0]} first", markup=False
-            )
+            console.print(f"made again: {shard.path}: {len(damaged)} clips, {damaged[0][0]} first", markup=False)
         else:
             shards.append(shard)
     return sorted(shards, key=lambda shard: shard.header.first_row)
@@ -218,10 +217,9 @@ def _summary(index: Index, shards: list[Shard]) -> Packed:
     left_out = [*index.skipped]
     for shard in sorted(shards, key=lambda shard: shard.header.first_row):
         left_out += [(str(name), str(reason)) for name, reason in shard.notes()["left_out"]]
-    samples = sum(int(shard.records["frames"].sum()) / shard.header.sample_rate for shard in shards)
-    return Packed(
-        sum(s.header.clips for s in shards), samples, sum(len(s.bytes) for s in shards), len(shards), left_out
-    )
+    seconds = sum(int(shard.records["frames"].sum()) / shard.header.sample_rate for shard in shards)
+    size = sum(len(shard.bytes) for shard in shards)
+    return Packed(sum(shard.header.clips for shard in shards), seconds, size, len(shards), left_out)
 
 
 def _announce(args: Arguments, index: Index, todo: Index, done: list[Shard], console: Console) -> None:
@@ -230,7 +228,7 @@ def _announce(args: Arguments, index: Index, todo: Index, done: list[Shard], con
     if done:
         console.print(f"{len(done):,} shards are finished; {len(todo):,} recordings to go", markup=False)
     if args.dry_run and len(todo):
-        size = _pcm_bytes(todo, args.rate)
+        size = _pcm_bytes(todo, args)
         if args.codec == "flac":
             rows = np.unique(np.linspace(0, len(todo) - 1, SAMPLED).astype(int))
             clips = [clip for clip in _clips(todo.subset(rows), args) if isinstance(clip, Clip)]
@@ -239,9 +237,9 @@ def _announce(args: Arguments, index: Index, todo: Index, done: list[Shard], con
                       "duplicate ones less", markup=False)  # fmt: skip
 
 
-def _pcm_bytes(index: Index, rate: int) -> float:
-    numbers = index.entries.numbers
-    return 2 * rate * float((numbers["frames"] / numbers["sample_rate"]).sum())
+def _pcm_bytes(index: Index, args: Arguments) -> float:
+    seconds = index.entries.numbers["frames"] / index.entries.numbers["sample_rate"]
+    return 2 * args.rate * float(seconds[seconds <= 3600 * args.max_hours].sum())
 
 
 def _gb(size: float) -> str:
