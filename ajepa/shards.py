@@ -189,6 +189,15 @@ class Shard:
             raise ShardError(f"{self.path}: the shard's notes cannot be read ({error}); {REMEDY}") from None
         return notes
 
+    def check_length(self) -> None:
+        """Raises BadAudio where the file has shrunk: to touch a map beyond the file's end kills the process."""
+        try:
+            held = os.stat(self.path).st_size
+        except OSError as error:
+            raise BadAudio(f"the shard is gone: {os_reason(error)}") from None
+        if held < len(self.bytes):
+            raise BadAudio(f"the shard was cut short to {held:,} bytes; {REMEDY}")
+
     def find(self, offset: int, size: int) -> int:
         """The clip whose payload is bytes `[offset, offset + size)` of the file."""
         clip = int(np.searchsorted(self.offsets, offset))
@@ -200,12 +209,6 @@ class Shard:
         """Bytes `[start, stop)` of a clip's payload, uint8, in the map. Raises BadAudio on a wrong checksum."""
         offset, size, first_block = (int(self.records[name][clip]) for name in ("offset", "size", "first_block"))
         stop = size if stop is None else stop
-        try:
-            held = os.stat(self.path).st_size
-        except OSError as error:
-            raise BadAudio(f"the shard is gone: {os_reason(error)}") from None
-        if held < len(self.bytes):  # beyond its end a mapped file kills the process
-            raise BadAudio(f"the shard was cut short to {held:,} bytes; {REMEDY}")
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             data = self.bytes[offset + block * BLOCK : offset + min(size, (block + 1) * BLOCK)]
             if crc32(data) != self.crcs[first_block + block]:
@@ -239,6 +242,7 @@ class OpenShards:
                     shard = self._open.setdefault(entry.path, Shard(entry.path))
                 except ShardError as error:
                     raise BadAudio(str(error)) from None
+        shard.check_length()
         return shard.read(shard.find(entry.offset, entry.size), start, stop)
 
 
