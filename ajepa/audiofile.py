@@ -3,10 +3,12 @@
 A source is (path, offset, size): a plain file has offset 0, a tar member is read in place and never extracted.
 """
 
+import contextlib
 import io
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -126,16 +128,35 @@ def read_segment(path: str, offset: int, size: int, start: int, count: int, *, i
 
     Raises BadAudio where fewer samples decode, OSError where the file cannot be read.
     """
+    with _segment(path, offset, size, start, in_tar) as sound:
+        samples = sound.read(count, dtype="float32", always_2d=True)
+    _check_count(samples, start, count)
+    return wav_bytes(samples, sound.samplerate)
+
+
+def read_int16(path: str, offset: int, size: int, start: int, count: int, *, in_tar: bool = False) -> np.ndarray | None:
+    """The same samples of a mono file as they are stored, int16; None where they are not stored as 16-bit PCM."""
+    with _segment(path, offset, size, start, in_tar) as sound:
+        if sound.subtype != "PCM_16" or sound.channels != 1:
+            return None
+        samples = sound.read(count, dtype="int16")
+    _check_count(samples, start, count)
+    return samples
+
+
+@contextlib.contextmanager
+def _segment(path: str, offset: int, size: int, start: int, in_tar: bool) -> Iterator[sf.SoundFile]:
     try:
         with open_sound(path, offset, size, in_tar=in_tar) as sound:
             sound.seek(start)
-            samples = sound.read(count, dtype="float32", always_2d=True)
-            rate = sound.samplerate
+            yield sound
     except sf.LibsndfileError as error:
         raise BadAudio(f"cannot be decoded at sample {start}: {error.error_string.strip()}") from None
+
+
+def _check_count(samples: np.ndarray, start: int, count: int) -> None:
     if len(samples) < count:
         raise BadAudio(f"truncated: {start + len(samples)} of {start + count} samples decode")
-    return wav_bytes(samples, rate)
 
 
 def wav_bytes(samples: np.ndarray, rate: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import soundfile as sf
 
-from ajepa.audiofile import BadAudio, inspect, read_bytes, read_segment, stat_file, wav_bytes
+from ajepa.audiofile import BadAudio, inspect, read_bytes, read_int16, read_segment, stat_file, wav_bytes
 from ajepa.columns import Entry
 from ajepa.index import Index
 from ajepa.reader import Clips, Plan, Reader, ShardReader, default_threads, holds_pcm
@@ -22,6 +22,7 @@ from ajepa.shards import FORMATS
 # Beyond either, libsndfile seeks and reads the crop alone, for DALI to resample; within both DALI decodes the file.
 WHOLE_FILE_CLIPS = 2
 WHOLE_FILE_BYTES = 64 << 20
+PLAIN = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU")  # may hold 16-bit PCM, which needs no decoder
 GROUP_CLIPS, GROUP_SAMPLES = 64, 1 << 24  # most recordings, and about as many samples, decoded whole at a time
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Piece(NamedTuple):
     start: int  # the crop, in samples at the file's own rate
     length: int
     rate: int  # Hz
+    samples: np.ndarray | None = None  # int16, the clip itself: DALI has nothing to do, and is given SILENCE's data
 
 
 SILENCE = Piece(-1, wav_bytes(np.zeros((1, 1), np.int16), 1000), 1, 0, 1, 1000)  # in place of a bad file
@@ -119,6 +121,10 @@ class Decoder(Reader):
                 raise BadAudio("changed since it was indexed")
             self._unchanged.add((entry.name, mtime))
         start, count = self.window(entry.frames, entry.sample_rate, fraction)
+        if entry.format in PLAIN and entry.channels == 1 and entry.sample_rate == self.sample_rate:
+            samples = read_int16(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
+            if samples is not None:
+                return SILENCE._replace(item=row, samples=samples)
         if _is_long(entry, count) or entry.format == "MP3":  # which DALI does not decode
             data = read_segment(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
             return Piece(row, data, count, 0, count, entry.sample_rate)
@@ -137,7 +143,10 @@ class Decoder(Reader):
         return Piece(row, data.copy(), entry.frames, start, count, entry.sample_rate)
 
     def _clip(self, pieces: list[Piece], audio: Any, b: int) -> tuple[int, np.ndarray]:
-        piece, samples = pieces[b], np.asarray(audio[b])
+        piece = pieces[b]
+        if piece.samples is not None:
+            return piece.item, piece.samples
+        samples = np.asarray(audio[b])
         if piece.rate == self.sample_rate:  # DALI cropped the others, before resampling
             samples = samples[piece.start : piece.start + piece.length]
         return piece.item, samples[: self.clip_samples]

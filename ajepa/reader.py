@@ -12,6 +12,7 @@ from ajepa.audiofile import BadAudio, cores, os_reason
 from ajepa.index import DataError, Index
 from ajepa.shards import FORMATS, OpenShards
 
+BLOCK = 1 << 15  # samples scaled at a time
 T = TypeVar("T")
 
 
@@ -136,14 +137,18 @@ def holds_pcm(index: Index, sample_rate: int) -> bool:
 def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
     """`out[:n] = round(32768 gain x)`, saturated, for float x in [-1, 1) or int16 samples that stand for x * 32768."""
     n = len(samples)
-    if samples.dtype == np.int16:
-        if gain == 1:
-            out[:n] = samples
-            return
-        samples = samples.astype(np.float32) / np.float32(32768)
-    samples = samples * np.float32(32768 * gain)
-    np.rint(samples, out=samples)
-    out[:n] = np.clip(samples, -32768, 32767, out=samples)
+    if samples.dtype == np.int16 and gain == 1:
+        out[:n] = samples
+        return
+    scaled = np.empty(min(n, BLOCK), np.float32)  # small: fresh memory costs more than the arithmetic
+    for start in range(0, n, BLOCK):
+        x = samples[start : min(n, start + BLOCK)]
+        y = scaled[: len(x)]
+        if x.dtype == np.int16:
+            x = np.divide(x, np.float32(32768), out=y, dtype=np.float32)
+        np.multiply(x, np.float32(32768 * gain), out=y)
+        np.rint(y, out=y)
+        out[start : start + len(y)] = np.clip(y, -32768, 32767, out=y)
 
 
 def default_threads() -> int:
