@@ -8,6 +8,9 @@
 #include <string.h>
 
 #include <utility>  // index_sequence: types only
+#if defined(__F16C__)
+#include <immintrin.h>  // every function of it is forced inline
+#endif
 
 namespace ajepa {
 namespace {
@@ -16,7 +19,6 @@ constexpr int W = AJEPA_LANES;
 typedef float vf __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * W), may_alias));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int16_t vs_unaligned __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
 struct Complex {
   vf re, im;
@@ -68,7 +70,7 @@ struct Plan {  // of a complex transform of `size` points
   int granule[kMaxPasses];      // log2 of the values between two pads of one value, at each pass
   float* twiddles[kMaxPasses];  // [size of the pass / radix, radix - 1, 2]
   float* post;                  // [size / 2 + 1, 2]: exp(-i pi k / size)
-  int32_t* slot;                // [size + 1]: where the power of bin k stands, in vectors
+  int32_t* slot;                // [size]: where bin k stands, in vectors
 };
 
 template <int R>
@@ -81,27 +83,30 @@ inline void butterfly(Complex (&a)[R], vf* x, int stride, const float* twiddles)
 }
 
 template <int R>
-void pass(vf* x, int size, const float* twiddles, int granule) {
+void pass(vf* x, int size, const float* twiddles, int granule, int blocks, int apart) {
   const int count = size / R, stride = padded(count, granule);
-  for (int j = 0; j < count; ++j) {
-    vf* at = x + 2 * padded(j, granule);
-    Complex a[R];
-    for (int q = 0; q < R; ++q) a[q] = {at[2 * q * stride], at[2 * q * stride + 1]};
-    butterfly(a, at, stride, count > 1 ? twiddles + 2 * (R - 1) * j : nullptr);
-  }
+  for (int block = 0; block < blocks; ++block, x += apart)
+    for (int j = 0; j < count; ++j) {
+      vf* at = x + 2 * padded(j, granule);
+      Complex a[R];
+      for (int q = 0; q < R; ++q) a[q] = {at[2 * q * stride], at[2 * q * stride + 1]};
+      butterfly(a, at, stride, count > 1 ? twiddles + 2 * (R - 1) * j : nullptr);
+    }
 }
 
-void transform(const Plan& plan, int level, vf* x, int size) {  // depth first: the small ones stay in the first cache
+// Depth first: the small ones stay in the first cache; the last pass takes all its neighbours in one go.
+void transform(const Plan& plan, int level, vf* x, int size, int blocks = 1, int apart = 0) {
   const int radix = plan.radix[level], granule = plan.granule[level];
   switch (radix) {
-    case 2: pass<2>(x, size, plan.twiddles[level], granule); break;
-    case 4: pass<4>(x, size, plan.twiddles[level], granule); break;
-    case 5: pass<5>(x, size, plan.twiddles[level], granule); break;
-    default: pass<8>(x, size, plan.twiddles[level], granule);
+    case 2: pass<2>(x, size, plan.twiddles[level], granule, blocks, apart); break;
+    case 4: pass<4>(x, size, plan.twiddles[level], granule, blocks, apart); break;
+    case 5: pass<5>(x, size, plan.twiddles[level], granule, blocks, apart); break;
+    default: pass<8>(x, size, plan.twiddles[level], granule, blocks, apart);
   }
   size /= radix;
-  if (level + 1 < plan.passes)
-    for (int q = 0; q < radix; ++q) transform(plan, level + 1, x + 2 * q * padded(size, granule), size);
+  const int left = plan.passes - level - 1, next = 2 * padded(size, granule);
+  if (left == 1) transform(plan, level + 1, x, size, radix, next);
+  for (int q = 0; left > 1 && q < radix; ++q) transform(plan, level + 1, x + q * next, size);
 }
 
 Plan make_plan(int size) {
@@ -126,7 +131,7 @@ Plan make_plan(int size) {
   plan.post = new float[size + 2];
   for (int k = 0; k <= size / 2; ++k)
     plan.post[2 * k] = float(cos(-M_PI * k / size)), plan.post[2 * k + 1] = float(sin(-M_PI * k / size));
-  plan.slot = new int32_t[size + 1];
+  plan.slot = new int32_t[size];
   for (int k = 0; k < size; ++k) {
     int at = 0, rest_k = k, block = size;
     for (int p = 0; p < plan.passes; ++p) {
@@ -135,7 +140,6 @@ Plan make_plan(int size) {
     }
     plan.slot[k] = 2 * padded(at, plan.granule[0]);
   }
-  plan.slot[size] = plan.slot[0] + 1;  // Nyquist, in the imaginary half of bin 0
   return plan;
 }
 
@@ -152,18 +156,18 @@ const Plan& plan_for(int size) {  // made once, kept for good
   }
 }
 
-// Spectrum of the real signal behind the complex one, as power in place of its real parts. The window carries the 1/2.
-void power_spectrum(const Plan& plan, vf* x) {
+// Spectrum of the real signal behind the complex one, as power in the order of the bins. The window carries the 1/2.
+void power_spectrum(const Plan& plan, const vf* x, vf* power) {
   const int size = plan.size;
   const vf re = x[0], im = x[1];
-  x[0] = 4 * (re + im) * (re + im), x[1] = 4 * (re - im) * (re - im);
+  power[0] = 4 * (re + im) * (re + im), power[size] = 4 * (re - im) * (re - im);
   for (int k = 1; k <= size / 2; ++k) {
-    vf *u = x + plan.slot[k], *v = x + plan.slot[size - k];
+    const vf *u = x + plan.slot[k], *v = x + plan.slot[size - k];
     const Complex a = {u[0], u[1]}, b = {v[0], -v[1]};
     const Complex even = a + b, odd = times(times_minus_i(a - b), plan.post + 2 * k);
     const Complex lower = even + odd, upper = even - odd;
-    u[0] = lower.re * lower.re + lower.im * lower.im;
-    v[0] = upper.re * upper.re + upper.im * upper.im;
+    power[k] = lower.re * lower.re + lower.im * lower.im;
+    power[size - k] = upper.re * upper.re + upper.im * upper.im;
   }
 }
 
@@ -181,9 +185,6 @@ inline void transpose(vf (&rows)[W]) {
     if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_index_sequence<W>{});
   if constexpr (H > 1) transpose<H / 2>(rows);
 }
-
-inline vf load(const int16_t* x) { return __builtin_convertvector(*reinterpret_cast<const vs_unaligned*>(x), vf); }
-inline vf load(const float* x) { return *reinterpret_cast<const vf_unaligned*>(x); }
 
 double sum(const int16_t* x, int64_t n) {
   int64_t total = 0;
@@ -218,14 +219,37 @@ void stats_of(const LogMel& p, int64_t begin, int64_t end) {
   }
 }
 
+// Frames side by side, as the first pass wants them: vectors of sample pairs (2 j, 2 j + 1), zeros after the last. A pair
+// of int16 is one 32-bit element.
+inline Complex pair(const int16_t*, const vf* pairs, int j) {
+  const vi both = reinterpret_cast<const vi*>(pairs)[j];
+  return {__builtin_convertvector(both << 16 >> 16, vf), __builtin_convertvector(both >> 16, vf)};
+}
+inline Complex pair(const float*, const vf* pairs, int j) { return {pairs[2 * j], pairs[2 * j + 1]}; }
+
+template <class T>
+void load_frames(const T* const (&row)[W], int length, vf* pairs) {
+  constexpr int step = W * int(sizeof(float) / sizeof(T));  // samples of one frame in one vector
+  for (int n = 0; n < length; n += step, pairs += W) {
+    vf v[W];
+    if (n + step <= length) {
+      for (int lane = 0; lane < W; ++lane) v[lane] = *reinterpret_cast<const vf_unaligned*>(row[lane] + n);
+    } else {
+      for (int lane = 0; lane < W; ++lane) v[lane] = vf{}, memcpy(&v[lane], row[lane] + n, (length - n) * sizeof(T));
+    }
+    transpose(v);
+    for (int i = 0; i < W; ++i) pairs[i] = v[i];
+  }
+}
+
 // The first pass of the transform, on frames as they are loaded: (sample - offset), pre-emphasised, windowed, zeros after
-// them. Every first radix is 8.
+// them. Every first radix is 8. half_window: half the window, and zeros up to n_fft.
 template <class T>
 void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t length, const int* frame, float clip_mean,
-                   T* edge_rows, vf* x) {
+                   const float* half_window, T* edge_rows, vf* pairs, vf* x) {
   constexpr int R = 8;
   const T* row[W];
-  vf offset;
+  vf offset = vf{} + clip_mean;
   for (int lane = 0; lane < W; ++lane) {
     const int64_t start = int64_t(frame[lane]) * p.hop_length + p.first_sample;
     row[lane] = clip + start;
@@ -234,45 +258,28 @@ void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t len
       for (int i = 0; i < p.win_length; ++i) edge[i] = clip[p.mirror(int(start) + i, int(length))];
       row[lane] = edge;
     }
-    offset[lane] = p.remove_dc ? float(sum(row[lane], p.win_length) / p.win_length) : clip_mean;
+    if (p.remove_dc) offset[lane] = float(sum(row[lane], p.win_length) / p.win_length);
   }
-  const int count = plan.size / R, stride = padded(count, plan.granule[0]);  // complex values
-  const int win_length = p.win_length, granule = plan.granule[0];
-  const float c = p.preemphasis, *window = p.window, *twiddles = plan.twiddles[0];
-  vf before[R], samples[R][W];
-  for (int q = 0; q < R; ++q)
-    for (int lane = 0; lane < W; ++lane) {
-      const int n = 2 * q * count - 1;
-      before[q][lane] = n < win_length ? float(row[lane][n < 0 ? 0 : n]) - offset[lane] : 0;
-    }
-  for (int j = 0; j < count; j += W / 2) {
+  load_frames(row, p.win_length, pairs);
+  const int used = (p.win_length + 1) / 2, count = plan.size / R, granule = plan.granule[0];
+  const int stride = padded(count, granule);  // complex values
+  const float c = p.preemphasis, *twiddles = plan.twiddles[0];
+  vf before[R];  // the sample before each of the R
+  before[0] = pair(clip, pairs, 0).re - offset;
+  for (int q = 1; q < R; ++q) before[q] = q * count <= used ? pair(clip, pairs, q * count - 1).im - offset : vf{};
+  for (int j = 0; j < count; ++j, twiddles += 2 * (R - 1)) {
+    Complex a[R];
     for (int q = 0; q < R; ++q) {
-      const int n = 2 * (j + q * count), here = win_length - n < W ? win_length - n : W;
-      vf v[W];
-      if (here == W) {
-        for (int lane = 0; lane < W; ++lane) v[lane] = load(row[lane] + n);
-        transpose(v);
-        for (int i = 0; i < W; ++i) {
-          const vf d = v[i] - offset;
-          samples[q][i] = (d - c * before[q]) * (0.5f * window[n + i]);
-          before[q] = d;
-        }
+      const int at = j + q * count;
+      if (at >= used) {
+        a[q] = {vf{}, vf{}};
         continue;
       }
-      for (int i = 0; i < W; ++i) samples[q][i] = vf{};
-      for (int i = 0; i < here; ++i) {
-        vf d;
-        for (int lane = 0; lane < W; ++lane) d[lane] = float(row[lane][n + i]);
-        d -= offset;
-        samples[q][i] = (d - c * before[q]) * (0.5f * window[n + i]);
-        before[q] = d;
-      }
+      const Complex sample = pair(clip, pairs, at), d = {sample.re - offset, sample.im - offset};
+      a[q] = {(d.re - c * before[q]) * half_window[2 * at], (d.im - c * d.re) * half_window[2 * at + 1]};
+      before[q] = d.im;
     }
-    for (int i = 0; i < W / 2 && j + i < count; ++i, twiddles += 2 * (R - 1)) {
-      Complex a[R];
-      for (int q = 0; q < R; ++q) a[q] = {samples[q][2 * i], samples[q][2 * i + 1]};
-      butterfly(a, x + 2 * padded(j + i, granule), stride, twiddles);
-    }
+    butterfly(a, x + 2 * padded(j, granule), stride, twiddles);
   }
 }
 
@@ -296,36 +303,41 @@ inline vf ln(vf x) {
   return exponent * 0.693359375f + (f - (0.5f - f * series) * f * f + exponent * -2.12194440e-4f);
 }
 
-template <int Power>
-void mel_bands(const LogMel& p, const Plan& plan, const vf* x, float gain, int valid, vf* bands) {
-  const int n_mels = p.n_mels, next = 2 * p.n_segments;
-  const int32_t *segments = p.segments, *offsets = p.offsets, *slots = plan.slot;
-  const float* weights = p.weights;
-  vf rising = vf{};  // of interval i - 1, into band i - 1
-  for (int i = 0; i <= n_mels; ++i) {
-    vf up = vf{}, down = vf{};
-    for (int s = offsets[i]; s < offsets[i + 1]; ++s) {
-      const int32_t *slot = slots + segments[2 * s], *end = slot + segments[2 * s + 1];
-      for (const float* weight = weights + 2 * s; slot < end; ++slot, weight += next) {
-        const vf power = Power == 2 ? x[*slot] : square_root(x[*slot]);
-        down += weight[0] * power;
-        up += weight[1] * power;
-      }
-    }
-    if (i) bands[i - 1] = rising + down;
-    rising = up;
+// The table of segments by bin: every bin lies in one interval between two mel edges. weights: [bins, 2], of a bin in the
+// band that it falls in and in the one that it rises in; starts: [n_mels + 2], the first bin of each interval.
+void spread_weights(const LogMel& p, float* weights, int32_t* starts) {
+  int32_t bin = p.n_segments ? p.segments[0] : 0;
+  for (int i = 0; i <= p.n_mels; ++i) {
+    starts[i] = bin;
+    for (int s = p.offsets[i]; s < p.offsets[i + 1]; ++s)
+      for (int k = 0; k < p.segments[2 * s + 1]; ++k, ++bin)
+        memcpy(weights + 2 * bin, p.weights + 2 * (int64_t(k) * p.n_segments + s), 2 * sizeof(float));
   }
+  starts[p.n_mels + 1] = bin;
+}
+
+template <int Power>
+void mel_bands(const LogMel& p, const float* weights, const int32_t* starts, const vf* spectrum, float gain, int valid,
+               vf* bands) {
   const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
   vi outside;  // lanes after the clip's last frame: rows of zeros
   for (int lane = 0; lane < W; ++lane) outside[lane] = lane < valid ? 0 : -1;
-  for (int i = 0; i < n_mels; ++i) {
-    const vf mel = bands[i] * gain, log = ln(mel > floor ? mel : vf{} + floor);
+  vf rising = vf{};  // of interval i - 1, into band i - 1
+  for (int i = 0; i <= p.n_mels; ++i) {
+    vf up = vf{}, down = rising;
+    for (int k = starts[i]; k < starts[i + 1]; ++k) {
+      const vf power = Power == 2 ? spectrum[k] : square_root(spectrum[k]);
+      down += weights[2 * k] * power;
+      up += weights[2 * k + 1] * power;
+    }
+    rising = up;
+    if (!i) continue;
+    const vf mel = down * gain, log = ln(mel > floor ? mel : vf{} + floor);
     const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN stay themselves
-    bands[i] = (outside ? vf{} : value) * log_scale + log_shift;
+    bands[i - 1] = (outside ? vf{} : value) * log_scale + log_shift;
   }
 }
 
-typedef uint16_t vu __attribute__((vector_size(2 * W), may_alias));
 struct Half {
   uint16_t bits;
 };
@@ -334,14 +346,26 @@ struct BFloat16 {
 };
 inline void store(float* out, vf x) { *reinterpret_cast<vf_unaligned*>(out) = x; }
 inline void store(Half* out, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(reinterpret_cast<__m512&>(x), 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(reinterpret_cast<__m256&>(x), 0));
+#else
   typedef _Float16 vh __attribute__((vector_size(2 * W)));
   const vh h = __builtin_convertvector(x, vh);
   memcpy(out, &h, sizeof h);
+#endif
+}
+template <size_t... I>
+inline void store_high_halves(BFloat16* out, vi x, std::index_sequence<I...>) {
+  typedef int16_t vs __attribute__((vector_size(4 * W), may_alias));
+  const vs all = reinterpret_cast<const vs&>(x);
+  const auto high = __builtin_shufflevector(all, all, (2 * I + 1)...);
+  memcpy(out, &high, sizeof high);
 }
 inline void store(BFloat16* out, vf x) {  // to nearest, ties to even
-  const vi bits = reinterpret_cast<const vi&>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const vu b = __builtin_convertvector(x == x ? rounded : vi{} + 0x7fc0, vu);
-  memcpy(out, &b, sizeof b);
+  const vi bits = reinterpret_cast<const vi&>(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
+  store_high_halves(out, x == x ? rounded : vi{} + 0x7fc00000, std::make_index_sequence<W>{});
 }
 
 template <class T>
@@ -366,7 +390,13 @@ void store_bands(const LogMel& p, int64_t clip, int first, int count, const vf* 
 }
 
 int transform_vectors(const LogMel& p) { return p.n_fft + p.n_fft / 8; }  // with the most pads
-int64_t scratch_floats(const LogMel& p) { return int64_t(W) * (transform_vectors(p) + p.win_length + p.n_mels); }
+int frame_vectors(const LogMel& p) {  // the loaded frames, then the power in their place
+  const int frames = p.win_length + W, bins = p.n_fft / 2 + 1;
+  return frames > bins ? frames : bins;
+}
+int64_t scratch_floats(const LogMel& p) {
+  return int64_t(W) * (transform_vectors(p) + frame_vectors(p) + p.win_length + p.n_mels) + 2 * p.n_fft + 2 + p.n_mels + 2;
+}
 
 void clip_stats(const LogMel& p, int64_t begin, int64_t end) {
   p.is_int16 ? stats_of<int16_t>(p, begin, end) : stats_of<float>(p, begin, end);
@@ -375,8 +405,12 @@ void clip_stats(const LogMel& p, int64_t begin, int64_t end) {
 void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
   const Plan& plan = plan_for(p.n_fft / 2);
   vf* x = reinterpret_cast<vf*>(scratch);
-  vf* bands = x + transform_vectors(p);
+  vf *frames = x + transform_vectors(p), *bands = frames + frame_vectors(p);
   float* edge_rows = reinterpret_cast<float*>(bands + p.n_mels);
+  float *half_window = edge_rows + int64_t(W) * p.win_length, *weights = half_window + p.n_fft;
+  int32_t* starts = reinterpret_cast<int32_t*>(weights + p.n_fft + 2);
+  for (int i = 0; i < p.n_fft; ++i) half_window[i] = i < p.win_length ? 0.5f * p.window[i] : 0;
+  spread_weights(p, weights, starts);
   const int rows = p.patches * p.patch_frames, groups = (rows + W - 1) / W;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t clip = item / groups;
@@ -390,12 +424,14 @@ void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
       for (int lane = 0; lane < W; ++lane) frame[lane] = first + (lane < valid ? lane : valid - 1);
       if (p.is_int16)
         load_and_pass(p, plan, static_cast<const int16_t*>(p.pcm) + clip * p.samples, length, frame, mean,
-                      reinterpret_cast<int16_t*>(edge_rows), x);
+                      half_window, reinterpret_cast<int16_t*>(edge_rows), frames, x);
       else
-        load_and_pass(p, plan, static_cast<const float*>(p.pcm) + clip * p.samples, length, frame, mean, edge_rows, x);
+        load_and_pass(p, plan, static_cast<const float*>(p.pcm) + clip * p.samples, length, frame, mean, half_window,
+                      edge_rows, frames, x);
       for (int q = 0; q < 8; ++q) transform(plan, 1, x + 2 * q * padded(plan.size / 8, plan.granule[0]), plan.size / 8);
-      power_spectrum(plan, x);
-      p.power == 2 ? mel_bands<2>(p, plan, x, gain * gain, valid, bands) : mel_bands<1>(p, plan, x, gain, valid, bands);
+      power_spectrum(plan, x, frames);
+      p.power == 2 ? mel_bands<2>(p, weights, starts, frames, gain * gain, valid, bands)
+                   : mel_bands<1>(p, weights, starts, frames, gain, valid, bands);
       if (p.peaks)
         for (int mel = 0; mel < p.n_mels; ++mel)
           for (int lane = 0; lane < W && lane < valid; ++lane) peak = bands[mel][lane] > peak ? bands[mel][lane] : peak;

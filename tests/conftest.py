@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from forks import Forks
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -49,3 +50,10 @@ SMALL = [
 def small_run(tones, tmp_path):
     """Command line of a small run on `tones` in a new folder, and that folder."""
     return ["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL], tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs `ajepa.train.main` in processes of their own, without importing torch anew in each."""
+    with Forks() as server:
+        yield server
