@@ -76,13 +76,23 @@ class Engine:
         self.trained = [p for group in groups for p in group["params"]]
         self.forward = torch.compile(self._forward) if cfg.impl == "compile" else self._forward
         graphs = not self.plain and cfg.step.cuda_graph and device.type == "cuda" and self.ranks.alone
+        self.mask_stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.graphs = StepGraphs(self._train, device) if graphs else None
 
     def masks(self, sampler: MaskSampler, step: int, batch: int) -> list[Masks]:
-        """Masks of a step, on the device, a micro-batch each."""
+        """Masks of a step, drawn on the device, a micro-batch each."""
         size = self.cfg.step.micro_batch or batch
         sizes = [min(size, batch - i) for i in range(0, batch, size)]
-        return [masks.to(self.device) for masks in sampler.parts(step, self.cfg.optim.steps, sizes)]
+        if self.mask_stream is None:
+            return sampler.parts(step, self.cfg.optim.steps, sizes)
+        # The counts must be known to the host, which so waits for this stream, and not for the steps under way.
+        here = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.mask_stream), self.device:
+            parts = sampler.parts(step, self.cfg.optim.steps, sizes)
+        here.wait_stream(self.mask_stream)
+        for x in (x for masks in parts for x in masks.tensors().values()):
+            x.record_stream(here)
+        return parts
 
     def step(
         self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks], step: int, share: float = 1.0

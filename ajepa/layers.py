@@ -71,11 +71,15 @@ class Linear(nn.Linear):
         self.copies = (self.weight.detach().to(dtype), self.bias.detach().to(dtype))
         return list(zip((self.weight, self.bias), self.copies, strict=True))
 
+    @torch.no_grad()
+    def write_copies(self) -> None:
+        """For parameters that something else than the optimiser has set."""
+        for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
+            copy.copy_(parameter)
+
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        with torch.no_grad():
-            for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
-                copy.copy_(parameter)
+        self.write_copies()
 
     def forward(self, x: torch.Tensor, outputs: slice | None = None) -> torch.Tensor:
         """`outputs`: only these of the output features."""

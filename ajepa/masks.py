@@ -60,6 +60,7 @@ class Masks:
         sequence = torch.repeat_interleave(shown + target_len)
         place = torch.arange(len(sequence)) - predict_cu[sequence]
         is_context = place < shown[sequence]
+        bounds = torch.stack([_most(context_len), _most(shown + target_len), _most(target_len)]).tolist()
         from_context = context_cu[context_of[sequence]] + place
         from_target = len(context) + target_cu[sequence] + place - shown[sequence]
         return cls(
@@ -70,9 +71,9 @@ class Masks:
             predict=torch.where(is_context, from_context, from_target),
             predict_cu=predict_cu.int(),
             predicted=(~is_context).nonzero()[:, 0],
-            max_context=int(context_len.max()),
-            max_predict=int((shown + target_len).max()) if len(shown) else 0,
-            max_target=int(target_len.max()) if len(shown) else 0,
+            max_context=bounds[0],
+            max_predict=bounds[1],
+            max_target=bounds[2],
             clips=R // masks_per_clip,
             disjoint=masks_per_clip == 1 and targets_RKN.shape[1] == 1 and len(groups_GN) == R,
         )
@@ -89,6 +90,10 @@ class Masks:
         if device.type == "cpu":
             return self
         return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
+
+
+def _most(lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.max() if len(lengths) else lengths.new_zeros(())
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
@@ -194,8 +199,8 @@ def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, noise):
 class MaskSampler:
     """Masks of step s as a pure function of (seed, s) and of each clip's place in the global batch.
 
-    Nothing to save, and W ranks with B / W clips draw between them what one rank draws for B. A fixed token budget is
-    the exception: each rank meets its share of it.
+    Drawn on torch's default device. Nothing to save, and W ranks with B / W clips draw between them what one rank draws
+    for B. A fixed token budget is the exception: each rank meets its share of it.
     """
 
     def __init__(self, cfg: MaskConfig, grid: tuple[int, int], *, seed: int = 0, rank: int = 0, world_size: int = 1):

@@ -186,6 +186,12 @@ class JEPA(nn.Module):
         """Let every linear layer compute with a copy of its parameters; returns the pairs (parameter, copy)."""
         return [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
 
+    def write_copies(self) -> None:
+        """For parameters that something else than the optimiser has set."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.write_copies()
+
     def configure(self, step: StepConfig, bf16: bool) -> None:
         """Set how the three networks compute."""
         self.parallel = step.parallel_encoders and next(self.parameters()).is_cuda

@@ -8,7 +8,7 @@ import torch
 
 def hash64(seed: int, purpose: int, epoch: int, counter: np.ndarray) -> np.ndarray:
     """uint64 of the counter's shape: SplitMix64's finaliser over a keyed counter, one-to-one in the counter."""
-    key = np.random.SeedSequence([seed, purpose, epoch]).generate_state(1, np.uint64)[0]
+    key = _key(seed, purpose, epoch)
     z = counter.astype(np.uint64)
     z *= np.uint64(0x9E3779B97F4A7C15)
     z += key
@@ -17,6 +17,26 @@ def hash64(seed: int, purpose: int, epoch: int, counter: np.ndarray) -> np.ndarr
         z *= np.uint64(factor)
     z ^= z >> np.uint64(31)
     return z
+
+
+def mix64(counter: torch.Tensor, key: int) -> torch.Tensor:
+    """`hash64` on tensors of any device: int64 that hold the bits of its uint64."""
+    z = counter * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    return z ^ _shifted(z, 31)
+
+
+def _signed(bits: int) -> int:
+    return bits - (bits >> 63 << 64)
+
+
+def _shifted(z: torch.Tensor, by: int) -> torch.Tensor:
+    return (z >> by) & ((1 << (64 - by)) - 1)  # without the sign
+
+
+def _key(seed: int, purpose: int, epoch: int) -> np.uint64:
+    return np.random.SeedSequence([seed, purpose, epoch]).generate_state(1, np.uint64)[0]
 
 
 class Noise:
@@ -31,11 +51,12 @@ class Noise:
         self.calls = 0
 
     def __call__(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """float32 in [0, 1). The leading dimension is the contexts of this rank; shape () is shared by all ranks."""
+        """float32 in [0, 1), on torch's default device and the same on each. The leading dimension is the contexts of
+        this rank; shape () is shared by all ranks."""
         contexts, each = (shape[0] if shape else 1), math.prod(shape[1:])
-        clip, mask = np.divmod(np.arange(contexts), self.per_clip)
-        row = (clip * self.world_size + self.rank) * self.per_clip + mask if shape else np.zeros(1, np.int64)
-        bits = hash64(self.seed, self.calls, self.step, row[:, None] * each + np.arange(each))
+        row = torch.arange(contexts)
+        clip, mask = row // self.per_clip, row % self.per_clip
+        row = (clip * self.world_size + self.rank) * self.per_clip + mask if shape else row
+        bits = mix64(row[:, None] * each + torch.arange(each), int(_key(self.seed, self.calls, self.step)))
         self.calls += 1
-        bits >>= np.uint64(40)
-        return torch.from_numpy(bits.astype(np.float32)).mul_(2**-24).view(shape)
+        return (_shifted(bits, 40).float() * 2**-24).view(shape)

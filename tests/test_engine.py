@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ajepa.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.config import PRESETS, Config
 from ajepa.engine import Engine
 from ajepa.graph import StepGraphs
@@ -103,6 +104,17 @@ def test_bf16_reads_copies_that_the_optimiser_writes(residual):
     other = Engine(replace(cfg, seed=7), CPU)
     other.model.load_state_dict(engine.model.state_dict())
     assert torch.equal(other.model.predictor.head.copies[0], engine.model.predictor.head.weight.bfloat16())
+
+
+def test_a_checkpoint_restores_the_copies_too(tmp_path):
+    cfg = make(precision="bf16")
+    _, engine = run(cfg)
+    path = save_checkpoint(tmp_path, 4, engine, {}, keep=1)
+    other = Engine(replace(cfg, seed=7), CPU)
+    load_checkpoint(path, other)
+    masks = MaskSampler(cfg.mask, cfg.front_end.grid)(4, 100, 3)
+    pcm, lengths = torch.randint(-9999, 9999, (3, 32_000), dtype=torch.int16), torch.full((3,), 32_000)
+    assert engine.step(pcm, lengths, masks, 4).loss == other.step(pcm, lengths, masks, 4).loss
 
 
 def test_copies_give_gradients_of_the_masters_in_float32():

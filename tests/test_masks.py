@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from ajepa.masks import (
     random_masks,
     time_frequency_masks,
 )
-from ajepa.noise import Noise
+from ajepa.noise import Noise, hash64, mix64
 
 GRIDS = [(8, 16), (8, 64), (8, 8), (3, 11)]
 FAMILIES = ["random", "block", "time-frequency", "curriculum"]
@@ -198,3 +199,23 @@ def test_noise_is_uniform_and_independent_between_calls_steps_and_seeds():
         assert abs(x.mean() - 0.5) < 0.01 and abs(x.var() - 1 / 12) < 0.003
     flat = torch.stack([x.flatten() for x in draws])
     assert (flat.corrcoef() - torch.eye(4)).abs().max() < 0.03
+
+
+def test_noise_on_tensors_is_the_hash_of_the_loader():
+    counter = torch.randint(-(2**63), 2**63 - 1, (1000,), dtype=torch.int64)
+    key = int(np.random.SeedSequence([5, 2, 9]).generate_state(1, np.uint64)[0])
+    want = hash64(5, 2, 9, counter.numpy().view(np.uint64))
+    assert np.array_equal(mix64(counter, key).numpy().view(np.uint64), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mask", ["random", "block", "time-frequency", "curriculum"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_masks_drawn_on_a_gpu_are_those_of_the_cpu(mask, fixed):
+    sampler = MaskSampler(MaskConfig(mask=mask, fixed_token_budget=fixed), (8, 16), seed=3)
+    want = sampler(7, 10, 32)
+    with torch.device("cuda"):
+        got = sampler(7, 10, 32)
+    assert got.max_context == want.max_context
+    assert all(torch.equal(x.cpu(), want.tensors()[name]) for name, x in got.tensors().items())
