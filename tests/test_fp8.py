@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from aot import reports
 from oracle import DEVICE, IMPLS, poison  # noqa: F401
 
 from ajepa_kernels import fp8_linear, quantize_rows
-from ajepa_kernels._triton import INTERPRET
+from ajepa_kernels._triton import INTERPRET, triton
+from ajepa_kernels.fp8 import _quantize_rows
 
 SHAPES = [(0, 64), (1, 768), (3, 7), (70, 96), (9, 1025)]
 
@@ -73,3 +75,14 @@ def test_registration():
         torch.library.opcheck(torch.ops.ajepa.quantize_rows, (x,), test_utils=["test_schema", "test_faketensor"])
     compiled = torch.compile(lambda x: quantize_rows(x)[1].sum(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), quantize_rows(x)[1].sum())
+
+
+@pytest.mark.skipif(INTERPRET or triton is None, reason="kernels cannot be compiled in a process that interprets them")
+@pytest.mark.parametrize("arch", [90, 100])
+def test_ahead_of_time(arch):
+    def case(K: int) -> None:
+        _quantize_rows(torch.empty(4096, K, dtype=torch.bfloat16, device="meta"))
+
+    for K in (768, 3072):
+        (report,) = reports((case, K), arch)
+        assert report.spills == report.stack == 0 and report.wide and report.blocks * report.threads >= 1024, report
