@@ -1,8 +1,11 @@
 """Throughput against plain PyTorch: the same batches through several engines, in alternation."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,32 +14,97 @@ from ajepa.engine import Engine
 from ajepa.masks import Masks
 
 Batch = tuple[torch.Tensor, torch.Tensor, Masks]  # pcm, lengths, masks
+PHASES = ("front end", "forward", "backward", "update")
+
+
+@dataclass
+class Timing:
+    """What one engine did with the batches."""
+
+    seconds: list[float] = field(default_factory=list)  # of each step, PCM to updated weights
+    losses: list[float] = field(default_factory=list)  # of every step, the warm-up's too
+    flops: float = 0.0  # of a step, median over the batches' masks
+    peak_bytes: int | None = None  # device memory its weights, moments and warm-up steps reserved; None on a CPU
+    phases: dict[str, float] = field(default_factory=dict)  # median seconds of PHASES; empty where not asked for
 
 
 def time_engines(
-    cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl], warm_up: int = 1
-) -> dict[Impl, list[float]]:
-    """Seconds of each step: every batch through every engine in turn (A B A B), from PCM to updated weights.
+    cfg: Config,
+    device: torch.device,
+    batches: list[Batch],
+    impls: list[Impl],
+    warm_up: int = 1,
+    split_steps: int = 0,
+) -> dict[Impl, Timing]:
+    """Every batch through every engine in turn (A B A B), after its first `warm_up` batches once more, uncounted.
 
-    Fresh engines of the same seed. The first `warm_up` batches are run once more, uncounted, beforehand.
+    Fresh engines of the same seed. `split_steps` further batches are timed phase by phase, with a wait after each phase.
     """
-    engines = {impl: Engine(dataclasses.replace(cfg, impl=impl), device) for impl in impls}
-    seconds: dict[Impl, list[float]] = {impl: [] for impl in impls}
-    for i, (pcm, lengths, masks) in enumerate(batches[:warm_up] + batches):
+    engines: dict[Impl, Engine] = {}
+    timings = {impl: Timing() for impl in impls}
+    for impl, timing in timings.items():
+        before = _reserved(device)
+        engine = engines[impl] = Engine(dataclasses.replace(cfg, impl=impl), device)
+        timing.losses += [engine.step(*batch, i).loss.item() for i, batch in enumerate(batches[:warm_up])]
+        if device.type == "cuda":
+            timing.peak_bytes = torch.cuda.memory_reserved(device) - before
+    for i, batch in enumerate(batches, start=warm_up):
         for impl, engine in engines.items():
             _wait(device)
             tick = time.perf_counter()
-            engine.step(pcm, lengths, masks, i)
+            result = engine.step(*batch, i)
             _wait(device)
-            if i >= warm_up:
-                seconds[impl].append(time.perf_counter() - tick)
-    return seconds
+            timings[impl].seconds.append(time.perf_counter() - tick)
+            timings[impl].losses.append(result.loss.item())
+    for impl, engine in engines.items():
+        timings[impl].flops = statistics.median(engine.flops(len(pcm), masks) for pcm, _, masks in batches)
+    if split_steps:
+        steps = [(batches[i % len(batches)], warm_up + len(batches) + i) for i in range(split_steps)]
+        for impl, engine in engines.items():
+            timings[impl].phases = split(engine, steps)
+    return timings
+
+
+def split(engine: Engine, steps: list[tuple[Batch, int]]) -> dict[str, float]:
+    """Median seconds of each of PHASES. Empty where the step runs as one graph, which has no phases to wait between."""
+    rows = []
+    for batch, step in steps:
+        with _marks(engine) as marks:
+            engine.step(*batch, step)
+            marks["end"] = _now(engine.device)
+        if len(marks) < 5:
+            return {}
+        rows.append([b - a for a, b in zip(list(marks.values()), list(marks.values())[1:], strict=False)])
+    return {phase: statistics.median(column) for phase, column in zip(PHASES, zip(*rows, strict=True), strict=True)}
+
+
+@contextlib.contextmanager
+def _marks(engine: Engine) -> Iterator[dict[str, float]]:
+    """The times at which front end and backward of a step begin and end, each after the device has finished."""
+    marks: dict[str, float] = {}
+
+    def marked(function, begin: str, end: str):
+        def run(*args, **kwargs):
+            marks.setdefault(begin, _now(engine.device))
+            out = function(*args, **kwargs)
+            marks.setdefault(end, _now(engine.device))
+            return out
+
+        return run
+
+    front_end, backward = engine.front_end, torch.Tensor.backward
+    engine.front_end = marked(front_end, "start", "patches")
+    torch.Tensor.backward = marked(backward, "loss", "gradients")  # type: ignore[method-assign]
+    try:
+        yield marks
+    finally:
+        engine.front_end, torch.Tensor.backward = front_end, backward  # type: ignore[method-assign]
 
 
 def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:
     """Clips per second of each engine, from its median step."""
-    clips = len(batches[0][0])
-    return {impl: clips / statistics.median(t) for impl, t in time_engines(cfg, device, batches, impls).items()}
+    timings = time_engines(cfg, device, batches, impls)
+    return {impl: len(batches[0][0]) / statistics.median(timing.seconds) for impl, timing in timings.items()}
 
 
 def table(rates: dict[str, float]) -> str:
@@ -49,3 +117,15 @@ def table(rates: dict[str, float]) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _now(device: torch.device) -> float:
+    _wait(device)
+    return time.perf_counter()
+
+
+def _reserved(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
