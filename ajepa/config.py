@@ -79,7 +79,7 @@ class MaskConfig:
     masks_per_clip: int = 1
     """Masks that share one pass of the target encoder."""
     fixed_token_budget: bool = False
-    """The same number of visible and target patches in every batch (static shapes); clips stay ragged."""
+    """The same number of visible and target patches in every (micro-)batch: static shapes; clips stay ragged."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,24 @@ class OptimConfig:
     """Largest global gradient norm; None: no clipping."""
     max_bad_steps: int = 10
     """Non-finite steps in a row after which the run stops."""
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step is computed: what changes speed and memory, and no result but for rounding."""
+
+    micro_batch: int | None = None
+    """Clips at once; their gradients add up to the whole batch's. Less memory. None: the whole batch."""
+    recompute: bool = False
+    """Compute a block's activations again in backward instead of keeping them. Less memory, about a third slower."""
+    cuda_graph: bool = True
+    """Replay the step as a CUDA graph where its shapes recur."""
+    parallel_encoders: bool = False
+    """Target and context encoder on two CUDA streams."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the residual stream where the step computes in bf16."""
+    profile: int = 0
+    """Steps to profile, after ten: writes trace.json and prints where the time went."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    step: StepConfig = field(default_factory=StepConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
@@ -192,7 +211,10 @@ PRESETS: dict[str, Config] = {
 }
 
 _ADAPTER = TypeAdapter(Config)
-_MAY_CHANGE = {"resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out"}
+_MAY_CHANGE = {
+    "resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out", "micro_batch",
+    "recompute", "cuda_graph", "parallel_encoders", "profile",
+}  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -263,6 +285,9 @@ def validate(cfg: Config) -> None:
     }.items():  # fmt: skip
         limit = 8.0 if name == "block_aspect" else 1.0
         need(0 < low <= high <= limit, f"--{_flag(name)} {low} {high}: must be 0 < low <= high <= {limit:g}")
+    need(cfg.step.micro_batch is None or 0 < cfg.step.micro_batch <= optim.batch_size,
+         f"--micro-batch {cfg.step.micro_batch}: must be between 1 and --batch-size {optim.batch_size}")  # fmt: skip
+    need(cfg.step.profile >= 0, f"--profile {cfg.step.profile}: a number of steps, 0 for none")
     need(mask.mask_ratio[1] < 1, f"--mask-ratio {mask.mask_ratio}: a ratio of 1 leaves the context empty; stay below 1")
     need(optim.warmup_steps < optim.steps,
          f"--warmup-steps {optim.warmup_steps} does not fit in --steps {optim.steps}: lower it")  # fmt: skip

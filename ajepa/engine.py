@@ -1,13 +1,16 @@
 """One training step, PCM in, updated weights out: ours, and the plain PyTorch one that it is measured against."""
 
 import contextlib
+import resource
+import sys
 from typing import Any, NamedTuple
 
 import torch
 
 from ajepa.config import SIZES, Config
 from ajepa.frontend import FrontEnd
-from ajepa.masks import Masks
+from ajepa.graph import StepGraphs
+from ajepa.masks import Masks, MaskSampler
 from ajepa.model import JEPA
 from ajepa.optim import ema_decay, learning_rate, parameter_groups, weight_decay
 from ajepa_kernels import AdamWEMA, ema_update_reference_, latent_l2_loss
@@ -21,6 +24,14 @@ class StepResult(NamedTuple):
     bad: torch.Tensor  # 1 where loss or gradient was not finite and the weights were left alone
 
 
+class Rates(NamedTuple):
+    """What the schedules say of a step: numbers, or scalars on the device for a graph to read."""
+
+    lr: float | torch.Tensor
+    weight_decay: float | torch.Tensor
+    ema_decay: float | torch.Tensor
+
+
 def choose_device(name: str) -> torch.device:
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -28,75 +39,104 @@ def choose_device(name: str) -> torch.device:
 class Engine:
     """Model, optimiser and front end of one implementation.
 
-    `fused` runs on `ajepa_kernels` (each op says aloud where it has no kernel for the device). `reference` is plain
-    PyTorch: torchaudio's front end, SDPA, torch's fused AdamW and foreach EMA. `compile` is `reference` under
-    torch.compile. All three have the same parameters, so that weights move between them freely. A step whose loss or
-    gradient is not finite changes no weight and no moment.
+    `fused` runs on `ajepa_kernels` (each op says aloud where it has no kernel for the device), in a CUDA graph where
+    the shapes recur; it leaves out of the last layers what nothing reads, and in bf16 its linear layers read copies
+    that the optimiser writes. `reference` is plain PyTorch: torchaudio's front end, SDPA, torch's fused AdamW and
+    foreach EMA. `compile` is `reference` under torch.compile. All three have the same parameters, so that weights move
+    between them freely. A step whose loss or gradient is not finite changes no weight and no moment.
     """
 
     def __init__(self, cfg: Config, device: torch.device):
         self.cfg, self.device, self.plain = cfg, device, cfg.impl != "fused"
-        impl = "reference" if self.plain else "auto"
+        self.impl = "reference" if self.plain else "auto"
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
         self.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
-        self.front_end = FrontEnd(cfg.front_end, "torchaudio" if self.plain else impl)
+        self.front_end = FrontEnd(cfg.front_end, "torchaudio" if self.plain else "auto")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            self.model = JEPA(cfg.model, cfg.front_end, impl).to(device)
+            self.model = JEPA(cfg.model, cfg.front_end, self.impl).to(device)
         groups = parameter_groups(self.model, cfg.optim.weight_decay)
         options: dict[str, Any] = {"lr": cfg.optim.lr_start, "betas": cfg.optim.betas, "fused": True}
         self.pairs = self.model.ema_pairs()
-        self.optimizer: torch.optim.AdamW = (
-            torch.optim.AdamW(groups, **options) if self.plain else AdamWEMA(groups, ema=self.pairs, **options)
-        )
+        self.optimizer: torch.optim.AdamW
+        if self.plain:
+            self.optimizer = torch.optim.AdamW(groups, **options)
+        else:
+            copies = self.model.add_copies(torch.bfloat16) if bf16 else []
+            self.optimizer = AdamWEMA(groups, ema=self.pairs, copies=copies, **options)
+            self.model.configure(cfg.step, bf16)
         self.trained = [p for group in groups for p in group["params"]]
         self.forward = torch.compile(self._forward) if cfg.impl == "compile" else self._forward
+        graphs = not self.plain and cfg.step.cuda_graph and device.type == "cuda"
+        self.graphs = StepGraphs(self._train, device) if graphs else None
 
-    def _forward(self, patches: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        prediction, latents = self.model(patches, masks)
-        loss = latent_l2_loss(
-            prediction, latents, masks.target, kind=self.cfg.optim.loss, impl="reference" if self.plain else "auto"
-        )
-        return loss, prediction, latents
+    def masks(self, sampler: MaskSampler, step: int, batch: int) -> list[Masks]:
+        """Masks of a step, on the device, a micro-batch each."""
+        size = self.cfg.step.micro_batch or batch
+        sizes = [min(size, batch - i) for i in range(0, batch, size)]
+        return [masks.to(self.device) for masks in sampler.parts(step, self.cfg.optim.steps, sizes)]
 
-    def step(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks, step: int) -> StepResult:
-        """Train on `pcm` int16 `[B, S]` with the schedules of `step`. No device sync."""
+    def step(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks], step: int) -> StepResult:
+        """Train on `pcm` int16 `[B, S]` with the schedules of `step`. `masks`: of the batch, or of each micro-batch in
+        turn. No device sync."""
+        parts = [masks] if isinstance(masks, Masks) else masks
         with torch.no_grad():
             patches = self.front_end(pcm, lengths if self.cfg.data.pad == "zero" else None)  # cyclic: all full
-        with self.autocast():
-            loss, _, _ = self.forward(patches, masks)
-        loss.backward()
-        return self._update(loss.detach(), step)
-
-    def _update(self, loss: torch.Tensor, step: int) -> StepResult:
         optim = self.cfg.optim
-        lr, decay = learning_rate(optim, step), weight_decay(optim, step)
+        rates = Rates(learning_rate(optim, step), weight_decay(optim, step), ema_decay(optim, step))
+        return StepResult(*(self.graphs or self._train)(patches, parts, rates))
+
+    def _train(self, patches: torch.Tensor, parts: list[Masks], rates: Rates) -> tuple[torch.Tensor, ...]:
+        """Forward, backward and update, on tensors alone: what a graph holds."""
+        loss = self._gradients(patches, parts)
+        return self._update(loss, rates)
+
+    def _forward(self, patches: torch.Tensor, masks: Masks) -> torch.Tensor:
+        prediction, latents, rows = self.model(patches, masks, prune=not self.plain)
+        return latent_l2_loss(prediction, latents, rows, kind=self.cfg.optim.loss, impl=self.impl)
+
+    def _gradients(self, patches: torch.Tensor, parts: list[Masks]) -> torch.Tensor:
+        """Loss of the batch, its gradient left in `.grad`. Every target token counts the same."""
+        tokens = sum(len(masks.target) for masks in parts)
+        total = torch.zeros((), device=self.device)
+        for chunk, masks in zip(patches.split([masks.clips for masks in parts]), parts, strict=True):
+            with self.autocast():
+                loss = self.forward(chunk, masks)
+            loss = loss if len(parts) == 1 else loss * (len(masks.target) / max(tokens, 1))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _update(self, loss: torch.Tensor, rates: Rates) -> tuple[torch.Tensor, ...]:
         for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
+            group["lr"], group["weight_decay"] = rates.lr, rates.weight_decay if group["decays"] else 0.0
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None], foreach=True)
         bad = (~(loss + norm).isfinite()).float()
         # torch's fused AdamW divides gradients by grad_scale and leaves everything alone where found_inf is 1.
-        clip = torch.ones_like(norm) if optim.clip_norm is None else (norm / optim.clip_norm).clamp(min=1.0)
-        average = ema_decay(optim, step)
+        limit = self.cfg.optim.clip_norm
+        clip = torch.ones_like(norm) if limit is None else (norm / limit).clamp(min=1.0)
         if isinstance(self.optimizer, AdamWEMA):
-            self.optimizer.step(ema_decay=average, grad_scale=clip, found_inf=bad)
+            self.optimizer.step(ema_decay=rates.ema_decay, grad_scale=clip, found_inf=bad)
         else:
             self.optimizer.grad_scale, self.optimizer.found_inf = clip, bad  # type: ignore[attr-defined]
             self.optimizer.step()
             sources, targets = zip(*self.pairs, strict=True)
-            ema_update_reference_(targets, sources, average)
+            ema_update_reference_(targets, sources, rates.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, bad)
+        return loss, norm, bad
 
     @torch.no_grad()
-    def inspect(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks) -> dict[str, float]:
+    def inspect(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks]) -> dict[str, float]:
         """Variance over tokens, averaged over channels, of layer-normalised targets and of predictions.
 
         Layer-normalised targets have variance 1 over channels, so theirs lies in [0, 1]; near 0 all tokens are alike:
-        the encoders have collapsed.
+        the encoders have collapsed. Of the first micro-batch.
         """
+        masks = masks if isinstance(masks, Masks) else masks[0]
+        n = masks.clips
         with self.autocast():
-            loss, prediction, latents = self._forward(self.front_end(pcm, lengths), masks)
+            prediction, latents, rows = self.model(self.front_end(pcm[:n], lengths[:n]), masks)
+            loss = latent_l2_loss(prediction, latents, rows, kind=self.cfg.optim.loss, impl=self.impl)
         target = torch.nn.functional.layer_norm(latents.float(), latents.shape[-1:])
         return {
             "target_variance": target.var(0).mean().item(),
@@ -104,17 +144,28 @@ class Engine:
             "watch_loss": loss.item(),
         }
 
-    def flops(self, batch: int, masks: Masks) -> float:
-        """2 x multiply-adds of one step with these (ragged) masks: forward, and twice that for each backward."""
+    def peak_memory(self) -> int:
+        """Bytes: most that this process has held in tensors on a GPU, or in all on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def flops(self, masks: Masks | list[Masks]) -> float:
+        """2 x multiply-adds of one step with these (ragged) masks: forward, and twice that for each backward.
+
+        Of the step as it is defined: what an engine leaves out or computes again does not change the figure.
+        """
+        if not isinstance(masks, Masks):
+            return sum(map(self.flops, masks))
         spec, model = self.cfg.front_end, self.cfg.model
         width, depth, _ = SIZES[model.size]
-        narrow, tokens = model.predictor_width, batch * spec.n_patches
+        narrow, tokens = model.predictor_width, masks.clips * spec.n_patches
 
         def blocks(lengths: torch.Tensor, w: int, layers: int) -> float:
             n, squares = lengths.sum().item(), lengths.double().square().sum().item()
             return layers * (24 * n * w * w + 4 * squares * w)
 
-        full = torch.full((batch,), spec.n_patches)
+        full = torch.full((masks.clips,), spec.n_patches)
         target = blocks(full, width, depth) + 2 * tokens * spec.patch_dim * width
         n_context = len(masks.context)
         context = blocks(masks.context_cu.diff(), width, depth) + 2 * n_context * spec.patch_dim * width

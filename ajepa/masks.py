@@ -5,7 +5,9 @@ B clips, R contexts (B x masks per clip), K target groups a context, N = F x T p
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,11 +25,17 @@ class Masks:
     context: torch.Tensor  # int64 [Tc], visible patches, context after context
     context_cu: torch.Tensor  # int32 [R + 1]
     target: torch.Tensor  # int64 [Tt], patches to predict, group after group
+    target_cu: torch.Tensor  # int32 [G + 1]
     predict: torch.Tensor  # int64 [Tp], rows of (context tokens ++ mask tokens), packed per predictor sequence
     predict_cu: torch.Tensor  # int32 [G + 1]
     predicted: torch.Tensor  # int64 [Tt], the predictor's rows that answer for `target`
     max_context: int
     max_predict: int
+    max_target: int
+    clips: int
+    disjoint: bool  # group g holds the targets of clip g: no patch is predicted twice
+
+    BOUNDS: ClassVar = ("max_context", "max_predict", "max_target")
 
     @classmethod
     def pack(cls, context_RN: torch.Tensor, targets_RKN: torch.Tensor, masks_per_clip: int, present_RK=None) -> "Masks":
@@ -58,18 +66,29 @@ class Masks:
             context=context,
             context_cu=context_cu.int(),
             target=target,
+            target_cu=target_cu.int(),
             predict=torch.where(is_context, from_context, from_target),
             predict_cu=predict_cu.int(),
             predicted=(~is_context).nonzero()[:, 0],
             max_context=int(context_len.max()),
             max_predict=int((shown + target_len).max()) if len(shown) else 0,
+            max_target=int(target_len.max()) if len(shown) else 0,
+            clips=R // masks_per_clip,
+            disjoint=masks_per_clip == 1 and targets_RKN.shape[1] == 1 and len(groups_GN) == R,
         )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Masks":
+        """The same masks, each tensor replaced by what `function` makes of it."""
+        changed: dict[str, Any] = {name: function(x) for name, x in self.tensors().items()}
+        return replace(self, **changed)
 
     def to(self, device: torch.device) -> "Masks":
         if device.type == "cpu":
             return self
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
-        return replace(self, **{k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()})
+        return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
@@ -187,20 +206,31 @@ class MaskSampler:
         self.budget = self._budget() if cfg.fixed_token_budget else None
 
     def __call__(self, step: int, steps: int, batch: int) -> Masks:
+        return self.parts(step, steps, [batch])[0]
+
+    def parts(self, step: int, steps: int, sizes: list[int]) -> list[Masks]:
+        """Masks of one batch, packed apart for its successive parts of so many clips."""
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence([self.seed, self.rank, step]).generate_state(1, np.uint64)[0] >> 1)
         )
-        R = batch * self.cfg.masks_per_clip
-        context, targets = self._draw(self.cfg.mask, R, step, steps, generator)
+        per_clip = self.cfg.masks_per_clip
+        rows = [size * per_clip for size in sizes]
+        context, targets = self._draw(self.cfg.mask, sum(rows), step, steps, generator)
         if self.budget is None:
             context, targets = _keep_minimum(context, targets, self.minimum, generator)
-            return Masks.pack(context, targets, self.cfg.masks_per_clip)
-        n_context, n_target = (round(R * share) for share in self.budget)
+        pieces = zip(context.split(rows), targets.split(rows), strict=True)
+        return [self._pack(*piece, generator) for piece in pieces]
+
+    def _pack(self, context: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> Masks:
+        per_clip = self.cfg.masks_per_clip
+        if self.budget is None:
+            return Masks.pack(context, targets, per_clip)
+        n_context, n_target = (round(len(context) * share) for share in self.budget)
         if self.cfg.mask == "random":
-            n_target = R * self.n_patches - n_context
+            n_target = context.numel() - n_context
         context, targets = _fix_counts(context, targets, n_context, n_target, self.minimum, generator)
         present = torch.ones(targets.shape[:2], dtype=torch.bool)  # static shapes: empty groups keep their sequence
-        return Masks.pack(context, targets, self.cfg.masks_per_clip, present)
+        return Masks.pack(context, targets, per_clip, present)
 
     def _draw(self, mask, R, step, steps, generator) -> tuple[torch.Tensor, torch.Tensor]:
         cfg = self.cfg

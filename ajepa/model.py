@@ -5,65 +5,16 @@ Shapes: B clips, N patches a clip, P values a patch, T packed tokens, C width, H
 
 import copy
 import math
+from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ajepa.config import SIZES, ModelConfig
+from ajepa.config import SIZES, ModelConfig, StepConfig
+from ajepa.layers import Block, Linear, Sequences, Wanted, add_norm, rotary_positions, sincos_positions
 from ajepa.masks import Masks
-from ajepa_kernels import LogMelSpec, masked_attention
-
-
-def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions `[F * T, width]`: the first half tells the frequency row, the second the time."""
-    half = [_angles(width // 2, size) for size in grid]
-    axes = [torch.cat([a.sin(), a.cos()], dim=1) for a in half]
-    rows = axes[0][:, None].expand(-1, grid[1], -1)
-    columns = axes[1][None].expand(grid[0], -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1).float()
-
-
-def rotary_positions(head_dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """2-D rotary angles (cos, sin), `[F * T, 2, head_dim / 2]`: half the pairs turn with frequency, half with time."""
-    rows, columns = (_angles(head_dim // 2, size) for size in grid)
-    angles = torch.cat([rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)], dim=-1).flatten(
-        0, 1
-    )
-    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
-
-
-def _angles(width: int, size: int) -> torch.Tensor:
-    frequencies = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    return torch.arange(size, dtype=torch.float64)[:, None] * frequencies
-
-
-def rotate(x_THD: torch.Tensor, rotary_T2D: torch.Tensor) -> torch.Tensor:
-    cos, sin = rotary_T2D.to(x_THD.dtype)[:, :, None].unbind(1)
-    a, b = x_THD.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-class Block(nn.Module):
-    """Pre-LN transformer block on packed tokens."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x_TC, cu_seqlens, max_seqlen: int, rotary, impl: str):
-        qkv = self.qkv(self.norm1(x_TC)).unflatten(-1, (3, self.heads, -1))
-        if rotary is not None:
-            q, k, v = qkv.unbind(1)
-            qkv = torch.stack([rotate(q, rotary), rotate(k, rotary), v], dim=1)
-        attended = masked_attention(qkv, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, impl=impl)
-        x_TC = x_TC + self.proj(attended.flatten(1))
-        return x_TC + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x_TC))))
+from ajepa_kernels import LogMelSpec
 
 
 class Transformer(nn.Module):
@@ -80,19 +31,27 @@ class Transformer(nn.Module):
         self.rotary = rotary
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: float32
+        self.recompute = False  # the activations of a block in backward, instead of keeping them
 
-    def forward(self, x_TC, patch_T, cu_seqlens, max_seqlen: int, keep_layers: int = 0):
-        """`patch_T`: the grid cell of each token. Returns the normed output, or the last `keep_layers` blocks' own."""
+    def forward(self, x_TC, patch_T, sequences: Sequences, keep_layers: int = 0, wanted: Wanted | None = None):
+        """`patch_T`: the grid cell of each token. Returns the normed output, of the `wanted` tokens where given, or the
+        last `keep_layers` blocks' own."""
         place = self.positions[patch_T]
         rotary = place if self.rotary else None
-        if not self.rotary:
-            x_TC = x_TC + place
+        stream = torch.zeros_like(x_TC, dtype=place.dtype) if self.rotary else place
+        addend, stream = x_TC, stream.to(self.stream_dtype or place.dtype)
         kept = []
         for i, block in enumerate(self.blocks):
-            x_TC = block(x_TC, cu_seqlens, max_seqlen, rotary, self.impl)
+            last = i + 1 == len(self.blocks)
+            arguments = (addend, stream, sequences, rotary, self.impl, wanted if last else None)
+            if self.recompute and torch.is_grad_enabled():
+                addend, stream = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                addend, stream = block(*arguments)
             if len(self.blocks) - i <= keep_layers:
-                kept.append(x_TC)
-        return kept if keep_layers else self.norm(x_TC)
+                kept.append(addend + stream)
+        return kept if keep_layers else add_norm(addend, stream, self.norm, self.impl)[0]
 
     def initialise(self) -> None:
         """Truncated normal of std 0.02, residual outputs of layer l scaled by 1 / sqrt(2 l), as in I-JEPA."""
@@ -112,31 +71,35 @@ class Encoder(Transformer):
     def __init__(self, cfg: ModelConfig, spec: LogMelSpec, impl: str = "auto"):
         width, depth, heads = SIZES[cfg.size]
         super().__init__(width, depth, heads, spec.grid, cfg.positions, impl)
-        self.embed = nn.Linear(spec.patch_dim, width)
+        self.embed = Linear(spec.patch_dim, width)
         self.target_layers = cfg.target_layers
         self.initialise()
 
-    def forward(self, patches_BNP, index_T, cu_seqlens, max_seqlen: int):  # type: ignore[override]
-        """Latents `[T, C]` of the visible patches `index_T` (clip * N + patch), packed by `cu_seqlens`."""
+    def forward(self, patches_BNP, index_T, sequences: Sequences):  # type: ignore[override]
+        """Latents `[T, C]` of the visible patches `index_T` (clip * N + patch), packed by `sequences`."""
         x = self.embed(patches_BNP.flatten(0, 1).index_select(0, index_T))
-        return super().forward(x, index_T % self.n_patches, cu_seqlens, max_seqlen)
+        return super().forward(x, index_T % self.n_patches, sequences)
 
-    def encode(self, patches_BNP, layers: int = 0):
-        """Latents of every patch, `[B, N, C]`; with `layers`, a list of the last blocks' outputs instead."""
+    def encode(self, patches_BNP, layers: int = 0, wanted: Wanted | None = None):
+        """Latents of every patch, `[B, N, C]`; with `layers`, a list of the last blocks' outputs instead; with `wanted`
+        (rows are clip * N + patch), the latents of these patches alone, `[Tw, C]`."""
         B, N, _ = patches_BNP.shape
         cu = torch.arange(B + 1, device=patches_BNP.device, dtype=torch.int32) * N
         x = self.embed(patches_BNP).flatten(0, 1)
         patch = torch.arange(N, device=x.device).repeat(B)
-        out = super().forward(x, patch, cu, N, keep_layers=layers)
+        out = super().forward(x, patch, Sequences(cu, N), layers, wanted)
+        if wanted is not None:
+            return out
         return [o.unflatten(0, (B, N)) for o in out] if layers else out.unflatten(0, (B, N))
 
-    def targets(self, patches_BNP):
-        """What the predictor must give: the last layer's output, or the mean of the top layers (data2vec)."""
+    def targets(self, patches_BNP, wanted: Wanted | None = None):
+        """What the predictor must give: the last layer's output, or the mean of the top layers (data2vec), of every
+        patch `[B * N, C]`, or of the `wanted` ones (last layer only) `[Tw, C]`."""
         if self.target_layers == 1:
-            return self.encode(patches_BNP)
+            return self.encode(patches_BNP, wanted=wanted) if wanted else self.encode(patches_BNP).flatten(0, 1)
         outputs = [o.float() for o in self.encode(patches_BNP, self.target_layers)]
         normed = [nn.functional.instance_norm(o.transpose(1, 2), eps=1e-5) for o in outputs]
-        return torch.stack(normed).mean(0).transpose(1, 2)
+        return torch.stack(normed).mean(0).transpose(1, 2).flatten(0, 1)
 
 
 class Predictor(Transformer):
@@ -146,21 +109,30 @@ class Predictor(Transformer):
         width, heads = cfg.predictor_width, cfg.predictor_heads
         super().__init__(width, cfg.predictor_depth, heads, spec.grid, cfg.positions, impl)
         encoder_width = SIZES[cfg.size][0]
-        self.embed = nn.Linear(encoder_width, width)
+        self.embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.head = nn.Linear(width, encoder_width)
+        self.head = Linear(width, encoder_width)
         self.initialise()
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, context_TC, masks: Masks):  # type: ignore[override]
-        """Predicted latents `[Tt, C]`, in the order of `masks.target`."""
+    def forward(self, context_TC, masks: Masks, prune: bool = False):  # type: ignore[override]
+        """Predicted latents `[Tt, C]`, in the order of `masks.target`. `prune`: leave out of the last layer what no
+        target needs."""
         embedded = self.embed(context_TC)
         tokens = torch.cat([embedded, self.mask_token.to(embedded.dtype).expand(len(masks.target), -1)])
         patch = torch.cat([masks.context, masks.target]) % self.n_patches
         # index_select: where contexts repeat, its gradient adds in a fixed order on a CPU, that of [] does not
         x = tokens.index_select(0, masks.predict)
-        x = super().forward(x, patch[masks.predict], masks.predict_cu, masks.max_predict)
-        return self.head(x.index_select(0, masks.predicted))
+        place, sequences = patch[masks.predict], Sequences(masks.predict_cu, masks.max_predict)
+        if prune:
+            wanted = Wanted(masks.predicted, Sequences(masks.target_cu, masks.max_target))
+            return self.head(super().forward(x, place, sequences, wanted=wanted))
+        return self.head(super().forward(x, place, sequences).index_select(0, masks.predicted))
+
+
+@lru_cache(maxsize=8)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class JEPA(nn.Module):
@@ -171,13 +143,52 @@ class JEPA(nn.Module):
         self.context_encoder = Encoder(cfg, spec, impl)
         self.predictor = Predictor(cfg, spec, impl)
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+        self.parallel = False  # target and context encoder on two streams, CUDA only
 
-    def forward(self, patches_BNP: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predictions `[Tt, C]` at the target patches, and the target encoder's latents of every patch `[B * N, C]`."""
-        with torch.no_grad():
-            latents = self.target_encoder.targets(patches_BNP).flatten(0, 1)
-        context = self.context_encoder(patches_BNP, masks.context, masks.context_cu, masks.max_context)
-        return self.predictor(context, masks), latents
+    def forward(
+        self, patches_BNP: torch.Tensor, masks: Masks, prune: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predictions `[Tt, C]` at the target patches, the target encoder's latents, and the row of each prediction's.
+
+        The latents are those of every patch, `[B * N, C]`. `prune` computes no last layer where nothing reads it: the
+        latents are then those of the target patches alone, where these do not overlap.
+        """
+        sequences = Sequences(masks.context_cu, masks.max_context)
+
+        def predict() -> torch.Tensor:
+            return self.predictor(self.context_encoder(patches_BNP, masks.context, sequences), masks, prune)
+
+        if not self.parallel:
+            return predict(), *self._targets(patches_BNP, masks, prune)
+        here, side = torch.cuda.current_stream(patches_BNP.device), _side_stream(patches_BNP.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            latents, rows = self._targets(patches_BNP, masks, prune)
+        prediction = predict()
+        here.wait_stream(side)
+        for x in (latents, rows):
+            x.record_stream(here)
+        return prediction, latents, rows
+
+    @torch.no_grad()
+    def _targets(self, patches_BNP, masks: Masks, prune: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if not (prune and masks.disjoint and self.target_encoder.target_layers == 1):
+            return self.target_encoder.targets(patches_BNP), masks.target
+        wanted = Wanted(masks.target, Sequences(masks.target_cu, masks.max_target))
+        return self.target_encoder.targets(patches_BNP, wanted), torch.arange(
+            len(masks.target), device=patches_BNP.device
+        )
 
     def ema_pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True))
+
+    def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Let every linear layer compute with a copy of its parameters; returns the pairs (parameter, copy)."""
+        return [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
+
+    def configure(self, step: StepConfig, bf16: bool) -> None:
+        """Set how the three networks compute."""
+        self.parallel = step.parallel_encoders and next(self.parameters()).is_cuda
+        for network in (self.context_encoder, self.predictor, self.target_encoder):
+            network.recompute = step.recompute
+            network.stream_dtype = torch.bfloat16 if bf16 and step.residual == "bf16" else None

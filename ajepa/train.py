@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ajepa.files import write_atomic
 from ajepa.index import DataError
 from ajepa.masks import MaskSampler
 from ajepa.monitor import NonFiniteError, RunLog, read_metrics, warn
+from ajepa.profiling import StepProfile
 
 
 def train(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -47,21 +49,23 @@ def train(cfg: Config, folder: Path) -> dict[str, Any]:
         save_checkpoint(folder / "checkpoints", step, engine, extra, cfg.watch.keep)
 
     step = start
-    with closing(log, loader), catch_signals() as stop:
+    profile = StepProfile(folder, cfg.step.profile, device, log.say)
+    with closing(log, loader, profile), catch_signals() as stop:
         while step < cfg.optim.steps and not stop:
             tick = time.perf_counter()
             pcm, lengths = to_device(next(loader), device)
             waited = time.perf_counter() - tick
-            masks = sampler(step, cfg.optim.steps, len(pcm))
-            result = engine.step(pcm, lengths, masks.to(device), step)
+            masks = engine.masks(sampler, step, len(pcm))
+            result = engine.step(pcm, lengths, masks, step)
             step += 1
             log.add(result, len(pcm), time.perf_counter() - tick, waited)
+            profile.step(partial(engine.flops, masks), log.peak)
 
             last = step == cfg.optim.steps
             if last or step % cfg.watch.log_every == 0:
-                log.flush(step, engine.flops(len(pcm), masks))
+                log.flush(step, engine.flops(masks))
             if last or step % cfg.watch.watch_every == 0:
-                watch = {**engine.inspect(pcm, lengths, masks.to(device)), **score(cfg, engine, corpus)}
+                watch = {**engine.inspect(pcm, lengths, masks), **score(cfg, engine, corpus)}
                 log.write({"step": step, **watch})
                 log.say(describe_watch(step, watch, baselines))
                 log.warn_collapse(watch)
@@ -134,6 +138,7 @@ def finish(cfg: Config, folder: Path, engine: Engine, log: RunLog, baselines, ra
         "steps": cfg.optim.steps,
         "clips_per_second": log.clips / log.seconds if log.seconds else last.get("clips_per_second"),
         "data_wait_share": log.waited / log.seconds if log.seconds else last.get("data_wait_share"),
+        "peak_memory_gb": engine.peak_memory() / 1e9,
         "final_loss": last.get("loss"),
         "target_variance": last.get("target_variance"),
         "effective_rank": last.get("effective_rank"),
@@ -206,6 +211,7 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
             f"  effective rank         {show(summary['effective_rank'], '.1f')}",
             f"  throughput             {show(summary['clips_per_second'], ',.0f')} clips/s, waiting for data "
             f"{show(summary['data_wait_share'], '.1%')} of the time",
+            f"  peak memory            {show(summary.get('peak_memory_gb'), '.1f')} GB",
             f"  against plain PyTorch  x {show(summary['speedup_over_plain'], '.2f')}",
             f"  files skipped          {summary['files_skipped']}",
         ]

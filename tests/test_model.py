@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ajepa.config import PRESETS, SIZES, MaskConfig, ModelConfig
+from ajepa.layers import rotary_positions, rotate, sincos_positions
 from ajepa.masks import MaskSampler
-from ajepa.model import JEPA, Encoder, Predictor, rotary_positions, rotate, sincos_positions
+from ajepa.model import JEPA, Encoder, Predictor
 from ajepa_kernels import LogMelSpec
 
 SPEC = LogMelSpec(
@@ -43,7 +44,8 @@ def dense_transformer(module, x_NC, keys_N):
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
 @pytest.mark.parametrize("mask", ["random", "block"])
 @pytest.mark.parametrize("masks_per_clip", [1, 2])
-def test_packed_step_equals_a_dense_masked_model_in_values_and_gradients(positions, mask, masks_per_clip):
+@pytest.mark.parametrize("prune", [False, True])
+def test_packed_step_equals_a_dense_masked_model_in_values_and_gradients(positions, mask, masks_per_clip, prune):
     torch.manual_seed(0)
     cfg = replace(CFG, positions=positions)
     model = JEPA(cfg, SPEC).double()
@@ -52,11 +54,12 @@ def test_packed_step_equals_a_dense_masked_model_in_values_and_gradients(positio
     patches = torch.randn(B, N, SPEC.patch_dim, dtype=torch.float64)
     masks = MaskSampler(MaskConfig(mask=mask, masks_per_clip=masks_per_clip, min_context=4), SPEC.grid, seed=1)(0, 1, B)
 
-    prediction, latents = model(patches, masks)
+    prediction, latents, rows = model(patches, masks, prune)
+    assert (len(latents) == len(masks.target)) == (prune and mask == "random" and masks_per_clip == 1)
     with torch.no_grad():
         everything = torch.ones(N, dtype=torch.bool)
         target = [dense_transformer(dense.target_encoder, dense.target_encoder.embed(p), everything) for p in patches]
-    torch.testing.assert_close(latents, torch.cat(target), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(latents[rows], torch.cat(target)[masks.target], rtol=1e-9, atol=1e-9)
 
     wanted = []
     owners = torch.repeat_interleave(torch.arange(B * masks_per_clip), masks.context_cu.diff())
@@ -150,5 +153,7 @@ def test_top_layer_targets_are_the_mean_of_instance_normalised_outputs():
     patches = torch.randn(2, SPEC.n_patches, SPEC.patch_dim)
     outputs = encoder.encode(patches, 3)
     normed = [(o - o.mean(1, keepdim=True)) / (o.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() for o in outputs]
-    torch.testing.assert_close(encoder.targets(patches), sum(normed) / 3, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        encoder.targets(patches).view(2, SPEC.n_patches, 128), sum(normed) / 3, rtol=1e-4, atol=1e-5
+    )
     assert encoder.encode(patches).shape == (2, SPEC.n_patches, 128)

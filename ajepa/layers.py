@@ -1,0 +1,153 @@
+"""Parts of the encoders: positions, a linear layer that can read a low-precision copy, and the transformer block.
+
+Shapes: T packed tokens, C width, H heads, D head dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ajepa_kernels import add_layer_norm, masked_attention
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions `[F * T, width]`: the first half tells the frequency row, the second the time."""
+    half = [_angles(width // 2, size) for size in grid]
+    axes = [torch.cat([a.sin(), a.cos()], dim=1) for a in half]
+    rows = axes[0][:, None].expand(-1, grid[1], -1)
+    columns = axes[1][None].expand(grid[0], -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1).float()
+
+
+def rotary_positions(head_dim: int, grid: tuple[int, int]) -> torch.Tensor:
+    """2-D rotary angles (cos, sin), `[F * T, 2, head_dim / 2]`: half the pairs turn with frequency, half with time."""
+    rows, columns = (_angles(head_dim // 2, size) for size in grid)
+    angles = torch.cat([rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)], dim=-1).flatten(
+        0, 1
+    )
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
+
+
+def _angles(width: int, size: int) -> torch.Tensor:
+    frequencies = 10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    return torch.arange(size, dtype=torch.float64)[:, None] * frequencies
+
+
+def rotate(x_THD: torch.Tensor, rotary_T2D: torch.Tensor) -> torch.Tensor:
+    cos, sin = rotary_T2D.to(x_THD.dtype)[:, :, None].unbind(1)
+    a, b = x_THD.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class _CopyLinear(torch.autograd.Function):
+    """y = x W^T + b read from low-precision copies of W and b; the gradients are the masters', in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_copy, bias_copy):
+        ctx.save_for_backward(x, weight_copy)
+        return nn.functional.linear(x, weight_copy, bias_copy)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight_copy = ctx.saved_tensors
+        dx = dy @ weight_copy if ctx.needs_input_grad[0] else None
+        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dw = torch.mm(dy_rows.T, rows, out_dtype=torch.float32) if dy.is_cuda else (dy_rows.T @ rows).float()
+        return dx, dw, dy_rows.sum(0, dtype=torch.float32), None, None
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes with copies of its parameters in a lower precision, once it has them (`add_copies`).
+
+    Like autocast, without its casts: whoever updates the parameters also writes the copies.
+    """
+
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs (parameter, its copy)."""
+        self.copies = (self.weight.detach().to(dtype), self.bias.detach().to(dtype))
+        return list(zip((self.weight, self.bias), self.copies, strict=True))
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        with torch.no_grad():
+            for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
+                copy.copy_(parameter)
+
+    def forward(self, x: torch.Tensor, outputs: slice | None = None) -> torch.Tensor:
+        """`outputs`: only these of the output features."""
+        parameters = (self.weight, self.bias, *(self.copies or ()))
+        if outputs is not None:
+            parameters = tuple(p[outputs] for p in parameters)
+        if self.copies is None:
+            return nn.functional.linear(x, *parameters)
+        return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)
+
+
+class Sequences(NamedTuple):
+    """Packed tokens: where each sequence begins, and the longest."""
+
+    cu: torch.Tensor  # int32 [R + 1]
+    longest: int
+
+
+class Wanted(NamedTuple):
+    """The tokens of each sequence whose output is asked for."""
+
+    rows: torch.Tensor  # int64 [Tw], of the packed tokens
+    sequences: Sequences
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block on packed tokens.
+
+    It takes and gives a pair (addend, stream), whose sum is the residual stream: the addition is left to the next
+    layer norm, which reads both anyway.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
+
+    def forward(self, addend, stream, sequences: Sequences, rotary, impl: str, wanted: Wanted | None = None):
+        normed, stream = add_norm(addend, stream, self.norm1, impl)
+        if wanted is None:
+            attended = self.attend(normed, sequences, rotary, impl)
+        else:
+            attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
+            stream = stream.index_select(0, wanted.rows)
+        normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl)
+        return self.fc2(nn.functional.gelu(self.fc1(normed))), stream
+
+    def attend(self, normed, sequences: Sequences, rotary, impl: str):
+        qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))
+        if rotary is not None:
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([rotate(q, rotary), rotate(k, rotary), v], dim=1)
+        return masked_attention(qkv, cu_seqlens=sequences.cu, max_seqlen=sequences.longest, impl=impl)
+
+    def attend_wanted(self, normed, sequences: Sequences, rotary, impl: str, wanted: Wanted):
+        """All tokens are keys, the wanted ones alone are queries."""
+        width = normed.shape[-1]
+        q = self.qkv(normed.index_select(0, wanted.rows), slice(0, width)).unflatten(-1, (self.heads, -1))
+        k, v = self.qkv(normed, slice(width, None)).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        if rotary is not None:
+            q, k = rotate(q, rotary.index_select(0, wanted.rows)), rotate(k, rotary)
+        queries = wanted.sequences
+        return masked_attention(
+            q, k, v, cu_seqlens=queries.cu, max_seqlen=queries.longest, cu_seqlens_k=sequences.cu,
+            max_seqlen_k=sequences.longest, impl=impl,
+        )  # fmt: skip
+
+
+def add_norm(addend, stream, norm: nn.LayerNorm, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """layer_norm(addend + stream), and the sum."""
+    return add_layer_norm(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)

@@ -1,0 +1,131 @@
+"""The fused step: its graphs, copies, micro-batches and pruning change nothing but rounding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ajepa.config import PRESETS, Config
+from ajepa.engine import Engine
+from ajepa.graph import StepGraphs
+from ajepa.masks import MaskSampler
+
+CPU = torch.device("cpu")
+TINY = PRESETS["tiny"]
+
+
+def make(step: dict | None = None, mask: dict | None = None, model: dict | None = None, **changes) -> Config:
+    return replace(
+        TINY, step=replace(TINY.step, **(step or {})), mask=replace(TINY.mask, **(mask or {})),
+        model=replace(TINY.model, **(model or {})), **changes,
+    )  # fmt: skip
+
+
+def run(cfg: Config, steps: int = 4, batch: int = 5, graphs: bool = False, device: torch.device = CPU):
+    """Losses and the engine after some steps on noise."""
+    engine = Engine(cfg, device)
+    if graphs:
+        engine.graphs = StepGraphs(engine._train, device)
+    sampler = MaskSampler(cfg.mask, cfg.front_end.grid)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(steps):
+        pcm = torch.randint(-9999, 9999, (batch, 32_000), dtype=torch.int16, generator=generator).to(device)
+        lengths = torch.full((batch,), 32_000, dtype=torch.int32, device=device)
+        result = engine.step(pcm, lengths, engine.masks(sampler, step, batch), 10 * step)
+        assert not result.bad
+        losses.append(result.loss.item())
+    return losses, engine
+
+
+def assert_same_weights(a: Engine, b: Engine, **tolerance) -> None:
+    for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("mask", ["random", "block"])
+def test_the_graphed_path_is_the_eager_one_on_tensors_that_stay(mask):
+    cfg = make(mask={"mask": mask, "fixed_token_budget": True}, step={"micro_batch": 3})
+    eager, a = run(cfg, steps=6)
+    graphed, b = run(cfg, steps=6, graphs=True)
+    kinds = [type(kept).__name__ for kept in b.graphs.seen.values()]
+    assert "_Recorded" in kinds, "no shape recurred"
+    assert graphed == pytest.approx(eager, rel=1e-5)
+    assert_same_weights(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_shapes_beyond_the_limit_run_eagerly_and_say_so_once(monkeypatch, capsys):
+    monkeypatch.setattr("ajepa.graph.MAX_GRAPHS", 2)
+    cfg = make(mask={"mask_ratio": (0.3, 0.9)})
+    losses, engine = run(cfg, steps=6, graphs=True)
+    assert losses == pytest.approx(run(cfg, steps=6)[0], rel=1e-5)
+    assert capsys.readouterr().err.count("--fixed-token-budget") == 1 and len(engine.graphs.seen) == 2
+
+
+def test_a_recording_that_fails_falls_back_with_its_reason(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nstack")
+
+    monkeypatch.setattr(StepGraphs, "_record", fail)
+    cfg = make(mask={"fixed_token_budget": True})
+    losses, _ = run(cfg, graphs=True)
+    assert losses == pytest.approx(run(cfg)[0], rel=1e-5)
+    assert capsys.readouterr().err.count("without a CUDA graph: operation not permitted when stream is capturing") == 1
+
+
+@pytest.mark.parametrize("mask", ["random", "curriculum"])
+def test_micro_batches_add_up_to_the_batch(mask):
+    whole, a = run(make(mask={"mask": mask}))
+    parts, b = run(make(mask={"mask": mask}, step={"micro_batch": 2}))
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert_same_weights(a, b, rtol=1e-3, atol=2e-5)  # Adam's first steps enlarge the rounding of small gradients
+
+
+def test_recomputed_activations_give_the_same_step():
+    kept, a = run(make())
+    recomputed, b = run(make(step={"recompute": True}))
+    assert recomputed == kept
+    assert_same_weights(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+def test_bf16_reads_copies_that_the_optimiser_writes(residual):
+    cfg = make(step={"residual": residual}, precision="bf16", model={"target_layers": 1})
+    losses, engine = run(cfg)
+    plain, _ = run(replace(cfg, impl="reference"))
+    assert losses == pytest.approx(plain, rel=0.02)
+    weights = dict(engine.model.named_parameters())
+    for network in ("context_encoder", "target_encoder", "predictor"):
+        layer = getattr(engine.model, network).blocks[0].fc1
+        weight = weights[f"{network}.blocks.0.fc1.weight"]
+        assert weight.dtype == torch.float32 and layer.copies[0].dtype == torch.bfloat16
+        assert torch.equal(layer.copies[0], weight.bfloat16())
+    other = Engine(replace(cfg, seed=7), CPU)
+    other.model.load_state_dict(engine.model.state_dict())
+    assert torch.equal(other.model.predictor.head.copies[0], engine.model.predictor.head.weight.bfloat16())
+
+
+def test_copies_give_gradients_of_the_masters_in_float32():
+    torch.manual_seed(0)
+    engine = Engine(make(precision="bf16"), CPU)
+    layer = engine.model.predictor.head
+    x = torch.randn(7, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(7, layer.out_features, dtype=torch.bfloat16)
+    layer(x, slice(3, 9)).backward(dy[:, 3:9])
+    w = layer.weight.detach().bfloat16().double()[3:9]
+    torch.testing.assert_close(x.grad.double(), dy.double()[:, 3:9] @ w, rtol=1e-2, atol=1e-2)
+    exact = torch.zeros_like(layer.weight, dtype=torch.float64)
+    exact[3:9] = dy.double()[:, 3:9].T @ x.detach().double()
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.grad.double(), exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer.bias.grad[3:9], dy[:, 3:9].float().sum(0))
+
+
+def test_flops_count_each_micro_batch_and_the_published_model():
+    cfg = PRESETS["audio-jepa"]
+    engine = Engine.__new__(Engine)
+    engine.cfg = cfg
+    sampler = MaskSampler(replace(cfg.mask, mask_ratio=(0.5, 0.5)), cfg.front_end.grid)
+    whole = engine.flops(sampler(0, 1, 6))
+    assert whole / 6 == pytest.approx(64.5e9, rel=0.01)  # with 64 of 128 patches visible
+    assert engine.flops(sampler.parts(0, 1, [4, 2])) == pytest.approx(whole)
