@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def time_engines(
 ) -> dict[Impl, Timing]:
     """Every batch through every engine in turn (A B A B), after its first `warm_up` batches once more, uncounted.
 
-    Fresh engines of the same seed. `split_steps` further batches are timed phase by phase, with a wait after each phase.
+    Fresh engines of the same seed. `split_steps` further steps are timed phase by phase, with a wait after each.
     """
     engines: dict[Impl, Engine] = {}
     timings = {impl: Timing() for impl in impls}
@@ -57,7 +58,7 @@ def time_engines(
             timings[impl].seconds.append(time.perf_counter() - tick)
             timings[impl].losses.append(result.loss.item())
     for impl, engine in engines.items():
-        timings[impl].flops = statistics.median(engine.flops(len(pcm), masks) for pcm, _, masks in batches)
+        timings[impl].flops = statistics.median(engine.flops(masks) for *_, masks in batches)
     if split_steps:
         steps = [(batches[i % len(batches)], warm_up + len(batches) + i) for i in range(split_steps)]
         for impl, engine in engines.items():
@@ -66,35 +67,39 @@ def time_engines(
 
 
 def split(engine: Engine, steps: list[tuple[Batch, int]]) -> dict[str, float]:
-    """Median seconds of each of PHASES. Empty where the step runs as one graph, which has no phases to wait between."""
+    """Median seconds of each of PHASES, outside CUDA graphs: these have no phases to wait between."""
+    graphs, engine.graphs = engine.graphs, None
     rows = []
-    for batch, step in steps:
-        with _marks(engine) as marks:
-            engine.step(*batch, step)
-            marks["end"] = _now(engine.device)
-        if len(marks) < 5:
-            return {}
-        rows.append([b - a for a, b in zip(list(marks.values()), list(marks.values())[1:], strict=False)])
+    try:
+        for batch, step in steps:
+            with _marks(engine) as marks:
+                engine.step(*batch, step)
+                marks["end"] = _now(engine.device)
+            times = list(marks.values())
+            rows.append([end - begin for begin, end in itertools.pairwise(times)])
+    finally:
+        engine.graphs = graphs
     return {phase: statistics.median(column) for phase, column in zip(PHASES, zip(*rows, strict=True), strict=True)}
 
 
 @contextlib.contextmanager
 def _marks(engine: Engine) -> Iterator[dict[str, float]]:
-    """The times at which front end and backward of a step begin and end, each after the device has finished."""
+    """When a step's PHASES begin, each after the device has finished the one before: marks at the front end's and
+    backward's begin and end. Of a step of one micro-batch."""
     marks: dict[str, float] = {}
 
     def marked(function, begin: str, end: str):
         def run(*args, **kwargs):
-            marks.setdefault(begin, _now(engine.device))
+            marks[begin] = _now(engine.device)
             out = function(*args, **kwargs)
-            marks.setdefault(end, _now(engine.device))
+            marks[end] = _now(engine.device)
             return out
 
         return run
 
     front_end, backward = engine.front_end, torch.Tensor.backward
-    engine.front_end = marked(front_end, "start", "patches")
-    torch.Tensor.backward = marked(backward, "loss", "gradients")  # type: ignore[method-assign]
+    engine.front_end = marked(front_end, "front end", "forward")  # type: ignore[assignment]
+    torch.Tensor.backward = marked(backward, "backward", "update")  # type: ignore[method-assign]
     try:
         yield marks
     finally:

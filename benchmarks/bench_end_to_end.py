@@ -13,12 +13,10 @@ import statistics
 import time
 
 import pytest
+import soundfile
 import torch
 from ceilings import left_out, product_flops_per_ms
-from records import DEVICE, needs
-
-needs("soundfile", "torchaudio", "tyro", "pydantic", "safetensors")
-import soundfile
+from records import DEVICE
 
 from ajepa.config import PRESETS
 from ajepa.data import AudioLoader
@@ -76,8 +74,8 @@ def published(index):
     """Batches (patches, none) of torch's DataLoader, epoch after epoch."""
     paths = [str(path) for path in sorted(index.rglob("*.*")) if path.suffix in (".wav", ".flac")]
     loader = torch.utils.data.DataLoader(
-        Patches(paths), BATCH, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1, pin_memory=DEVICE == "cuda",
-        persistent_workers=True,
+        Patches(paths), BATCH, shuffle=True, drop_last=True, num_workers=os.cpu_count() or 1,
+        pin_memory=DEVICE == "cuda", persistent_workers=True,
     )  # fmt: skip
     lengths = torch.full((BATCH,), SAMPLES, dtype=torch.int32)
     while True:

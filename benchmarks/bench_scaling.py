@@ -1,4 +1,4 @@
-"""How the cost of a step grows with the work: tokens a clip (longer clips), visible ratio, batch, depth; fused beside plain.
+"""How a step's cost grows: tokens a clip (longer clips), visible ratio, batch, depth; fused beside plain.
 
 One of the four grows at a time, the others stay. Milliseconds a step, PCM to updated weights; the engines must agree.
 """
@@ -8,11 +8,9 @@ import sys
 
 import pytest
 import torch
-from ceilings import left_out
-from records import DEVICE, FULL, needs
-
-needs("torchaudio", "tyro", "pydantic", "safetensors")
 from bench_train_step import ALL, EAGER, time_steps
+from ceilings import left_out
+from records import DEVICE, FULL
 
 from ajepa.config import PRESETS, SIZES, Config
 
@@ -24,7 +22,6 @@ GROWTH = {
     "batch": [BATCH // 4, BATCH, 4 * BATCH],
     "depth": [BASE["depth"] // 2, BASE["depth"], 2 * BASE["depth"]],
 }
-STEPS = 5
 
 
 def config(tokens: int, visible: float, depth: int) -> Config:
@@ -48,7 +45,7 @@ def test_scaling(grows, record, monkeypatch):
         batch = work.pop("batch")
         monkeypatch.setitem(SIZES, f"{SIZE} x {work['depth']}", (width, work["depth"], heads))
         try:
-            times, more, floor_ms = time_steps(config(**work), batch, ALL if FULL else EAGER, STEPS, warm_up=1)
+            times, more, floor_ms = time_steps(config(**work), batch, ALL if FULL else EAGER)
         except torch.cuda.OutOfMemoryError:
             print(f"  left out: {grows} {value}: does not fit into this GPU's memory", file=sys.stderr)
             continue

@@ -17,6 +17,9 @@ import records
 import torch
 from records import DEVICE
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from missing import *  # noqa: F403
+
 Times = dict[str, list[float]]  # milliseconds of each call, by variant
 
 

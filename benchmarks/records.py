@@ -6,7 +6,6 @@ own records and leaves the others as they are.
 """
 
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -16,19 +15,12 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(os.environ.get("AJEPA_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = os.environ.get("AJEPA_BENCH", "") == "full"  # also what takes minutes
-
-
-def needs(*packages: str) -> None:
-    """Skips a benchmark file, naming what is not installed."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
 
 
 @functools.cache
@@ -47,7 +39,7 @@ def results_path() -> Path:
 @functools.cache
 def environment() -> dict:
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent.parent), *arguments]
+        command = ["git", "-C", str(ROOT), *arguments]
         try:
             return subprocess.run(command, capture_output=True, text=True).stdout.strip()
         except OSError:
