@@ -98,7 +98,7 @@ def _marks(engine: Engine) -> Iterator[dict[str, float]]:
         return run
 
     front_end, backward = engine.front_end, torch.Tensor.backward
-    engine.front_end = marked(front_end, "front end", "forward")  # type: ignore[assignment]
+    engine.front_end = marked(front_end, "front end", "forward")
     torch.Tensor.backward = marked(backward, "backward", "update")  # type: ignore[method-assign]
     try:
         yield marks
