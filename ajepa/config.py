@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ class MaskConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     batch_size: int = 256
-    """Clips a step."""
+    """Clips a step, of all ranks together."""
     steps: int = 100_000
     lr: float = 3e-4
     """Peak learning rate."""
@@ -107,7 +108,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is computed: what changes speed and memory, and no result but for rounding."""
+    """How the fused engine computes a step: speed and memory, and no result but for rounding."""
 
     micro_batch: int | None = None
     """Clips at once; their gradients add up to the whole batch's. Less memory. None: the whole batch."""
@@ -119,6 +120,8 @@ class StepConfig:
     """Target and context encoder on two CUDA streams."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Precision of the residual stream where the step computes in bf16."""
+    target_precision: Literal["same", "fp8"] = "same"
+    """fp8: the target encoder's blocks multiply in 8 bits (GPUs from compute capability 8.9). Changes the targets."""
     profile: int = 0
     """Steps to profile, after ten: writes trace.json and prints where the time went."""
 
@@ -163,6 +166,10 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every rank holds the whole model (ddp), or a shard of it (fsdp: FSDP2, for large models)."""
+    rank_timeout: float = 50.0
+    """Seconds that a rank waits for another within a step before it gives the run up."""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     front_end: LogMelSpec = field(default_factory=lambda: LOG_MEL_PRESETS["audio-jepa"])
@@ -210,7 +217,7 @@ PRESETS: dict[str, Config] = {
 
 _MAY_CHANGE = {
     "resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out", "micro_batch",
-    "recompute", "cuda_graph", "parallel_encoders", "profile",
+    "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout",
 }  # fmt: skip
 
 
@@ -230,7 +237,11 @@ def parse(argv: list[str] | None = None) -> Config:
     resuming = first.resume and saved.exists()
     if resuming:
         base = load(saved)
-    cfg = tyro.cli(Config, default=base, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="python -m ajepa.train")
+    options: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "prog": "python -m ajepa.train"}
+    try:
+        cfg = tyro.cli(Config, default=base, args=argv, **options)
+    except (ValueError, OverflowError) as error:  # a front end that cannot be
+        raise ConfigError(str(error)) from error
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.preset}")
     if resuming:
         changed = [
@@ -271,12 +282,26 @@ def validate(cfg: Config) -> None:
         if not holds:
             raise ConfigError(message)
 
+    for name, value in _leaves(cfg):
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                need(math.isfinite(number), f"--{_flag(name)} {number}: must be a finite number")
+            elif isinstance(number, int) and name != "seed":
+                need(abs(number) < 2**31, f"--{_flag(name)} {number}: too large")
+    need(0 <= cfg.seed < 2**62, f"--seed {cfg.seed}: must be 0 or more, and below 2^62")
+    for name, value in {"loader_threads": data.loader_threads, "warmup_steps": optim.warmup_steps,
+                        "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip
+        need(value >= 0, f"--{_flag(name)} {value}: must not be negative")
+    need(cfg.rank_timeout <= 86_400, f"--rank-timeout {cfg.rank_timeout}: a day (86400 s) is the most")
+    need(data.gain_db <= 100, f"--gain-db {data.gain_db}: 100 dB are the most")
+    need(mask.curriculum_c0 <= 1, f"--curriculum-c0 {mask.curriculum_c0}: a chance is 1 at most")
     positive = {
         "clip_seconds": data.clip_seconds, "prefetch": data.prefetch, "batch_size": optim.batch_size,
         "steps": optim.steps, "lr": optim.lr, "max_bad_steps": optim.max_bad_steps, "log_every": watch.log_every,
         "watch_every": watch.watch_every, "checkpoint_every": watch.checkpoint_every, "keep": watch.keep,
         "masks_per_clip": mask.masks_per_clip, "min_context": mask.min_context, "block_targets": mask.block_targets,
         "tf_targets": mask.tf_targets, "predictor_depth": model.predictor_depth, "target_layers": model.target_layers,
+        "rank_timeout": cfg.rank_timeout, "predictor_width": model.predictor_width, "eval_clips": watch.eval_clips,
     }  # fmt: skip
     for name, value in positive.items():
         need(value > 0, f"--{_flag(name)} {value}: must be above 0")
@@ -298,6 +323,7 @@ def validate(cfg: Config) -> None:
     need(min(optim.weight_decay, optim.weight_decay_end or 0, optim.lr_start, optim.lr_end, data.gain_db) >= 0,
          "--weight-decay, --weight-decay-end, --lr-start, --lr-end and --gain-db must not be negative")  # fmt: skip
     need(optim.clip_norm is None or optim.clip_norm > 0, "--clip-norm must be above 0, or None for no clipping")
+    need(data.clip_seconds <= 86_400, f"--clip-seconds {data.clip_seconds}: a day is the most")
     samples = round(data.clip_seconds * spec.sample_rate)
     need(samples >= spec.win_length,
          f"--clip-seconds {data.clip_seconds} holds {samples} samples, less than one window "
@@ -308,7 +334,12 @@ def validate(cfg: Config) -> None:
     need(frames <= wanted,
          f"--clip-seconds {data.clip_seconds} gives {frames} frames, --n-frames {wanted} would drop {frames - wanted} "
          "of them: shorten the clip or raise --n-frames")  # fmt: skip
-    need(spec.n_patches >= 8, f"--patch {spec.patch} leaves {spec.n_patches} patches a clip: at least 8 are needed")
+    try:
+        n_patches = spec.n_patches
+    except ValueError as error:  # a patch that does not divide the grid
+        raise ConfigError(f"--patch: {error}") from error
+    need(n_patches <= 2**16, f"--n-frames {wanted}, --patch {spec.patch}: {n_patches} patches a clip are too many")
+    need(n_patches >= 8, f"--patch {spec.patch} leaves {spec.n_patches} patches a clip: at least 8 are needed")
     need(mask.min_context <= spec.n_patches // 2,
          f"--min-context {mask.min_context}: a clip has {spec.n_patches} patches; ask for half at most")  # fmt: skip
     width, depth, heads = SIZES[model.size]
@@ -317,8 +348,12 @@ def validate(cfg: Config) -> None:
         need(h > 0 and w % h == 0 and (w // h) % 4 == 0,
              f"{what}: width {w} over {h} heads must give a head dim that is a multiple of 4")  # fmt: skip
     need(cfg.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device is here; use --device cpu")
-    need(int(os.environ.get("WORLD_SIZE", "1")) == 1,
-         "WORLD_SIZE is above 1: this version trains on one device; start one process without torchrun")  # fmt: skip
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    need(ranks.isdecimal() and int(ranks) > 0, f"WORLD_SIZE={ranks}: not a number of processes; start with torchrun")
+    need(optim.batch_size % int(ranks) == 0,
+         f"--batch-size {optim.batch_size} is that of all ranks together: make it a multiple of {ranks}")  # fmt: skip
+    need(ranks == "1" or cfg.impl != "compile", "--impl compile trains on one device: use --impl fused with several")
+    need(ranks == "1" or not cfg.compare, "--compare measures one device: start it without torchrun")
     need(not (cfg.compare and cfg.resume), "--compare does not train: leave out --resume")
 
 

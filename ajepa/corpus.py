@@ -1,5 +1,6 @@
 """The audio of a run: what it trains on, what its features are scored on, and what had to be left out."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,22 @@ class Corpus:
     skipped: list[tuple[str, str]]  # (path, reason), found when indexed or loaded for the evaluation
     description: str
 
-    def loader(self, cfg: Config, state: dict[str, Any] | None) -> AudioLoader:
+    def loader(self, cfg: Config, state: dict[str, Any] | None, rank: int = 0, world_size: int = 1) -> AudioLoader:
         return AudioLoader(
             self.index,
             **clip_options(cfg),
-            batch_size=cfg.optim.batch_size,
+            batch_size=cfg.optim.batch_size // world_size,
+            rank=rank,
+            world_size=world_size,
             seed=cfg.seed,
             gain_db=cfg.data.gain_db,
             prefetch=cfg.data.prefetch,
             state=state,
         )
 
-    def write_skipped(self, folder: Path, loader: AudioLoader) -> int:
-        """List the files left out, with the reason, in `skipped.tsv`. Returns their number."""
-        rows = dict([*self.skipped, *loader.skipped])
+    def write_skipped(self, folder: Path, found: Iterable[tuple[str, str]]) -> int:
+        """List the files left out, with the reason, in `skipped.tsv`; `found` by the loaders. Returns their number."""
+        rows = dict([*self.skipped, *found])
         lines = [f"{ascii(path)[1:-1]}\t{' '.join(reason.split())}\n" for path, reason in rows.items()]
         (folder / "skipped.tsv").write_text("path\treason\n" + "".join(lines))
         return len(rows)

@@ -22,12 +22,13 @@ import torch
 
 from ajepa.decode import Decoded, Decoder, Plan, default_threads
 from ajepa.index import DataError, Index
+from ajepa.noise import hash64
 
 Pad = Literal["cyclic", "zero"]
 Crop = Literal["random", "start", "center"]
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 # What the order of the samples depends on: a state of other values describes another stream.
-STREAM_FIELDS = ("seed", "batch_size", "world_size", "shuffle")
+STREAM_FIELDS = ("seed", "global_batch", "shuffle")
 PERMUTATION, CROP, GAIN = range(3)  # purposes of the hash
 
 
@@ -123,7 +124,10 @@ class AudioLoader:
         return self._last["batches"] * self.batch_size * self._stream.world_size / len(self.index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch returned, ready for JSON; the same for all ranks but for `skipped`."""
+        """The place after the last batch returned, ready for JSON; the same for all ranks but for `skipped`.
+
+        It holds for any number of ranks with the same global batch.
+        """
         dali = self._last["dali"]
         return {
             **self._last,
@@ -131,6 +135,7 @@ class AudioLoader:
             "skipped": dict(self._last["skipped"]),
             "format": STATE_FORMAT,
             "fingerprint": self.index.fingerprint,
+            "world_size": self._stream.world_size,
             **{name: getattr(self._stream, name) for name in STREAM_FIELDS},
         }
 
@@ -147,8 +152,11 @@ class AudioLoader:
         if state["fingerprint"] != self.index.fingerprint:
             warnings.warn("the data set changed since the checkpoint: samples from here on differ", stacklevel=2)
         self.close()
-        dali = None if state["dali"] is None else base64.b64decode(state["dali"])
-        self._last = {**{name: state[name] for name in ("batches", "first")}, "dali": dali}
+        if state["world_size"] == self._stream.world_size and state["dali"] is not None:
+            self._last = {"first": state["first"], "dali": base64.b64decode(state["dali"])}
+        else:  # DALI's own count is of other batches; its source is stateless, so counting on is just as exact
+            self._last = {"first": state["batches"], "dali": None}
+        self._last["batches"] = state["batches"]
         self._last["skipped"] = dict(state["skipped"])
 
     def close(self) -> None:
@@ -237,18 +245,9 @@ def _fraction(crop: str) -> float:
     return 0.5 if crop == "center" else 0.0
 
 
-def _hash(seed: int, purpose: int, epoch: int, counter: np.ndarray) -> np.ndarray:
-    """uint64 of the counter's shape: SplitMix64's finaliser over a keyed counter, one-to-one in the counter."""
-    key = np.random.SeedSequence([seed, purpose, epoch]).generate_state(1, np.uint64)[0]
-    z = counter.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 def _uniform(seed: int, purpose: int, counter: np.ndarray) -> np.ndarray:
     """float64 in [0, 1)."""
-    return (_hash(seed, purpose, 0, counter) >> np.uint64(11)) * 2.0**-53
+    return (hash64(seed, purpose, 0, counter) >> np.uint64(11)) * 2.0**-53
 
 
 class _Stream:
@@ -257,6 +256,7 @@ class _Stream:
     def __init__(self, rows, batch_size, seed, rank, world_size, shuffle, crop, gain_db):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.global_batch = batch_size * world_size
         self.crop, self.gain_db = crop, gain_db
         self._permutations: dict[int, np.ndarray] = {}
 
@@ -278,7 +278,7 @@ class _Stream:
         if epoch not in self._permutations:
             if len(self._permutations) > 2:
                 self._permutations.clear()
-            self._permutations[epoch] = np.argsort(_hash(self.seed, PERMUTATION, epoch, np.arange(self.rows)))
+            self._permutations[epoch] = np.argsort(hash64(self.seed, PERMUTATION, epoch, np.arange(self.rows)))
         return self._permutations[epoch]
 
 

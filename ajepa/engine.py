@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ajepa.config import SIZES, Config
+from ajepa.distributed import Ranks
 from ajepa.frontend import FrontEnd
 from ajepa.graph import StepGraphs
 from ajepa.masks import Masks, MaskSampler
@@ -30,6 +31,7 @@ class Rates(NamedTuple):
     lr: float | torch.Tensor
     weight_decay: float | torch.Tensor
     ema_decay: float | torch.Tensor
+    share: float | torch.Tensor = 1.0  # of this rank in the loss
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,10 +46,13 @@ class Engine:
     that the optimiser writes. `reference` is plain PyTorch: torchaudio's front end, SDPA, torch's fused AdamW and
     foreach EMA. `compile` is `reference` under torch.compile. All three have the same parameters, so that weights move
     between them freely. A step whose loss or gradient is not finite changes no weight and no moment.
+
+    With several `ranks` each trains on its share of the batch, without CUDA graphs; sharded weights have no copies.
     """
 
-    def __init__(self, cfg: Config, device: torch.device):
+    def __init__(self, cfg: Config, device: torch.device, ranks: Ranks | None = None):
         self.cfg, self.device, self.plain = cfg, device, cfg.impl != "fused"
+        self.ranks = ranks or Ranks()
         self.impl = "reference" if self.plain else "auto"
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
         self.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
@@ -55,62 +60,79 @@ class Engine:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.model = JEPA(cfg.model, cfg.front_end, self.impl).to(device)
+        self.net = self.ranks.wrap(self.model)
         groups = parameter_groups(self.model, cfg.optim.weight_decay)
+        for group in groups:
+            group["params"] = [self.ranks.local(p) for p in group["params"]]
         options: dict[str, Any] = {"lr": cfg.optim.lr_start, "betas": cfg.optim.betas, "fused": True}
-        self.pairs = self.model.ema_pairs()
+        self.pairs = [(self.ranks.local(p), self.ranks.local(target)) for p, target in self.model.ema_pairs()]
         self.optimizer: torch.optim.AdamW
         if self.plain:
             self.optimizer = torch.optim.AdamW(groups, **options)
         else:
-            copies = self.model.add_copies(torch.bfloat16) if bf16 else []
+            copies = self.model.add_copies(torch.bfloat16) if bf16 and self.ranks.replicated else []
             self.optimizer = AdamWEMA(groups, ema=self.pairs, copies=copies, **options)
             self.model.configure(cfg.step, bf16)
         self.trained = [p for group in groups for p in group["params"]]
         self.forward = torch.compile(self._forward) if cfg.impl == "compile" else self._forward
-        graphs = not self.plain and cfg.step.cuda_graph and device.type == "cuda"
+        graphs = not self.plain and cfg.step.cuda_graph and device.type == "cuda" and self.ranks.alone
+        self.mask_stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.graphs = StepGraphs(self._train, device) if graphs else None
 
     def masks(self, sampler: MaskSampler, step: int, batch: int) -> list[Masks]:
-        """Masks of a step, on the device, a micro-batch each."""
+        """Masks of a step, drawn on the device, a micro-batch each."""
         size = self.cfg.step.micro_batch or batch
         sizes = [min(size, batch - i) for i in range(0, batch, size)]
-        return [masks.to(self.device) for masks in sampler.parts(step, self.cfg.optim.steps, sizes)]
+        if self.mask_stream is None:
+            return sampler.parts(step, self.cfg.optim.steps, sizes)
+        # The counts must be known to the host, which so waits for this stream, and not for the steps under way.
+        here = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.mask_stream), self.device:
+            parts = sampler.parts(step, self.cfg.optim.steps, sizes)
+        here.wait_stream(self.mask_stream)
+        for x in (x for masks in parts for x in masks.tensors().values()):
+            x.record_stream(here)
+        return parts
 
-    def step(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks], step: int) -> StepResult:
+    def step(
+        self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks], step: int, share: float = 1.0
+    ) -> StepResult:
         """Train on `pcm` int16 `[B, S]` with the schedules of `step`. `masks`: of the batch, or of each micro-batch in
-        turn. No device sync."""
+        turn; `share`: see `Ranks.share`. No device sync."""
         parts = [masks] if isinstance(masks, Masks) else masks
         with torch.no_grad():
             patches = self.front_end(pcm, lengths if self.cfg.data.pad == "zero" else None)  # cyclic: all full
         optim = self.cfg.optim
-        rates = Rates(learning_rate(optim, step), weight_decay(optim, step), ema_decay(optim, step))
+        rates = Rates(learning_rate(optim, step), weight_decay(optim, step), ema_decay(optim, step), share)
         return StepResult(*(self.graphs or self._train)(patches, parts, rates))
 
     def _train(self, patches: torch.Tensor, parts: list[Masks], rates: Rates) -> tuple[torch.Tensor, ...]:
         """Forward, backward and update, on tensors alone: what a graph holds."""
-        loss = self._gradients(patches, parts)
+        loss = self._gradients(patches, parts, rates.share)
         return self._update(loss, rates)
 
     def _forward(self, patches: torch.Tensor, masks: Masks) -> torch.Tensor:
-        prediction, latents, rows = self.model(patches, masks, prune=not self.plain)
+        prediction, latents, rows = self.net(patches, masks, prune=not self.plain)
         return latent_l2_loss(prediction, latents, rows, kind=self.cfg.optim.loss, impl=self.impl)
 
-    def _gradients(self, patches: torch.Tensor, parts: list[Masks]) -> torch.Tensor:
+    def _gradients(self, patches: torch.Tensor, parts: list[Masks], share: float | torch.Tensor) -> torch.Tensor:
         """Loss of the batch, its gradient left in `.grad`. Every target token counts the same."""
         tokens = sum(len(masks.target) for masks in parts)
         total = torch.zeros((), device=self.device)
         for chunk, masks in zip(patches.split([masks.clips for masks in parts]), parts, strict=True):
-            with self.autocast():
-                loss = self.forward(chunk, masks)
-            loss = loss if len(parts) == 1 else loss * (len(masks.target) / max(tokens, 1))
-            loss.backward()
+            with self.ranks.accumulate(self.net, last=masks is parts[-1]):
+                with self.autocast():
+                    loss = self.forward(chunk, masks)
+                loss = loss if len(parts) == 1 else loss * (len(masks.target) / max(tokens, 1))
+                loss = loss if self.ranks.alone else loss * share
+                loss.backward()
             total += loss.detach()
         return total
 
     def _update(self, loss: torch.Tensor, rates: Rates) -> tuple[torch.Tensor, ...]:
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = rates.lr, rates.weight_decay if group["decays"] else 0.0
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None], foreach=True)
+        loss, norm = self.ranks.reduce(loss, self.trained)
         bad = (~(loss + norm).isfinite()).float()
         # torch's fused AdamW divides gradients by grad_scale and leaves everything alone where found_inf is 1.
         limit = self.cfg.optim.clip_norm
@@ -124,6 +146,10 @@ class Engine:
             ema_update_reference_(targets, sources, rates.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm, bad
+
+    def target_encoder(self) -> torch.nn.Module:
+        """The EMA target encoder, whole; all ranks must call."""
+        return self.ranks.whole_target_encoder(self.model)
 
     @torch.no_grad()
     def inspect(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks]) -> dict[str, float]:

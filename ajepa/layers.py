@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ajepa_kernels import add_layer_norm, masked_attention
+from ajepa_kernels import add_layer_norm, fp8_linear, masked_attention
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -64,23 +64,30 @@ class Linear(nn.Linear):
     """
 
     copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    fp8 = False  # multiply in float8, where no gradient is asked for
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs (parameter, its copy)."""
         self.copies = (self.weight.detach().to(dtype), self.bias.detach().to(dtype))
         return list(zip((self.weight, self.bias), self.copies, strict=True))
 
+    @torch.no_grad()
+    def write_copies(self) -> None:
+        """For parameters that something else than the optimiser has set."""
+        for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
+            copy.copy_(parameter)
+
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        with torch.no_grad():
-            for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
-                copy.copy_(parameter)
+        self.write_copies()
 
     def forward(self, x: torch.Tensor, outputs: slice | None = None) -> torch.Tensor:
         """`outputs`: only these of the output features."""
         parameters = (self.weight, self.bias, *(self.copies or ()))
         if outputs is not None:
             parameters = tuple(p[outputs] for p in parameters)
+        if self.fp8 and not torch.is_grad_enabled():
+            return fp8_linear(x, *parameters[-2:])
         if self.copies is None:
             return nn.functional.linear(x, *parameters)
         return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from ajepa.config import MaskConfig
+from ajepa.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Masks:
         sequence = torch.repeat_interleave(shown + target_len)
         place = torch.arange(len(sequence)) - predict_cu[sequence]
         is_context = place < shown[sequence]
+        bounds = torch.stack([_most(context_len), _most(shown + target_len), _most(target_len)]).tolist()
         from_context = context_cu[context_of[sequence]] + place
         from_target = len(context) + target_cu[sequence] + place - shown[sequence]
         return cls(
@@ -70,9 +71,9 @@ class Masks:
             predict=torch.where(is_context, from_context, from_target),
             predict_cu=predict_cu.int(),
             predicted=(~is_context).nonzero()[:, 0],
-            max_context=int(context_len.max()),
-            max_predict=int((shown + target_len).max()) if len(shown) else 0,
-            max_target=int(target_len.max()) if len(shown) else 0,
+            max_context=bounds[0],
+            max_predict=bounds[1],
+            max_target=bounds[2],
             clips=R // masks_per_clip,
             disjoint=masks_per_clip == 1 and targets_RKN.shape[1] == 1 and len(groups_GN) == R,
         )
@@ -91,38 +92,40 @@ class Masks:
         return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
 
 
+def _most(lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.max() if len(lengths) else lengths.new_zeros(())
+
+
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def random_masks(R, grid, ratio, generator) -> tuple[torch.Tensor, torch.Tensor]:
+def random_masks(R, grid, ratio, noise) -> tuple[torch.Tensor, torch.Tensor]:
     """Audio-JEPA: a share U(ratio) of the patches is masked, one share a batch, an own permutation each context."""
     N = math.prod(grid)
-    masked = round(N * _uniform((), ratio, generator).item())
-    rank = torch.rand(R, N, generator=generator).argsort(-1).argsort(-1)
+    masked = round(N * _uniform((), ratio, noise).item())
+    rank = noise((R, N)).argsort(-1).argsort(-1)
     context = rank >= min(max(masked, 1), N - 1)
     return context, ~context[:, None]
 
 
-def block_masks(
-    R, grid, n_targets, target_scale, aspect, context_scale, generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def block_masks(R, grid, n_targets, target_scale, aspect, context_scale, noise) -> tuple[torch.Tensor, torch.Tensor]:
     """I-JEPA's multi-block: K target blocks; the context is one large block without them (arXiv 2301.08243, sec. 3)."""
-    targets = _blocks(R, n_targets, grid, target_scale, aspect, generator)
-    context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), generator)[:, 0]
+    targets = _blocks(R, n_targets, grid, target_scale, aspect, noise)
+    context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), noise)[:, 0]
     return (context & ~targets.any(1)).flatten(1), targets.flatten(2)
 
 
 def time_frequency_masks(
-    R, grid, n_targets, target_scale, aspect, context_scale, min_context, generator
+    R, grid, n_targets, target_scale, aspect, context_scale, min_context, noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A-JEPA's time-frequency masks: the context also loses every row and column that a target block touches.
 
     The geometry is our reading of arXiv 2311.15830. Where it would leave fewer than `min_context` patches, the context
     keeps the targets' rows (frequencies), and then their columns too.
     """
-    targets = _blocks(R, n_targets, grid, target_scale, aspect, generator)
-    context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), generator)[:, 0]
+    targets = _blocks(R, n_targets, grid, target_scale, aspect, noise)
+    context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), noise)[:, 0]
     union = targets.any(1)
     rows, columns = union.any(2, keepdim=True), union.any(1, keepdim=True)
     chosen = context & ~rows & ~columns
@@ -137,23 +140,23 @@ def curriculum_probability(step: int, steps: int, c0: float = 0.01) -> float:
     return min(1.0, math.sqrt(step * (1 - c0**2) / steps + c0**2))
 
 
-def _uniform(shape: tuple[int, ...], span: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
+def _uniform(shape: tuple[int, ...], span: tuple[float, float], noise: Noise) -> torch.Tensor:
     low, high = span
-    return low + (high - low) * torch.rand(shape, generator=generator)
+    return low + (high - low) * noise(shape)
 
 
-def _blocks(R, K, grid, scale, aspect, generator) -> torch.Tensor:
+def _blocks(R, K, grid, scale, aspect, noise) -> torch.Tensor:
     """K rectangles a context, bool [R, K, F, T]: area U(scale) of the grid, height / width U(aspect).
 
     Height and width are shares of the grid's sides, so that a block of aspect 1 is as long as the grid is: on I-JEPA's
     square grid this is its own definition, on a 8 x 64 one every block fits.
     """
     F, T = grid
-    area, ratio = _uniform((R, K), scale, generator), _uniform((R, K), aspect, generator)
+    area, ratio = _uniform((R, K), scale, noise), _uniform((R, K), aspect, noise)
     height = (F * (area * ratio).sqrt()).round().clamp(1, F)
     width = (F * T * area / height).round().clamp(1, T)
-    top = (torch.rand(R, K, generator=generator) * (F - height + 1)).floor()
-    left = (torch.rand(R, K, generator=generator) * (T - width + 1)).floor()
+    top = (noise((R, K)) * (F - height + 1)).floor()
+    left = (noise((R, K)) * (T - width + 1)).floor()
 
     def span(start, length, size):
         at = torch.arange(size)
@@ -162,26 +165,23 @@ def _blocks(R, K, grid, scale, aspect, generator) -> torch.Tensor:
     return span(top, height, F)[..., :, None] & span(left, width, T)[..., None, :]
 
 
-def _keep_minimum(context_RN, targets_RKN, minimum, generator):
+def _keep_minimum(context_RN, targets_RKN, minimum, noise):
     """Give contexts below `minimum` patches some more: unused patches first, then targets, which they cease to be."""
     short = context_RN.sum(-1) < minimum
     if not short.any():
         return context_RN, targets_RKN
     tier = torch.where(context_RN, 0.0, torch.where(targets_RKN.any(1), 2.0, 1.0))
-    order = (tier + torch.rand(tier.shape, generator=generator)).argsort(-1).argsort(-1)
+    order = (tier + noise(tuple(tier.shape))).argsort(-1).argsort(-1)
     context = torch.where(short[:, None], order < minimum, context_RN)
     return context, targets_RKN & ~context[:, None]
 
 
-def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, generator):
+def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, noise):
     """Exactly `n_context` visible and `n_target` target patches in the batch, still ragged from clip to clip.
 
     Surplus patches are dropped at random (each context keeps `minimum`); a lack is filled from patches that are
     neither, and from targets at the last.
     """
-
-    def noise(shape):
-        return torch.rand(shape, generator=generator)
 
     def smallest(score, count):
         chosen = torch.zeros(score.numel(), dtype=torch.bool)
@@ -197,10 +197,14 @@ def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, generator
 
 
 class MaskSampler:
-    """Masks of step s as a pure function of (seed, rank, s): nothing to save, and ranks never share a draw."""
+    """Masks of step s as a pure function of (seed, s) and of each clip's place in the global batch.
 
-    def __init__(self, cfg: MaskConfig, grid: tuple[int, int], *, seed: int = 0, rank: int = 0):
-        self.cfg, self.grid, self.seed, self.rank = cfg, grid, seed, rank
+    Drawn on torch's default device. Nothing to save, and W ranks with B / W clips draw between them what one rank draws
+    for B. A fixed token budget is the exception: each rank meets its share of it.
+    """
+
+    def __init__(self, cfg: MaskConfig, grid: tuple[int, int], *, seed: int = 0, rank: int = 0, world_size: int = 1):
+        self.cfg, self.grid, self.seed, self.rank, self.world_size = cfg, grid, seed, rank, world_size
         self.n_patches = math.prod(grid)
         self.minimum = min(cfg.min_context, self.n_patches // 4)
         self.budget = self._budget() if cfg.fixed_token_budget else None
@@ -209,47 +213,45 @@ class MaskSampler:
         return self.parts(step, steps, [batch])[0]
 
     def parts(self, step: int, steps: int, sizes: list[int]) -> list[Masks]:
-        """Masks of one batch, packed apart for its successive parts of so many clips."""
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([self.seed, self.rank, step]).generate_state(1, np.uint64)[0] >> 1)
-        )
+        """Masks of this rank's part of one batch, packed apart for its successive parts of so many clips."""
         per_clip = self.cfg.masks_per_clip
+        noise = Noise(self.seed, step, rank=self.rank, world_size=self.world_size, per_clip=per_clip)
         rows = [size * per_clip for size in sizes]
-        context, targets = self._draw(self.cfg.mask, sum(rows), step, steps, generator)
+        context, targets = self._draw(self.cfg.mask, sum(rows), step, steps, noise)
         if self.budget is None:
-            context, targets = _keep_minimum(context, targets, self.minimum, generator)
+            context, targets = _keep_minimum(context, targets, self.minimum, noise)
         pieces = zip(context.split(rows), targets.split(rows), strict=True)
-        return [self._pack(*piece, generator) for piece in pieces]
+        return [self._pack(*piece, noise) for piece in pieces]
 
-    def _pack(self, context: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> Masks:
+    def _pack(self, context: torch.Tensor, targets: torch.Tensor, noise: Noise) -> Masks:
         per_clip = self.cfg.masks_per_clip
         if self.budget is None:
             return Masks.pack(context, targets, per_clip)
         n_context, n_target = (round(len(context) * share) for share in self.budget)
         if self.cfg.mask == "random":
             n_target = context.numel() - n_context
-        context, targets = _fix_counts(context, targets, n_context, n_target, self.minimum, generator)
+        context, targets = _fix_counts(context, targets, n_context, n_target, self.minimum, noise)
         present = torch.ones(targets.shape[:2], dtype=torch.bool)  # static shapes: empty groups keep their sequence
         return Masks.pack(context, targets, per_clip, present)
 
-    def _draw(self, mask, R, step, steps, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, mask, R, step, steps, noise) -> tuple[torch.Tensor, torch.Tensor]:
         cfg = self.cfg
         if mask == "random":
             if not cfg.fixed_token_budget:
-                return random_masks(R, self.grid, cfg.mask_ratio, generator)
-            masked = self.n_patches * _uniform((R, 1), cfg.mask_ratio, generator)
-            context = torch.rand(R, self.n_patches, generator=generator).argsort(-1).argsort(-1) >= masked.round()
+                return random_masks(R, self.grid, cfg.mask_ratio, noise)
+            masked = self.n_patches * _uniform((R, 1), cfg.mask_ratio, noise)
+            context = noise((R, self.n_patches)).argsort(-1).argsort(-1) >= masked.round()
             return context, ~context[:, None]
         if mask == "block":
             return block_masks(
-                R, self.grid, cfg.block_targets, cfg.block_scale, cfg.block_aspect, cfg.context_scale, generator
+                R, self.grid, cfg.block_targets, cfg.block_scale, cfg.block_aspect, cfg.context_scale, noise
             )
         if mask == "time-frequency":
             return time_frequency_masks(
-                R, self.grid, cfg.tf_targets, cfg.tf_scale, cfg.block_aspect, cfg.context_scale, self.minimum, generator
+                R, self.grid, cfg.tf_targets, cfg.tf_scale, cfg.block_aspect, cfg.context_scale, self.minimum, noise
             )
-        is_tf = torch.rand(R, generator=generator) < curriculum_probability(step, steps, cfg.curriculum_c0)
-        easy, hard = (self._draw(kind, R, step, steps, generator) for kind in ("block", "time-frequency"))
+        is_tf = noise((R,)) < curriculum_probability(step, steps, cfg.curriculum_c0)
+        easy, hard = (self._draw(kind, R, step, steps, noise) for kind in ("block", "time-frequency"))
         K = max(easy[1].shape[1], hard[1].shape[1])
         easy_targets, hard_targets = (
             torch.nn.functional.pad(targets, (0, 0, 0, K - targets.shape[1])) for _, targets in (easy, hard)
@@ -263,7 +265,7 @@ class MaskSampler:
             visible = self.n_patches * (1 - sum(self.cfg.mask_ratio) / 2)
             return visible, self.n_patches - visible
         families = ("block", "time-frequency") if self.cfg.mask == "curriculum" else (self.cfg.mask,)
-        generator = torch.Generator().manual_seed(0)
-        pilots = [self._draw(family, 1024, 0, 1, generator) for family in families]
+        noise = Noise()
+        pilots = [self._draw(family, 1024, 0, 1, noise) for family in families]
         visible = min(context.sum().item() for context, _ in pilots) / 1024
         return max(visible, self.minimum), min(targets.sum().item() for _, targets in pilots) / 1024

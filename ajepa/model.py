@@ -186,9 +186,18 @@ class JEPA(nn.Module):
         """Let every linear layer compute with a copy of its parameters; returns the pairs (parameter, copy)."""
         return [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
 
+    def write_copies(self) -> None:
+        """For parameters that something else than the optimiser has set."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.write_copies()
+
     def configure(self, step: StepConfig, bf16: bool) -> None:
         """Set how the three networks compute."""
         self.parallel = step.parallel_encoders and next(self.parameters()).is_cuda
         for network in (self.context_encoder, self.predictor, self.target_encoder):
             network.recompute = step.recompute
             network.stream_dtype = torch.bfloat16 if bf16 and step.residual == "bf16" else None
+        for module in self.target_encoder.blocks.modules():
+            if isinstance(module, Linear):
+                module.fp8 = step.target_precision == "fp8"

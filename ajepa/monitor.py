@@ -1,6 +1,7 @@
 """What a run says: one line per interval on the screen, JSONL and TensorBoard files, MFU, the collapse warning."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -27,22 +28,35 @@ class NonFiniteError(RuntimeError):
 
 
 class RunLog:
-    """Log of one run in `folder`. Values stay on the device until an interval ends: no sync in between."""
+    """Log of one run in `folder`. Values stay on the device until an interval ends: no sync in between.
 
-    def __init__(self, folder: Path, optim: OptimConfig, start: int, device: torch.device, counts: dict[str, int]):
+    A quiet one (of ranks other than 0) keeps the counts and writes nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        optim: OptimConfig,
+        start: int,
+        device: torch.device,
+        counts: dict[str, int],
+        quiet: bool = False,
+    ):
         self.folder, self.optim, self.steps, self.counts = folder, optim, optim.steps, counts
         self.jsonl = folder / "metrics.jsonl"
-        _drop_after(self.jsonl, start)
-        self.file = open(self.jsonl, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start if start else None)
+        if not quiet:
+            _drop_after(self.jsonl, start)
+        self.file = open(os.devnull if quiet else self.jsonl, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        purge = start if start else None
+        self.board = None if quiet else SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.progress = Progress(
             TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
         self.task = self.progress.add_task("", total=self.steps, completed=start)
-        if self.console.is_terminal:
+        if self.console.is_terminal and not quiet:
             self.progress.start()
         self.pending: list[torch.Tensor] = []
         self.seconds = self.waited = 0.0  # of all counted steps
@@ -116,7 +130,7 @@ class RunLog:
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
         self.file.write(json.dumps(clean) + "\n")
         for key, value in clean.items():
-            if key != "step" and isinstance(value, int | float):
+            if self.board and key != "step" and isinstance(value, int | float):
                 self.board.add_scalar(key, value, record["step"])
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -142,7 +156,8 @@ class RunLog:
     def close(self) -> None:
         self.progress.stop()
         self.file.close()
-        self.board.close()
+        if self.board:
+            self.board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from ajepa.checkpoint import CheckpointError, load_latest, save_checkpoint
 from ajepa.compare import compare, table
 from ajepa.config import Config, ConfigError, Impl
 from ajepa.corpus import Corpus, open_corpus
+from ajepa.distributed import ElsewhereError, Ranks, ReplicaError, joined, speaks_for_node
 from ajepa.engine import Engine, choose_device
 from ajepa.features import encoder_features, log_mel_features
 from ajepa.files import write_atomic
@@ -28,37 +29,38 @@ from ajepa.monitor import NonFiniteError, RunLog, read_metrics, warn
 from ajepa.profiling import StepProfile
 
 
-def train(cfg: Config, folder: Path) -> dict[str, Any]:
-    """Run `cfg` in `folder` to its end, or to Ctrl-C. Returns the summary."""
-    device = choose_device(cfg.device)
-    torch.manual_seed(cfg.seed)
-    corpus = open_corpus(cfg)
-    engine = Engine(cfg, device)
+def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any] | None:
+    """Run `cfg` in `folder` to its end, or to Ctrl-C. Returns the summary (None but on rank 0)."""
+    torch.manual_seed(cfg.seed + 1_000_003 * ranks.rank)
+    corpus = ranks.first_alone(lambda: open_corpus(cfg))  # the others find its verdicts in the cache
+    engine = Engine(cfg, device, ranks)
     state, damaged = load_latest(folder / "checkpoints", engine)
-    for message in damaged:
+    for message in damaged if ranks.is_first else ():
         warn(f"{message}; using the one before")
     start, baselines = (state["step"], state["baselines"]) if state else (0, baseline_scores(cfg, engine, corpus))
     counts = state["counts"] if state else {"bad_steps": 0, "bad_in_a_row": 0}
-    loader = corpus.loader(cfg, state["loader"] if state else None)
-    sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
-    log = RunLog(folder, cfg.optim, start, device, counts)
+    loader = corpus.loader(cfg, state["loader"] if state else None, ranks.rank, ranks.world_size)
+    sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed, rank=ranks.rank, world_size=ranks.world_size)
+    log = RunLog(folder, cfg.optim, start, device, counts, quiet=not ranks.is_first)
     log.say(describe(cfg, engine, corpus, start))
 
     def save() -> None:
-        extra = {"loader": loader.state_dict(), "baselines": baselines, "counts": counts}
+        place = {**loader.state_dict(), "skipped": ranks.union(loader.skipped)}
+        extra = {"loader": place, "baselines": baselines, "counts": counts}
         save_checkpoint(folder / "checkpoints", step, engine, extra, cfg.watch.keep)
 
     step = start
-    profile = StepProfile(folder, cfg.step.profile, device, log.say)
+    profile = StepProfile(folder, cfg.step.profile if ranks.is_first else 0, device, log.say)
     with closing(log, loader, profile), catch_signals() as stop:
-        while step < cfg.optim.steps and not stop:
+        while step < cfg.optim.steps and not ranks.stopping(stop):
             tick = time.perf_counter()
             pcm, lengths = to_device(next(loader), device)
             waited = time.perf_counter() - tick
             masks = engine.masks(sampler, step, len(pcm))
-            result = engine.step(pcm, lengths, masks, step)
+            share = ranks.share(sum(len(part.target) for part in masks), bool(stop))
+            result = engine.step(pcm, lengths, masks, step, share)
             step += 1
-            log.add(result, len(pcm), time.perf_counter() - tick, waited)
+            log.add(result, len(pcm) * ranks.world_size, time.perf_counter() - tick, waited)
             profile.step(partial(engine.flops, masks), log.peak)
 
             last = step == cfg.optim.steps
@@ -75,14 +77,18 @@ def train(cfg: Config, folder: Path) -> dict[str, Any]:
                 gc.collect()
                 gc.freeze()  # the model lives as long as the process: no need to scan it again and again
 
-        skipped = corpus.write_skipped(folder, loader)
+        found = ranks.union(loader.skipped)
+        skipped = ranks.first(lambda: corpus.write_skipped(folder, found.items()))
         if step < cfg.optim.steps:
             log.flush(step)
             save()
             log.say(f"stopped after step {step}; continue with --out {folder} --resume")
             raise KeyboardInterrupt
-        rates = compare_engines(cfg, device, corpus, min(cfg.watch.compare_steps, cfg.optim.steps))
-        summary = finish(cfg, folder, engine, log, baselines, rates, skipped)
+        encoder = engine.target_encoder()
+        if skipped is None:  # not rank 0, which does the rest
+            return None
+        rates = compare_engines(cfg, device, corpus, min(cfg.watch.compare_steps, cfg.optim.steps), ranks.world_size)
+        summary = finish(cfg, folder, engine, encoder, log, baselines, rates, skipped)
         draw(cfg, folder, engine, corpus, baselines)
     return summary
 
@@ -98,7 +104,7 @@ def baseline_scores(cfg: Config, engine: Engine, corpus: Corpus) -> dict[str, fl
 
 def score(cfg: Config, engine: Engine, corpus: Corpus) -> dict[str, float | None]:
     """Effective rank, mean cosine and kNN accuracy of the EMA target encoder on the labelled slice."""
-    features = encoder_features(engine.model.target_encoder, engine.front_end, cfg.front_end, cfg.watch.pooling)
+    features = encoder_features(engine.target_encoder(), engine.front_end, cfg.front_end, cfg.watch.pooling)
     with engine.autocast():
         return corpus.evaluation.score(features, engine.device)
 
@@ -109,14 +115,16 @@ def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in (batch.pcm, batch.lengths))
 
 
-def compare_engines(cfg: Config, device: torch.device, corpus: Corpus, steps: int) -> dict[str, float]:
-    """Clips per second of plain PyTorch and of this run's engine on the same `steps` batches."""
+def compare_engines(
+    cfg: Config, device: torch.device, corpus: Corpus, steps: int, world_size: int = 1
+) -> dict[str, float]:
+    """Clips per second of plain PyTorch and of this run's engine, on one device and its share of `steps` batches."""
     if steps == 0:
         return {}
     also: list[Impl] = ["compile"] if cfg.compare else []
     impls: list[Impl] = list(dict.fromkeys(["reference", *also, cfg.impl]))
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
-    with contextlib.closing(corpus.loader(cfg, None)) as loader:
+    with contextlib.closing(corpus.loader(cfg, None, 0, world_size)) as loader:
         pairs = [to_device(next(loader), device) for _ in range(steps)]
     batches = [
         (pcm, lengths, sampler(i, cfg.optim.steps, len(pcm)).to(device)) for i, (pcm, lengths) in enumerate(pairs)
@@ -124,9 +132,11 @@ def compare_engines(cfg: Config, device: torch.device, corpus: Corpus, steps: in
     return compare(cfg, device, batches, impls)
 
 
-def finish(cfg: Config, folder: Path, engine: Engine, log: RunLog, baselines, rates, skipped: int) -> dict[str, Any]:
+def finish(
+    cfg: Config, folder: Path, engine: Engine, encoder, log: RunLog, baselines, rates, skipped: int
+) -> dict[str, Any]:
     """Write weights and summary, and say how it went."""
-    weights = {k: v.contiguous().cpu() for k, v in engine.model.target_encoder.state_dict().items()}
+    weights = {k: v.contiguous().cpu() for k, v in encoder.state_dict().items()}
     write_atomic(folder / "encoder.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
     records = read_metrics(folder)
     last = {key: r[key] for r in records for key in r}  # later records overwrite earlier ones
@@ -270,12 +280,19 @@ def main(argv: list[str] | None = None) -> int:
             device = choose_device(cfg.device)
             print(table(compare_engines(cfg, device, open_corpus(cfg), max(1, cfg.watch.compare_steps))))
             return 0
-        folder = open_run(cfg)
-        if folder is not None:
-            train(cfg, folder)
+        with joined(cfg, choose_device(cfg.device)) as (ranks, device):
+            folder = ranks.gather(ranks.first(lambda: open_run(cfg)))[0]
+            if folder is not None:
+                train(cfg, folder, device, ranks)
     except KeyboardInterrupt:
         return 130
-    except (ConfigError, DataError, CheckpointError, NonFiniteError, OSError) as error:
+    except ElsewhereError:
+        return 2
+    except (ConfigError, NonFiniteError) as error:  # all ranks come to the same
+        if speaks_for_node():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DataError, CheckpointError, ReplicaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

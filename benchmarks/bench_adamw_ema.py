@@ -6,7 +6,7 @@ of p written) over the measured copy rate.
 
 import pytest
 import torch
-from ceilings import copy_bytes_per_ms, left_out
+from ceilings import SECONDS, copy_bytes_per_ms, left_out
 from conftest import DEVICE
 
 from ajepa_kernels import AdamWEMA
@@ -61,7 +61,7 @@ def test_adamw_ema(interleave, record):
     for a, b in zip([*ours_params, *ours_emas], [*params, *emas], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     n = sum(p.numel() for p in params)
-    times = interleave({name: step for name, (*_, step) in made.items()})
+    times = interleave({name: step for name, (*_, step) in made.items()}, SECONDS)
     peer = "torch fused AdamW + foreach"
     floor = 38 * n / copy_bytes_per_ms()
     record("adamw_ema", f"{n / 1e6:.1f} M parameters", times, plain=peer, peers=[peer], floor_ms=floor)
@@ -78,5 +78,5 @@ def test_remainder(interleave, record):
     emas = [p.detach().float() for p in params]
     optimizer = AdamWEMA(params, ema=zip(params, emas, strict=True), remainder=True, lr=1e-3)
     n = sum(p.numel() for p in params)
-    times = interleave({"ajepa AdamWEMA, remainder": lambda: optimizer.step(ema_decay=0.999)})
+    times = interleave({"ajepa AdamWEMA, remainder": lambda: optimizer.step(ema_decay=0.999)}, SECONDS)
     record("adamw_ema", f"{n / 1e6:.1f} M parameters, remainder", times, floor_ms=34 * n / copy_bytes_per_ms())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from ceilings import copy_bytes_per_ms, left_out, rotating
+from ceilings import SECONDS, copy_bytes_per_ms, left_out, rotating
 from conftest import DEVICE
 
 from ajepa_kernels import masked_attention
@@ -138,5 +138,5 @@ def test_attention(batch, ragged, backward, interleave, record):
     plain = "plain PyTorch" if "plain PyTorch" in timed else "ajepa masked_attention"
     shape = f"{batch} x {'32-96' if ragged else 64} visible, {'forward + backward' if backward else 'forward'}"
     peers = [name for name in timed if name not in (plain, "ajepa masked_attention")]
-    record("masked_attention", shape, interleave(timed), plain=plain, peers=peers, floor_ms=floor)
+    record("masked_attention", shape, interleave(timed, SECONDS), plain=plain, peers=peers, floor_ms=floor)
     left_out(missing)

@@ -90,7 +90,7 @@ def run(engine: Engine, batches, sampler: MaskSampler, steps: int) -> tuple[list
         tick = time.perf_counter()
         data, lengths = (t.to(engine.device, non_blocking=True) for t in next(batches))
         waits.append(time.perf_counter() - tick)
-        masks = sampler(step, CFG.optim.steps, BATCH).to(engine.device)
+        masks = engine.masks(sampler, step, BATCH)
         losses.append(engine.step(data, lengths, masks, CFG.optim.warmup_steps + step).loss)
         if DEVICE == "cuda":
             torch.cuda.synchronize()

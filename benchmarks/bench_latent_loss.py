@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from ceilings import copy_bytes_per_ms, left_out, rotating
+from ceilings import SECONDS, copy_bytes_per_ms, left_out, rotating
 from conftest import DEVICE
 
 from ajepa_kernels import latent_l2_loss, latent_l2_loss_reference
@@ -45,6 +45,13 @@ def test_latent_loss(T, kind, interleave, record):
     }
     floor = 3 * T * C * size / copy_bytes_per_ms()
     shape = f"{T} x {C}, {kind}, forward + backward"
-    record("latent_l2_loss", shape, interleave(timed), plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor)
+    record(
+        "latent_l2_loss",
+        shape,
+        interleave(timed, SECONDS),
+        plain="plain PyTorch",
+        peers=["torch.compile"],
+        floor_ms=floor,
+    )
     if DEVICE == "cpu":
         left_out({"the kernel": "needs a GPU: latent_l2_loss is its plain definition here"})

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from ceilings import copy_bytes_per_ms, left_out, rotating
+from ceilings import SECONDS, copy_bytes_per_ms, left_out, rotating
 from conftest import DEVICE
 
 from ajepa_kernels import add_layer_norm
@@ -45,7 +45,7 @@ def test_layer_norm(M, C, interleave, record):
         name: rotating(functools.partial(both_ways, function), make, 3 * M * C * size)
         for name, function in functions.items()
     }
-    times = interleave(timed)
+    times = interleave(timed, SECONDS)
     floor = 8 * M * C * size / copy_bytes_per_ms()
     peers = ["torch.compile"]
     record(

@@ -22,7 +22,7 @@ def draw(result: dict, folder: Path) -> None:
     for path in [path for name in ("train_step", "scaling", "floor") for path in plots_of(result, name)]:
         plot = path.removesuffix(".png").rsplit("-", 1)[1]
         figure = {"floor": floor, "throughput": throughput, "phases": phases, "scaling": scaling}[plot](result)
-        figure.savefig(folder / path, dpi=110, metadata={"Software": None})
+        figure.savefig(folder / path, dpi=90, metadata={"Software": None})
         plt.close(figure)
 
 

@@ -100,8 +100,8 @@ def whole_rows(records: list[dict]) -> list[list[str]]:
 
 
 ON_A_CPU = (
-    "On a CPU `log_mel` alone has a kernel; its floor is a bare rfft of the same frames, which does less. The other ops "
-    "are their plain definitions there, which torch.compile may beat."
+    "On a CPU `log_mel` alone has a kernel; its floor is a bare rfft of the same frames, which does less. The other "
+    "ops\nare their plain definitions there, which torch.compile may beat."
 )
 WHOLE_HEAD = "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data"
 KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer"
@@ -170,7 +170,8 @@ def readme_section(results: list[dict]) -> str:
 def results_page(results: list[dict]) -> str:
     parts = ["# Benchmark results", "Written by `benchmarks/report.py` from the JSON files beside it. "
              "Ratios above 1: faster than plain PyTorch, or than the best peer, in the same run. The floor of an op is "
-             "the time of its least bytes at the copy rate measured then; MFU is the share of the matrix product rate measured then."]  # fmt: skip
+             "the time of its least bytes at the copy rate measured then; MFU is the share of the matrix product rate "
+             "measured then."]  # fmt: skip
     if not any(result["gpu"] for result in results):
         parts.append(UNMEASURED)
     for result in results:

@@ -18,7 +18,7 @@ import torch
 ARCHS = (80, 90, 100)
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 # tensor-core instructions, by the width of the unit that runs them: warp, warp group, tensor memory
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA", "UTCQMMA")
@@ -127,16 +127,18 @@ META = {"device": "meta"}
 
 
 def attention(S: int, D: int, dtype: torch.dtype) -> None:
-    from ajepa_kernels.attention import _masked_attention_bwd, _masked_attention_fwd, _packed_layout
+    from ajepa_kernels._attention_layout import packed_layout
+    from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
 
     qkv, cu = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(5, dtype=torch.int32, **META)
-    arguments = (*_packed_layout(qkv, cu, S, None, None, None), 0.125, False)
+    arguments = (*packed_layout(qkv, cu, S, None, None, None), 0.125, False)
     out, lse = _masked_attention_fwd(qkv, None, None, *arguments)
     _masked_attention_bwd(out, qkv, None, None, out, lse, *arguments)
 
 
 def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
-    from ajepa_kernels.attention import Layout, _masked_attention_bwd, _masked_attention_fwd
+    from ajepa_kernels._attention_layout import Layout
+    from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
 
     qkv, rows = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(4 * S, dtype=torch.int64, **META)
     start = torch.empty(4, dtype=torch.int64, **META)
@@ -162,19 +164,26 @@ def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype) -> None:
     _add_layer_norm_bwd(normed, total, total, weight, True, 1e-5, dtype)
 
 
-def optimizer(remainder: bool) -> None:
-    from ajepa_kernels import AdamWEMA
-    from ajepa_kernels.adamw_ema import _ema_update
+def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
+    from ajepa_kernels.bias_gelu import _bias_gelu_bwd, _bias_gelu_fwd
 
-    dtype = torch.bfloat16 if remainder else torch.float32
-    p = torch.nn.Parameter(torch.empty(768, 768, dtype=dtype, **META))
-    p.grad, ema, scalar = torch.empty_like(p), torch.empty(768, 768, **META), torch.empty((), **META)
-    copies = [(ema, torch.empty(768, 768, dtype=torch.bfloat16, **META))]
-    adamw = AdamWEMA(
-        [p], ema=[(p, ema)], copies=copies, remainder=remainder, impl="triton", capturable=True, fused=False
-    )
-    adamw.step(ema_decay=scalar, grad_scale=scalar, found_inf=scalar)
-    _ema_update([ema], [p.detach()], scalar, 0.0)
+    x, bias = torch.empty(4096, C, dtype=dtype, **META), torch.empty(C, **META)
+    _bias_gelu_bwd(_bias_gelu_fwd(x, bias, approximate == "tanh", dtype), x, bias, approximate == "tanh")
+
+
+def optimizer(remainder: bool) -> None:
+    from ajepa_kernels._adamw_ema import _adamw_ema
+    from ajepa_kernels.ema_update import _ema_update
+
+    draw = lambda dtype: [torch.empty(768, 768, dtype=dtype, **META)]  # noqa: E731
+    weights, scalar = torch.bfloat16 if remainder else torch.float32, torch.empty((), **META)
+    params, emas, remainders = draw(weights), draw(torch.float32), draw(torch.int16) if remainder else []
+    _adamw_ema(
+        params, draw(weights), draw(torch.float32), draw(torch.float32), [scalar], remainders, emas, [],
+        draw(torch.bfloat16), [scalar], [0 if remainder else -1, 0, -1, 0, 0], [0, -1],
+        [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0,
+    )  # fmt: skip
+    _ema_update(emas, params, scalar, 0.0)
 
 
 B, F = torch.bfloat16, torch.float32
@@ -185,16 +194,19 @@ CORE = {
     "attention 32 x 64 fp32": (attention, 32, 64, F),
     "loss 768": (loss, 768, "l2", B),
     "layer norm 768": (layer_norm, 768, B, F),
+    "bias gelu 3072": (gelu, 3072, "none", B),
     "optimizer": (optimizer, False),
 }
 REST = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 128, 300) for D in (32, 64, 96, 128)},
-    **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 32, 300) for D in (32, 64, 128)},
-    "attention 128 x 64 gathered": (attention_gathered, 128, 64, B),
-    "attention 300 x 64 gathered": (attention_gathered, 300, 64, B),
+    **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 32, 64, 300) for D in (32, 64, 128)},
+    **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (128, 300) for D in (64, 96, 128)},
+    **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 4096)},
     "layer norm 768 fp32": (layer_norm, 768, F, F),
+    **{f"bias gelu {C} {a}": (gelu, C, a, B) for C, a in ((1536, "none"), (3072, "tanh"), (1000, "tanh"))},
+    "bias gelu 3072 fp32": (gelu, 3072, "none", F),
     "optimizer remainder": (optimizer, True),
 }
 REST = {name: case for name, case in REST.items() if name not in CORE}

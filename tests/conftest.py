@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 
 if os.environ.get("AJEPA_TEST_MISSING") == "skip":
     from missing import *  # noqa: F403
@@ -53,3 +54,10 @@ SMALL = [
 def small_run(tones, tmp_path):
     """Command line of a small run on `tones` in a new folder, and that folder."""
     return ["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL], tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs `ajepa.train.main` in processes of their own, without importing torch anew in each."""
+    with Forks() as server:
+        yield server

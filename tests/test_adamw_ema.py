@@ -4,8 +4,9 @@ import pytest
 import torch
 from oracle import DEVICE, IMPLS, INTERPRET, needs_kernel
 
-from ajepa_kernels import AdamWEMA, ema_update_
-from ajepa_kernels.adamw_ema import CHUNK, join_remainder, split_remainder
+from ajepa_kernels import AdamWEMA, _tables, ema_update_
+from ajepa_kernels._tables import CHUNK
+from ajepa_kernels.adamw_ema import join_remainder, split_remainder
 
 SHAPES = [(3, 5), (CHUNK + 17,), (1,), (0,), (64, 32)]  # odd, more than one chunk, a scalar's worth, empty, aligned
 
@@ -185,8 +186,81 @@ def test_ema_update(impl, decay):
         torch.testing.assert_close(t.double(), w, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("remainder", [False, True])
+def test_step_compiles_whole(impl, remainder):
+    """What a compiled training step does is what an eager one does; schedules are tensors, which it reads again."""
+    made = []
+    for compiled in (False, True):
+        params = parameters(torch.bfloat16 if remainder else torch.float32)
+        emas, copies = [p.detach().float() for p in params], [torch.zeros_like(p, dtype=torch.float16) for p in params]
+        lr, decay, scale = (torch.tensor(x, device=DEVICE) for x in (1e-2, 0.5, 2.0))
+        optimizer = AdamWEMA(
+            groups(params, lr), zip(params, emas, strict=True), zip(emas, copies, strict=True),
+            remainder=remainder, lr=lr, impl=impl,
+        )  # fmt: skip
+        step = lambda optimizer=optimizer, decay=decay, scale=scale: (  # noqa: E731
+            optimizer.step(ema_decay=decay, grad_scale=scale, found_inf=scale - scale)
+        )
+        step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        for i in range(3):
+            for p, g in zip(params, parameters(params[0].dtype, seed=i), strict=True):
+                p.grad = None if p is params[2] else g.detach()  # one parameter has an average alone
+            for scalar in (lr, decay, scale):
+                scalar.mul_(1.1)
+            version = params[0]._version
+            step()
+            assert compiled or params[0]._version > version  # autograd's check of saved tensors sees the update
+        states = [optimizer.state[p] for p in params if p.grad is not None]
+        made.append([*params, *emas, *copies, *(x for state in states for x in state.values())])
+    for eager, got in zip(*made, strict=True):
+        torch.testing.assert_close(got, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_step_compiles_in_inductor(impl):
+    """Updates land in the tensors themselves, not in copies that a functional graph makes of them."""
+    torch.manual_seed(0)
+    model, target = torch.nn.Linear(4, 4, device=DEVICE), torch.nn.Linear(4, 4, device=DEVICE)
+    pairs = list(zip(model.parameters(), target.parameters(), strict=True))
+    optimizer = AdamWEMA(model.parameters(), ema=pairs, lr=torch.tensor(0.1, device=DEVICE), impl=impl)
+    x, decay = torch.randn(8, 4, device=DEVICE), torch.tensor(0.9, device=DEVICE)
+    update = torch.compile(lambda: optimizer.step(ema_decay=decay), fullgraph=True)
+    losses = []
+    for _ in range(5):
+        loss = (model(x) - target(x).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @needs_kernel
 def test_opcheck():
+    draw = lambda n=2: [torch.rand(20, device=DEVICE) for _ in range(n)]  # noqa: E731
+    params, grads, steps = draw(3), draw(), [torch.zeros((), device=DEVICE) for _ in range(2)]
+    scalar = torch.tensor(0.5, device=DEVICE)
+    places = [-1, 0, -1, -1, 0, -1, 1, 0, -1, 0, -1, 2, -1, 0, 0]  # the third parameter has no gradient
+    torch.library.opcheck(
+        torch.ops.ajepa.adamw_ema_.default,
+        (params, grads, draw(), draw(), steps, [], draw(3), draw(1), draw(1), [scalar], places, [0, -1],
+         [0.9, 0.99, 1e-8, 0.0, 0.1, 1.0], scalar, scalar - scalar, scalar, 0.0),
+    )  # fmt: skip
+
+
+def test_opcheck_plain():
+    draw = lambda: [torch.rand(20, device=DEVICE) for _ in range(2)]  # noqa: E731
+    steps, scalar = [torch.zeros((), device=DEVICE) for _ in range(2)], torch.tensor(0.5, device=DEVICE)
+    for lr in (scalar, None):
+        torch.library.opcheck(
+            torch.ops.ajepa.fused_adamw_.default,
+            (draw(), draw(), draw(), draw(), [], steps, lr, 0.1, 0.9, 0.99, 0.1, 1e-8, False, False, scalar, None),
+        )
+
+
+@needs_kernel
+def test_opcheck_ema():
     targets, sources = [torch.randn(20, device=DEVICE)], [torch.randn(20, device=DEVICE)]
     for decay in (None, torch.tensor(0.5, device=DEVICE)):
         torch.library.opcheck(torch.ops.ajepa.ema_update_.default, (targets, sources, decay, 0.5))
@@ -200,6 +274,16 @@ def test_ema_update_compiles_whole(impl):
     torch.testing.assert_close(target, torch.full_like(target, 0.75))
 
 
+def test_tables_made_in_a_capture_are_its_own(monkeypatch):
+    """Their memory is filled when the graph is replayed, not before: an eager step must not find them."""
+    make, device = lambda: (torch.zeros(1),), torch.device("cuda")
+    monkeypatch.setattr(_tables, "_captured", [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first, second = (_tables.cached(("test",), make, device) for _ in range(2))
+    assert first is not second and ("test",) not in _tables._cached
+    assert _tables._captured[0] is first and _tables._captured[1] is second  # alive as long as the graph may be
+
+
 def test_errors():
     p, q = torch.nn.Parameter(torch.zeros(3)), torch.zeros(4)
     with pytest.raises(ValueError, match="equally many"):
@@ -208,6 +292,8 @@ def test_errors():
         ema_update_([p.detach()], [q], 0.9)
     with pytest.raises(ValueError, match="equal shapes and devices"):
         AdamWEMA([p], ema=[(p, q)])
+    with pytest.raises(ValueError, match="two averages"):
+        AdamWEMA([p], ema=[(p, p.detach()), (p, p.detach())])
     if DEVICE == "cpu" and not INTERPRET:
         p.grad = torch.zeros(3)
         with pytest.raises(ValueError, match="impl='triton' is impossible"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ajepa.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.config import PRESETS, Config
 from ajepa.engine import Engine
 from ajepa.graph import StepGraphs
@@ -105,6 +106,17 @@ def test_bf16_reads_copies_that_the_optimiser_writes(residual):
     assert torch.equal(other.model.predictor.head.copies[0], engine.model.predictor.head.weight.bfloat16())
 
 
+def test_a_checkpoint_restores_the_copies_too(tmp_path):
+    cfg = make(precision="bf16")
+    _, engine = run(cfg)
+    path = save_checkpoint(tmp_path, 4, engine, {}, keep=1)
+    other = Engine(replace(cfg, seed=7), CPU)
+    load_checkpoint(path, other)
+    masks = MaskSampler(cfg.mask, cfg.front_end.grid)(4, 100, 3)
+    pcm, lengths = torch.randint(-9999, 9999, (3, 32_000), dtype=torch.int16), torch.full((3,), 32_000)
+    assert engine.step(pcm, lengths, masks, 4).loss == other.step(pcm, lengths, masks, 4).loss
+
+
 def test_copies_give_gradients_of_the_masters_in_float32():
     torch.manual_seed(0)
     engine = Engine(make(precision="bf16"), CPU)
@@ -129,3 +141,16 @@ def test_flops_count_each_micro_batch_and_the_published_model():
     whole = engine.flops(sampler(0, 1, 6))
     assert whole / 6 == pytest.approx(64.5e9, rel=0.01)  # with 64 of 128 patches visible
     assert engine.flops(sampler.parts(0, 1, [4, 2])) == pytest.approx(whole)
+
+
+def test_fp8_targets_point_where_the_others_do():
+    """The gate of fp8: the cosine of each target to the full-precision one, and the loss curve."""
+    full, engine = run(make(precision="bf16", model={"target_layers": 1}), steps=6)
+    cfg = make(step={"target_precision": "fp8"}, precision="bf16", model={"target_layers": 1})
+    low, other = run(cfg, steps=6)
+    assert low == pytest.approx(full, rel=0.03)
+    other.model.load_state_dict(engine.model.state_dict())
+    patches = torch.randn(4, cfg.front_end.n_patches, cfg.front_end.patch_dim)
+    with torch.no_grad(), engine.autocast():
+        a, b = (e.model.target_encoder.targets(patches).float() for e in (engine, other))
+    assert not torch.equal(a, b) and torch.cosine_similarity(a, b, dim=-1).min() > 0.98

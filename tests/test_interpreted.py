@@ -13,7 +13,7 @@ import torch
 
 from ajepa_kernels._triton import triton
 
-TESTS = ["kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm"]
+TESTS = ["kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm", "bias_gelu", "fp8"]
 
 
 @pytest.mark.skipif(triton is None, reason="triton is not installed")

@@ -92,6 +92,19 @@ def test_compiles_whole(impl):
     torch.testing.assert_close(both(compiled, prediction, upstream), both(function, prediction, upstream))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(kind, impl):
+    """The loss stays float32, its gradient in the dtype of the prediction."""
+    prediction = torch.randn(6, 32, device=DEVICE).half().requires_grad_()
+    latents, index = torch.randn(9, 32, device=DEVICE).half(), torch.randint(9, (6,), device=DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        loss = latent_l2_loss(prediction, latents, index, kind=kind, impl=impl)
+    torch.testing.assert_close(loss, latent_l2_loss_reference(prediction, latents, index, kind))
+    loss.backward()
+    assert loss.dtype == torch.float32 and prediction.grad.dtype == torch.float16 and prediction.grad.isfinite().all()
+
+
 @needs_kernel
 def test_opcheck():
     prediction, latents = torch.randn(6, 32, device=DEVICE), torch.randn(9, 32, device=DEVICE)

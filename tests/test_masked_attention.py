@@ -4,8 +4,9 @@ import pytest
 import torch
 from oracle import DEVICE, DTYPES, IMPLS, INTERPRET, assert_as_good, needs_kernel, poison, relative_error  # noqa: F401
 
-from ajepa_kernels import masked_attention, masked_attention_reference
-from ajepa_kernels.attention import _dense_layout, _packed_layout
+from ajepa_kernels import _triton, masked_attention, masked_attention_reference
+from ajepa_kernels._attention_layout import dense_layout, packed_layout
+from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
 
 
 def oracle(q, k, v, spans, scale=None):
@@ -60,6 +61,29 @@ def test_packed(lengths, head_dim, dtype, impl):
         lambda x: oracle(*x.unbind(1), spans),
         [qkv], upstream, dtype,
     )  # fmt: skip
+
+
+@needs_kernel
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU that is here decides")
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tiles_of_ampere(head_dim, monkeypatch):
+    """There the backward of 128 tokens takes the queries in several tiles, in one launch."""
+    monkeypatch.setattr(_triton, "_recorded_arch", 80)
+    lengths = [70, 0, 128, 1]
+    spans, cu = packed_spans(lengths)
+    check(
+        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=128, impl="triton"),
+        lambda x: masked_attention_reference(x, cu, 128),
+        lambda x: oracle(*x.unbind(1), spans),
+        [torch.randn(199, 3, 1, head_dim)], torch.randn(199, 1, head_dim), torch.float16,
+    )  # fmt: skip
+    arguments = (torch.empty(199, 3, 1, head_dim, dtype=torch.float16, device="meta"), None, None)
+    layout = packed_layout(arguments[0], cu.to("meta"), 128, None, None, None)
+    with _triton.record_launches(80) as launches:
+        out, lse = _masked_attention_fwd(*arguments, *layout, 0.1, False)
+        _masked_attention_bwd(out, *arguments, out, lse, *layout, 0.1, False)
+    assert len(launches) == 2 and not lse.numel()
 
 
 @pytest.mark.usefixtures("poison")
@@ -192,8 +216,8 @@ def test_opcheck(S):
     qkv = torch.randn(2 * S, 3, 2, 32, device=DEVICE)
     cu = torch.tensor([0, S, 2 * S], device=DEVICE)
     layouts = [
-        (qkv, _packed_layout(qkv, cu, S, None, None, None)),
-        (qkv, _dense_layout(qkv.unflatten(0, (2, S)), qkv.unflatten(0, (2, S)), torch.rand(2, S, device=DEVICE) < 0.5,
+        (qkv, packed_layout(qkv, cu, S, None, None, None)),
+        (qkv, dense_layout(qkv.unflatten(0, (2, S)), qkv.unflatten(0, (2, S)), torch.rand(2, S, device=DEVICE) < 0.5,
                             None, None, None, True)),
     ]  # fmt: skip
     for x, layout in layouts:

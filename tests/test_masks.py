@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,13 +13,10 @@ from ajepa.masks import (
     random_masks,
     time_frequency_masks,
 )
+from ajepa.noise import Noise, hash64, mix64
 
 GRIDS = [(8, 16), (8, 64), (8, 8), (3, 11)]
 FAMILIES = ["random", "block", "time-frequency", "curriculum"]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def rectangle(mask_FT):
@@ -31,7 +29,7 @@ def rectangle(mask_FT):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_random_masks_split_every_clip_at_one_share_and_cover_patches_evenly(grid):
-    context, targets = random_masks(4000, grid, (0.4, 0.6), generator())
+    context, targets = random_masks(4000, grid, (0.4, 0.6), Noise())
     assert targets.shape == (4000, 1, math.prod(grid))
     assert torch.equal(context, ~targets[:, 0])
     shares = targets.float().mean(-1).unique()
@@ -42,7 +40,7 @@ def test_random_masks_split_every_clip_at_one_share_and_cover_patches_evenly(gri
 
 
 def test_random_ratio_is_uniform_between_batches():
-    ratios = torch.tensor([random_masks(1, (8, 16), (0.4, 0.6), generator(s))[1].float().mean() for s in range(2000)])
+    ratios = torch.tensor([random_masks(1, (8, 16), (0.4, 0.6), Noise(s))[1].float().mean() for s in range(2000)])
     assert ratios.min() < 0.41 and ratios.max() > 0.59
     assert abs(ratios.mean() - 0.5) < 0.01 and abs(ratios.std() - 0.2 / math.sqrt(12)) < 0.004
 
@@ -50,7 +48,7 @@ def test_random_ratio_is_uniform_between_batches():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_block_targets_are_rectangles_of_the_asked_area_and_never_seen(grid):
     F, T = grid
-    context, targets = block_masks(500, grid, 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), generator())
+    context, targets = block_masks(500, grid, 4, (0.15, 0.2), (0.75, 1.5), (0.85, 1.0), Noise())
     assert not (context[:, None] & targets).any()
     for block in targets.flatten(0, 1)[:300]:
         height, width = rectangle(block.view(F, T))
@@ -63,7 +61,7 @@ def test_block_targets_are_rectangles_of_the_asked_area_and_never_seen(grid):
 
 @pytest.mark.parametrize("grid", [(8, 64), (8, 16), (16, 16)])
 def test_time_frequency_context_shares_no_row_or_column_with_a_target(grid):
-    context, targets = time_frequency_masks(500, grid, 3, (0.05, 0.075), (0.75, 1.5), (0.85, 1.0), 10, generator())
+    context, targets = time_frequency_masks(500, grid, 3, (0.05, 0.075), (0.75, 1.5), (0.85, 1.0), 10, Noise())
     F, T = grid
     seen, union = context.view(-1, F, T), targets.any(1).view(-1, F, T)
     assert not (seen & union).any()
@@ -126,7 +124,7 @@ def test_packing_says_the_same_as_the_booleans(mask, masks_per_clip):
 @pytest.mark.parametrize("mask", FAMILIES)
 def test_draws_depend_on_seed_rank_and_step_alone(mask):
     def draw(seed=0, rank=0, step=4):
-        return MaskSampler(MaskConfig(mask=mask), (8, 16), seed=seed, rank=rank)(step, 10, 4).context
+        return MaskSampler(MaskConfig(mask=mask), (8, 16), seed=seed, rank=rank, world_size=2)(step, 10, 4).context
 
     assert torch.equal(draw(), draw())
     for other in (draw(seed=1), draw(rank=1), draw(step=5)):
@@ -176,3 +174,48 @@ def test_pack_accepts_a_context_without_targets():
     assert masks.target.tolist() == [6, 7]
     assert masks.predict_cu.tolist() == [0, 6]
     assert masks.predict.tolist() == [6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("mask", FAMILIES)
+@pytest.mark.parametrize("masks_per_clip", [1, 3])
+def test_ranks_draw_between_them_what_one_rank_draws(mask, masks_per_clip):
+    """Rank r of 4 holds clips r, r + 4... of the global batch: its contexts and targets are those clips' own."""
+    cfg, grid = MaskConfig(mask=mask, masks_per_clip=masks_per_clip), (8, 16)
+    whole = MaskSampler(cfg, grid, seed=2)(3, 10, 12)
+    N = 128
+    for rank in range(4):
+        part = MaskSampler(cfg, grid, seed=2, rank=rank, world_size=4)(3, 10, 3)
+        for name in ("context", "target"):
+            everything, own = getattr(whole, name), getattr(part, name)
+            mine = everything[everything // N % 4 == rank]
+            assert torch.equal(mine // N // 4 * N + mine % N, own)
+
+
+def test_noise_is_uniform_and_independent_between_calls_steps_and_seeds():
+    noise = Noise(1, 2)
+    draws = [noise((2000, 8)), noise((2000, 8)), Noise(1, 3)((2000, 8)), Noise(2, 2)((2000, 8))]
+    for x in draws:
+        assert x.min() >= 0 and x.max() < 1
+        assert abs(x.mean() - 0.5) < 0.01 and abs(x.var() - 1 / 12) < 0.003
+    flat = torch.stack([x.flatten() for x in draws])
+    assert (flat.corrcoef() - torch.eye(4)).abs().max() < 0.03
+
+
+def test_noise_on_tensors_is_the_hash_of_the_loader():
+    counter = torch.randint(-(2**63), 2**63 - 1, (1000,), dtype=torch.int64)
+    key = int(np.random.SeedSequence([5, 2, 9]).generate_state(1, np.uint64)[0])
+    want = hash64(5, 2, 9, counter.numpy().view(np.uint64))
+    assert np.array_equal(mix64(counter, key).numpy().view(np.uint64), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mask", ["random", "block", "time-frequency", "curriculum"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_masks_drawn_on_a_gpu_are_those_of_the_cpu(mask, fixed):
+    sampler = MaskSampler(MaskConfig(mask=mask, fixed_token_budget=fixed), (8, 16), seed=3)
+    want = sampler(7, 10, 32)
+    with torch.device("cuda"):
+        got = sampler(7, 10, 32)
+    assert got.max_context == want.max_context
+    assert all(torch.equal(x.cpu(), want.tensors()[name]) for name, x in got.tensors().items())

@@ -1,7 +1,10 @@
 """Drop-in operations for joint-embedding predictive architectures. Needs torch alone; imports without a GPU."""
 
-from ajepa_kernels.adamw_ema import AdamWEMA, ema_update_, ema_update_reference_
+from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
+from ajepa_kernels.bias_gelu import bias_gelu, bias_gelu_reference
+from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
+from ajepa_kernels.fp8 import fp8_linear, quantize_rows, quantize_rows_reference
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
@@ -13,13 +16,18 @@ __all__ = [
     "LogMelSpec",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "bias_gelu",
+    "bias_gelu_reference",
     "ema_update_",
     "ema_update_reference_",
+    "fp8_linear",
     "latent_l2_loss",
     "latent_l2_loss_reference",
     "log_mel",
     "log_mel_reference",
     "masked_attention",
     "masked_attention_reference",
+    "quantize_rows",
+    "quantize_rows_reference",
     "warmup",
 ]

@@ -62,7 +62,11 @@ def cannot_launch(x: torch.Tensor) -> str:
     if triton is None:
         return "triton is not installed"
     if x.is_cuda:
-        return "" if torch.version.hip is None else "ROCm is not supported"
+        if torch.version.hip is not None:
+            return "ROCm is not supported"
+        if not torch.compiler.is_compiling() and arch(x) < 80:
+            return "the GPU is older than compute capability 8.0"
+        return ""
     if x.device.type == "cpu":
         return "" if INTERPRET else "the tensors are on the CPU (TRITON_INTERPRET=1 interprets the kernels there)"
     return f"the tensors are on {x.device.type}"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels._triton import jit, launch, power_of_2, register, tl, use_triton
+from ajepa_kernels._tuned import Rows, tuned
 
 KINDS = ("l2", "smooth_l1", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
@@ -73,7 +74,7 @@ def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_f
     prediction, latents = (x if x.stride(1) == 1 else x.contiguous() for x in (prediction, latents))
     loss = torch.empty(T, dtype=torch.float32, device=prediction.device)
     grad = torch.empty(T if with_grad else 0, C, dtype=prediction.dtype, device=prediction.device)
-    block_c, num_warps, rows = _config(C)
+    block_c, rows, num_warps = _config(prediction, "latent_l2_loss_fwd")
     launch(
         _latent_l2_loss_fwd_kernel, -(-T // rows), prediction,
         prediction, latents, index.contiguous(), loss, grad if with_grad else None,
@@ -83,10 +84,11 @@ def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_f
     return loss, grad
 
 
-def _config(C: int) -> tuple[int, int, int]:
-    """(channels, warps, rows) of a program: 32 channels a thread or fewer, several rows where they are narrow."""
-    block_c = power_of_2(C)
-    return block_c, max(4, min(block_c // 512, 8)), max(1, min(2048 // block_c, 8))
+def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
+    """(channels, rows, warps) of a program: 32 channels a thread or fewer, several rows where they are narrow."""
+    block_c = power_of_2(x.shape[1])
+    rows = Rows(max(1, min(2048 // block_c, 8)), max(4, min(block_c // 512, 8)))
+    return block_c, *(tuned(x, op, block_c) or rows)
 
 
 # --- backward -------------------------------------------------------------------------------------------------------

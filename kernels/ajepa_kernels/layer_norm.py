@@ -9,16 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels._triton import jit, launch, multiprocessors, power_of_2, register, tl, use_triton
+from ajepa_kernels._tuned import Rows, tuned
 
 MAX_WIDTH = 4096  # a row, its gradients and their sums in the registers of eight warps
 
 
-def _config(C: int, backward: bool) -> tuple[int, int, int]:
+def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
     """(channels, rows, warps) of a program: 16 channels a thread, or 8 where their sums are held as well."""
-    block_c = power_of_2(C)
-    if backward:
-        return block_c, max(1, min(2048 // block_c, 16)), 8 if block_c <= 2048 else 16
-    return block_c, max(1, min(4096 // block_c, 16)), 8
+    block_c = power_of_2(x.shape[1])
+    if op == "add_layer_norm_bwd":
+        rows = Rows(max(1, min(2048 // block_c, 16)), 8 if block_c <= 2048 else 16)
+    else:
+        rows = Rows(max(1, min(4096 // block_c, 16)), 8)
+    return block_c, *(tuned(x, op, block_c) or rows)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
     """x, residual `[M, C]`. Without a residual the sum is x itself and not returned."""
     M, C = x.shape
-    block_c, rows, num_warps = _config(C, backward=False)
+    block_c, rows, num_warps = _config(x, "add_layer_norm_fwd")
     normed = torch.empty(M, C, dtype=dtype, device=x.device)
     total = x.new_empty(0) if residual is None else _sum_like(x, residual)
     x, residual = _dense_rows(x), None if residual is None else _dense_rows(residual)
@@ -133,7 +136,7 @@ def _add_layer_norm_bwd_fake(dnormed, dsum, total, weight, with_bias, eps, x_dty
 def _add_layer_norm_bwd(dnormed, dsum, total, weight, with_bias, eps, x_dtype):
     """dtotal is the gradient of x and of the residual; dx the same in x's dtype, where that is another one."""
     M, C = total.shape
-    block_c, rows, num_warps = _config(C, backward=True)
+    block_c, rows, num_warps = _config(total, "add_layer_norm_bwd")
     programs = min(2 * multiprocessors(total), -(-M // rows))
     dtotal = torch.empty(M, C, dtype=total.dtype, device=total.device)
     dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)

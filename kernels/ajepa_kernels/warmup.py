@@ -6,8 +6,10 @@ from collections.abc import Iterable
 import torch
 
 from ajepa_kernels._triton import cannot_launch
-from ajepa_kernels.adamw_ema import AdamWEMA, ema_update_
+from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention
+from ajepa_kernels.bias_gelu import bias_gelu
+from ajepa_kernels.ema_update import ema_update_
 from ajepa_kernels.latent_loss import latent_l2_loss
 from ajepa_kernels.layer_norm import add_layer_norm
 
@@ -31,7 +33,7 @@ def warmup(
         dtype: of the activations.
         heads: (heads, head dim) of each transformer.
         max_seqlens: bounds that `masked_attention` will be given.
-        widths: of the layer norms; the first is that of the latents.
+        widths: of the layer norms, a quarter of those of the MLPs; the first is that of the latents.
         kind: of the loss.
 
     Returns:
@@ -56,6 +58,10 @@ def warmup(
         for residual in (None, stream):
             normed, total = add_layer_norm(x, residual, weight, bias, impl="triton")
             (normed.sum() + total.sum()).backward()
+        for approximate in ("none", "tanh"):
+            x = activations(16, 4 * C, requires_grad=True)
+            bias = torch.zeros(4 * C, device=device, requires_grad=True)
+            bias_gelu(x, bias, approximate=approximate, impl="triton").sum().backward()
     C = next(iter(widths))
     prediction = activations(16, C, requires_grad=True)
     latents, index = activations(16, C), torch.arange(16, device=device)

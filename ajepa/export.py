@@ -1,0 +1,100 @@
+"""`python -m ajepa.export RUN OUT`: a run's EMA target encoder in a form that others take.
+
+OUT is a folder in Hugging Face's layout (`config.json`, `model.safetensors`, a model card), which
+`ajepa.Encoder.from_pretrained` reads; or with `--xares` one Python file for X-ARES, which needs torch alone: the source
+of `ajepa/portable.py`, the configuration, and the weights: in the file up to 32 MB, else in a .safetensors beside it.
+X-ARES keeps its results by class name, so the name holds a checksum of the weights.
+"""
+
+import base64
+import dataclasses
+import inspect
+import keyword
+import pprint
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import save as save_bytes
+
+from ajepa import portable
+from ajepa.config import SIZES, ConfigError
+from ajepa.encoder import Encoder
+from ajepa.files import write_atomic
+from ajepa_kernels.log_mel import _tables
+
+INSIDE = 32 << 20  # bytes of weights that a Python file may hold
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Export a run's EMA target encoder: a folder in Hugging Face's layout, or one file for X-ARES."""
+
+    encoder: tyro.conf.Positional[str]
+    """Run folder, checkpoint, folder of an encoder, or hub id."""
+    out: tyro.conf.Positional[str]
+    """Folder; with --xares the Python file."""
+    xares: bool = False
+    """Write an encoder file for X-ARES."""
+    pooling: str | None = None
+    """Over frequency patches, mean or concat; None: as the encoder is configured."""
+
+
+def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
+    """Class name, source without weights, and the weights (safetensors) of a file for X-ARES."""
+    cfg = encoder.config
+    spec, (width, depth, heads) = cfg.front_end, SIZES[cfg.size]
+    bias, add = spec.frame_rule
+    front_end: dict[str, Any] = {
+        **dataclasses.asdict(spec), "log_floor": spec.log_floor, "first_sample": spec.first_sample,
+        "min_samples": spec.min_samples, "frame_bias": bias, "frame_add": add, "grid": spec.grid,
+    }  # fmt: skip
+    config = {
+        **dataclasses.asdict(cfg), "front_end": front_end, "width": width, "depth": depth, "heads": heads,
+        "output_dim": encoder.output_dim, "hop_size_in_ms": encoder.hop_size_in_ms, "stride": encoder.stride,
+        "frames_kept": encoder.chunks(cfg.clip_samples + 1)[0].frames,
+    }  # fmt: skip
+    window, mel = _tables(spec, torch.device("cpu"), torch.float32)
+    tensors = {**encoder.vit.state_dict(), "window": window, "mel": mel, "positions": encoder.vit.positions}
+    weights = save_bytes({name: value.float().contiguous().cpu() for name, value in tensors.items()})
+    name = f"Ajepa{encoder.fingerprint()}Encoder"
+    source = inspect.getsource(portable)
+    source = source.replace("CONFIG: dict = {}", f"CONFIG: dict = {pprint.pformat(config, width=116)}")
+    return name, f"{source}\n\nclass {name}(Portable):\n    pass\n", weights
+
+
+def write_xares(encoder: Encoder, path: Path) -> str:
+    """Write the file, and its weights beside it where they are large. Returns the class name."""
+    if path.suffix != ".py" or not path.stem.isidentifier() or keyword.iskeyword(path.stem):
+        raise ConfigError(f"{path}: X-ARES imports the file by its name; call it like my_encoder.py")
+    name, source, weights = portable_source(encoder)
+    if len(weights) <= INSIDE:
+        source = source.replace('WEIGHTS = ""', f'WEIGHTS = "{base64.b64encode(weights).decode()}"')
+    else:
+        write_atomic(path.with_suffix(".safetensors"), weights)
+    write_atomic(path, source.encode())
+    return name
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.export")
+    try:
+        encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling)
+        out = Path(args.out)
+        if args.xares:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            print(f"{out}: class {write_xares(encoder, out)}")
+        else:
+            encoder.save_pretrained(out)
+            print(f"{out}: {encoder.output_dim} wide, {encoder.hop_size_in_ms:g} ms a frame")
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The kernel and the registered operation of `AdamWEMA`."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+
+from ajepa_kernels._tables import BLOCK, CHUNK, cached, is_aligned, load_pointer, load_size, table, tl_dtype, to_device
+from ajepa_kernels._triton import jit, launch, power_of_2, register, tl
+
+# columns of a row: 0 first chunk, 1 param, 2 grad, 3 exp_avg, 4 exp_avg_sq, 5 remainder, 6 ema, 7 copy, 8 ema copy,
+# 9 step, 10 lr, 11 weight decay, 12 group, 13 size; of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 eps,
+# 5 lr, 6 weight decay (each for where the row has no pointer to one), 7 what gradients are multiplied by
+
+
+@jit
+def _rate(pointer_ptr, number_ptr):
+    pointer = tl.load(pointer_ptr)
+    number = tl.load(number_ptr).to(tl.float32)
+    return tl.load(pointer.to(tl.pointer_type(tl.float32)), mask=pointer != 0, other=number)
+
+
+@jit
+def _adamw_ema_kernel(
+    table_ptr, chunk_row_ptr, hyper_ptr, grad_scale_ptr, found_inf_ptr, decay_ptr, decay, counter_ptr, rows,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, EMA: tl.constexpr,
+    COPY: tl.constexpr, EMA_COPY: tl.constexpr, REMAINDER: tl.constexpr, ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if found_inf_ptr is not None:  # noqa: SIM102 (the outer one is settled when compiling)
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    row_ptr = table_ptr + tl.load(chunk_row_ptr + pid) * COLUMNS
+    param_ptr = load_pointer(row_ptr, 1, PARAM, ALIGNED)
+    has_grad = tl.load(row_ptr + 2) != 0
+    grad_ptr = load_pointer(row_ptr, 2, GRAD, ALIGNED)
+    exp_avg_ptr = load_pointer(row_ptr, 3, STATE, ALIGNED)
+    exp_avg_sq_ptr = load_pointer(row_ptr, 4, STATE, ALIGNED)
+    has_remainder = tl.load(row_ptr + 5) != 0
+    remainder_ptr = load_pointer(row_ptr, 5, tl.int16, ALIGNED)
+    has_ema = tl.load(row_ptr + 6) != 0
+    ema_ptr = load_pointer(row_ptr, 6, EMA, ALIGNED)
+    has_copy = tl.load(row_ptr + 7) != 0
+    copy_ptr = load_pointer(row_ptr, 7, COPY, ALIGNED)
+    has_ema_copy = tl.load(row_ptr + 8) != 0
+    ema_copy_ptr = load_pointer(row_ptr, 8, EMA_COPY, ALIGNED)
+    size = load_size(row_ptr + 13, ALIGNED)
+    start = (pid - tl.load(row_ptr)) * CHUNK
+
+    if decay_ptr is not None:
+        decay = tl.load(decay_ptr).to(tl.float32)
+    # float64 scalars: 1 - beta2^step loses its digits in float32
+    hyper_ptr += tl.load(row_ptr + 12) * 8
+    beta1, beta2 = tl.load(hyper_ptr), tl.load(hyper_ptr + 1)
+    eps = tl.load(hyper_ptr + 4).to(tl.float32)
+    inverse_scale = tl.load(hyper_ptr + 7).to(tl.float32)
+    if grad_scale_ptr is not None:
+        inverse_scale /= tl.load(grad_scale_ptr).to(tl.float32)
+    step_size, shrink, root_correction = 0.0, 1.0, 1.0
+    if has_grad:
+        step = tl.load(load_pointer(row_ptr, 9, tl.float32, False)).to(tl.float64) + 1.0
+        lr = _rate(row_ptr + 10, hyper_ptr + 5)
+        step_size = (lr.to(tl.float64) / (1.0 - tl.exp(step * tl.load(hyper_ptr + 2)))).to(tl.float32)
+        root_correction = tl.sqrt(1.0 - tl.exp(step * tl.load(hyper_ptr + 3))).to(tl.float32)
+        shrink = 1.0 - lr * _rate(row_ptr + 11, hyper_ptr + 6)
+    lerp1, keep2, lerp2 = (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32)
+
+    for i in range(0, CHUNK, BLOCK):
+        offsets = start + i + tl.arange(0, BLOCK)
+        mask = offsets < size
+        if REMAINDER:
+            high = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            low = tl.load(remainder_ptr + offsets, mask=mask & has_remainder, other=0).to(tl.int32)
+            param = (high + low).to(tl.float32, bitcast=True)
+        else:
+            param = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        ema = tl.load(ema_ptr + offsets, mask=mask & has_ema, other=0.0).to(tl.float32)
+        if has_grad:
+            grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * inverse_scale
+            exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            exp_avg += lerp1 * (grad - exp_avg)
+            exp_avg_sq = keep2 * exp_avg_sq + lerp2 * grad * grad
+            param = param * shrink - step_size * exp_avg / (tl.sqrt_rn(exp_avg_sq) / root_correction + eps)
+            tl.store(exp_avg_ptr + offsets, exp_avg.to(STATE), mask=mask)
+            tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq.to(STATE), mask=mask)
+            if REMAINDER:
+                # the nearest bfloat16, halves away from zero, so that what is left fits in 16 signed bits
+                bits = param.to(tl.int32, bitcast=True)
+                high = (bits + 0x8000) >> 16
+                tl.store(param_ptr + offsets, high.to(tl.int16).to(PARAM, bitcast=True), mask=mask)
+                tl.store(remainder_ptr + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
+            else:
+                tl.store(param_ptr + offsets, param.to(PARAM), mask=mask)
+        tl.store(copy_ptr + offsets, param.to(COPY), mask=mask & has_copy)
+        ema = param + decay * (ema - param)
+        tl.store(ema_ptr + offsets, ema.to(EMA), mask=mask & has_ema)
+        tl.store(ema_copy_ptr + offsets, ema.to(EMA_COPY), mask=mask & has_ema_copy)
+
+    # every thread has read its step before this program counts as done; the last one moves them all
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr, 1) == tl.num_programs(0) - 1:
+        row = tl.arange(0, ROWS)
+        steps = tl.load(table_ptr + row * COLUMNS + 9, mask=row < rows, other=0)
+        step_ptr = steps.to(tl.pointer_type(tl.float32))
+        tl.store(step_ptr, tl.load(step_ptr, mask=steps != 0, other=0.0) + 1.0, mask=steps != 0)
+        tl.store(counter_ptr, 0)
+
+
+def _kind(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
+    """Rows of one kind share a launch; what a row lacks counts as the usual dtype."""
+    param, grad, exp_avg, _, remainder, ema, copy, ema_copy = tensors
+    p = param.dtype  # type: ignore[union-attr]
+    usual = (p, p, p if remainder is None else torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
+    own = (param, grad, exp_avg, ema, copy, ema_copy)
+    dtypes = (u if x is None else x.dtype for x, u in zip(own, usual, strict=True))
+    return *dtypes, remainder is not None, is_aligned(tensors)
+
+
+@register(
+    "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor(e!)[] remainders, Tensor(f!)[] emas, Tensor(g!)[] copies, Tensor(h!)[] ema_copies, "
+    "Tensor[] rates, int[] places, int[] groups, float[] hyper, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor? decay_tensor, float decay) -> ()",
+    lambda *args: None,
+)
+def _adamw_ema(
+    params, grads, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies,
+    rates, places, groups, hyper, grad_scale, found_inf, decay_tensor, decay,
+):  # fmt: skip
+    """The first `len(grads)` parameters have a gradient and moments; of the others only the average and copies move.
+
+    places: for each parameter its place in remainders, emas, copies, ema_copies (-1: it has none) and its group.
+    groups: for each group the places in `rates` of its learning rate and weight decay, -1: the number in `hyper` holds.
+    hyper: for each group beta1, beta2, eps, learning rate, weight decay, and 1 or, to maximise, -1.
+    """
+    device, of = params[0].device, lambda tensors, i: tensors[i] if 0 <= i < len(tensors) else None
+    kinds: dict[tuple, list[tuple[int, ...]]] = {}
+    for i, param in enumerate(params):
+        remainder, ema, copy, ema_copy, group = places[5 * i : 5 * i + 5]
+        row = (
+            param, of(grads, i), of(exp_avgs, i), of(exp_avg_sqs, i),
+            of(remainders, remainder), of(emas, ema), of(copies, copy), of(ema_copies, ema_copy),
+        )  # fmt: skip
+        pointers = (*row, of(steps, i), of(rates, groups[2 * group]), of(rates, groups[2 * group + 1]))
+        addresses = [0 if x is None else x.data_ptr() for x in pointers]
+        kinds.setdefault(_kind(row), []).append((*addresses, group, param.numel()))
+    logarithms = lambda beta: math.log(beta) if beta else -math.inf  # noqa: E731
+    numbers = [
+        (b1, b2, logarithms(b1), logarithms(b2), *rest)
+        for b1, b2, *rest in (hyper[i : i + 6] for i in range(0, len(hyper), 6))
+    ]
+    (hyper,) = cached((device, *hyper), lambda: (to_device(numbers, torch.float64, device),), device)
+    for kind, rows in kinds.items():
+        made = cached((device, *rows), partial(table, rows, device), device)
+        launch(
+            _adamw_ema_kernel, len(made.chunk_row), params[0],
+            made.rows, made.chunk_row, hyper, grad_scale, found_inf, decay_tensor, decay, made.counter,
+            len(rows), *map(tl_dtype, kind[:6]), *kind[6:], made.rows.shape[1],
+            power_of_2(len(rows)), CHUNK, BLOCK, num_warps=4,
+        )  # fmt: skip
+    for mutated in (params, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies):
+        torch.autograd.graph.increment_version(mutated)

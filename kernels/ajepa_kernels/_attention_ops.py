@@ -1,0 +1,152 @@
+"""The registered operations of `masked_attention` and their configurations. Shapes and terms as in attention.py."""
+
+from __future__ import annotations
+
+import torch
+
+from ajepa_kernels._attention_kernels import (
+    _masked_attention_bwd_kernel,
+    _masked_attention_delta_kernel,
+    _masked_attention_fwd_kernel,
+    _masked_attention_long_bwd_kernel,
+    _masked_attention_tiled_bwd_kernel,
+)
+from ajepa_kernels._attention_layout import Layout
+from ajepa_kernels._triton import launch, power_of_2, register
+from ajepa_kernels._tuned import LONG, Tiles, tuned
+
+HEAD_DIMS = (32, 64, 96, 128)
+
+
+def _longest_tile(q: torch.Tensor) -> int:
+    """The longest sequence, a power of two, whose forward and backward are one launch each, keys on chip whole."""
+    bits, D = 8 * q.element_size(), power_of_2(q.shape[-1])
+    fits = lambda S: tuned(q, "attention_fwd", bits, S, D) and tuned(q, "attention_bwd", bits, S, D)  # noqa: E731
+    return max(S for S in (16, 32, 64, 128) if fits(S))
+
+
+def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Tiles]:
+    """(all keys in one tile?, the configuration) for this GPU, dtype and rounded size."""
+    tile = max(power_of_2(max(max_q, max_k)), 16)
+    one_tile = tile <= _longest_tile(q)
+    return one_tile, tuned(q, op, 8 * q.element_size(), tile if one_tile else LONG, power_of_2(q.shape[-1]))
+
+
+def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
+    """q, k, v as `[rows, H, D]` views, heads and channels dense: what the kernels take."""
+    tensors = q.unbind(1) if k is None or v is None else (q, k, v)
+    return [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in tensors]
+
+
+def _masked_attention_fwd_fake(
+    q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+):  # fmt: skip
+    H, D = q.shape[-2:]
+    one_tile = max_q <= _longest_tile(q) and max_k <= _longest_tile(q)
+    return q.new_empty(q.shape[0] if scatter else slots, H, D), q.new_empty(
+        (0 if one_tile else H, slots), dtype=torch.float32
+    )
+
+
+_LAYOUT = (
+    "Tensor q_start, Tensor q_end, Tensor? q_rows, Tensor? k_start, Tensor? k_end, Tensor? k_rows, "
+    "SymInt max_q, SymInt max_k, SymInt slots, bool scatter, float scale, bool tf32"
+)
+
+
+@register(
+    f"masked_attention_fwd(Tensor q, Tensor? k, Tensor? v, {_LAYOUT}) -> (Tensor out, Tensor lse)",
+    _masked_attention_fwd_fake,
+)
+def _masked_attention_fwd(
+    q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+):  # fmt: skip
+    """k None: q holds all three, `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is only written for long sequences."""
+    if k_start is None:
+        k_start, k_end, k_rows = q_start, q_end, q_rows
+    one_tile, config = _config(q, max_q, max_k, "attention_fwd")
+    allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns are zero
+    H, D = q.shape[-2:]
+    out = allocate(q.shape[0] if scatter else slots, H, D, dtype=q.dtype, device=q.device)
+    lse = allocate(0 if one_tile else H, slots, dtype=torch.float32, device=q.device)
+    q, k, v = _operands(q, k, v)
+    tiles = -(-max_q // config.block_q)
+    launch(
+        _masked_attention_fwd_kernel, q_start.shape[0] * tiles * H, q,
+        q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows,
+        q.stride(0), k.stride(0), v.stride(0), slots, scale, H, tiles,
+        D, power_of_2(D), config.block_q, config.block_k, scatter, one_tile, "tf32" if tf32 else "ieee",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _masked_attention_bwd_fake(
+    do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+):  # fmt: skip
+    if k is None:
+        return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(0), q.new_empty(0)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+@register(
+    "masked_attention_bwd(Tensor do, Tensor q, Tensor? k, Tensor? v, Tensor? out, Tensor? lse, "
+    f"{_LAYOUT}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _masked_attention_bwd_fake,
+)
+def _masked_attention_bwd(
+    do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+):  # fmt: skip
+    """k None: dq holds all three. out and lse are only read for long sequences."""
+    if k_start is None:
+        k_start, k_end, k_rows = q_start, q_end, q_rows
+    one_tile, config = _config(q, max_q, max_k, "attention_bwd")
+    # where rows are gathered, those that no sequence owns have zero gradient
+    allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
+    grads = [allocate(x, memory_format=torch.contiguous_format) for x in ([q] if k is None else [q, k, v])]
+    dq, dk, dv = grads[0].unbind(1) if k is None else grads
+    H, D = q.shape[-2:]
+    q_, k_, v_ = _operands(q, k, v)
+    do = do.contiguous()
+    strides = [x.stride(0) for x in (q_, k_, v_, dq, dk, dv)]
+    R, layout = q_start.shape[0], (q_start, q_end, q_rows, k_start, k_end, k_rows)
+    consts = (D, power_of_2(D), config.block_q, config.block_k, scatter, "tf32" if tf32 else "ieee")
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if one_tile:
+        whole = config.block_q == config.block_k
+        launch(
+            _masked_attention_bwd_kernel if whole else _masked_attention_tiled_bwd_kernel, R * H, q_,
+            q_, k_, v_, do, dq, dk, dv, *layout, *strides, scale, H, *consts, **options,
+        )  # fmt: skip
+    else:
+        delta = torch.empty_like(lse)
+        tiles = -(-max_q // 32)
+        launch(
+            _masked_attention_delta_kernel, R * tiles * H, q_,
+            out, do, delta, q_start, q_end, q_rows, slots, H, tiles, D, power_of_2(D), 32, scatter, num_warps=4,
+        )  # fmt: skip
+        tiles = -(-max(max_q, max_k) // config.block_k)
+        launch(
+            _masked_attention_long_bwd_kernel, R * tiles * H, q_,
+            q_, k_, v_, do, lse, delta, dq, dk, dv, *layout, *strides, slots, scale, H, tiles, *consts, **options,
+        )  # fmt: skip
+    return (*grads, q.new_empty(0), q.new_empty(0)) if k is None else tuple(grads)
+
+
+class MaskedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, tf32, *layout):
+        out, lse = torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32)
+        ctx.scale, ctx.tf32, ctx.numbers = scale, tf32, layout[6:]
+        # short sequences recompute their probabilities from q and k alone
+        ctx.save_for_backward(q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, out, lse, *layout = ctx.saved_tensors
+        dq, dk, dv = torch.ops.ajepa.masked_attention_bwd(
+            do, q, k, v, out, lse, *layout, *ctx.numbers, ctx.scale, ctx.tf32
+        )
+        return dq, *((None, None) if k is None else (dk, dv)), *[None] * (2 + len(Layout._fields))

@@ -1,0 +1,196 @@
+"""Bias and GELU as one pass over memory, and one back.
+
+Shapes: M rows (all leading axes), C width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ajepa_kernels._triton import jit, launch, multiprocessors, power_of_2, register, tl, use_triton
+from ajepa_kernels._tuned import Rows, tuned
+
+
+def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
+    """(channels, rows, warps) of a program: up to 1,024 channels, a divisor of C where there is one of 128 or more."""
+    C = x.shape[1]
+    divisor = min(C & -C, 1024)
+    block_c = divisor if divisor >= 128 else min(power_of_2(C), 1024)
+    rows = Rows(max(1, min((2048 if op == "bias_gelu_bwd" else 4096) // block_c, 16)), 8)
+    return block_c, *(tuned(x, op, block_c) or rows)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _gelu(x, TANH: tl.constexpr):
+    """gelu(x) / x, and the derivative of that: what value and gradient are made of.
+
+    With the tanh, (1 + tanh u) / 2 is the logistic function of 2u.
+    """
+    if TANH:
+        u2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        cdf = tl.sigmoid(u2)
+        slope = cdf * (1.0 - cdf) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:
+        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return cdf, slope
+
+
+@jit
+def _bias_gelu_fwd_kernel(
+    x_ptr, bias_ptr, y_ptr, stride_x, M, tiles,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row = pid // tiles * ROWS + tl.arange(0, ROWS)
+    c = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (row < M)[:, None] if C % BLOCK_C == 0 else (row < M)[:, None] & (c < C)
+    row = row.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + row * stride_x + c, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    cdf, _ = _gelu(x, TANH)
+    tl.store(y_ptr + row * C + c, (x * cdf).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@register(
+    "bias_gelu_fwd(Tensor x, Tensor bias, bool tanh, ScalarType dtype) -> Tensor",
+    lambda x, bias, tanh, dtype: torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format),
+)
+def _bias_gelu_fwd(x, bias, tanh, dtype):
+    """x `[M, C]`."""
+    M, C = x.shape
+    block_c, rows, num_warps = _config(x, "bias_gelu_fwd")
+    y, tiles = torch.empty(M, C, dtype=dtype, device=x.device), -(-C // block_c)
+    x = _dense_rows(x)
+    launch(
+        _bias_gelu_fwd_kernel, -(-M // rows) * tiles, x,
+        x, bias.contiguous(), y, x.stride(0), M, tiles, C, block_c, rows, tanh, num_warps=num_warps,
+    )  # fmt: skip
+    return y
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _bias_gelu_bwd_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, stride_dy, stride_x, M, tiles, programs,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
+    """A fixed number of programs walks the rows of each tile of channels: few partial sums, in a set order."""
+    pid = tl.program_id(0)
+    first = pid // tiles
+    c = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in range(first * ROWS, M, programs * ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < M)[:, None] if C % BLOCK_C == 0 else (row < M)[:, None] & (c < C)
+        row = row.to(tl.int64)[:, None]
+        x = tl.load(x_ptr + row * stride_x + c, mask=mask, other=0.0).to(tl.float32) + bias
+        dy = tl.load(dy_ptr + row * stride_dy + c, mask=mask, other=0.0).to(tl.float32)
+        cdf, slope = _gelu(x, TANH)
+        dx = dy * (cdf + x * slope)
+        dbias += dx
+        tl.store(dx_ptr + row * C + c, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dbias_ptr + first * C + c, tl.sum(dbias, 0)[None, :], mask=c < C)
+
+
+@register(
+    "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias, bool tanh) -> (Tensor dx, Tensor dbias)",
+    lambda dy, x, bias, tanh: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(bias, memory_format=torch.contiguous_format),
+    ),
+)
+def _bias_gelu_bwd(dy, x, bias, tanh):
+    """dx `[M, C]` and dbias `[C]` of dy `[M, C]`."""
+    M, C = x.shape
+    block_c, rows, num_warps = _config(x, "bias_gelu_bwd")
+    tiles = -(-C // block_c)
+    programs = min(max(1, 4 * multiprocessors(x) // tiles), -(-M // rows))
+    dx = torch.empty(M, C, dtype=x.dtype, device=x.device)
+    dbias = torch.empty(programs, C, dtype=torch.float32, device=x.device)
+    dy, x = _dense_rows(dy), _dense_rows(x)
+    launch(
+        _bias_gelu_bwd_kernel, programs * tiles, x,
+        dy, x, bias.contiguous(), dx, dbias, dy.stride(0), x.stride(0), M, tiles, programs,
+        C, block_c, rows, tanh, num_warps=num_warps,
+    )  # fmt: skip
+    return dx, dbias.sum(0).to(bias.dtype)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, tanh, dtype):
+        ctx.save_for_backward(x, bias)
+        ctx.tanh = tanh
+        return torch.ops.ajepa.bias_gelu_fwd(x, bias, tanh, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return *torch.ops.ajepa.bias_gelu_bwd(dy, *ctx.saved_tensors, ctx.tanh), None, None
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def bias_gelu_reference(
+    x: torch.Tensor, bias: torch.Tensor, approximate: str = "none", dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Plain PyTorch definition of `bias_gelu`: computed in float32 (float64 for float64), rounded to `dtype`."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x.to(compute) + bias.to(compute), approximate=approximate).to(x.dtype if dtype is None else dtype)
+
+
+def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none", impl: str = "auto") -> torch.Tensor:
+    """gelu(x + bias) over the last axis: gelu(z) = z Phi(z), or z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2.
+
+    The first half of a transformer's MLP after its product without bias (arXiv 1606.08415). Backward gives the
+    gradients of x and of the bias in one pass, where PyTorch reads the gradient of z again to sum it.
+
+    Args:
+        x: `[..., C]`. bfloat16, float16 or float32 have a kernel, which computes in float32.
+        bias: `[C]`.
+        approximate: "none" or "tanh", as `torch.nn.functional.gelu`.
+        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+
+    Returns:
+        The shape of x, in its dtype, or under autocast in autocast's.
+
+    Saved for backward: x and bias; z is computed again. The bias' gradient is summed in a fixed order.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that cannot be, before any launch.
+
+    Example::
+
+        x = F.linear(x, mlp.fc1.weight)  # without its bias
+        x = bias_gelu(x, mlp.fc1.bias)
+        x = mlp.fc2(x)
+    """
+    if x.dim() < 1 or bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias_gelu: x [..., C] and bias [C] must share C, got {list(x.shape)} and {list(bias.shape)}")
+    if x.device != bias.device or not (x.is_floating_point() and bias.is_floating_point()):
+        raise ValueError("bias_gelu: x and bias must be floating point and on one device")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"bias_gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    device, C = x.device.type, x.shape[-1]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    unsupported = ""
+    if not {x.dtype, bias.dtype} <= {torch.float32, torch.float16, torch.bfloat16}:
+        unsupported = f"no kernel for {x.dtype} and {bias.dtype}"
+    elif not C:
+        unsupported = "no kernel for width 0"
+    if not use_triton("bias_gelu", impl, x, unsupported):
+        return bias_gelu_reference(x, bias, approximate, dtype)
+    return _BiasGelu.apply(x.reshape(-1, C), bias, approximate == "tanh", dtype).view(x.shape)

@@ -1,0 +1,119 @@
+"""The exponential moving average of many tensors in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ajepa_kernels._tables import (
+    BLOCK,
+    CHUNK,
+    cached,
+    is_aligned,
+    load_pointer,
+    load_size,
+    table,
+    tl_dtype,
+    unsupported,
+)
+from ajepa_kernels._triton import jit, launch, register, tl, use_triton
+
+
+@jit
+def _ema_update_kernel(
+    table_ptr, chunk_row_ptr, decay_ptr, decay,
+    TARGET: tl.constexpr, SOURCE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    table_ptr += tl.load(chunk_row_ptr + pid) * 4
+    target_ptr = load_pointer(table_ptr, 1, TARGET, ALIGNED)
+    source_ptr = load_pointer(table_ptr, 2, SOURCE, ALIGNED)
+    size = load_size(table_ptr + 3, ALIGNED)
+    start = (pid - tl.load(table_ptr)) * CHUNK
+    if decay_ptr is not None:
+        decay = tl.load(decay_ptr).to(tl.float32)
+    for i in tl.static_range(0, CHUNK, BLOCK):
+        offsets = start + i + tl.arange(0, BLOCK)
+        mask = offsets < size
+        target = tl.load(target_ptr + offsets, mask=mask).to(tl.float32)
+        source = tl.load(source_ptr + offsets, mask=mask).to(tl.float32)
+        tl.store(target_ptr + offsets, (source + decay * (target - source)).to(TARGET), mask=mask)
+
+
+@register(
+    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor? decay_tensor, float decay) -> ()",
+    lambda *args: None,
+)
+def _ema_update(targets, sources, decay_tensor, decay):
+    device = targets[0].device
+    kinds: dict[tuple, list[tuple[int, ...]]] = {}
+    for t, s in zip(targets, sources, strict=True):
+        kinds.setdefault((t.dtype, s.dtype, is_aligned((t, s))), []).append((t.data_ptr(), s.data_ptr(), t.numel()))
+    for (target, source, aligned), rows in kinds.items():
+        made = cached((device, *rows), partial(table, rows, device), device)
+        launch(
+            _ema_update_kernel, len(made.chunk_row), targets[0],
+            made.rows, made.chunk_row, decay_tensor, decay,
+            tl_dtype(target), tl_dtype(source), aligned, CHUNK, BLOCK, num_warps=4,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version(targets)
+
+
+@torch.no_grad()
+def ema_update_reference_(
+    targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], decay: float | torch.Tensor
+) -> None:
+    """Plain PyTorch definition of `ema_update_`: torch's own foreach EMA."""
+    targets, sources = list(targets), [s.to(t.dtype) for t, s in zip(targets, sources, strict=True)]
+    if isinstance(decay, torch.Tensor) and decay.device.type == "cpu":
+        torch._foreach_lerp_(targets, sources, [1 - decay] * len(targets))
+    elif isinstance(decay, torch.Tensor):  # without a launch for each tensor, and without reading the decay back
+        torch._foreach_mul_(targets, decay)
+        torch._foreach_add_(targets, torch._foreach_mul(sources, 1 - decay))
+    else:
+        get_ema_multi_avg_fn(decay)(targets, sources, None)
+
+
+@torch.no_grad()
+def ema_update_(
+    targets: Iterable[torch.Tensor],
+    sources: Iterable[torch.Tensor],
+    decay: float | torch.Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """target <- decay * target + (1 - decay) * source, in place, for all tensors at once.
+
+    On a GPU this is one launch for each pair of dtypes, computed in float32.
+
+    Args:
+        targets: floating-point tensors, contiguous for the kernel.
+        sources: tensors of the same shapes and devices.
+        decay: a number, or a scalar on the device, which a captured CUDA graph reads again at each replay.
+        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+
+    Raises:
+        ValueError: the two lists do not match.
+
+    Example::
+
+        ema_update_(target_encoder.parameters(), context_encoder.parameters(), decay=0.999)
+    """
+    targets, sources = list(targets), list(sources)
+    if len(targets) != len(sources) or any(t.shape != s.shape for t, s in zip(targets, sources, strict=False)):
+        raise ValueError("ema_update_: targets and sources must be equally many tensors of equal shapes")
+    if any(t.device != s.device for t, s in zip(targets, sources, strict=True)):
+        raise ValueError("ema_update_: a target and its source must share a device")
+    if not targets:
+        return
+    if use_triton("ema_update_", impl, targets[0], unsupported(targets + sources)):
+        tensor = decay if isinstance(decay, torch.Tensor) else None
+        if tensor is not None and tensor.device != targets[0].device:
+            raise ValueError(f"ema_update_: a decay tensor must be on {targets[0].device}")
+        sources = [s.detach() for s in sources]
+        torch.ops.ajepa.ema_update_(targets, sources, tensor, 0.0 if tensor is not None else float(decay))
+    else:
+        ema_update_reference_(targets, sources, decay)

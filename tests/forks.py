@@ -1,0 +1,107 @@
+"""Processes that start at once: a server imports torch and ajepa a single time and forks for every run asked of it."""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+
+class Forks:
+    def __enter__(self) -> "Forks":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__]
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.stdin.close()
+        self.server.wait(60)
+
+    def _ask(self, **request):
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, argv: list[str], log: Path, call: str = "ajepa.train:main", **environment: str) -> int:
+        """Starts `call(argv)` (module:function) with its output in `log`. Returns the process's id."""
+        environment["AJEPA_CACHE"] = os.environ["AJEPA_CACHE"]
+        return self._ask(argv=argv, log=str(log), call=call, environment=environment)
+
+    def wait(self, pid: int, seconds: float = 120) -> int:
+        """Exit status, negative for a signal. TimeoutError after `seconds`, and the process is killed."""
+        status = self._ask(wait=pid, seconds=seconds)
+        if status is None:
+            raise TimeoutError(f"process {pid} still ran after {seconds} s")
+        return status
+
+    def run(self, argv: list[str], log: Path, **options: str) -> int:
+        return self.wait(self.start(argv, log, **options))
+
+    def start_ranks(self, world_size: int, argv: list[str], log: Path, **options: str) -> list[int]:
+        """The same as ranks of one run, as torchrun starts them. Output of rank r in `log`.r."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+        group["MASTER_ADDR"] = "127.0.0.1"
+        return [
+            self.start(argv, log.with_suffix(f".{r}"), RANK=str(r), LOCAL_RANK=str(r), **group, **options)
+            for r in range(world_size)
+        ]
+
+    def run_ranks(self, world_size: int, argv: list[str], log: Path, **options: str) -> list[int]:
+        return [self.wait(pid) for pid in self.start_ranks(world_size, argv, log, **options)]
+
+
+def _serve() -> None:
+    import torch
+    from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (its import is the slowest)
+
+    import ajepa.train  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            print(json.dumps(_wait(request["wait"], request["seconds"])), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.environ.update(request["environment"])
+            torch.set_num_threads(1)
+            status = 1
+            try:
+                module, function = request["call"].split(":")
+                status = getattr(importlib.import_module(module), function)(request["argv"])
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        print(json.dumps(pid), flush=True)
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,193 @@
+"""Several ranks on one CPU: the same run as one process, whatever holds the weights and however often it is split."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file
+
+from ajepa.checkpoint import checkpoints
+from ajepa.config import PRESETS
+from ajepa.distributed import ElsewhereError, Ranks, ReplicaError, joined
+from ajepa.engine import Engine
+from ajepa.masks import MaskSampler
+
+# Two ranks add gradients in another order than one. After 8 steps of float32 the runs are this close: every logged
+# loss, and all weights (all moments) together by their relative root mean square. One by one they need not be: the
+# keys' biases have no gradient but rounding, which Adam makes as large as any other.
+LOSS_TOLERANCE = 1e-5
+RMS_TOLERANCE = 1e-4
+
+# Block masks: ragged, so that ranks have different numbers of targets and their losses must be weighed.
+RUN = [*SMALL, "--mask", "block", "--block-targets", "2", "--compare-steps", "0", "--watch-every", "8"]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"lr"' in line]
+
+
+def final(folder):
+    last = checkpoints(folder / "checkpoints")[-1]
+    assert last.name == "step_00000008"
+    return load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors")
+
+
+def assert_same_run(folder, reference, count=4):
+    """`count` logged intervals."""
+    np.testing.assert_allclose(losses(folder)[-count:], losses(reference)[-count:], rtol=LOSS_TOLERANCE)
+    for ours, theirs in zip(final(folder), final(reference), strict=True):
+        ours, theirs = ({k: v for k, v in t.items() if not k.startswith("rng/")} for t in (ours, theirs))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].shape == value.shape for name, value in theirs.items())
+        a, b = (torch.cat([t[name].flatten() for name in sorted(theirs)]) for t in (ours, theirs))
+        assert (a - b).norm() <= RMS_TOLERANCE * b.norm()
+
+
+@pytest.fixture(scope="module")
+def alone(tones, forks, tmp_path_factory):
+    """One process, the whole batch."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    log = folder.with_suffix(".log")
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AJEPA_CACHE", cache)
+        assert forks.run(["--data", str(tones), "--out", str(folder), *RUN], log) == 0, log.read_text()
+    return folder
+
+
+@pytest.fixture
+def command(tones, tmp_path):
+    return ["--data", str(tones), "--out", str(tmp_path / "run"), *RUN], tmp_path / "run"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(parallel, alone, command, forks):
+    argv, folder = command
+    log = folder.with_suffix(".log")
+    assert forks.run_ranks(2, [*argv, "--parallel", parallel], log) == [0, 0], log.with_suffix(".1").read_text()
+    assert_same_run(folder, alone)
+    quiet = log.with_suffix(".1").read_text()
+    assert not quiet.strip(), quiet  # rank 0 speaks for all
+    assert "finished 8 steps" in log.with_suffix(".0").read_text()
+    encoder, same = load_file(folder / "encoder.safetensors"), load_file(alone / "encoder.safetensors")
+    assert encoder.keys() == same.keys()
+    assert all(torch.allclose(encoder[name], value, atol=1e-4) for name, value in same.items())
+
+
+def test_a_run_moves_between_numbers_of_ranks_and_ways_to_share_weights(alone, command, forks):
+    """Three steps in one process, three on two ranks with sharded weights, two in one process again."""
+    argv, folder = command
+    log = folder.with_suffix(".log")
+    shutil.copytree(alone, folder)
+
+    def forget(*steps):
+        (folder / "summary.json").unlink()
+        for step in steps:
+            shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+
+    forget(6, 8)
+    assert forks.run_ranks(2, [*argv, "--resume", "--parallel", "fsdp"], log) == [0, 0]
+    assert "after step 3" in log.with_suffix(".0").read_text()
+    assert_same_run(folder, alone, 2)
+    forget(8)
+    assert forks.run([*argv, "--resume"], log) == 0
+    assert "after step 6" in log.read_text()
+    assert_same_run(folder, alone, 1)
+
+
+def test_ranks_stop_together_where_one_is_told_to(command, forks):
+    argv, folder = command
+    log = folder.with_suffix(".log")
+    pids = forks.start_ranks(2, [*argv, "--steps", "100000"], log)
+    while not (folder / "checkpoints" / "step_00000003").exists():
+        time.sleep(0.01)
+    os.kill(pids[1], signal.SIGTERM)
+    assert [forks.wait(pid) for pid in pids] == [130, 130]
+    step = int(re.search(r"stopped after step (\d+); continue", log.with_suffix(".0").read_text())[1])
+    assert checkpoints(folder / "checkpoints")[-1].name == f"step_{step:08d}"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "extra", "words"),
+    [(3, [], "--batch-size 4"), (2, ["--data", "/no/such/folder"], "/no/such/folder")],
+)
+def test_what_cannot_run_is_said_once_and_by_all_ranks_obeyed(world_size, extra, words, command, forks):
+    argv, folder = command
+    log = folder.with_suffix(".log")
+    assert forks.run_ranks(world_size, [*argv, *extra], log) == [2] * world_size
+    said = [log.with_suffix(f".{rank}").read_text() for rank in range(world_size)]
+    assert said[0].startswith("error: ") and words in said[0] and said[0].count("\n") == 1
+    assert not any(said[1:])
+
+
+def bad_on_one_rank(argv):
+    """In a process of its own: what `test_a_step_that_is_bad_on_one_rank_is_skipped_by_all` looks at."""
+    cfg = replace(PRESETS["tiny"], parallel=argv[0])
+    with joined(cfg, torch.device("cpu")) as (ranks, device):
+        engine = Engine(cfg, device, ranks)
+        masks = MaskSampler(cfg.mask, cfg.front_end.grid, rank=ranks.rank, world_size=2)(0, 10, 2)
+        pcm = torch.randint(-9999, 9999, (2, 32_000), dtype=torch.int16)
+        lengths = torch.full((2,), 32_000, dtype=torch.int32)
+
+        def step(share):
+            before = [p.clone() for p in engine.trained]
+            result = engine.step(pcm, lengths, masks, 300, share)
+            same = all(torch.equal(p, old) for p, old in zip(engine.trained, before, strict=True))
+            return ranks.gather((result.bad.item(), same))
+
+        assert step(1.0) == [(0, False), (0, False)]
+        assert step(math.nan if ranks.rank == 1 else 1.0) == [(1, True), (1, True)]
+        ranks.check_alike(engine.model, 2)
+        if argv[0] == "ddp":
+            with torch.no_grad():
+                engine.model.target_encoder.norm.bias[0] += ranks.rank
+            with pytest.raises(ElsewhereError if ranks.rank else ReplicaError, match="" if ranks.rank else "rank 1"):
+                ranks.check_alike(engine.model, 2)
+    return 0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_step_that_is_bad_on_one_rank_is_skipped_by_all(parallel, forks, tmp_path):
+    log = tmp_path / "log"
+    assert forks.run_ranks(2, [parallel], log, call="test_distributed:bad_on_one_rank") == [0, 0], [
+        log.with_suffix(f".{rank}").read_text() for rank in range(2)
+    ]
+
+
+def test_a_rank_that_dies_ends_the_run_with_one_message_and_it_resumes(alone, command, forks):
+    argv, folder = command
+    slow = [*argv, "--checkpoint-every", "1", "--keep", "100"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ajepa.train",
+         *slow],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    first = folder / "checkpoints" / "step_00000001"
+    while not first.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
+    os.kill(ranks[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)  # within a minute
+    assert process.returncode != 0
+    assert len(re.findall("^error: .*lost another rank.*--resume", output, re.MULTILINE)) == 1, output
+    assert forks.run([*argv, "--resume"], folder.with_suffix(".log")) == 0
+    assert_same_run(folder, alone, 1)
+
+
+def test_alone_nothing_is_exchanged():
+    ranks = Ranks()
+    assert ranks.share(7, True) == 1.0 and ranks.stopping([1]) and not ranks.stopping([])
+    assert ranks.gather("x") == ["x"] and ranks.first(lambda: 3) == 3
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,148 @@
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+pytest.importorskip("soxr", reason="soxr is not installed")
+
+from ajepa import export
+from ajepa.config import PRESETS
+from ajepa.encoder import Encoder, EncoderConfig
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
+
+TINY = PRESETS["tiny"].front_end
+DECIBELS = LogMelSpec(
+    n_fft=1024, win_length=1000, hop_length=496, n_mels=64, n_frames=64, f_min=0.0, convention="torchaudio",
+    mel_scale="slaney", mel_norm="slaney", log="db", top_db=60.0, waveform_norm="mean", patch=(8, 8),
+)  # fmt: skip
+MIRRORED = dataclasses.replace(TINY, snip_edges=False, preemphasis=0.0, window="povey", power=1, std=1.5)
+TEN_SECONDS = dataclasses.replace(TINY, n_fft=4096, win_length=3760, hop_length=2480)
+CASES = {
+    "tiny": EncoderConfig(TINY, "tiny", 32_000),
+    "zero_concat": EncoderConfig(TINY, "tiny", 32_000, pad="zero", pooling="concat"),
+    "rotary_silence": EncoderConfig(TINY, "tiny", 32_000, pad="silence", positions="rotary", norm_eps=1e-5),
+    "ten_seconds": EncoderConfig(TEN_SECONDS, "tiny", 160_000),
+    "audio_jepa_16k": EncoderConfig(LOG_MEL_PRESETS["audio-jepa-16k"], "tiny", 160_000),
+    "decibels": EncoderConfig(DECIBELS, "tiny", 32_000, pad="zero"),
+    "mirrored": EncoderConfig(MIRRORED, "tiny", 32_000, pad="zero"),
+}
+
+
+def load(path):
+    """As X-ARES does: import the file and take the one name that ends in Encoder."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    (name,) = [name for name in dir(module) if name.endswith("Encoder")]
+    return getattr(module, name)
+
+
+def check(encoder) -> None:
+    """The contract of X-ARES's checker and of what calls it."""
+    assert type(encoder).__name__.endswith("Encoder") and isinstance(encoder, torch.nn.Module)
+    assert not encoder.training
+    out = encoder(torch.randn(2, 50_000))
+    assert type(out) is torch.Tensor and out.dtype == torch.float32 and out.device.type == "cpu" and out.ndim == 3
+    assert out.shape[0] == 2 and out.shape[2] == encoder.output_dim and out.isfinite().all()
+    frames = 50_000 / encoder.sampling_rate * 1000 / encoder.hop_size_in_ms
+    assert max(1, frames - 1) <= out.shape[1] <= frames + 1
+    assert encoder(torch.randn(50_000)).shape == (1, *out.shape[1:])
+    out.to("cpu").detach()[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xares")
+
+    def make(case: str):
+        torch.manual_seed(0)
+        encoder = Encoder(CASES[case])
+        path = folder / f"{case}_encoder.py"
+        name = export.write_xares(encoder, path)
+        return encoder, path, name
+
+    return make
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "ten_seconds"])
+def test_exported_file_keeps_the_contract_and_agrees(exported, case):
+    encoder, path, name = exported(case)
+    theirs = load(path)()
+    assert type(theirs).__name__ == name and encoder.fingerprint() in name
+    assert theirs.sampling_rate == encoder.sampling_rate and theirs.hop_size_in_ms == encoder.hop_size_in_ms
+    check(theirs)
+    generator = torch.Generator().manual_seed(0)
+    clip = CASES[case].clip_samples
+    for samples in (1, 900, clip // 3, 3 * clip + 7):
+        x = 0.1 * torch.randn(2, samples, generator=generator)
+        with torch.inference_mode():
+            ours = encoder(x)
+        torch.testing.assert_close(theirs(x), ours, rtol=0, atol=1e-4)
+
+
+def test_ten_minutes_and_large_batches(exported):
+    encoder, path, _ = exported("ten_seconds")
+    theirs = load(path)()
+    minutes = theirs(torch.randn(1, 600 * 16_000))
+    assert abs(minutes.shape[1] - 600_000 / theirs.hop_size_in_ms) <= 1
+    x = torch.randn(37, 8_000)
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(x), encoder(x), rtol=0, atol=1e-4)
+
+
+SPAWNING = """
+import sys
+for hidden in ("ajepa", "ajepa_kernels", "triton", "torchaudio", "safetensors", "huggingface_hub", "soxr", "soundfile"):
+    sys.modules[hidden] = None  # an import of it fails
+import multiprocessing, pickle
+import torch
+from {module} import {name}
+
+def shape(encoder):
+    return tuple(encoder(torch.randn(2, 50_000)).shape)
+
+if __name__ == "__main__":
+    encoder = pickle.loads(pickle.dumps({name}()))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(shape(encoder), pool.apply(shape, (encoder,)))
+"""
+
+
+def test_it_needs_torch_alone_and_works_under_spawn(exported):
+    _, path, name = exported("tiny")
+    script = path.with_name("spawning.py")
+    script.write_text(SPAWNING.format(module=path.stem, name=name))
+    out = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True, timeout=300)
+    assert out.stdout.split("\n")[0] == "(2, 13, 128) (2, 13, 128)"
+
+
+def test_large_weights_lie_beside_and_names_follow_the_weights(exported, monkeypatch, tmp_path):
+    encoder, _, name = exported("tiny")
+    monkeypatch.setattr(export, "INSIDE", 1000)
+    path = tmp_path / "beside_encoder.py"
+    assert export.write_xares(encoder, path) == name
+    assert path.stat().st_size < 20_000 and path.with_suffix(".safetensors").exists()
+    x = torch.randn(1, 20_000)
+    with torch.inference_mode():
+        torch.testing.assert_close(load(path)()(x), encoder(x), rtol=0, atol=1e-4)
+        encoder.vit.norm.bias[0] += 1
+    assert export.write_xares(encoder, path) != name
+
+
+def test_program_writes_both_forms_and_tells_what_it_cannot(tmp_path, capsys):
+    torch.manual_seed(0)
+    Encoder(CASES["tiny"]).save_pretrained(tmp_path / "mine")
+    assert export.main([str(tmp_path / "mine"), str(tmp_path / "copy"), "--pooling", "concat"]) == 0
+    assert Encoder.from_pretrained(tmp_path / "copy").output_dim == 1024
+    assert export.main([str(tmp_path / "mine"), str(tmp_path / "x" / "my_encoder.py"), "--xares"]) == 0
+    assert load(tmp_path / "x" / "my_encoder.py").__name__ in capsys.readouterr().out
+    for out in ("folder", "my-encoder.py", "class.py"):
+        assert export.main([str(tmp_path / "mine"), str(tmp_path / out), "--xares"]) == 2
+        assert "my_encoder.py" in capsys.readouterr().err
+    assert export.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "config.json" in capsys.readouterr().err

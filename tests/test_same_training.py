@@ -1,0 +1,68 @@
+"""From one seed, on real audio, the fused engine and plain PyTorch go through the same training."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ajepa.config import PRESETS, Config
+from ajepa.corpus import open_corpus
+from ajepa.engine import Engine
+from ajepa.features import encoder_features
+from ajepa.masks import MaskSampler
+
+AUDIO = os.environ.get("AJEPA_TEST_AUDIO")
+pytestmark = pytest.mark.skipif(AUDIO is None, reason="AJEPA_TEST_AUDIO names no folder of real audio")
+TRAINED_ON = "george,jackson,lucas,nicolas"
+BAND = 0.01  # relative difference of the losses of a step
+
+
+def digits(size: str, batch: int, steps: int, **changes) -> Config:
+    """Spoken digits of four speakers; the watch scores a fifth one's."""
+    meta, cfg = str(Path(str(AUDIO)) / "fsdd" / "meta.csv"), PRESETS["tiny"]
+    return replace(
+        cfg,
+        data=replace(
+            cfg.data, data=meta, where="speaker=george,jackson,lucas,nicolas", label="digit", clip_seconds=1.0
+        ),
+        model=replace(cfg.model, size=size),
+        optim=replace(cfg.optim, batch_size=batch, steps=steps, warmup_steps=max(1, steps // 10)),
+        watch=replace(cfg.watch, eval_data=meta, eval_test="speaker=theo", eval_clips=240),
+        **changes,
+    )
+
+
+def train(cfg: Config, device: torch.device) -> tuple[list[float], float]:
+    """Losses, and kNN accuracy of the EMA target encoder at the end."""
+    corpus, engine = open_corpus(cfg), Engine(cfg, device)
+    sampler, losses = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed), []
+    loader = corpus.loader(cfg, None)
+    for step in range(cfg.optim.steps):
+        batch = next(loader)
+        masks = engine.masks(sampler, step, len(batch.pcm))
+        losses.append(engine.step(batch.pcm.to(device), batch.lengths.to(device), masks, step).loss)
+    loader.close()
+    features = encoder_features(engine.model.target_encoder, engine.front_end, cfg.front_end, "concat")
+    return torch.stack(losses).tolist(), corpus.evaluation.score(features, device)["knn_accuracy"]
+
+
+def compare(cfg: Config, device: torch.device, band: float, points: float) -> None:
+    fused, fused_knn = train(cfg, device)
+    plain, plain_knn = train(replace(cfg, impl="reference"), device)
+    assert fused == pytest.approx(plain, rel=band)
+    assert fused[-1] < 0.95 * fused[0], "nothing was learnt"
+    assert abs(fused_knn - plain_knn) <= points
+
+
+@pytest.mark.parametrize(("size", "batch", "steps"), [("tiny", 16, 40), ("S", 4, 6)])
+def test_on_a_cpu(size, batch, steps):
+    compare(digits(size, batch, steps), torch.device("cpu"), BAND, points=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("size", "batch"), [("tiny", 64), ("S", 64)])
+def test_on_a_gpu(size, batch):
+    compare(digits(size, batch, 300), torch.device("cuda"), 0.05, points=0.03)  # bf16
