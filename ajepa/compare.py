@@ -1,8 +1,12 @@
 """Throughput against plain PyTorch: the same batches through several engines, in alternation."""
 
+import contextlib
 import dataclasses
+import itertools
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,32 +15,101 @@ from ajepa.engine import Engine
 from ajepa.masks import Masks
 
 Batch = tuple[torch.Tensor, torch.Tensor, Masks]  # pcm, lengths, masks
+PHASES = ("front end", "forward", "backward", "update")
+
+
+@dataclass
+class Timing:
+    """What one engine did with the batches."""
+
+    seconds: list[float] = field(default_factory=list)  # of each step, PCM to updated weights
+    losses: list[float] = field(default_factory=list)  # of every step, the warm-up's too
+    flops: float = 0.0  # of a step, median over the batches' masks
+    peak_bytes: int | None = None  # device memory its weights, moments and warm-up steps reserved; None on a CPU
+    phases: dict[str, float] = field(default_factory=dict)  # median seconds of PHASES; empty where not asked for
 
 
 def time_engines(
-    cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl], warm_up: int = 1
-) -> dict[Impl, list[float]]:
-    """Seconds of each step: every batch through every engine in turn (A B A B), from PCM to updated weights.
+    cfg: Config,
+    device: torch.device,
+    batches: list[Batch],
+    impls: list[Impl],
+    warm_up: int = 1,
+    split_steps: int = 0,
+) -> dict[Impl, Timing]:
+    """Every batch through every engine in turn (A B A B), after its first `warm_up` batches once more, uncounted.
 
-    Fresh engines of the same seed. The first `warm_up` batches are run once more, uncounted, beforehand.
+    Fresh engines of the same seed. `split_steps` further steps are timed phase by phase, with a wait after each.
     """
-    engines = {impl: Engine(dataclasses.replace(cfg, impl=impl), device) for impl in impls}
-    seconds: dict[Impl, list[float]] = {impl: [] for impl in impls}
-    for i, (pcm, lengths, masks) in enumerate(batches[:warm_up] + batches):
+    engines: dict[Impl, Engine] = {}
+    timings = {impl: Timing() for impl in impls}
+    for impl, timing in timings.items():
+        before = _reserved(device)
+        engine = engines[impl] = Engine(dataclasses.replace(cfg, impl=impl), device)
+        timing.losses += [engine.step(*batch, i).loss.item() for i, batch in enumerate(batches[:warm_up])]
+        if device.type == "cuda":
+            timing.peak_bytes = torch.cuda.memory_reserved(device) - before
+    for i, batch in enumerate(batches, start=warm_up):
         for impl, engine in engines.items():
             _wait(device)
             tick = time.perf_counter()
-            engine.step(pcm, lengths, masks, i)
+            result = engine.step(*batch, i)
             _wait(device)
-            if i >= warm_up:
-                seconds[impl].append(time.perf_counter() - tick)
-    return seconds
+            timings[impl].seconds.append(time.perf_counter() - tick)
+            timings[impl].losses.append(result.loss.item())
+    for impl, engine in engines.items():
+        timings[impl].flops = statistics.median(engine.flops(masks) for *_, masks in batches)
+    if split_steps:
+        steps = [(batches[i % len(batches)], warm_up + len(batches) + i) for i in range(split_steps)]
+        for impl, engine in engines.items():
+            timings[impl].phases = split(engine, steps)
+    return timings
+
+
+def split(engine: Engine, steps: list[tuple[Batch, int]]) -> dict[str, float]:
+    """Median seconds of each of PHASES, outside CUDA graphs: these have no phases to wait between."""
+    graphs, engine.graphs = engine.graphs, None
+    rows = []
+    try:
+        for batch, step in steps:
+            with _marks(engine) as marks:
+                engine.step(*batch, step)
+                marks["end"] = _now(engine.device)
+            times = list(marks.values())
+            rows.append([end - begin for begin, end in itertools.pairwise(times)])
+    finally:
+        engine.graphs = graphs
+    return {phase: statistics.median(column) for phase, column in zip(PHASES, zip(*rows, strict=True), strict=True)}
+
+
+@contextlib.contextmanager
+def _marks(engine: Engine) -> Iterator[dict[str, float]]:
+    """When a step's PHASES begin, each after the device has finished the one before: marks at the front end's and
+    backward's begin and end. Of a step of one micro-batch."""
+    marks: dict[str, float] = {}
+
+    def marked(function, begin: str, end: str):
+        def run(*args, **kwargs):
+            marks[begin] = _now(engine.device)
+            out = function(*args, **kwargs)
+            marks[end] = _now(engine.device)
+            return out
+
+        return run
+
+    front_end, backward = engine.front_end, torch.Tensor.backward
+    engine.front_end = marked(front_end, "front end", "forward")
+    torch.Tensor.backward = marked(backward, "backward", "update")  # type: ignore[method-assign]
+    try:
+        yield marks
+    finally:
+        engine.front_end, torch.Tensor.backward = front_end, backward  # type: ignore[method-assign]
 
 
 def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:
     """Clips per second of each engine, from its median step."""
-    clips = len(batches[0][0])
-    return {impl: clips / statistics.median(t) for impl, t in time_engines(cfg, device, batches, impls).items()}
+    timings = time_engines(cfg, device, batches, impls)
+    return {impl: len(batches[0][0]) / statistics.median(timing.seconds) for impl, timing in timings.items()}
 
 
 def table(rates: dict[str, float]) -> str:
@@ -49,3 +122,15 @@ def table(rates: dict[str, float]) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _now(device: torch.device) -> float:
+    _wait(device)
+    return time.perf_counter()
+
+
+def _reserved(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)

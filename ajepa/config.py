@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
-from pydantic import TypeAdapter, ValidationError
 
 from ajepa.files import write_atomic
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
@@ -220,7 +218,6 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
-_ADAPTER = TypeAdapter(Config)
 _MAY_CHANGE = {
     "resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out", "micro_batch",
     "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
@@ -229,6 +226,8 @@ _MAY_CHANGE = {
 
 def parse(argv: list[str] | None = None) -> Config:
     """The configuration that a command line asks for: a preset (or, with --resume, the run's own), then its flags."""
+    import tyro  # here, as pydantic below: the engines and their benchmarks need neither
+
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--preset", default="tiny")
     known.add_argument("--out")
@@ -265,9 +264,11 @@ def save(cfg: Config, path: Path) -> None:
 
 def load(path: Path) -> Config:
     """The configuration in a run folder. Raises ConfigError for a file that is not one."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         raw = json.loads(path.read_text())
-        cfg = _ADAPTER.validate_python(raw)
+        cfg = TypeAdapter(Config).validate_python(raw)
     except (OSError, ValueError, ValidationError, TypeError) as error:
         raise ConfigError(f"{path} is not a configuration of ajepa: {error}") from error
     unknown = _keys(raw) - _keys(dataclasses.asdict(cfg))

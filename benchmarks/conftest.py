@@ -1,48 +1,30 @@
 """Timers and records shared by the benchmarks. `pytest benchmarks/` runs them all with sizes for this machine.
 
 Variants of one benchmark are timed in turns (A B A B), so that what else the machine does hits all of them alike.
+A benchmark checks its variants before it times them; where it fails, its earlier records are dropped, too.
 """
 
 import gc
-import json
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import records
 import torch
+from records import DEVICE
 
-RESULTS = Path(__file__).parent / "results"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from missing import *  # noqa: F403
+
 Times = dict[str, list[float]]  # milliseconds of each call, by variant
 
 
-def device_name() -> str:
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"cpu {model[1] if model else platform.machine()}"
-
-
-def environment() -> dict:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
-    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    return {"device": device_name(), "cores": torch.get_num_threads(), "versions": versions, "commit": commit}
-
-
 def percentile(times: list[float], share: float) -> float:
-    return statistics.quantiles(times, n=100, method="inclusive")[round(100 * share) - 1]
+    return statistics.quantiles(times, n=100, method="inclusive")[round(100 * share) - 1] if times[1:] else times[0]
 
 
 def _prepare(function: Callable[[], object]) -> tuple[Callable[[], object], int]:
@@ -89,9 +71,9 @@ def interleave() -> Callable[..., Times]:
     return run
 
 
-@pytest.fixture(scope="session")
-def record() -> Callable[..., list[dict]]:
-    """record(benchmark, shape, times, plain=, peers=, floor_ms=) -> the records it wrote and printed.
+@pytest.fixture
+def record(request) -> Callable[..., list[dict]]:
+    """record(benchmark, shape, times, plain=, peers=, floor_ms=, more=) -> the records it wrote and printed.
 
     Args:
         benchmark, shape: what was timed.
@@ -99,7 +81,9 @@ def record() -> Callable[..., list[dict]]:
         plain: the variant that is plain PyTorch. Ratios are its median over a variant's: above 1 the variant is faster.
         peers: variants by others; the fastest of them is the best peer.
         floor_ms: the time no implementation can beat; a variant's share of it is floor_ms / median.
+        more: further fields of a variant's record, such as `clips_per_second` and `mfu`.
     """
+    written: list[dict] = []
 
     def write(
         benchmark: str,
@@ -109,10 +93,11 @@ def record() -> Callable[..., list[dict]]:
         plain: str | None = None,
         peers: Iterable[str] = (),
         floor_ms: float | None = None,
+        more: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> list[dict]:
         medians = {name: statistics.median(values) for name, values in times.items()}
         best = min((peer for peer in peers if peer in medians), key=lambda peer: medians[peer], default=None)
-        records = [
+        new = [
             {
                 "benchmark": benchmark,
                 "variant": name,
@@ -121,27 +106,36 @@ def record() -> Callable[..., list[dict]]:
                 "p20_ms": percentile(values, 0.2),
                 "p80_ms": percentile(values, 0.8),
                 "floor_share": None if floor_ms is None else floor_ms / medians[name],
-                "ratio_to_plain": None if plain is None else medians[plain] / medians[name],
+                "ratio_to_plain": medians[plain] / medians[name] if plain in medians else None,
                 "ratio_to_best_peer": None if best is None else medians[best] / medians[name],
                 "best_peer": best,
+                **(more or {}).get(name, {}),
             }
             for name, values in times.items()
         ]
-        slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-        path = RESULTS / f"{slug}.json"
-        kept = json.loads(path.read_text())["records"] if path.exists() else []
-        new = {(r["benchmark"], r["shape"]) for r in records}
-        kept = [old for old in kept if (old["benchmark"], old["shape"]) not in new]
-        commit = {"commit": environment()["commit"]}
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            json.dumps({**environment(), "records": kept + [{**r, **commit} for r in records]}, indent=1) + "\n"
-        )
-        print(f"\n{benchmark} {shape}", file=sys.stderr)
-        for r in sorted(records, key=lambda r: r["median_ms"]):
+        written.extend(new)
+        records.put(records.results_path(), request.node.nodeid, written)
+        columns = ("median ms", "p20", "p80", "of floor", "x plain")
+        print(f"\n{benchmark} {shape:<{max(0, 35 - len(benchmark))}}", *(f"{c:>10}" for c in columns), file=sys.stderr)
+        for r in sorted(new, key=lambda r: r["median_ms"]):
             numbers = [f"{r[key]:10.3f}" for key in ("median_ms", "p20_ms", "p80_ms")]
-            ratios = [f"{r[key]:8.2f}" if r[key] else " " * 8 for key in ("floor_share", "ratio_to_plain")]
+            ratios = [f"{r[key]:10.2f}" if r[key] else " " * 10 for key in ("floor_share", "ratio_to_plain")]
             print(f"  {r['variant']:34}", *numbers, *ratios, file=sys.stderr)
-        return records
+        return new
 
     return write
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        records.put(records.results_path(), item.nodeid, [])
+    return report
+
+
+def pytest_sessionfinish(session):
+    option = session.config.option
+    everything = not (option.keyword or option.markexpr or option.collectonly or session.testsfailed)
+    if everything and all(Path(argument).is_dir() for argument in session.config.args):
+        records.forget_others(records.results_path(), {item.nodeid for item in session.items})

@@ -1,0 +1,255 @@
+"""`python benchmarks/report.py [--check]`: the README's speed tables, `results/README.md` and plots, from result files.
+
+`--check` writes nothing and exits with 1 where README.md or results/README.md is not what the result files give.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- speed:begin, written by benchmarks/report.py -->", "<!-- speed:end -->"
+WHOLE = {"train_step": "Training step", "end_to_end": "From files to updated weights", "scaling": "As the work grows"}
+UNMEASURED = (
+    "**Not yet measured on a GPU**: no result file of one is there. `make gpu` on a machine with one writes it."
+)
+
+
+def load(folder: Path) -> list[dict]:
+    """Result files, GPUs first. Raises SystemExit naming a file that is not one."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+            result["slug"], result["gpu"] = path.stem, result["versions"]["cuda"] is not None
+            for r in result["records"]:
+                r["benchmark"], r["variant"], r["shape"], float(r["median_ms"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path} is no result file ({error!r}): delete it and run `make bench`") from error
+        results.append(result)
+    return sorted(results, key=lambda r: not r["gpu"])
+
+
+def of(result: dict, *benchmarks: str) -> list[dict]:
+    return [r for r in result["records"] if r["benchmark"] in benchmarks]
+
+
+def kernels(result: dict) -> list[dict]:
+    """Records of single operations that have a floor."""
+    return [r for r in result["records"] if r["benchmark"] not in WHOLE and r.get("floor_share")]
+
+
+def is_ours(r: dict) -> bool:
+    return r["variant"] == "fused" or r["variant"].startswith("ajepa")
+
+
+def groups(records: list[dict]) -> list[list[dict]]:
+    """Records of one benchmark and shape together."""
+    found: dict[tuple, list[dict]] = {}
+    for r in records:
+        found.setdefault((r["benchmark"], r["shape"]), []).append(r)
+    return list(found.values())
+
+
+def when(result: dict, records: list[dict] | None = None) -> str:
+    """Days and commits of the measurements."""
+    records = result["records"] if records is None else records
+    marks = {(r.get("date", "undated"), r.get("commit", "unknown")) for r in records}
+    dates = sorted({date for date, _ in marks})
+    commits = sorted({commit for _, commit in marks})
+    shown = ", ".join(commits) if len(commits) < 4 else f"{len(commits)} commits"
+    return f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}, at {shown}" if dates else "nothing"
+
+
+def about(result: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    rates = result.get("ceilings", {})
+    names = {"copy_gb_per_s": "copy {:,.0f} GB/s", "product_bfloat16_tflops": "bf16 product {:,.3g} TFLOP/s"}
+    names["product_float32_tflops"] = "fp32 product {:,.3g} TFLOP/s"
+    measured = ", ".join(form.format(rates[name]) for name, form in names.items() if name in rates)
+    cores = "" if result["gpu"] else f", {result['cores']} cores"
+    return f"{result['device']}{cores}; {versions}; measured {when(result)}" + (
+        f". Ceilings: {measured}" * bool(measured)
+    )
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    columns = head.split(" | ")
+    lines = [f"| {head} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def number(value: float | None, form: str = ",.3g") -> str:
+    """Three digits that matter, no exponent."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if form == ",.3g" and abs(value) >= 99.5 else format(value, form)
+
+
+def whole_rows(records: list[dict]) -> list[list[str]]:
+    return [
+        [
+            r["shape"], r["variant"], number(r["median_ms"]), f"{number(r['p20_ms'])} - {number(r['p80_ms'])}",
+            number(r.get("clips_per_second")), number(r["ratio_to_plain"], ".2f"), number(r.get("mfu"), ".0%"),
+            gib(r), number(r.get("data_wait_share"), ".0%"),
+        ]
+        for r in records
+    ]  # fmt: skip
+
+
+ON_A_CPU = (
+    "On a CPU `log_mel` alone has a kernel; its floor is a bare rfft of the same frames, which does less. The other "
+    "ops\nare their plain definitions there, which torch.compile may beat."
+)
+WHOLE_HEAD = "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data"
+KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer"
+
+
+def prune(head: str, rows: list[list[str]]) -> str:
+    """The table without columns that hold nothing."""
+    columns = head.split(" | ")
+    kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    return table(" | ".join(columns[i] for i in kept), [[row[i] for i in kept] for row in rows])
+
+
+def kernel_rows(records: list[dict]) -> list[list[str]]:
+    return [
+        [
+            f"`{r['benchmark']}`", r["shape"], number(r["median_ms"]), number(r["floor_share"], ".0%"),
+            number(r["ratio_to_plain"], ".2f"), number(r["ratio_to_best_peer"], ".2f"), r["best_peer"] or "-",
+        ]
+        for r in records if is_ours(r)
+    ]  # fmt: skip
+
+
+def side_by_side(records: list[dict]) -> str:
+    """A row a case: every engine's milliseconds, then what the fused step does with them."""
+    variants = list(dict.fromkeys(r["variant"] for r in sorted(records, key=lambda r: r["variant"] == "fused")))
+    head = ["case", *(f"{variant} ms" for variant in variants), "fused clips/s", "x eager", "x compile", "MFU"]
+    rows = []
+    for group in groups(records):
+        of_variant = {r["variant"]: r for r in group}
+        ms = {variant: r["median_ms"] for variant, r in of_variant.items()}
+        fused = of_variant.get("fused", {})
+        ratios = [ms[peer] / ms["fused"] if {peer, "fused"} <= ms.keys() else None for peer in ("eager", "compile")]
+        row = [group[0]["shape"], *(number(ms.get(variant)) for variant in variants)]
+        row += [number(fused.get("clips_per_second")), *(number(ratio, ".2f") for ratio in ratios)]
+        row += [number(fused.get("mfu"), ".0%"), *(gib(r) for r in map(of_variant.get, ("eager", "fused")))]
+        rows.append([*row, number(fused.get("data_wait_share"), ".0%")])
+    return prune(" | ".join([*head, "eager GiB", "fused GiB", "waiting for data"]), rows)
+
+
+def gib(r: dict | None) -> str:
+    return number(r["peak_bytes"] / 2**30, ".1f") if r and r.get("peak_bytes") else "-"
+
+
+def largest(records: list[dict]) -> list[dict]:
+    """Of each benchmark, the case that takes plain PyTorch (or all variants) longest."""
+    best: dict[str, list[dict]] = {}
+    for group in groups(records):
+        name = group[0]["benchmark"]
+        if name not in best or max(r["median_ms"] for r in group) > max(r["median_ms"] for r in best[name]):
+            best[name] = group
+    return [r for group in best.values() for r in group]
+
+
+def readme_section(results: list[dict]) -> str:
+    parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
+    for result in results:
+        parts.append(f"**{result['device']}** ({when(result)})")
+        parts += [side_by_side(steps) for name in ("train_step", "end_to_end") if (steps := of(result, name))]
+        if ops := kernel_rows(largest(kernels(result))):
+            parts += [table(KERNEL_HEAD, ops)] + [ON_A_CPU] * (not result["gpu"])
+    plots = "[all cases and plots](benchmarks/results/README.md)"
+    parts.append(f"Of each op the largest case; {plots}.")
+    return "\n\n".join(parts)
+
+
+def results_page(results: list[dict]) -> str:
+    parts = ["# Benchmark results", "Written by `benchmarks/report.py` from the JSON files beside it. "
+             "Ratios above 1: faster than plain PyTorch, or than the best peer, in the same run. The floor of an op is "
+             "the time of its least bytes at the copy rate measured then; MFU is the share of the matrix product rate "
+             "measured then."]  # fmt: skip
+    if not any(result["gpu"] for result in results):
+        parts.append(UNMEASURED)
+    for result in results:
+        parts += [f"## {result['device']}", about(result) + "."]
+        for name, title in WHOLE.items():
+            if records := of(result, name):
+                parts += [f"### {title}", prune(WHOLE_HEAD, whole_rows(records))]
+                parts += [f"![{title}](plots/{path})" for path in plots_of(result, name)]
+        if ops := kernels(result):
+            parts += ["### Ops", table(KERNEL_HEAD, kernel_rows(ops))] + [ON_A_CPU] * (not result["gpu"])
+            parts += [f"![Share of the floor by op](plots/{path})" for path in plots_of(result, "floor")]
+        others = [r for r in result["records"] if r["benchmark"] not in WHOLE and not r.get("floor_share")]
+        if others:
+            rows = [[f"`{r['benchmark']}`", r["shape"], r["variant"], number(r["median_ms"]),
+                     number(r["ratio_to_plain"], ".2f")] for r in others]  # fmt: skip
+            parts += ["### Others", table("benchmark | case | variant | ms | x plain", rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plots_of(result: dict, name: str) -> list[str]:
+    """The plots that the results of `name` give."""
+    given = {
+        "train_step": [("phases", any(r.get("phases_ms") for r in of(result, "train_step")))],
+        "scaling": [("scaling", bool(of(result, "scaling")))],
+        "end_to_end": [],
+        "floor": [("floor", bool(kernels(result)))],
+    }[name]
+    if name == "train_step":
+        given.append(("throughput", bool(throughput_lines(result))))
+    return [f"{result['slug']}-{plot}.png" for plot, there in given if there]
+
+
+def throughput_lines(result: dict) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """{(model, variant): [(batch, clips/s)]} where more than one batch was timed."""
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for r in of(result, "train_step", "scaling"):
+        if r["benchmark"] == "train_step" or r["grows"] == "batch":
+            model = r["model"] if r["benchmark"] == "train_step" else f"{r['model']}, 128 tokens"
+            lines.setdefault((model, r["variant"]), []).append((r["batch"], r["clips_per_second"]))
+    return {key: sorted(points) for key, points in lines.items() if len(points) > 1}
+
+
+def replaced(readme: str, section: str) -> str:
+    try:
+        head, rest = readme.split(BEGIN)
+        _, tail = rest.split(END)
+    except ValueError:
+        raise SystemExit(f"README.md must hold the line `{BEGIN}` and then `{END}`, once each") from None
+    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(argv)
+    results = load(options.results)
+    pages = {
+        options.readme: replaced(options.readme.read_text(), readme_section(results)),
+        options.results / "README.md": results_page(results),
+    }
+    if options.check:
+        old = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        for path in old:
+            print(f"{path} is not what the results give: run `python benchmarks/report.py`", file=sys.stderr)
+        return 1 if old else 0
+    for path, text in pages.items():
+        path.write_text(text)
+    try:
+        import plots
+    except ModuleNotFoundError as error:
+        print(f"tables written, no plots: {error.name} is not installed", file=sys.stderr)
+        return 0
+    for result in results:
+        plots.draw(result, options.results / "plots")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

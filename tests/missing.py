@@ -1,0 +1,43 @@
+"""Tests and benchmarks whose packages are not installed are left out, with the reason, instead of failing."""
+
+import re
+from importlib.util import find_spec
+
+import pytest
+
+__all__ = ["pytest_make_collect_report", "pytest_runtest_call", "pytest_runtest_setup"]
+
+
+def _reason(message: str) -> str | None:
+    missing = re.search(r"No module named '(\w+)[.\w]*'$", message)
+    if missing is None or missing[1] in ("ajepa", "ajepa_kernels"):
+        return None
+    try:
+        absent = find_spec(missing[1]) is None
+    except ImportError:
+        absent = True
+    return f"needs {missing[1]}, which is not installed" if absent else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    errors = re.findall(r"^E +(.+)", str(report.longrepr), re.MULTILINE) if report.failed else []
+    reason = _reason(errors[-1]) if errors else None
+    if reason:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), None, f"Skipped: {reason}")
+    return report
+
+
+def _skip_missing(item):
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        reason = _reason(str(error))
+        if reason:
+            pytest.skip(reason)
+        raise
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_skip_missing)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skip_missing)

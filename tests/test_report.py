@@ -1,0 +1,151 @@
+"""The benchmarks' result files and what the report makes of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import records
+import report
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def timed(benchmark="op", shape="64 rows", variant="ajepa op", **more):
+    fields = {"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.2, "floor_share": 0.5, "ratio_to_plain": 3.0,
+              "ratio_to_best_peer": 1.5, "best_peer": "torch.compile"}  # fmt: skip
+    return {"benchmark": benchmark, "variant": variant, "shape": shape, **fields, **more}
+
+
+def steps(batch: int, grows: bool = False) -> list[dict]:
+    benchmark, shape = ("scaling", f"batch {batch}; depth 4") if grows else ("train_step", f"tiny, batch {batch}")
+    common = {"model": "tiny", "batch": batch, "mfu": 0.25, "peak_bytes": None}
+    common |= {"grows": "batch", "x": batch} if grows else {}
+    phases = {"front end": 0.1, "forward": 0.7, "backward": 1.0, "update": 0.2}
+    return [
+        timed(benchmark, shape, variant, median_ms=ms, clips_per_second=1e3 * batch / ms, ratio_to_plain=4 / ms,
+              phases_ms=phases, **common)
+        for variant, ms in (("eager", 4.0), ("fused", 2.5))
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A result file of a CPU and of a GPU, and a README with a place for the tables."""
+    plain = timed(variant="plain PyTorch", median_ms=6.0, ratio_to_plain=1.0, floor_share=0.17)
+    new = [timed(), plain, *steps(16), *steps(64), *steps(8, True), *steps(32, True)]
+    for device, cuda in (("cpu x", None), ("GPU y", "13.0")):
+        marks = {"test": "t", "commit": "abc1234", "date": "2026-01-02"}
+        result = {"device": device, "cores": 2, "versions": {"torch": "2.11", "cuda": cuda}, "commit": "abc1234",
+                  "ceilings": {"copy_gb_per_s": 10.0}, "records": [{**r, **marks} for r in new]}  # fmt: skip
+        (tmp_path / f"{device.replace(' ', '-').lower()}.json").write_text(json.dumps(result))
+    (tmp_path / "R.md").write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    return tmp_path
+
+
+def run(folder, *more) -> int:
+    return report.main(["--results", str(folder), "--readme", str(folder / "R.md"), *more])
+
+
+def test_readme_is_what_the_results_give():
+    assert report.main(["--check"]) == 0, "run `python benchmarks/report.py`"
+
+
+def test_report_writes_tables_and_plots_and_check_finds_what_changed(folder, capsys):
+    pytest.importorskip("matplotlib", reason="without it there are no plots")
+    assert run(folder, "--check") == 1 and "report.py" in capsys.readouterr().err
+    assert run(folder) == 0 and run(folder, "--check") == 0
+    text = (folder / "R.md").read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| tiny, batch 64 | 4 | 2.5 | 25,600 | 1.60 | 25% |" in text
+    assert "| `op` | 64 rows | 2 | 50% | 3.00 | 1.50 | torch.compile |" in text
+    plots = {path.name for path in (folder / "plots").iterdir()}
+    assert plots == {f"{d}-{p}.png" for d in ("cpu-x", "gpu-y") for p in ("floor", "phases", "scaling", "throughput")}
+    page = (folder / "README.md").read_text()
+    assert all(f"(plots/{name})" in page for name in plots)
+
+    path = folder / "gpu-y.json"
+    path.write_text(path.read_text().replace('"median_ms": 2.5', '"median_ms": 2.25'))
+    assert run(folder, "--check") == 1
+
+
+def test_without_a_gpu_the_report_says_so(folder):
+    assert "Not yet measured on a GPU" not in report.readme_section(report.load(folder))
+    (folder / "gpu-y.json").unlink()
+    assert "Not yet measured on a GPU" not in report.readme_section(
+        report.load(folder)[:0] + [{**report.load(folder)[0], "gpu": True}]
+    )
+    assert "Not yet measured on a GPU" in report.readme_section(report.load(folder))
+    assert "Not yet measured on a GPU" in report.results_page(report.load(folder))
+
+
+def test_a_broken_result_file_is_named(folder):
+    (folder / "gpu-y.json").write_text('{"records": [')
+    with pytest.raises(SystemExit, match=r"gpu-y\.json is no result file"):
+        run(folder)
+
+
+def test_a_partial_run_renews_its_own_records_alone(tmp_path, monkeypatch):
+    path = tmp_path / "device.json"
+    monkeypatch.setattr(records, "ceilings", lambda: {"copy_gb_per_s": 1.0})
+    environment = records.environment()
+
+    def at(commit):
+        monkeypatch.setattr(records, "environment", lambda: {**environment, "commit": commit})
+
+    at("one")
+    records.put(path, "a.py::test[64]", [timed(shape="64 rows"), timed(shape="256 rows")])
+    records.put(path, "b.py::test", [timed("other")])
+    at("two")
+    records.put(path, "a.py::test[64]", [timed(shape="64 rows", median_ms=1.0)])  # the shape of 256 rows is no more
+    kept = {(r["benchmark"], r["shape"]): r for r in records.read(path)}
+    assert kept.keys() == {("op", "64 rows"), ("other", "64 rows")}
+    assert kept["op", "64 rows"]["commit"] == "two" and kept["op", "64 rows"]["median_ms"] == 1.0
+    assert kept["other", "64 rows"]["commit"] == "one"
+    assert json.loads(path.read_text())["commit"] == "two"
+
+    records.put(path, "b.py::renamed", [timed("other")])  # the same case, measured by another test
+    assert [r["test"] for r in records.read(path) if r["benchmark"] == "other"] == ["b.py::renamed"]
+    records.put(path, "b.py::renamed", [])  # its check failed
+    assert {r["benchmark"] for r in records.read(path)} == {"op"}
+    records.forget_others(path, set())
+    assert records.read(path) == []
+
+
+BENCHMARK = """
+import pytest
+import records
+records.ceilings = lambda: {}
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_case(case, interleave, record):
+    times = interleave({"ajepa op": lambda: None, "plain": lambda: sum(range(999))}, seconds=0, rounds=2)
+    record("op", f"case {case}", times, plain="plain", peers=["plain"], more={"ajepa op": {"mfu": 0.5}})
+    assert case == 1
+"""
+
+
+def test_a_failed_check_leaves_no_record(tmp_path, monkeypatch):
+    """In a process of its own: pytest with the benchmarks' conftest."""
+    for name in ("conftest.py", "records.py"):
+        shutil.copy(BENCHMARKS / name, tmp_path / name)
+    (tmp_path / "bench_op.py").write_text(BENCHMARK)
+    ini = f"[pytest]\npython_files = bench_*.py\npythonpath = . {Path(__file__).parent}\n"
+    (tmp_path / "pytest.ini").write_text(ini)
+    monkeypatch.setattr(records, "ceilings", dict)
+    path = tmp_path / records.results_path().name
+    for case in (0, 1):
+        records.put(path, f"bench_op.py::test_case[{case}]", [timed(shape=f"case {case}"), timed(shape="another")])
+
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench_op.py"]
+    env = {**os.environ, "AJEPA_BENCH_RESULTS": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    kept = {r["variant"]: r for r in records.read(path)}
+    assert {r["shape"] for r in records.read(path)} == {"case 1"}, "case 0 failed, `another` is no more"
+    assert kept["plain"]["ratio_to_best_peer"] == 1.0 and kept["ajepa op"]["mfu"] == 0.5
