@@ -3,10 +3,12 @@
 A source is (path, offset, size): a plain file has offset 0, a tar member is read in place and never extracted.
 """
 
+import contextlib
 import io
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -103,7 +105,7 @@ def inspect(path: str, offset: int, size: int, *, in_tar: bool = False, decode: 
         with open_sound(path, offset, size, in_tar=in_tar) as sound:
             if not 1_000 <= sound.samplerate <= 1_000_000:
                 raise BadAudio(f"implausible sample rate of {sound.samplerate} Hz")
-            frames = _decode(sound) if decode else sound.frames
+            frames = _decode(sound) if decode or not counted else sound.frames
             if frames == 0:
                 raise BadAudio("no samples")
             if frames < sound.frames and counted:
@@ -126,18 +128,43 @@ def read_segment(path: str, offset: int, size: int, start: int, count: int, *, i
 
     Raises BadAudio where fewer samples decode, OSError where the file cannot be read.
     """
+    with _segment(path, offset, size, start, in_tar) as sound:
+        samples = sound.read(count, dtype="float32", always_2d=True)
+    _check_count(samples, start, count)
+    return wav_bytes(samples, sound.samplerate)
+
+
+def read_int16(path: str, offset: int, size: int, start: int, count: int, *, in_tar: bool = False) -> np.ndarray | None:
+    """The same samples of a mono file as they are stored, int16; None where they are not stored as 16-bit PCM."""
+    with _segment(path, offset, size, start, in_tar) as sound:
+        if sound.subtype != "PCM_16" or sound.channels != 1:
+            return None
+        samples = sound.read(count, dtype="int16")
+    _check_count(samples, start, count)
+    return samples
+
+
+@contextlib.contextmanager
+def _segment(path: str, offset: int, size: int, start: int, in_tar: bool) -> Iterator[sf.SoundFile]:
     try:
         with open_sound(path, offset, size, in_tar=in_tar) as sound:
             sound.seek(start)
-            samples = sound.read(count, dtype="float32", always_2d=True)
-            rate, channels = sound.samplerate, sound.channels
+            yield sound
     except sf.LibsndfileError as error:
         raise BadAudio(f"cannot be decoded at sample {start}: {error.error_string.strip()}") from None
+
+
+def _check_count(samples: np.ndarray, start: int, count: int) -> None:
     if len(samples) < count:
         raise BadAudio(f"truncated: {start + len(samples)} of {start + count} samples decode")
-    body = samples.tobytes()
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(body), b"WAVE", b"fmt ", 16, 3, channels, rate,
-                         rate * channels * 4, channels * 4, 32, b"data", len(body))  # fmt: skip
+
+
+def wav_bytes(samples: np.ndarray, rate: int) -> np.ndarray:
+    """float32 or int16 samples `[frames, channels]` as the bytes of a WAV file, uint8."""
+    body, width, channels = samples.tobytes(), samples.dtype.itemsize, samples.shape[1]
+    kind = 1 if samples.dtype == np.int16 else 3
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(body), b"WAVE", b"fmt ", 16, kind, channels, rate,
+                         rate * channels * width, channels * width, 8 * width, b"data", len(body))  # fmt: skip
     return np.frombuffer(header + body, np.uint8)
 
 

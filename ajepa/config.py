@@ -25,7 +25,8 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class DataConfig:
     data: str | None = None
-    """Folder of recordings, CSV/JSONL manifest, or webdataset tars (glob, {000..010}). None: the synthetic set."""
+    """Folder of recordings or of shards (ajepa.pack), CSV/JSONL manifest, or webdataset tars (glob, {000..010}).
+    None: the synthetic set."""
     where: str | None = None
     """Rows of the manifest to train on, such as "fold=1,2,3"."""
     label: str | None = None
@@ -40,6 +41,8 @@ class DataConfig:
     """Decoding threads; 0: one a core."""
     prefetch: int = 2
     """Batches decoded ahead."""
+    resident: bool = False
+    """Load all audio into the device's memory as PCM before the first step, where it fits."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ PRESETS: dict[str, Config] = {
 
 _MAY_CHANGE = {
     "resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out", "micro_batch",
-    "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout",
+    "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
 }  # fmt: skip
 
 

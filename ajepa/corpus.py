@@ -12,6 +12,9 @@ from ajepa.config import Config
 from ajepa.data import AudioLoader, iterate_once
 from ajepa.features import Evaluation
 from ajepa.index import Index, build_index, cache_root
+from ajepa.reader import holds_pcm
+from ajepa.resident import ResidentLoader
+from ajepa.shards import is_shards
 from ajepa.synthetic import make_synthetic
 
 
@@ -22,18 +25,28 @@ class Corpus:
     skipped: list[tuple[str, str]]  # (path, reason), found when indexed or loaded for the evaluation
     description: str
 
-    def loader(self, cfg: Config, state: dict[str, Any] | None, rank: int = 0, world_size: int = 1) -> AudioLoader:
-        return AudioLoader(
-            self.index,
+    def loader(
+        self,
+        cfg: Config,
+        state: dict[str, Any] | None,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+    ) -> AudioLoader:
+        """Batches on `device`, copied ahead or held there (`--resident`); None: in host memory, for a few batches."""
+        options: dict[str, Any] = {
             **clip_options(cfg),
-            batch_size=cfg.optim.batch_size // world_size,
-            rank=rank,
-            world_size=world_size,
-            seed=cfg.seed,
-            gain_db=cfg.data.gain_db,
-            prefetch=cfg.data.prefetch,
-            state=state,
-        )
+            "batch_size": cfg.optim.batch_size // world_size,
+            "rank": rank,
+            "world_size": world_size,
+            "seed": cfg.seed,
+            "gain_db": cfg.data.gain_db,
+            "prefetch": cfg.data.prefetch,
+            "state": state,
+        }
+        if device is not None and cfg.data.resident:
+            return ResidentLoader(self.index, device=device, **options)
+        return AudioLoader(self.index, device=device, **options)
 
     def write_skipped(self, folder: Path, found: Iterable[tuple[str, str]]) -> int:
         """List the files left out, with the reason, in `skipped.tsv`; `found` by the loaders. Returns their number."""
@@ -81,6 +94,11 @@ def open_corpus(cfg: Config) -> Corpus:
     description = f"{len(index):,} recordings, {hours:.2f} hours, from {data.data or 'the synthetic set'}"
     if skipped:
         description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
+    rate = cfg.front_end.sample_rate
+    if is_shards(source) and not holds_pcm(index, rate):
+        description += (
+            f"\nevery clip is decoded or resampled anew: ajepa.pack --rate {rate} --codec pcm would spare that"
+        )
     return Corpus(index, evaluation, skipped, description)
 
 

@@ -10,35 +10,28 @@ Shapes: B batch, S samples a clip.
 
 import atexit
 import base64
+import itertools
 import queue
 import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from ajepa.decode import Decoded, Decoder, Plan, default_threads
+from ajepa.batch import Assembler, Batch, Pad, arrive
+from ajepa.decode import open_reader
 from ajepa.index import DataError, Index
 from ajepa.noise import hash64
+from ajepa.reader import Plan, Reader, default_threads
 
-Pad = Literal["cyclic", "zero"]
 Crop = Literal["random", "start", "center"]
 STATE_FORMAT = 2
 # What the order of the samples depends on: a state of other values describes another stream.
 STREAM_FIELDS = ("seed", "global_batch", "shuffle")
 PERMUTATION, CROP, GAIN = range(3)  # purposes of the hash
-
-
-class Batch(NamedTuple):
-    """Own memory, safe to keep."""
-
-    pcm: torch.Tensor  # int16 `[B, S]`
-    lengths: torch.Tensor  # int32 `[B]`, samples before the padding; S where full or cyclic
-    labels: torch.Tensor  # int64 `[B]`, -1 where unknown
-    items: torch.Tensor  # int64 `[B]`, rows of the index
 
 
 class AudioLoader:
@@ -60,6 +53,7 @@ class AudioLoader:
         threads: readers and decoders; 0 takes the cores, shared among this machine's ranks (`LOCAL_WORLD_SIZE`).
         prefetch: finished batches held ready; two more are being decoded.
         shuffle: False reads the index in its order, over and over.
+        device: where `pcm` and `lengths` go; to CUDA they are copied ahead, beside the computation.
         state: `state_dict()` of the loader to continue.
 
     Raises:
@@ -83,6 +77,7 @@ class AudioLoader:
         threads: int = 0,
         prefetch: int = 2,
         shuffle: bool = True,
+        device: torch.device | None = None,
         state: dict[str, Any] | None = None,
     ):
         _check_arguments(index, sample_rate, clip_samples, batch_size, pad, crop)
@@ -96,6 +91,7 @@ class AudioLoader:
         self.batch_size = batch_size
         self._clip = {"sample_rate": sample_rate, "clip_samples": clip_samples}
         self._pad: Pad = pad
+        self._device = device
         self._threads, self._prefetch = threads or default_threads(), prefetch
         self._stream = _Stream(len(index), batch_size, seed, rank, world_size, shuffle, crop, gain_db)
         self._worker: _Worker | None = None
@@ -110,8 +106,8 @@ class AudioLoader:
         if self._worker is None:
             self._worker = self._start()
             weakref.finalize(self, self._worker.close)
-        batch, self._last = self._worker.get()
-        return batch
+        (batch, event), self._last = self._worker.get()
+        return arrive(batch, event)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -173,7 +169,7 @@ class AudioLoader:
 
     def _start(self) -> "_Worker":
         last = self._last
-        decoder = Decoder(
+        reader = open_reader(
             self.index,
             self._stream.plan,
             batch_size=self.batch_size,
@@ -184,7 +180,8 @@ class AudioLoader:
             skipped=last["skipped"],
             **self._clip,
         )
-        return _Worker(decoder, self._pad, self._prefetch)
+        # One batch in the making, `prefetch` ready, one at work on, one to spare.
+        return _Worker(reader, Assembler(reader, self._pad, self._prefetch + 3, self._device), self._prefetch)
 
 
 def iterate_once(
@@ -209,7 +206,7 @@ def iterate_once(
         items = np.arange(batch * batch_size, min(len(index), (batch + 1) * batch_size))
         return Plan(items, np.full(len(items), fraction), np.ones(len(items))) if len(items) else None
 
-    decoder = Decoder(
+    reader = open_reader(
         index,
         plan,
         sample_rate=sample_rate,
@@ -217,16 +214,20 @@ def iterate_once(
         batch_size=batch_size,
         threads=threads or default_threads(),
     )
+    assembler = Assembler(reader, pad, keep=2)
     try:
-        while (decoded := decoder.next()) is not None:
-            batch = _assemble(decoder, decoded, pad)
-            kept = torch.from_numpy(decoded.plan.items == batch.items.numpy())
+        for first in itertools.count(step=batch_size):
+            made = assembler.next()
+            if made is None:
+                break
+            batch, _ = made
+            kept = batch.items == torch.arange(first, first + len(batch.items))
             if kept.any():
                 yield batch if kept.all() else Batch(*(field[kept] for field in batch))
     finally:
-        decoder.close()
+        reader.close()
         if skipped is not None:
-            skipped.extend(decoder.skipped.items())
+            skipped.extend(reader.skipped.items())
 
 
 def _check_arguments(index: Index, sample_rate: int, clip_samples: int, batch_size: int, pad: str, crop: str) -> None:
@@ -282,34 +283,11 @@ class _Stream:
         return self._permutations[epoch]
 
 
-def _assemble(decoder: Decoder, decoded: Decoded, pad: Pad) -> Batch:
-    """Decoded clips, scaled, saturated and padded into one tensor; the readers' threads share the work."""
-    size, clip_samples = len(decoded.pieces), decoder.clip_samples
-    pcm = torch.empty(size, clip_samples, dtype=torch.int16)
-    out = pcm.numpy()
-    lengths = np.empty(size, np.int32)
-
-    def fill(b: int) -> None:
-        samples = decoded.samples[b] * np.float32(32768 * decoded.plan.gains[b])
-        np.rint(samples, out=samples)
-        samples = np.clip(samples, -32768, 32767, out=samples)
-        length = len(samples)
-        out[b, :length] = samples
-        if length < clip_samples:
-            out[b, length:] = 0 if pad == "zero" else np.resize(out[b, :length], clip_samples - length)
-        lengths[b] = clip_samples if pad == "cyclic" else length
-
-    decoder.spread(fill, size)
-    items = [piece.item for piece in decoded.pieces]
-    labels = [decoder.index.entries[item].label for item in items]
-    return Batch(pcm, torch.from_numpy(lengths), torch.tensor(labels), torch.tensor(items))
-
-
 class _Worker:
     """Decodes ahead in a thread of its own; holds no reference to the loader, so a dropped loader stops it."""
 
-    def __init__(self, decoder: Decoder, pad: Pad, prefetch: int):
-        self._decoder, self._pad = decoder, pad
+    def __init__(self, reader: Reader, assembler: Assembler, prefetch: int):
+        self._reader, self._assembler = reader, assembler
         self._ready: queue.Queue = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ajepa-data", daemon=True)
@@ -317,7 +295,7 @@ class _Worker:
         atexit.register(self.close)
         self._thread.start()
 
-    def get(self) -> tuple[Batch, dict[str, Any]]:
+    def get(self) -> tuple[tuple[Batch, torch.cuda.Event | None], dict[str, Any]]:
         got = self._ready.get()
         if isinstance(got, BaseException):
             self._ready.put(got)  # a later call finds it too
@@ -331,18 +309,18 @@ class _Worker:
             self._thread.join()
 
     def _run(self) -> None:
-        decoder = self._decoder
+        reader = self._reader
         try:
             while not self._stop.is_set():
-                decoded = decoder.next()
-                assert decoded is not None  # the stream is endless
-                batch = _assemble(decoder, decoded, self._pad)
-                place = {"batches": decoder.batches, "first": decoder.first, "dali": decoder.checkpoint}
-                self._put((batch, {**place, "skipped": dict(decoder.skipped)}))
+                made = self._assembler.next()
+                assert made is not None  # the stream is endless
+                place = {"batches": reader.batches, "first": reader.first, "dali": reader.checkpoint}
+                self._put((made, {**place, "skipped": dict(reader.skipped)}))
+                del made  # its memory may serve again
         except BaseException as error:
             self._put(error)
         finally:
-            decoder.close()
+            reader.close()
 
     def _put(self, value: Any) -> None:
         while not self._stop.is_set():

@@ -1,33 +1,31 @@
 """Planned batches of clips, read by threads and decoded by DALI on the CPU; a file that has gone bad is replaced.
+Shards come here where they hold FLAC or another rate than is wanted.
 
 DALI sees one stateless source: batch i of a run is a pure function of i, so DALI's own checkpoint restores the exact
 place, and a pipeline that a bad file has killed is rebuilt from the last good one within milliseconds.
 """
 
 import io
-import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import soundfile as sf
 
-from ajepa.audiofile import BadAudio, cores, inspect, os_reason, read_bytes, read_segment, stat_file
-from ajepa.index import DataError, Index
+from ajepa.audiofile import BadAudio, inspect, read_bytes, read_int16, read_segment, stat_file, wav_bytes
+from ajepa.columns import Entry
+from ajepa.index import Index
+from ajepa.reader import Clips, Plan, Reader, ShardReader, default_threads, holds_pcm
+from ajepa.shards import FORMATS
 
 # Beyond either, libsndfile seeks and reads the crop alone, for DALI to resample; within both DALI decodes the file.
 WHOLE_FILE_CLIPS = 2
 WHOLE_FILE_BYTES = 64 << 20
+PLAIN = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU")  # may hold 16-bit PCM, which needs no decoder
+GROUP_CLIPS, GROUP_SAMPLES = 64, 1 << 24  # most recordings, and about as many samples, decoded whole at a time
 
-
-class Plan(NamedTuple):
-    """One batch to be: rows of the index, where to crop (0 start .. 1 end) and a linear gain, `[B]` each."""
-
-    items: np.ndarray
-    fractions: np.ndarray
-    gains: np.ndarray
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -39,50 +37,25 @@ class Piece(NamedTuple):
     start: int  # the crop, in samples at the file's own rate
     length: int
     rate: int  # Hz
+    samples: np.ndarray | None = None  # int16, the clip itself: DALI has nothing to do, and is given SILENCE's data
 
 
-class Decoded(NamedTuple):
-    plan: Plan
-    pieces: list[Piece]
-    samples: list[np.ndarray]  # float32 each, mono at the loader's rate; valid until the next call
+SILENCE = Piece(-1, wav_bytes(np.zeros((1, 1), np.int16), 1000), 1, 0, 1, 1000)  # in place of a bad file
 
 
-class Decoder:
-    """Batches 0, 1, 2... of `plan(i)`, until it returns None.
+class Decoder(Reader):
+    """A `Reader` of any index; `checkpoint` is DALI's after the last batch, None to count from `first`."""
 
-    Args:
-        plan: the batch's rows, crops and gains; called with growing i, again after a rebuild.
-        checkpoint: DALI's, as left in `checkpoint` after the batch to continue from; None starts at `first`.
-        first: number of the batch that DALI's own count starts from.
-        skipped: name -> reason of files not to be read; files found bad are added.
-    """
-
-    def __init__(
-        self,
-        index: Index,
-        plan: Callable[[int], Plan | None],
-        *,
-        sample_rate: int,
-        clip_samples: int,
-        batch_size: int,
-        threads: int,
-        first: int = 0,
-        batches: int = 0,
-        checkpoint: bytes | None = None,
-        skipped: dict[str, str] | None = None,
-    ):
+    def __init__(self, *args, batch_size: int, **options):
         _dali()  # a missing package is best told here
-        self.index, self.plan, self.sample_rate, self.clip_samples = index, plan, sample_rate, clip_samples
-        self.batch_size, self.threads = batch_size, threads
-        self.first, self.batches, self.checkpoint = first, batches, checkpoint
-        self.skipped = dict(skipped or {})
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ajepa-read")
+        super().__init__(*args, **options)
+        self.batch_size = batch_size
         # Batches read and not yet returned: DALI uses the arrays of the feed in place.
         self._flying: dict[int, tuple[Plan, list[Piece], tuple]] = {}
         self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of touched files found to be the same recording
         self._pipe: Any = None
 
-    def next(self) -> Decoded | None:
+    def next(self) -> Clips | None:
         """The next batch, None at the end. Raises DataError when no usable file is left."""
         self._flying.pop(self.batches - 1, None)
         attempts = 0
@@ -105,10 +78,10 @@ class Decoder:
                 continue
             self.checkpoint = self._pipe.checkpoint()
             self.batches += 1
-            return Decoded(plan, pieces, [self._crop(piece, np.asarray(audio[b])) for b, piece in enumerate(pieces)])
+            return Clips(plan, partial(self._clip, pieces, audio))
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        super().close()
         self._pipe = None
         self._flying.clear()
 
@@ -123,18 +96,6 @@ class Decoder:
             self.checkpoint, self.first = None, self.batches
             self._pipe = _pipeline(self._source, self.sample_rate, self.batch_size, self.threads, None)
 
-    def spread(self, work: Callable[[int], Any], size: int) -> list:
-        """`[work(0), ..., work(size - 1)]` by all threads; a few tasks, as a future costs more than a short clip."""
-        tasks = min(size, 4 * self.threads)
-        results: list = [None] * size
-
-        def run(first: int) -> None:
-            for i in range(first, size, tasks):
-                results[i] = work(i)
-
-        list(self.pool.map(run, range(tasks)))
-        return results
-
     def _source(self, info) -> tuple:
         batch = self.first + info.iteration
         plan = self.plan(batch)
@@ -146,21 +107,12 @@ class Decoder:
         return feed
 
     def _read(self, item: int, fraction: float) -> Piece:
-        """The item, or the next row of the index that is good: the same one in every run that skips the same files."""
-        for row in range(item, item + len(self.index)):
-            row %= len(self.index)
-            name = self.index.entries[row].name
-            if name not in self.skipped:
-                try:
-                    return self._read_row(row, fraction)
-                except BadAudio as error:
-                    self.skipped[name] = str(error)
-                except OSError as error:
-                    self.skipped[name] = os_reason(error)
-        raise DataError(f"{self.index.source}: no usable file is left, {len(self.skipped)} went bad since indexing")
+        return self.good_row(item, lambda row: self._read_row(row, fraction), SILENCE)
 
     def _read_row(self, row: int, fraction: float) -> Piece:
         entry = self.index.entries[row]
+        if entry.format in FORMATS.values():
+            return self._read_shard(row, entry, fraction)
         file_size, mtime = stat_file(entry.path)
         size = entry.size if entry.member else file_size
         if (file_size, mtime) != (entry.file_size, entry.mtime_ns) and (entry.name, mtime) not in self._unchanged:
@@ -168,20 +120,36 @@ class Decoder:
             if info != (entry.frames, entry.sample_rate, entry.channels, entry.format):
                 raise BadAudio("changed since it was indexed")
             self._unchanged.add((entry.name, mtime))
-        wanted = math.ceil(self.clip_samples * entry.sample_rate / self.sample_rate)
-        count = min(entry.frames, wanted)
-        start = min(int(fraction * (entry.frames - count + 1)), entry.frames - count)
-        long = entry.frames > WHOLE_FILE_CLIPS * wanted or size > WHOLE_FILE_BYTES
-        if long or entry.format == "MP3":  # which DALI does not decode
+        start, count = self.window(entry.frames, entry.sample_rate, fraction)
+        if entry.format in PLAIN and entry.channels == 1 and entry.sample_rate == self.sample_rate:
+            samples = read_int16(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
+            if samples is not None:
+                return SILENCE._replace(item=row, samples=samples)
+        if _is_long(entry, count) or entry.format == "MP3":  # which DALI does not decode
             data = read_segment(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
             return Piece(row, data, count, 0, count, entry.sample_rate)
         data = read_bytes(entry.path, entry.offset, size)
         return Piece(row, data, entry.frames, start, count, entry.sample_rate)
 
-    def _crop(self, piece: Piece, samples: np.ndarray) -> np.ndarray:
+    def _read_shard(self, row: int, entry: Entry, fraction: float) -> Piece:
+        start, count = self.window(entry.frames, entry.sample_rate, fraction)
+        if entry.format == FORMATS["pcm"]:
+            samples = self.shards.read(entry, 2 * start, 2 * (start + count)).view(np.int16)
+            return Piece(row, wav_bytes(samples[:, None], entry.sample_rate), count, 0, count, entry.sample_rate)
+        data = self.shards.read(entry)  # all of it: the checksums are of the compressed bytes
+        if _is_long(entry, count):
+            data = read_segment(entry.path, entry.offset, entry.size, start, count, in_tar=True)
+            return Piece(row, data, count, 0, count, entry.sample_rate)
+        return Piece(row, data.copy(), entry.frames, start, count, entry.sample_rate)
+
+    def _clip(self, pieces: list[Piece], audio: Any, b: int) -> tuple[int, np.ndarray]:
+        piece = pieces[b]
+        if piece.samples is not None:
+            return piece.item, piece.samples
+        samples = np.asarray(audio[b])
         if piece.rate == self.sample_rate:  # DALI cropped the others, before resampling
             samples = samples[piece.start : piece.start + piece.length]
-        return samples[: self.clip_samples]
+        return piece.item, samples[: self.clip_samples]
 
     def _too_short(self, pieces: list[Piece], frames: np.ndarray) -> bool:
         """Whether a file decoded to another length than it should: DALI plays a truncated WAV or Ogg without a word."""
@@ -211,6 +179,77 @@ class Decoder:
             if found:
                 return True
         return False
+
+
+def open_reader(index: Index, plan: Callable[[int], Plan | None], *, batch_size: int, **options) -> Reader:
+    """The reader for this index. `batch_size` is that of the largest plan; for `options` see `Reader`."""
+    if holds_pcm(index, options["sample_rate"]):
+        return ShardReader(index, plan, **options)
+    return Decoder(index, plan, batch_size=batch_size, **options)
+
+
+def read_whole(
+    index: Index,
+    work: Callable[[int, np.ndarray], T],
+    *,
+    sample_rate: int,
+    max_samples: float,
+    threads: int = 0,
+) -> Iterator[T | str]:
+    """`work(row, samples)` of every recording from end to end, or the reason why it cannot be had, in order.
+
+    `work` is called by many threads; its samples are as `Clips.clip` gives them. A recording of more than
+    `max_samples` (at `sample_rate`) is refused, which bounds the memory.
+    """
+    numbers = index.entries.numbers
+    samples = np.ceil(numbers["frames"] * (sample_rate / numbers["sample_rate"]))
+    too_long = samples > max_samples
+    limit = f"longer than {max_samples / sample_rate / 3600:g} hours: cut it"
+    refused = {index.entries[row].name: limit for row in np.flatnonzero(too_long)}
+    samples[too_long] = 1
+    bounds = _groups(samples)
+
+    def plan(batch: int) -> Plan | None:
+        if batch + 1 >= len(bounds):
+            return None
+        items = np.arange(bounds[batch], bounds[batch + 1])
+        return Plan(items, np.zeros(len(items)), np.ones(len(items)))
+
+    reader = open_reader(
+        index,
+        plan,
+        batch_size=GROUP_CLIPS,
+        sample_rate=sample_rate,
+        clip_samples=int(samples.max(initial=1)) + 1,
+        threads=threads or default_threads(),
+        skipped=refused,
+        replace=False,
+    )
+
+    def one(clips: Clips, b: int) -> T | str:
+        item, samples = clips.clip(b)
+        return work(item, samples) if item >= 0 else reader.skipped[index.entries[int(clips.plan.items[b])].name]
+
+    try:
+        while (clips := reader.next()) is not None:
+            yield from reader.spread(lambda b: one(clips, b), len(clips.plan.items))
+    finally:
+        reader.close()
+
+
+def _groups(samples: Sequence[float] | np.ndarray) -> list[int]:
+    """Bounds of runs of rows to decode together."""
+    bounds, held = [0], 0.0
+    for row, count in enumerate(samples):
+        if row > bounds[-1] and (held + count > GROUP_SAMPLES or row - bounds[-1] == GROUP_CLIPS):
+            bounds.append(row)
+            held = 0.0
+        held += count
+    return [*bounds, len(samples)]
+
+
+def _is_long(entry: Entry, count: int) -> bool:
+    return entry.frames > WHOLE_FILE_CLIPS * count or entry.size > WHOLE_FILE_BYTES
 
 
 def _dali():
@@ -266,8 +305,3 @@ def _sndfile_reason(piece: Piece) -> str | None:
     except sf.LibsndfileError as error:
         return f"cannot be decoded: {error.error_string.strip()}"
     return None if frames == piece.frames else f"truncated: {frames} of {piece.frames} samples decode"
-
-
-def default_threads() -> int:
-    """The cores this process may use, shared among the ranks of this machine."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

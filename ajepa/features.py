@@ -6,24 +6,48 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ajepa.layers import Sequences
 from ajepa_kernels import LogMelSpec, log_mel
 
 Features = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def real_columns(spec: LogMelSpec, lengths_B: torch.Tensor) -> torch.Tensor:
+    """Time patches of each clip that hold at least one real frame, int64 `[B]`; at least 1."""
+    frames = torch.tensor([spec.frames(n) for n in lengths_B.tolist()], device=lengths_B.device)
+    wanted = spec.n_frames or int(frames.max())
+    return -(-frames.clamp(1, wanted) // spec.patch[1])
+
+
+def encode_real(encoder, patches_BNP: torch.Tensor, spec: LogMelSpec, columns_B: torch.Tensor) -> torch.Tensor:
+    """Latents `[B, N, C]` of the first `columns_B` time patches; padding is neither encoded nor attended to (zeros)."""
+    rows, columns = spec.grid
+    real = (torch.arange(columns, device=columns_B.device) < columns_B[:, None])[:, None].expand(-1, rows, -1)
+    index = real.flatten().nonzero()[:, 0]
+    cu = F.pad((columns_B * rows).cumsum(0), (1, 0)).int()
+    latents = encoder(patches_BNP, index, Sequences(cu, spec.n_patches))
+    full = latents.new_zeros(real.numel(), latents.shape[-1]).index_copy(0, index, latents)
+    return full.unflatten(0, (len(patches_BNP), spec.n_patches))
 
 
 def pool(latents_BNC: torch.Tensor, spec: LogMelSpec, lengths_B: torch.Tensor, pooling: str) -> torch.Tensor:
     """Clip embedding `[B, C]` (mean) or `[B, F * C]` (concat): the mean over the time patches that hold real audio."""
     rows, columns = spec.grid
     x = latents_BNC.float().unflatten(1, (rows, columns))
-    frames = torch.tensor([spec.frames(int(n)) for n in lengths_B.tolist()], device=x.device)
-    real = torch.arange(columns, device=x.device) * spec.patch[1] < frames.clamp(min=1)[:, None]
-    x = (x * real[:, None, :, None]).sum(2) / real.sum(-1)[:, None, None]
+    count = real_columns(spec, lengths_B.to(x.device))[:, None]
+    real = torch.arange(columns, device=x.device) < count
+    x = (x * real[:, None, :, None]).sum(2) / count[..., None]
     return x.mean(1) if pooling == "mean" else x.flatten(1)
 
 
 def encoder_features(encoder, front_end, spec: LogMelSpec, pooling: str) -> Features:
     """Embedding function (pcm, lengths) -> `[B, D]` of a frozen encoder."""
-    return lambda pcm, lengths: pool(encoder.encode(front_end(pcm, lengths)), spec, lengths, pooling)
+
+    def features(pcm: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        latents = encode_real(encoder, front_end(pcm, lengths), spec, real_columns(spec, lengths))
+        return pool(latents, spec, lengths, pooling)
+
+    return features
 
 
 def log_mel_features(spec: LogMelSpec) -> Features:
@@ -51,15 +75,16 @@ def knn_predict(
 
 
 def knn_accuracy(features: torch.Tensor, labels: torch.Tensor, is_test: torch.Tensor) -> float:
-    """Share of the test rows that their neighbours among the other rows name rightly.
+    """Share of the test rows that their neighbours among the other rows name rightly, after `standardised`."""
+    train_x, test_x = standardised(features[~is_test], features[is_test])
+    return (knn_predict(train_x, labels[~is_test], test_x) == labels[is_test]).float().mean().item()
 
-    Features are centred and scaled by the neighbours' mean and deviation first: log-mel and latents have offsets that
-    would otherwise drown the cosine.
-    """
-    train = features[~is_test]
-    x = (features - train.mean(0)) / (train.std(0) + 1e-6)
-    predicted = knn_predict(x[~is_test], labels[~is_test], x[is_test])
-    return (predicted == labels[is_test]).float().mean().item()
+
+def standardised(train_x: torch.Tensor, test_x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, centred and scaled by the training rows' mean and deviation: log-mel and latents have offsets that would
+    otherwise drown the cosine. X-ARES does not do this."""
+    mean, scale = train_x.mean(0), train_x.std(0) + 1e-6
+    return (train_x - mean) / scale, (test_x - mean) / scale
 
 
 def effective_rank(features: torch.Tensor) -> float:

@@ -11,16 +11,17 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ajepa.audiofile import AudioInfo, BadAudio, cores, inspect, os_reason, stat_file
+from ajepa.columns import Entries, Entry, Strings
+from ajepa.shards import is_shards, read_shards
 from ajepa.sources import DataError, Listed, Listing, list_source
 
 __all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
@@ -29,34 +30,14 @@ FORMAT = "ajepa-index-1"
 Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
 
 
-class Entry(NamedTuple):
-    """One recording: bytes `[offset, offset + size)` of `path`."""
-
-    path: str
-    member: str  # name inside a tar, else ""
-    offset: int
-    size: int
-    mtime_ns: int  # of the whole file at `path`
-    file_size: int  # of the whole file at `path`
-    frames: int
-    sample_rate: int
-    channels: int
-    format: str
-    label: int  # row of `Index.label_names`, -1 where unknown
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}!{self.member}" if self.member else self.path
-
-
 @dataclass(frozen=True)
 class Index:
     """`entries[i]` is row i; `metadata[column][i]` its other manifest columns, as text."""
 
     source: str
-    entries: list[Entry]
+    entries: Entries
     label_names: list[str] = field(default_factory=list)
-    metadata: dict[str, list[str]] = field(default_factory=dict)
+    metadata: dict[str, Strings] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
 
     def __len__(self) -> int:
@@ -65,33 +46,32 @@ class Index:
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 `[len(self)]`, -1 where unknown."""
-        return np.fromiter((entry.label for entry in self.entries), np.int64, len(self))
+        return self.entries.numbers["label"].astype(np.int64)
 
     @property
     def seconds(self) -> float:
-        return sum(entry.frames / entry.sample_rate for entry in self.entries)
+        return float((self.entries.numbers["frames"] / self.entries.numbers["sample_rate"]).sum())
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with the entries and their order: a data position means the same recordings only where it agrees."""
         digest = hashlib.sha256()
-        for entry in self.entries:
-            digest.update(f"{entry.name}\0{entry.frames}\0{entry.sample_rate}\n".encode(errors="surrogateescape"))
+        numbers = self.entries.numbers
+        for name, frames, rate in zip(self.entries.names(), numbers["frames"], numbers["sample_rate"], strict=True):
+            digest.update(f"{name}\0{frames}\0{rate}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
     def subset(self, rows: Iterable[int]) -> "Index":
         """The given rows, in the given order; labels keep their numbers."""
-        rows = list(rows)
-        return replace(
-            self,
-            entries=[self.entries[row] for row in rows],
-            metadata={name: [column[row] for row in rows] for name, column in self.metadata.items()},
-        )
+        taken = np.fromiter(rows, np.int64)
+        metadata = {name: column.take(taken) for name, column in self.metadata.items()}
+        return replace(self, entries=self.entries.take(taken), metadata=metadata)
 
     def filter(self, where: str | Sequence[str]) -> "Index":
         """Rows that meet `where` (see `build_index`). Raises DataError for an unknown column or an empty result."""
-        names = [self.label_names[entry.label] if entry.label >= 0 else "" for entry in self.entries]
-        return self.subset(_select({**self.metadata, "label": self.metadata.get("label", names)}, where, self.source))
+        columns: dict[str, Sequence[str]] = {**self.metadata}
+        columns.setdefault("label", [self.label_names[label] if label >= 0 else "" for label in self.labels])
+        return self.subset(_select(columns, where, self.source))
 
 
 def cache_root() -> Path:
@@ -115,12 +95,13 @@ def build_index(
 
     Args:
         source: a folder, searched recursively; a .csv, .tsv, .jsonl or .ndjson manifest with a column `filename`,
-            `file`, `path` or `audio`; or webdataset tars, as a path, a glob or a brace range (`shard-{000..010}.tar`).
+            `file`, `path` or `audio`; webdataset tars, as a path, a glob or a brace range (`shard-{000..010}.tar`);
+            or what `python -m ajepa.pack` wrote: its folder, or one shard.
         where: keeps rows by column: `"fold=1,2,3"`, `"speaker!=theo"`; several are joined by `;` or given as a list.
         label_column: the manifest column to take labels from; default `label`, `target`, `category`, `class`...
         cache_dir: where the verdicts are kept; default `cache_root() / "index"`.
         threads: files checked at once; 0 takes the cores this process may use.
-        decode: decode every file to its end (finds damage inside a file); False trusts the headers.
+        decode: decode every file to its end (finds damage inside a file); False trusts headers that state a length.
         progress: report to stderr when it takes more than two seconds.
 
     Returns:
@@ -131,6 +112,12 @@ def build_index(
         DataError: nothing usable, no such source, a bad manifest or an unknown column; says what to do.
     """
     source = os.path.expanduser(os.fspath(source))
+    if is_shards(source):
+        shards = read_shards(source, label_column, _label_names)
+        if not len(shards.entries):
+            raise DataError(f"{source}: its shards hold no clips; everything was left out when they were packed")
+        index = Index(source, *shards)
+        return index.filter(where) if where else index
     listing = list_source(source, label_column)
     rows: Sequence[int] = range(len(listing.files))
     if where:
@@ -144,7 +131,7 @@ def build_index(
 
 
 def _assemble(source: str, listing: Listing, files: list[Listed], verdicts: list[AudioInfo | str]) -> Index:
-    names = _label_names(listing.files)
+    names = _label_names({file.label for file in listing.files if file.label is not None})
     number = {name: i for i, name in enumerate(names)}
     good, entries, skipped = [], [], list(listing.skipped)
     for file, verdict in zip(files, verdicts, strict=True):
@@ -160,19 +147,18 @@ def _assemble(source: str, listing: Listing, files: list[Listed], verdicts: list
             raise DataError(f"{source}: no audio files here; expected WAV, FLAC, Ogg, Opus or MP3")
         first = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
         raise DataError(f"{source}: none of its {len(skipped)} audio files can be used ({first})")
-    metadata = {name: [file.metadata[i] for file in good] for i, name in enumerate(listing.columns)}
-    return Index(source, entries, names, metadata, skipped)
+    metadata = {name: Strings(file.metadata[i] for file in good) for i, name in enumerate(listing.columns)}
+    return Index(source, Entries.of(entries), names, metadata, skipped)
 
 
-def _label_names(files: list[Listed]) -> list[str]:
-    names = {file.label for file in files if file.label is not None}
+def _label_names(names: set[str]) -> list[str]:
     try:
         return sorted(names, key=int)  # "10" after "9"
     except ValueError:
         return sorted(names)
 
 
-def _select(columns: dict[str, list[str]], where: str | Sequence[str], source: str) -> list[int]:
+def _select(columns: Mapping[str, Sequence[str]], where: str | Sequence[str], source: str) -> list[int]:
     clauses = where.split(";") if isinstance(where, str) else list(where)
     keep: np.ndarray | None = None
     for clause in filter(str.strip, clauses):

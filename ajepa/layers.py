@@ -98,6 +98,7 @@ class Sequences(NamedTuple):
 
     cu: torch.Tensor  # int32 [R + 1]
     longest: int
+    keys: torch.Tensor | None = None  # bool [T]: the tokens that may be attended to; all are queries
 
 
 class Wanted(NamedTuple):
@@ -139,7 +140,9 @@ class Block(nn.Module):
         if rotary is not None:
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([rotate(q, rotary), rotate(k, rotary), v], dim=1)
-        return masked_attention(qkv, cu_seqlens=sequences.cu, max_seqlen=sequences.longest, impl=impl)
+        return masked_attention(
+            qkv, cu_seqlens=sequences.cu, max_seqlen=sequences.longest, key_mask=sequences.keys, impl=impl
+        )
 
     def attend_wanted(self, normed, sequences: Sequences, rotary, impl: str, wanted: Wanted):
         """All tokens are keys, the wanted ones alone are queries."""

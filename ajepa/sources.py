@@ -15,7 +15,7 @@ from ajepa.audiofile import READABLE, UNREADABLE, BadAudio, os_reason, read_byte
 
 PATH_COLUMNS = ("filename", "file", "path", "audio", "audio_filepath")
 LABEL_COLUMNS = ("label", "target", "category", "class", "class_name", "labels")
-MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson")
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 class DataError(ValueError):
@@ -130,7 +130,10 @@ def _is_audio(name: str) -> bool:
 
 def _list_manifest(path: str, suffix: str, label_column: str | None) -> Listing:
     listing = Listing()
-    rows = list(_jsonl_rows(path, listing) if suffix in (".jsonl", ".ndjson") else _csv_rows(path, suffix))
+    if suffix == ".parquet":
+        rows = list(_parquet_rows(path))
+    else:
+        rows = list(_jsonl_rows(path, listing) if suffix in (".jsonl", ".ndjson") else _csv_rows(path, suffix))
     names = list(dict.fromkeys(itertools.chain.from_iterable(row for _, row in rows)))
     lower = {name.strip().lower(): name for name in reversed(names)}
     path_column = next((lower[name] for name in PATH_COLUMNS if name in lower), None)
@@ -192,6 +195,23 @@ def _jsonl_rows(path: str, listing: Listing) -> Iterator[tuple[int, dict[str, st
                         listing.skipped.append((f"{path}:{number}", "not a JSON object"))
     except OSError as error:
         raise DataError(f"{path}: the manifest cannot be read: {os_reason(error)}") from None
+
+
+def _parquet_rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Columns of sounds or other bytes are left alone."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'ajepa[parquet]'") from None
+    try:
+        fields = parquet.read_schema(path)
+        plain = [f.name for f in fields if not (pyarrow.types.is_nested(f.type) or "binary" in str(f.type))]
+        rows = parquet.read_table(path, columns=plain).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: the manifest cannot be read: {' '.join(str(error).split())}") from None
+    for number, row in enumerate(rows, 1):
+        yield number, {name: "" if value is None else str(value) for name, value in row.items()}
 
 
 def _flat(record: Any) -> dict[str, str]:

@@ -39,7 +39,7 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
         warn(f"{message}; using the one before")
     start, baselines = (state["step"], state["baselines"]) if state else (0, baseline_scores(cfg, engine, corpus))
     counts = state["counts"] if state else {"bad_steps": 0, "bad_in_a_row": 0}
-    loader = corpus.loader(cfg, state["loader"] if state else None, ranks.rank, ranks.world_size)
+    loader = corpus.loader(cfg, state["loader"] if state else None, ranks.rank, ranks.world_size, device)
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed, rank=ranks.rank, world_size=ranks.world_size)
     log = RunLog(folder, cfg.optim, start, device, counts, quiet=not ranks.is_first)
     log.say(describe(cfg, engine, corpus, start))
@@ -110,7 +110,7 @@ def score(cfg: Config, engine: Engine, corpus: Corpus) -> dict[str, float | None
 
 
 def to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    if device.type == "cpu":
+    if batch.pcm.device.type == device.type:
         return batch.pcm, batch.lengths
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in (batch.pcm, batch.lengths))
 

@@ -57,6 +57,16 @@ def small_run(tones, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def run(tones, tmp_path_factory) -> Path:
+    """Folder of a small finished run on `tones`; tests add results to it and change nothing."""
+    from ajepa import train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train.main(["--data", str(tones), "--out", str(folder), *SMALL, "--compare-steps", "0"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def forks():
     """Runs `ajepa.train.main` in processes of their own, without importing torch anew in each."""
     with Forks() as server:

@@ -1,10 +1,7 @@
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ajepa import probe, train
 from ajepa.features import Evaluation, effective_rank, knn_accuracy, knn_predict, log_mel_features, mean_cosine, pool
 from ajepa_kernels import LogMelSpec, log_mel
 
@@ -76,28 +73,3 @@ def test_scores_without_labels_have_no_knn():
     )
     scores = clips.score(log_mel_features(SPEC), torch.device("cpu"))
     assert scores["knn_accuracy"] is None and scores["effective_rank"] > 1
-
-
-def test_probe_program_scores_a_run_and_refuses_what_is_not_one(tones, small_run, tmp_path, capsys):
-    argv, folder = small_run
-    assert train.main([*argv, "--compare-steps", "0"]) == 0
-    summary = json.loads((folder / "summary.json").read_text())
-    capsys.readouterr()
-    assert probe.main([str(folder), "--data", str(tones)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = [line.split(" kNN")[0].strip() for line in lines]
-    assert names == [
-        "pooled log-mel",
-        "untrained encoder",
-        "trained encoder",
-    ]
-    figures = [float(line.split("kNN ")[1].rstrip("%")) / 100 for line in lines]
-    keys = ("knn_accuracy_log_mel", "knn_accuracy_untrained", "knn_accuracy")
-    assert figures == pytest.approx([summary[key] for key in keys], abs=6e-4)  # the run watched the same clips
-
-    assert probe.main([str(tmp_path), "--data", str(tones)]) == 2
-    assert "config.json" in capsys.readouterr().err
-    (folder / "encoder.safetensors").write_bytes(b"\x80\x04.")
-    assert probe.main([str(folder), "--data", str(tones)]) == 2
-    assert "encoder.safetensors" in capsys.readouterr().err
-    assert probe.main([str(folder), "--data", str(tones), "--folds", "speaker"]) == 2

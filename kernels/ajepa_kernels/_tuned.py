@@ -61,6 +61,8 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         ("attention_fwd", 16, 128, 128): Tiles(64, 128, 4),
         ("attention_bwd", 16, 128, 64): Tiles(32, 128, 8),
         ("attention_bwd", 16, 128, 128): Tiles(16, 128, 8),
+        ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
+        ("attention_bwd", 32, 64, 32): Tiles(16, 64, 8),
     },
     "sm_86": {  # as sm_80, but for a block's shared memory, 99 KiB
         ("attention_bwd", 16, 128, 128): None,
@@ -68,6 +70,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
     "sm_90": {
         ("attention_fwd", 16, LONG, 32): Tiles(128, 64, 8, 2),
         ("attention_fwd", 16, LONG, 64): Tiles(128, 64, 8, 2),
+        ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
     },
     "sm_100": {

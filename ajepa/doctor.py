@@ -1,0 +1,321 @@
+"""What is here, what runs and whether it computes what it should: `python -m ajepa.doctor`, for a bug report.
+
+Nothing outside the standard library is imported before it is known to be there, and every section survives the failure
+of the others. Exit status: 0, or 1 where something is broken; each problem is named at the end.
+"""
+
+import importlib
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+REQUIRED = ("torch", "numpy", "soundfile", "safetensors", "tyro", "pydantic", "rich", "tensorboard", "matplotlib")
+LINUX = ("triton", "nvidia-dali-cuda130")
+REFERENCE = ("torchaudio",)
+VARIABLES = r"AJEPA_|TRITON_|TORCH_|CUDA_|NCCL_|OMP_|MKL_|WORLD_SIZE|RANK|LOCAL_RANK|SLURM_JOB_ID"
+Line = tuple[str, str]  # what, and how it is
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative RMS of an op against its plain definition: float32, bfloat16
+
+
+class ProblemError(Exception):
+    """Something that is broken; the message is one line for the list at the end."""
+
+
+def versions() -> Iterator[Line]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "platform", f"{platform.platform()}, libc {' '.join(platform.libc_ver())}"
+    missing = []
+    for name in ("ajepa", *REQUIRED, *(LINUX if sys.platform == "linux" else ()), *REFERENCE):
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            yield name, "run from its folder, not installed" if name == "ajepa" else "MISSING"
+            missing += [] if name == "ajepa" else [name]
+    if missing:
+        raise ProblemError(f"not installed: {', '.join(missing)}; run pip install -e . in the repository")
+
+
+def imports() -> Iterator[Line]:
+    """A package may be there and not load."""
+    broken = []
+    for name in ("soundfile", "nvidia.dali", "ajepa._torchaudio"):
+        try:
+            module = importlib.import_module(name)
+            if name.endswith("_torchaudio"):
+                module.import_torchaudio()
+            yield name, f"loads{f', libsndfile {module.__libsndfile_version__}' if name == 'soundfile' else ''}"
+        except Exception as error:
+            yield name, f"DOES NOT LOAD: {one_line(error)}"
+            broken.append(f"{name} ({one_line(error)})")
+    if broken:
+        raise ProblemError(f"does not load: {'; '.join(broken)}")
+
+
+def machine() -> Iterator[Line]:
+    from ajepa.audiofile import cores
+    from ajepa.index import cache_root
+
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    known = " ".join(sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & cpu_flags()))
+    yield "cpu", f"{model[1] if model else platform.machine()}, {cores()} cores for this process; {known}"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    for name in sorted(name for name in os.environ if re.match(VARIABLES, name)):
+        yield name, os.environ[name]
+    cache = cache_root()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / f".doctor.{os.getpid()}").touch()
+        (cache / f".doctor.{os.getpid()}").unlink()
+    except OSError as error:
+        yield "cache", f"{cache} CANNOT BE WRITTEN"
+        raise ProblemError(f"the cache {cache} cannot be written ({one_line(error)}): set AJEPA_CACHE") from error
+    yield "cache", str(cache)
+
+
+def gpus() -> Iterator[Line]:
+    import torch
+
+    driver = Path("/proc/driver/nvidia/version")
+    release = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", driver.read_text()) if driver.exists() else None
+    yield "torch's CUDA", torch.version.cuda or "none, a CPU build"
+    yield "driver", release[1] if release else "unknown" if driver.exists() else "none"
+    if torch.version.cuda is None and driver.exists():
+        raise ProblemError("an NVIDIA driver is here but torch is a CPU build: install a CUDA build of torch first")
+    if driver.exists() and not torch.cuda.is_available():
+        raise ProblemError(
+            "an NVIDIA driver is here but torch finds no GPU: see CUDA_VISIBLE_DEVICES, and the driver's age"
+        )
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"sm_{properties.major}{properties.minor}"
+        size = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors"
+        yield f"cuda:{i}", f"{properties.name}, {capability}, {size}"
+    if not torch.cuda.is_available():
+        yield "GPU", "none: everything runs on the CPU"
+    nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    yield "distributed", "NCCL and gloo" if nccl else "gloo"
+
+
+def cpu_flags() -> set[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"flags\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return set(flags[1].split() if flags else ())
+
+
+def cpu_kernel(flags: set[str], most: str) -> str:
+    """The choice of `cpu_kernel` in csrc/ops.cpp. `most`: AJEPA_CPU_ISA."""
+    if flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"} and most == "avx512":
+        return "AVX-512"
+    return "AVX2" if flags >= {"avx2", "fma"} and most != "portable" else "portable"
+
+
+def kernels() -> Iterator[Line]:
+    import torch
+
+    from ajepa_kernels import _extension, _triton
+
+    built = "C++ and CUDA" if _extension.CUDA else "C++ only" if _extension.AVAILABLE else ""
+    yield "extension (log_mel)", built or f"not active: {_extension.MISSING}"
+    if _extension.AVAILABLE:
+        yield "log_mel on the CPU", cpu_kernel(cpu_flags(), os.environ.get("AJEPA_CPU_ISA", "avx512"))
+    why_not = _triton.cannot_launch(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    yield "Triton kernels", f"not active, plain PyTorch instead: {why_not}" if why_not else "active"
+    if "does not load" in _extension.MISSING:
+        raise ProblemError(f"the extension: {_extension.MISSING}; build it again with pip install -e .")
+    if torch.cuda.is_available() and (why_not or not _extension.CUDA):
+        raise ProblemError(
+            f"kernels that this GPU could run are not active: {why_not or 'the extension has no CUDA part'}"
+        )
+
+
+def ceilings() -> Iterator[Line]:
+    import torch
+
+    from ajepa.ceilings import copy_bytes_per_ms, product_flops_per_ms
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield "copy", f"{copy_bytes_per_ms(device) / 1e6:,.1f} GB/s read and written, on {device}"
+    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
+        rate = product_flops_per_ms(dtype, device) / 1e9
+        yield f"product {str(dtype).removeprefix('torch.')}", f"{rate:,.3f} TFLOP/s, {torch.get_num_threads()} threads"
+
+
+# --- self-test --------------------------------------------------------------------------------------------------------
+
+
+def operations(device: str) -> dict[str, Callable[[str], list]]:
+    """name: function of `impl`, giving outputs and gradients on the same made-up inputs."""
+    import torch
+
+    import ajepa_kernels as ops
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def made(*shape: int, seed: int = 0) -> torch.Tensor:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return x.to(device, dtype).requires_grad_()
+
+    def with_gradients(outputs: list, inputs: list) -> list:
+        sum((out.float() * made(*out.shape, seed=9)).sum() for out in outputs).backward()
+        return [*outputs, *(x.grad for x in inputs)]
+
+    def attention(impl: str) -> list:
+        qkv, cu = made(120, 3, 4, 32), torch.tensor([0, 20, 20, 77, 120], dtype=torch.int32, device=device)
+        return with_gradients([ops.masked_attention(qkv, cu_seqlens=cu, max_seqlen=57, impl=impl)], [qkv])
+
+    def loss(impl: str) -> list:
+        prediction, latents = made(50, 64), made(128, 64, seed=1).detach()
+        index = torch.arange(0, 100, 2, device=device)
+        return with_gradients([ops.latent_l2_loss(prediction, latents, index, impl=impl)], [prediction])
+
+    def norm(impl: str) -> list:
+        x, residual = made(60, 64), made(60, 64, seed=1)
+        weight, bias = (torch.nn.Parameter(made(64, seed=s).detach().float()) for s in (2, 3))
+        outputs = list(ops.add_layer_norm(x, residual, weight, bias, impl=impl))
+        return with_gradients(outputs, [x, residual, weight, bias])
+
+    def log_mel(impl: str) -> list:
+        pcm = (made(2, 32_000).detach().float() * 3000).to(torch.int16)
+        return [ops.log_mel(pcm, ops.LOG_MEL_PRESETS["a-jepa"], impl=impl)]
+
+    def update(impl: str) -> list:
+        p, target = torch.nn.Parameter(made(40, 33).detach().float()), made(40, 33, seed=1).detach().float()
+        if impl == "reference":
+            plain = torch.optim.AdamW([p], lr=1e-2)
+        fused = ops.AdamWEMA([p], ema=[(p, target)], lr=1e-2) if impl != "reference" else None
+        for seed in range(3):
+            p.grad = made(40, 33, seed=seed).detach().float()
+            if fused is not None:
+                fused.step(ema_decay=0.9)
+            else:
+                plain.step()
+                ops.ema_update_reference_([target], [p], 0.9)
+        return [p, target]
+
+    return {
+        "masked_attention": attention, "latent_l2_loss": loss, "add_layer_norm": norm, "log_mel": log_mel,
+        "AdamWEMA": update,
+    }  # fmt: skip
+
+
+def check_operations() -> Iterator[Line]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wrong = []
+    for name, run in operations(device).items():
+        try:
+            error = max(relative_rms(a, b) for a, b in zip(run("auto"), run("reference"), strict=True))
+            ok = error <= TOLERANCE[device]
+            yield name, f"{'agrees with' if ok else 'DIFFERS FROM'} its plain definition, relative error {error:.1e}"
+            wrong += [] if ok else [f"{name} differs from its plain definition by {error:.1e}"]
+        except Exception as error:
+            yield name, f"FAILS: {one_line(error)}"
+            wrong.append(f"{name} fails: {one_line(error)}")
+    if wrong:
+        raise ProblemError("; ".join(wrong))
+
+
+def check_decoding() -> Iterator[Line]:
+    """A made WAV, FLAC and Ogg through the whole loader: as many samples as went in."""
+    import tempfile
+
+    import numpy as np
+    import soundfile
+
+    from ajepa.data import AudioLoader
+    from ajepa.index import build_index
+
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("wav", "flac", "ogg"):
+            tone = 0.3 * np.sin(np.arange(16_000) * 0.1).astype(np.float32)
+            buffer = io.BytesIO()
+            soundfile.write(buffer, tone, 16_000, format=kind)
+            Path(folder, f"tone.{kind}").write_bytes(buffer.getvalue())
+        index = build_index(folder, cache_dir=Path(folder, "cache"), progress=False)
+        with AudioLoader(index, sample_rate=16_000, clip_samples=16_000, batch_size=3, seed=0) as loader:
+            batch = next(loader)
+        found = [float(clip.float().abs().max()) / 32768 for clip in batch.pcm]
+    if index.skipped or not all(0.28 < peak < 0.32 for peak in found):
+        raise ProblemError(f"decoding: {index.skipped or f'peaks {found} of tones of 0.3'}")
+    yield "decoding", "WAV, FLAC and Ogg Vorbis come out as they went in"
+
+
+def check_training() -> Iterator[Line]:
+    import torch
+
+    from ajepa.config import PRESETS
+    from ajepa.engine import Engine, choose_device
+    from ajepa.masks import MaskSampler
+
+    cfg, device, batch = PRESETS["tiny"], choose_device("auto"), 8
+    engine = Engine(cfg, device)
+    time_S = torch.arange(32_000) / 16_000
+    pitch = torch.logspace(2, 3.5, batch)[:, None]
+    pcm = (9000 * torch.sin(6.2832 * pitch * time_S) * torch.cos(20 * time_S)).to(torch.int16).to(device)
+    lengths = torch.full((batch,), 32_000, dtype=torch.int32, device=device)
+    sampler = MaskSampler(cfg.mask, cfg.front_end.grid)
+    masks = engine.masks(sampler, 0, batch)  # the same in every step: nothing but learning changes the loss
+    results = [engine.step(pcm, lengths, masks, cfg.optim.warmup_steps) for _ in range(8)]
+    losses = [result.loss.item() for result in results]
+    if not losses[-1] < losses[0]:  # not a number, too
+        raise ProblemError(
+            f"training: the loss does not fall in 8 steps on one batch ({losses[0]:.3f} to {losses[-1]:.3f})"
+        )
+    yield "training", f"the loss falls from {losses[0]:.3f} to {losses[-1]:.3f} in 8 steps on {device}"
+
+
+def relative_rms(a: Any, b: Any) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+SECTIONS: dict[str, list[Callable[[], Iterator[Line]]]] = {
+    "versions": [versions, imports],
+    "machine": [machine, gpus],
+    "kernels": [kernels],
+    "ceilings": [ceilings],
+    "self-test": [check_operations, check_decoding, check_training],
+}
+
+
+def main() -> int:
+    """Prints the report. Returns 1 where a section found a problem, or could not be finished."""
+    problems: list[str] = []
+    began = time.monotonic()
+    for title, checks in SECTIONS.items():
+        print(f"\n{title}" if title != "versions" else title)
+        for check in checks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    for what, how in check():
+                        print(f"  {what:<22} {how}", flush=True)
+                except ProblemError as problem:
+                    problems.append(str(problem))
+                except Exception as error:
+                    print(f"  {check.__name__.replace('check_', ''):<22} CANNOT BE CHECKED: {one_line(error)}")
+                    problems.append(f"{check.__name__.replace('check_', '')}: {one_line(error)}")
+    print(f"\n{len(problems)} problem{'s' * (len(problems) != 1)} found in {time.monotonic() - began:.0f} s")
+    for text in problems:
+        print(f"  - {text}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""Shards: recordings decoded once, as mono int16 PCM (or FLAC) in files mapped into memory and checked when read.
+
+A shard, little-endian throughout:
+
+    header    256 bytes, `HEADER`, zeros, CRC-32 of the 252 bytes before
+    payload   the clips, one after the other; each is divided into blocks of `BLOCK` bytes, its last one shorter
+    records   `RECORD`, one a clip
+    CRCs      CRC-32 of each block of each clip, uint32
+    notes     JSON: names, labels and other columns of the clips, and what was left out, with the reason
+
+The header holds the CRC-32 of records, CRCs and notes. A set of shards covers its source's rows without a gap.
+"""
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+from ajepa.audiofile import BadAudio, os_reason
+from ajepa.columns import NUMBERS, Entries, Entry, Strings
+from ajepa.sources import DataError
+
+try:
+    from isal.isal_zlib import crc32  # the same CRC-32, several times as fast
+except ImportError:
+    from zlib import crc32
+
+SUFFIX = ".shard"
+MAGIC = b"AJEPAPCM"
+VERSION = 1
+HEADER_SIZE = 256
+BLOCK = 1 << 16
+CODECS = ("pcm", "flac")
+FORMATS = {codec: f"SHARD/{codec.upper()}" for codec in CODECS}  # `Entry.format`
+HEADER = struct.Struct("<8sIIIIQQQQ16sQQI")
+RECORD = np.dtype(
+    [("row", "<i8"), ("offset", "<i8"), ("size", "<i8"), ("frames", "<i8"), ("first_block", "<i8")]
+    + [("source_rate", "<i4"), ("source_channels", "<i4"), ("digest", "V16")]
+)
+REMEDY = "run `python -m ajepa.pack SOURCE TARGET --verify` as when it was packed: it makes damaged shards again"
+
+
+class ShardError(DataError):
+    """A shard that cannot be used; the message names it and the remedy."""
+
+
+class Header(NamedTuple):
+    magic: bytes
+    version: int
+    codec: int  # row of CODECS
+    sample_rate: int  # Hz
+    block: int  # bytes
+    clips: int
+    first_row: int  # of the source: this shard stands for rows [first_row, end_row)
+    end_row: int
+    rows: int  # of the whole source
+    key: bytes  # of the source and of how it was packed: the same in all shards of a set
+    payload: int  # bytes
+    tables: int  # bytes of records, CRCs and notes
+    tables_crc: int
+
+    def pack(self) -> bytes:
+        head = HEADER.pack(*self).ljust(HEADER_SIZE - 4, b"\0")
+        return head + struct.pack("<I", crc32(head))
+
+
+class Clip(NamedTuple):
+    """A clip to store."""
+
+    payload: bytes
+    frames: int
+    source_rate: int
+    source_channels: int
+    digest: bytes  # of the PCM, 16 bytes
+    crcs: list[int]
+
+
+def block_crcs(payload: bytes) -> list[int]:
+    view = memoryview(payload)
+    return [crc32(view[i : i + BLOCK]) for i in range(0, len(view), BLOCK)]
+
+
+class ShardWriter:
+    """Appends clips to `file`; `finish` writes the tables and then the header."""
+
+    def __init__(self, file: BinaryIO, columns: Sequence[str]):
+        self.file, self.position = file, HEADER_SIZE
+        self.records: list[tuple] = []
+        self.crcs: list[int] = []
+        self.notes: dict[str, Any] = {"names": [], "labels": [], "columns": {c: [] for c in columns}, "left_out": []}
+        file.write(bytes(HEADER_SIZE))
+
+    def add(self, row: int, name: str, label: str | None, values: Sequence[str], clip: Clip) -> None:
+        self.file.write(clip.payload)
+        size = len(clip.payload)
+        self.records.append((row, self.position, size, clip.frames, len(self.crcs), *clip[2:5]))
+        self.crcs.extend(clip.crcs)
+        self.position += size
+        self.notes["names"].append(name)
+        self.notes["labels"].append(label)
+        for column, value in zip(self.notes["columns"].values(), values, strict=True):
+            column.append(value)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.notes["left_out"].append((name, reason))
+
+    def finish(self, codec: str, sample_rate: int, first_row: int, end_row: int, rows: int, key: bytes) -> None:
+        tables = np.array(self.records, RECORD).tobytes() + np.array(self.crcs, "<u4").tobytes()
+        tables += json.dumps(self.notes).encode()
+        self.file.write(tables)
+        self.file.seek(0)
+        payload = self.position - HEADER_SIZE
+        sizes = (payload, len(tables), crc32(tables))
+        shape = (BLOCK, len(self.records), first_row, end_row, rows, key)
+        self.file.write(Header(MAGIC, VERSION, CODECS.index(codec), sample_rate, *shape, *sizes).pack())
+
+
+class Shard:
+    """One shard, mapped into memory; every byte of it is checked before use. Raises ShardError where it is damaged."""
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                head = file.read(HEADER_SIZE)
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise ShardError(f"{path}: {os_reason(error)}") from None
+        self.header = header = self._check_header(head, size)
+        # No descriptor stays open, unlike with mmap: a set may have thousands of shards.
+        try:
+            self.bytes = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
+        except (RuntimeError, UnicodeError) as error:
+            raise ShardError(f"{path!r}: cannot be mapped into memory: {error}") from None
+        self.bytes.flags.writeable = False
+        tables = self.bytes[HEADER_SIZE + header.payload :]
+        if crc32(tables) != header.tables_crc:
+            raise ShardError(f"{path}: the shard's index is damaged; {REMEDY}")
+        # The CRC has vouched for what follows; the sizes are looked at all the same, for a CRC can be forged.
+        end = header.clips * RECORD.itemsize
+        self.records = tables[:end].view(RECORD) if end <= len(tables) else np.empty(0, RECORD)
+        offsets, sizes, first = (self.records[name].astype(np.int64) for name in ("offset", "size", "first_block"))
+        blocks = int((-(-sizes // BLOCK)).sum())
+        self._notes = tables[end + 4 * blocks :]
+        sound = len(self.records) == header.clips and blocks >= 0 and end + 4 * blocks <= len(tables)
+        limits = np.concatenate([np.full(1, HEADER_SIZE), offsets + sizes])
+        sound = sound and bool((sizes > 0).all() and (offsets == limits[:-1]).all())
+        sound = sound and limits[-1] == HEADER_SIZE + header.payload
+        sound = sound and bool((first == np.cumsum(-(-sizes // BLOCK)) - -(-sizes // BLOCK)).all())
+        if sound and header.codec == CODECS.index("pcm"):
+            sound = bool((sizes == 2 * self.records["frames"]).all())
+        if not sound or bool((self.records["frames"] <= 0).any()):
+            raise ShardError(f"{path}: the shard's index contradicts itself; {REMEDY}")
+        self.crcs = tables[end : end + 4 * blocks].view("<u4")
+        self.offsets = offsets
+
+    def _check_header(self, head: bytes, size: int) -> Header:
+        if head[: len(MAGIC)] != MAGIC or len(head) < HEADER_SIZE:
+            raise ShardError(f"{self.path}: not a shard, or its header is damaged; {REMEDY}")
+        header = Header(*HEADER.unpack_from(head))
+        if crc32(head[:-4]) != int.from_bytes(head[-4:], "little"):
+            raise ShardError(f"{self.path}: the shard's header is damaged; {REMEDY}")
+        if header.version != VERSION or header.block != BLOCK or header.codec >= len(CODECS):
+            raise ShardError(f"{self.path}: shard format {header.version}, this version reads {VERSION}: pack it again")
+        if size != HEADER_SIZE + header.payload + header.tables:
+            expected = HEADER_SIZE + header.payload + header.tables
+            raise ShardError(f"{self.path}: {size:,} bytes instead of {expected:,}, cut short; {REMEDY}")
+        if not 1_000 <= header.sample_rate <= 1_000_000:
+            raise ShardError(f"{self.path}: implausible sample rate of {header.sample_rate} Hz; {REMEDY}")
+        return header
+
+    @property
+    def codec(self) -> str:
+        return CODECS[self.header.codec]
+
+    def notes(self) -> dict[str, Any]:
+        try:
+            notes = json.loads(self._notes.tobytes())
+            columns = [notes["names"], notes["labels"], *notes["columns"].values()]
+            if any(len(column) != self.header.clips for column in columns):
+                raise ValueError("columns of unequal length")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{self.path}: the shard's notes cannot be read ({error}); {REMEDY}") from None
+        return notes
+
+    def check_length(self) -> None:
+        """Raises BadAudio where the file has shrunk: to touch a map beyond the file's end kills the process."""
+        try:
+            held = os.stat(self.path).st_size
+        except OSError as error:
+            raise BadAudio(f"the shard is gone: {os_reason(error)}") from None
+        if held < len(self.bytes):
+            raise BadAudio(f"the shard was cut short to {held:,} bytes; {REMEDY}")
+
+    def find(self, offset: int, size: int) -> int:
+        """The clip whose payload is bytes `[offset, offset + size)` of the file."""
+        clip = int(np.searchsorted(self.offsets, offset))
+        if clip == len(self.offsets) or (self.offsets[clip], self.records["size"][clip]) != (offset, size):
+            raise BadAudio("the shard was replaced since it was indexed: start again")
+        return clip
+
+    def read(self, clip: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Bytes `[start, stop)` of a clip's payload, uint8, in the map. Raises BadAudio on a wrong checksum."""
+        offset, size, first_block = (int(self.records[name][clip]) for name in ("offset", "size", "first_block"))
+        stop = size if stop is None else stop
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            data = self.bytes[offset + block * BLOCK : offset + min(size, (block + 1) * BLOCK)]
+            if crc32(data) != self.crcs[first_block + block]:
+                raise BadAudio(f"wrong checksum at byte {offset + block * BLOCK:,} of the shard; {REMEDY}")
+        return self.bytes[offset + start : offset + stop]
+
+    def damaged(self) -> list[tuple[str, str]]:
+        """(name, reason) of the clips whose payload is damaged, after reading all of it."""
+        found = []
+        for clip, name in enumerate(self.notes()["names"]):
+            try:
+                self.read(clip)
+            except BadAudio as error:
+                found.append((name, str(error)))
+        return found
+
+
+class OpenShards:
+    """The shards of an index, each opened when first read; used by many threads."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Shard] = {}
+        self._lock = threading.Lock()
+
+    def read(self, entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Checked bytes `[start, stop)` of the entry's payload, uint8. Raises BadAudio."""
+        shard = self._open.get(entry.path)
+        if shard is None:
+            with self._lock:
+                try:
+                    shard = self._open.setdefault(entry.path, Shard(entry.path))
+                except ShardError as error:
+                    raise BadAudio(str(error)) from None
+        shard.check_length()
+        return shard.read(shard.find(entry.offset, entry.size), start, stop)
+
+
+def is_shards(source: str) -> bool:
+    """Whether `source` is a folder that holds shards, or a shard itself, by its header or by its name."""
+    if os.path.isdir(source):
+        return bool(_shard_paths(source))
+    try:
+        with open(source, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC or source.endswith(SUFFIX)
+    except OSError:
+        return False
+
+
+def _shard_paths(folder: str) -> list[str]:
+    return sorted(str(path) for path in Path(folder).glob(f"*{SUFFIX}") if not path.name.startswith("."))
+
+
+class ShardSet(NamedTuple):
+    entries: Entries  # `label` is a row of `label_names`
+    label_names: list[str]
+    metadata: dict[str, Strings]
+
+
+def read_shards(source: str, label_column: str | None, order: Any) -> ShardSet:
+    """The clips of a shard or of a folder of shards, in the source's order.
+
+    Args:
+        label_column: take labels from this column instead of those found when packing.
+        order: sorts distinct labels.
+
+    Raises:
+        ShardError: a damaged or foreign shard, or rows of the source that no shard holds.
+    """
+    shards = [Shard(path) for path in (_shard_paths(source) if os.path.isdir(source) else [source])]
+    shards.sort(key=lambda shard: shard.header.first_row)
+    if os.path.isdir(source):
+        _check_whole(source, shards)
+    tables, labels, columns = [], [], {}  # type: ignore[var-annotated]
+    for shard in shards:
+        notes = shard.notes()
+        if label_column is not None and label_column not in notes["columns"]:
+            known = ", ".join(notes["columns"]) or "none"
+            raise DataError(f"{source}: no column {label_column!r} to take labels from; its columns: {known}")
+        tables.append(_entries(shard, notes["names"]))
+        chosen = notes["labels"] if label_column is None else notes["columns"][label_column]
+        labels.append(Strings("" if label is None else str(label) for label in chosen))
+        for name, values in notes["columns"].items():
+            columns.setdefault(name, []).append(Strings(map(str, values)))
+    joined = Strings.concatenate(labels)
+    names = order({label for label in joined if label})
+    number = {"": -1, **{name: i for i, name in enumerate(names)}}
+    entries = Entries.concatenate(tables)
+    entries.numbers["label"] = np.fromiter((number[label] for label in joined), np.int32, len(joined))
+    return ShardSet(entries, names, {name: Strings.concatenate(parts) for name, parts in columns.items()})
+
+
+def _entries(shard: Shard, names: Sequence[str]) -> Entries:
+    clips = len(names)
+    numbers = np.zeros(clips, NUMBERS)
+    for name in ("offset", "size", "frames"):
+        numbers[name] = shard.records[name]
+    numbers["mtime_ns"], numbers["file_size"] = os.stat(shard.path).st_mtime_ns, len(shard.bytes)
+    numbers["sample_rate"], numbers["channels"] = shard.header.sample_rate, 1
+    return Entries(numbers, _repeat(shard.path, clips), Strings(map(str, names)), _repeat(FORMATS[shard.codec], clips))
+
+
+def _repeat(value: str, count: int) -> Strings:
+    return Strings([value]).take(np.zeros(count, np.int64))
+
+
+def _check_whole(folder: str, shards: list[Shard]) -> None:
+    """Shards of one packing, and all of them."""
+    first = shards[0]
+    for shard in shards:
+        if shard.header.key != first.header.key:
+            raise ShardError(f"{folder}: {shard.path} and {first.path} come from two packings: give each its folder")
+    gaps = list(missing_rows(shards, first.header.rows))
+    if gaps:
+        start, end = gaps[0]
+        raise ShardError(
+            f"{folder}: rows {start:,} to {end - 1:,} of the source are in no shard: a shard is missing, or packing "
+            "has not finished; run `python -m ajepa.pack SOURCE TARGET` again to make them"
+        )
+
+
+def missing_rows(shards: Sequence[Shard], rows: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, end) of the source that none of the shards stands for; the shards sorted by `first_row`."""
+    done = 0
+    for shard in shards:
+        if shard.header.first_row > done:
+            yield done, shard.header.first_row
+        done = max(done, shard.header.end_row)
+    if done < rows:
+        yield done, rows

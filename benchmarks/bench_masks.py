@@ -1,0 +1,42 @@
+"""Drawing and packing the masks of one step: on the device, beside the CPU.
+
+A step of 1,024 clips must not wait for its masks: 128 ms is the budget of one at 8,000 clips/s.
+"""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from records import DEVICE
+
+from ajepa.config import PRESETS
+from ajepa.masks import MaskSampler
+
+BATCHES = [64] if DEVICE == "cpu" else [64, 256, 1024]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("preset", ["audio-jepa", "a-jepa"])
+def test_masks(preset, fixed, batch, record):
+    cfg = PRESETS[preset]
+    sampler = MaskSampler(dataclasses.replace(cfg.mask, fixed_token_budget=fixed), cfg.front_end.grid)
+
+    def draw(device: str) -> torch.Tensor:
+        with torch.device(device):
+            return sampler(7, 10, batch).target
+
+    devices = dict.fromkeys(["cpu", DEVICE])
+    assert all(torch.equal(draw(device).cpu(), draw("cpu")) for device in devices)
+    # not as a CUDA graph: the counts must come to the host
+    times = {f"on the {device.upper()}": [timed(draw, device) for _ in range(7)] for device in devices}
+    record("masks", f"{preset}, {batch} clips{', fixed budget' * fixed}", times)
+
+
+def timed(draw, device: str) -> float:
+    begin = time.perf_counter()
+    draw(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)

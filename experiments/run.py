@@ -1,0 +1,278 @@
+"""`python experiments/run.py masks --scale cpu --seeds 3`: pretrain every variant of a question with every seed, probe
+each run, and write the table and the plot. A finished run is never repeated; a killed one is resumed.
+
+Results: `results/<scale>-<data>.json` (every run's scores), `.md` (the tables), `-<question>.png` (the plots).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import torch
+import tyro
+from questions import QUESTIONS, SCALES
+
+from ajepa import config, probe, train
+from ajepa.config import Config, ConfigError
+from ajepa.distributed import Ranks
+from ajepa.engine import Engine, choose_device
+from ajepa.files import write_atomic
+from ajepa.index import DataError, cache_root
+from ajepa.masks import MaskSampler
+from ajepa.synthetic import make_synthetic
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FEATURES = {probe.LOG_MEL: "pooled log-mel", probe.UNTRAINED: "untrained", probe.TRAINED: "pretrained"}
+Name = Literal["masks", "ratio", "ema", "probes", "positions", "patch", "multimask", "all"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Answer a question by pretraining and probing its variants."""
+
+    question: tyro.conf.Positional[Name]
+    scale: Literal["cpu", "gpu"] = "cpu"
+    seeds: int = 3
+    data: str | None = None
+    """Labelled recordings to pretrain on and to probe; None: the synthetic set."""
+    label: str | None = None
+    test: str | None = None
+    """Rows that no run is pretrained on and all are scored on, such as "fold=4"; needed with --data."""
+    steps: int | None = None
+    """Pretraining steps instead of the scale's."""
+    report: bool = False
+    """Run nothing: write tables and plots of what is there."""
+    runs: str = "runs/experiments"
+    """Where run folders lie; they may be deleted afterwards."""
+    results: str = str(Path(__file__).parent / "results")
+
+
+def base(args: Arguments) -> Config:
+    preset, overrides = SCALES[args.scale]
+    cfg = override(config.PRESETS[preset], {**overrides, "watch.compare_steps": 0, "watch.keep": 1})
+    if args.steps is not None:
+        cfg = override(cfg, {"optim.steps": args.steps, "optim.warmup_steps": max(1, args.steps // 8)})
+    often = max(1, cfg.optim.steps // 4)
+    cfg = override(cfg, {"watch.watch_every": cfg.optim.steps, "watch.checkpoint_every": often})
+    if args.data is not None:
+        assert args.test is not None
+        cfg = override(cfg, {"data.data": args.data, "data.where": args.test.replace("=", "!=", 1),
+                             "data.label": args.label, "watch.eval_clips": 64})  # fmt: skip
+    return cfg
+
+
+def override(cfg: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with each "section.field" set."""
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        inner = dataclasses.replace(getattr(cfg, section), **{name: value}) if section else value
+        cfg = dataclasses.replace(cfg, **{section or name: inner})
+    return cfg
+
+
+def variants(args: Arguments, name: str) -> dict[str, Config]:
+    """Configuration of each variant of a question, without its seed."""
+    question, start = QUESTIONS[name], base(args)
+    cfgs = {variant: override(start, changes) for variant, changes in question.variants[args.scale].items()}
+    if question.equal_flops:
+        wanted = step_flops(start)
+        cfgs = {v: override(cfg, {"optim.batch_size": equal_batch(cfg, wanted)}) for v, cfg in cfgs.items()}
+    return cfgs
+
+
+def step_flops(cfg: Config) -> float:
+    masks = MaskSampler(dataclasses.replace(cfg.mask, mask_ratio=(sum(cfg.mask.mask_ratio) / 2,) * 2),
+                        cfg.front_end.grid)(0, 1, cfg.optim.batch_size)  # fmt: skip
+    return _engine(cfg.model, cfg.front_end).flops(masks)
+
+
+@functools.cache
+def _engine(model, front_end) -> Engine:
+    return Engine(Config(model=model, front_end=front_end, impl="reference"), torch.device("cpu"))
+
+
+def equal_batch(cfg: Config, flops: float) -> int:
+    """The batch size whose step costs `flops`, or hardly less."""
+    return max(1, round(cfg.optim.batch_size * flops / step_flops(cfg)))
+
+
+def key(cfg: Config, args: Arguments) -> str:
+    """Names a run by all that its result depends on."""
+    what = dataclasses.asdict(dataclasses.replace(cfg, out=None)), args.test
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def run(cfg: Config, args: Arguments) -> dict[str, Any]:
+    """Pretrain (or resume) and probe one configuration."""
+    folder = Path(args.runs) / key(cfg, args)
+    cfg = dataclasses.replace(cfg, out=str(folder), resume=True)
+    config.validate(cfg)
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet):
+        if not (folder / "summary.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            config.save(dataclasses.replace(cfg, resume=False), folder / "config.json")
+            train.train(cfg, folder, choose_device(cfg.device), Ranks())
+    start = time.perf_counter()
+    data, test = (args.data, args.test) if args.data else (synthetic(cfg), "split=test")
+    heads = tuple(dict.fromkeys(head for q in QUESTIONS.values() for head in q.heads))
+    scored = probe.probe(probe.Arguments(str(folder), data, label=args.label, test=test, heads=heads, map="none"))
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "scores": {FEATURES[name]: {head: s["mean"] for head, s in heads.items()}
+                   for name, heads in scored["scores"].items()},
+        "seen_in_pretraining": [fold["seen_in_pretraining"] for fold in scored["folds"]],
+        "target_variance": summary["target_variance"],
+        "effective_rank": summary["effective_rank"],
+        "clips_per_second": summary["clips_per_second"],
+        "probe_seconds": time.perf_counter() - start,
+        "device": summary["device"],
+        "commit": commit(),
+        "torch": torch.__version__,
+        "config": dataclasses.asdict(cfg),
+    }  # fmt: skip
+
+
+def synthetic(cfg: Config) -> str:
+    """The synthetic set that the run was trained on: open_corpus makes the same one."""
+    seconds = cfg.data.clip_seconds
+    return str(make_synthetic(cache_root() / "synthetic", n_clips=max(220, round(4_000 / seconds)),
+                              seconds=max(0.5, seconds), sample_rate=cfg.front_end.sample_rate))  # fmt: skip
+
+
+def commit() -> str:
+    got = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return got.stdout.strip() or "unknown"
+
+
+def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
+    """All questions of a scale as markdown; those not run, or not run with every seed, are named."""
+    preset, _ = SCALES[args.scale]
+    start = base(args)
+    lines = [
+        f"# {args.scale} scale on {args.data or 'the synthetic set'}",
+        "",
+        f"Preset {preset}, {start.optim.steps:,} steps of {start.optim.batch_size} clips, "
+        f"{start.watch.pooling} over frequency. Accuracy in % on {args.test or 'split=test'}: mean +- sample deviation "
+        f"over the seeds. Written by `python experiments/run.py`.",
+    ]
+    for name, question in QUESTIONS.items():
+        cfgs = variants(args, name)
+        found = {v: [r for seed in range(args.seeds) if (r := done.get(key(override(c, {"seed": seed}), args)))]
+                 for v, c in cfgs.items()}  # fmt: skip
+        lines += ["", f"## {name}: {question.title}", ""]
+        if not any(found.values()):
+            why = "no run yet" if args.scale == "cpu" or torch.cuda.is_available() else "no GPU on this machine"
+            lines.append(f"Not run: {why}. `python experiments/run.py {name} --scale {args.scale}`")
+            continue
+        lines += ["| variant | seeds | clips a step | " + " | ".join(question.heads) + " | target variance | minutes |",
+                  "|---" * (5 + len(question.heads)) + "|"]  # fmt: skip
+        ran = [(v, records) for v, records in found.items() if records]
+        rows = [("pooled log-mel", ran[0][1], "pooled log-mel", "")]
+        shown = []
+        for v, records in ran:  # the variants may differ before the first step
+            level = [r["scores"]["untrained"] for r in records]
+            if level not in shown:
+                shown.append(level)
+                rows.append((f"untrained ({v})", records, "untrained", ""))
+        rows += [(v, records, "pretrained", cfgs[v].optim.batch_size) for v, records in found.items()]
+        for label, records, features, batch in rows:
+            if not records:
+                lines.append(f"| {label} | not run |" + " |" * (3 + len(question.heads)))
+                continue
+            cells = [spread([100 * r["scores"][features][head] for r in records], 1) for head in question.heads]
+            trained = features == "pretrained"
+            variance = spread([r["target_variance"] for r in records], 3) if trained else ""
+            minutes = f"{statistics.mean(map(pretraining_minutes, records)):.1f}" if trained else ""
+            lines.append(f"| {label} | {len(records)} | {batch} | " + " | ".join([*cells, variance, minutes]) + " |")
+        plot(question, found, stem.with_name(f"{stem.name}-{name}.png"))
+        lines += ["", f"![{name}]({stem.name}-{name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def pretraining_minutes(record: dict[str, Any]) -> float:
+    """From the throughput: a run that was killed and resumed counts in full."""
+    optim = record["config"]["optim"]
+    return optim["steps"] * optim["batch_size"] / record["clips_per_second"] / 60
+
+
+def spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def plot(question, found: dict[str, list[dict]], path: Path) -> None:
+    """Each seed a dot, the mean a bar, and across it the levels of the untrained encoder and of pooled log-mel."""
+    figure, axes = plt.subplots(1, len(question.heads), figsize=(4.2 * len(question.heads), 3.6), layout="constrained")
+    for axis, head in zip(axes, question.heads, strict=True):
+        for i, records in enumerate(found.values()):
+            if not records:
+                continue
+            values = {f: [100 * r["scores"][f][head] for r in records] for f in FEATURES.values()}
+            axis.bar(i, statistics.mean(values["pretrained"]), width=0.6, color="tab:blue", alpha=0.35)
+            axis.plot([i] * len(records), values["pretrained"], "o", color="tab:blue", markersize=4)
+            for features, style in (("untrained", "--"), ("pooled log-mel", ":")):
+                axis.hlines(statistics.mean(values[features]), i - 0.4, i + 0.4, "black", style, label=features)
+        axis.set_xticks(range(len(found)), list(found), rotation=20)
+        axis.set_xlim(-0.6, len(found) - 0.4)
+        axis.set(title=head, ylabel="accuracy in %")
+        axis.grid(axis="y", alpha=0.3)
+    handles, names = axes[0].get_legend_handles_labels()
+    axes[0].legend(handles[:2], names[:2], fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = tyro.cli(Arguments, args=argv, prog="python experiments/run.py")
+    try:
+        if args.data and not (args.test and "=" in args.test and ";" not in args.test):
+            raise ConfigError('--data needs --test column=value: rows kept from pretraining, such as "fold=4"')
+        if args.scale == "gpu" and not args.report and not torch.cuda.is_available():
+            raise ConfigError("--scale gpu: no CUDA device is here; use --scale cpu")
+        name = f"{args.scale}-{Path(args.data).resolve().parent.name if args.data else 'synthetic'}"
+        name += f"-{args.test.replace('=', '')}" if args.test else ""
+        stem = Path(args.results) / (name + (f"-{args.steps}steps" if args.steps else ""))
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        store = stem.with_name(stem.name + ".json")
+        done = json.loads(store.read_text()) if store.exists() else {}
+        names = list(QUESTIONS) if args.question == "all" else [args.question]
+        todo = {} if args.report else {
+            key(c, args): (f"{q}: {v}, seed {seed}", c)
+            for seed in range(args.seeds) for q in names for v, cfg in variants(args, q).items()
+            for c in [override(cfg, {"seed": seed})] if key(c, args) not in done
+        }  # fmt: skip
+        for i, (k, (what, cfg)) in enumerate(todo.items(), start=1):
+            print(f"{i} of {len(todo)}  {what}", flush=True)
+            done[k] = run(cfg, args)
+            write_atomic(store, (json.dumps(done, indent=1) + "\n").encode())
+            got = done[k]["scores"]["pretrained"]
+            print("   " + "  ".join(f"{head} {100 * value:.1f}" for head, value in got.items()), flush=True)
+        text = report(args, done, stem)
+        write_atomic(stem.with_name(stem.name + ".md"), text.encode())
+        print(f"{stem}.md")
+    except KeyboardInterrupt:
+        return 130
+    except (ConfigError, DataError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

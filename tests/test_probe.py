@@ -1,0 +1,306 @@
+"""The probes: what they learn, what they must not see, what they leave behind."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+
+from ajepa import frozen, heads, probe
+from ajepa.config import PRESETS, ModelConfig
+from ajepa.engine import Engine
+from ajepa.frontend import FrontEnd
+from ajepa.frozen import EncoderFeatures, LogMelFeatures, embed
+from ajepa.heads import Embedded, predict, validation_split
+from ajepa.index import DataError, build_index
+from ajepa.layers import Sequences
+from ajepa.model import Encoder
+from ajepa_kernels import LogMelSpec, log_mel
+
+SPEC = LogMelSpec(n_fft=512, win_length=400, hop_length=160, n_mels=32, n_frames=64, patch=(8, 8))  # 4 x 8 patches
+SAMPLES = 400 + 63 * 160  # of a chunk
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return Encoder(ModelConfig(size="tiny"), SPEC).eval()
+
+
+@pytest.fixture(scope="module")
+def manifest(tones, tmp_path_factory):
+    """The tones with a fold column; two classes."""
+    path = tmp_path_factory.mktemp("manifest") / "meta.csv"
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "kind", "fold"])
+        for i, wav in enumerate(sorted(tones.rglob("*.wav"))):
+            rows.writerow([wav, wav.parent.name, i % 3])
+    return path
+
+
+def features(encoder, pcm, lengths, kind):
+    source = EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, "")
+    with torch.no_grad():
+        x, columns = source(pcm, lengths)
+    return torch.stack(source.pool(x, columns, torch.arange(len(pcm)), len(pcm), kind))
+
+
+@pytest.mark.parametrize("kind", ["mean", "concat"])
+def test_what_follows_a_clip_never_reaches_its_features(encoder, kind):
+    """Garbage after the end of the clip changes nothing; nor does the encoder attend to padded patches."""
+    generator = torch.Generator().manual_seed(0)
+    pcm = torch.randint(-9999, 9999, (2, SAMPLES), dtype=torch.int16, generator=generator)
+    lengths = torch.full((2,), 400 + 160 * 20)
+    silent, loud = pcm.clone(), pcm.clone()
+    silent[:, lengths[0] :] = 0
+    loud[:, lengths[0] :] = 32000
+    assert torch.equal(features(encoder, silent, lengths, kind), features(encoder, loud, lengths, kind))
+    whole = features(encoder, silent, torch.full((2,), SAMPLES), kind)
+    assert not torch.allclose(features(encoder, silent, lengths, kind), whole, atol=1e-2)
+
+    patches, columns = FrontEnd(SPEC)(silent, lengths), torch.tensor([3, 3])
+    spoilt = patches.view(2, 4, 8, -1).clone()
+    spoilt[:, :, 3:] = torch.nan
+    with torch.no_grad():
+        clean, leaky = (frozen.encode_real(encoder, p, SPEC, columns) for p in (patches, spoilt.view_as(patches)))
+    assert torch.equal(clean, leaky) and not clean.view(2, 4, 8, -1)[:, :, 3:].any()
+
+
+def test_long_recordings_are_pooled_over_all_their_chunks(encoder, tmp_path):
+    """A recording of two and a half chunks: every chunk encoded alone, each real column counted once."""
+    rng = np.random.default_rng(0)
+    names = ["a", "b", "c"]
+    lengths = [SAMPLES * 2 + SAMPLES // 2, SAMPLES // 3, SAMPLES * 2 + 100]  # the last one's tail has no frame
+    for name, length in zip(names, lengths, strict=True):
+        soundfile.write(tmp_path / f"{name}.wav", rng.integers(-9999, 9999, length).astype(np.int16), 16_000)
+    index = build_index(tmp_path)
+    sources = {"e": EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, "e"), "m": LogMelFeatures(SPEC)}
+    sources["m"] = LogMelFeatures(LogMelSpec(n_fft=512, n_mels=32, patch=(8, 8)))
+    items, got = embed(index, sources, SAMPLES, ["concat", "tokens"], device=CPU, skipped=[])
+    assert items.tolist() == [0, 1, 2]
+    for i in range(3):
+        pcm = torch.from_numpy(soundfile.read(tmp_path / f"{names[i]}.wav", dtype="int16")[0])
+        columns, mels = [], []
+        for piece in pcm.split(SAMPLES):
+            if len(piece) < 400:
+                continue
+            x = FrontEnd(SPEC)(F.pad(piece, (0, SAMPLES - len(piece)))[None], torch.tensor([len(piece)]))
+            real = -(-SPEC.frames(len(piece)) // 8)
+            x = x.view(4, 8, -1)[:, :real].flatten(0, 1)[None]
+            index_T = (torch.arange(4)[:, None] * 8 + torch.arange(real)).flatten()
+            with torch.no_grad():
+                full = torch.zeros(1, 32, x.shape[-1]).index_copy(1, index_T, x)
+                latents = encoder(full, index_T, Sequences(torch.tensor([0, 4 * real]), 32))
+            columns.append(latents.view(4, real, -1).transpose(0, 1))
+            mels.append(log_mel(piece[None], sources["m"].spec, layout="spectrogram")[0])
+        wanted, mel = torch.cat(columns), torch.cat(mels, 1)
+        torch.testing.assert_close(got["e"].clips[i], wanted.mean(0).flatten(), rtol=1e-4, atol=1e-5)
+        tokens = got["e"].tokens[got["e"].cu[i] : got["e"].cu[i + 1]]
+        torch.testing.assert_close(tokens.float(), wanted.flatten(0, 1), rtol=1e-2, atol=1e-2)
+        both = torch.cat([mel.mean(1), mel.std(1, correction=0)])
+        torch.testing.assert_close(got["m"].clips[i], both, rtol=1e-3, atol=1e-3)
+        first = got["m"].tokens[got["m"].cu[i]].float()
+        torch.testing.assert_close(first[:32], mels[0][:, :8].mean(1), rtol=1e-2, atol=1e-2)
+
+
+def test_a_damaged_cache_is_made_again_and_a_whole_one_used(encoder, tones, tmp_path, capsys, monkeypatch):
+    index = build_index(tones)
+
+    def make(key="k"):
+        sources = {"e": EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, key)}
+        return embed(index, sources, SAMPLES, ["mean"], device=CPU, skipped=[], cache=tmp_path)[1]["e"].clips
+
+    first = make()
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1  # safetensors itself would not notice
+    file.write_bytes(data)
+    assert torch.equal(make(), first) and "damaged" in capsys.readouterr().err
+    file.write_bytes(b"\x80\x04cos\nsystem\n.")
+    assert torch.equal(make(), first) and "damaged" in capsys.readouterr().err
+    make("another checkpoint")
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(frozen, "_embed", None)  # nothing is computed from here on
+    assert torch.equal(make(), first)
+
+
+TRAIN, TEST = torch.arange(900), torch.arange(900, 1200)
+
+
+def blobs():
+    """Three classes of 400 recordings in 8 dimensions; the mean of their tokens tells nothing, one token does."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1200) % 3
+    clips = 3 * F.one_hot(labels, 8).float() + torch.randn(1200, 8, generator=generator)
+    counts = torch.randint(2, 7, (1200,), generator=generator)
+    tokens = [torch.randn(n, 16, generator=generator) * 0.3 for n in counts]
+    for t, label in zip(tokens, labels.tolist(), strict=True):
+        t[:, 10] = 0
+        t[-1, label], t[-1, 10] = 3.0, 3.0  # the marked token says the class, two others deny it by as much
+        t[0, label] -= 3.0
+    cu = F.pad(counts.cumsum(0), (1, 0))
+    return Embedded(clips, torch.cat(tokens).half(), cu), labels
+
+
+@pytest.mark.parametrize("head", list(heads.HEADS))
+def test_every_head_learns_classes_and_is_the_same_twice(head):
+    x, labels = blobs()
+    state = torch.get_rng_state()
+    guess = predict(head, x, labels, TRAIN, TEST, seed=3)
+    assert (guess == labels[TEST]).float().mean() > 0.75
+    assert torch.equal(guess, predict(head, x, labels, TRAIN, TEST, seed=3))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_attentive_probe_ignores_padding():
+    torch.manual_seed(0)
+    module, x = heads.AttentiveProbe(64, 3), torch.randn(2, 5, 64)
+    padding = torch.arange(5) >= torch.tensor([[3], [5]])
+    spoilt = x.masked_fill(padding[..., None], 1e3)
+    torch.testing.assert_close(module(x, padding), module(spoilt, padding))
+    torch.testing.assert_close(module(x[:1, :3], padding[:1, :3]), module(x, padding)[:1])
+    plain = module.norm(x[1])  # keys, values and the sum written out
+    weight = (plain @ module.query[0]).softmax(0)
+    torch.testing.assert_close(module.linear(weight @ (plain @ module.value[0].T)), module(x, padding)[1])
+
+
+def test_no_test_row_is_ever_looked_at(monkeypatch):
+    """The probes choose their epoch on training rows alone."""
+    x, labels = blobs()
+    learn, held = validation_split(labels, TRAIN, 0)
+    assert sorted(torch.cat([learn, held]).tolist()) == TRAIN.tolist()
+    assert torch.bincount(labels[held]).tolist() == [30, 30, 30]
+    seen = []
+    monkeypatch.setattr(heads, "classify", lambda module, inputs, rows, device: seen.append(rows) or labels[rows])
+    predict("linear", x, labels, TRAIN, TEST, seed=0)
+    assert len(seen) == heads.EPOCHS + 1 and all(torch.equal(rows, held) for rows in seen[:-1])
+    assert torch.equal(seen[-1], TEST)
+
+
+def test_linear_is_x_ares_head_and_schedule(monkeypatch):
+    x, labels = blobs()
+    rates, batches = [], []
+
+    class Adam(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    inputs = lambda rows: (batches.append(len(rows)) or x.clips[rows],)  # noqa: E731
+    heads.fit(heads.LinearProbe(8, 3), inputs, labels, torch.arange(120), 0, CPU)
+    steps = 10 * 4  # 108 rows, 32 at a time
+    assert len(rates) == steps and rates[0] == pytest.approx(1e-3) and max(batches) == 32
+    assert rates[steps // 2] == pytest.approx(0.55e-3) and rates[-1] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_scores_by_hand():
+    task = probe.Task(None, torch.arange(4), torch.tensor([0, 1, 1, 0]), ["a", "b"])
+    task.folds.extend([probe.Fold("x", torch.tensor([2, 3]), torch.tensor([0, 1])),
+                       probe.Fold("y", torch.tensor([0, 1]), torch.tensor([2, 3]))])  # fmt: skip
+    got = probe.scores(torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]]), task)
+    assert got["folds"] == [0.75, 0.5] and got["mean"] == 0.625 and got["seeds"] == [0.75, 0.5]
+    assert got["deviation"] == pytest.approx(0.1767767)
+    table = probe.per_class(torch.tensor([[0, 1, 1, 1]]), task)
+    assert table["confusion"] == [[1, 1], [0, 2]]
+    assert table["table"]["a"] == {"precision": 1.0, "recall": 0.5, "f1-score": pytest.approx(2 / 3), "support": 2}
+
+
+def test_the_program_writes_its_results_and_pictures(run, manifest, tones, tmp_path, capsys):
+    argv = [str(run), "--data", str(manifest), "--label", "kind", "--folds", "fold", "--seeds", "2"]
+    assert probe.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "trained encoder" in printed and "untrained encoder" in printed and "high" in printed
+    result = json.loads((run / "probe.json").read_text())
+    assert [f["name"] for f in result["folds"]] == ["fold=0", "fold=1", "fold=2"]
+    assert result["data"]["classes"] == ["high", "low"] and sum(f["test"] for f in result["folds"]) == 40
+    for name in ("pooled log-mel", "untrained encoder", "trained encoder"):
+        for head in ("knn", "linear", "attentive"):
+            assert len(result["scores"][name][head]["folds"]) == 3
+    assert result["scores"]["pooled log-mel"]["knn"]["mean"] > 0.9
+    assert len(result["scores"]["trained encoder"]["linear"]["seeds"]) == 2
+    assert np.array(result["classes"]["knn"]["confusion"]).sum() == 40
+    for name in ("confusion.png", "embeddings.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+    last = sorted((run / "checkpoints").iterdir())[-1]  # the run's last weights, by another way
+    out = tmp_path / "out"
+    again = [str(last), "--data", str(tones), "--map", "none", "--heads", "knn", "--out", str(out)]
+    assert probe.main(again) == 0
+    other = json.loads((out / "probe.json").read_text())
+    assert other["checkpoint"]["sha256"] == result["checkpoint"]["sha256"]
+    assert [f["seen_in_pretraining"] for f in other["folds"]] == [10]  # the run was trained on this folder
+    assert "were pretrained on" in capsys.readouterr().err
+
+
+def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp_path, monkeypatch):
+    hashes = {}
+
+    def spy(index, sources, *args, **kwargs):
+        hashes.update(
+            {k: frozen.tensors_hash(s.encoder.state_dict()) for k, s in sources.items() if k != probe.LOG_MEL}
+        )
+        return embed(index, sources, *args, **kwargs)
+
+    monkeypatch.setattr(probe, "embed", spy)
+    assert probe.main([str(run), "--data", str(tones), "--heads", "knn", "--map", "none", "--out", str(tmp_path)]) == 0
+    cfg, weights, _ = probe.load_run(run)
+    start = Engine(cfg, CPU).model.context_encoder.state_dict()
+    assert hashes == {probe.UNTRAINED: frozen.tensors_hash(start), probe.TRAINED: frozen.tensors_hash(weights)}
+    assert len(set(hashes.values())) == 2
+
+
+def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys):
+    def refused(*argv):
+        assert probe.main([str(a) for a in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    assert "config.json" in refused(tmp_path, "--data", tones)
+    assert "no such column" in refused(run, "--data", manifest, "--label", "kind", "--folds", "speaker")
+    assert "give one" in refused(run, "--data", manifest, "--folds", "fold", "--test", "fold=1")
+    assert "--label" in refused(run, "--data", manifest)
+    assert "classify" in refused(run, "--data", manifest, "--label", "kind", "--test", "fold=0,1,2")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((run / "config.json").read_bytes())
+    (broken / "encoder.safetensors").write_bytes(b"\x80\x04.")
+    assert "encoder.safetensors" in refused(broken, "--data", tones)
+    (broken / "encoder.safetensors").unlink()
+    assert "whole checkpoint" in refused(broken, "--data", tones)
+
+
+def test_a_parquet_manifest_is_read_like_a_csv(manifest, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: no Parquet to read")
+    from pyarrow import csv as arrow_csv
+
+    table = arrow_csv.read_csv(manifest)
+    table = table.append_column("sound", [[b"\x00"] * len(table)])
+    parquet.write_table(table, tmp_path / "meta.parquet")
+    ours, theirs = (build_index(p, label_column="kind") for p in (tmp_path / "meta.parquet", manifest))
+    assert ours.entries == theirs.entries and ours.metadata == theirs.metadata
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="the manifest cannot be read"):
+        build_index(tmp_path / "bad.parquet")
+
+
+def test_digits_log_mel_floor(audio_dir):
+    """Leave one speaker out with every tenth digit: pooled log-mel is far above chance and far below perfect."""
+    index = build_index(audio_dir / "fsdd" / "meta.csv", label_column="digit")
+    index = index.subset(range(0, len(index), 10))
+    spec = probe.log_mel_spec(PRESETS["tiny"].front_end, "standard")
+    items, got = embed(index, {"m": LogMelFeatures(spec)}, 32_000, ["mean"], device=CPU, skipped=[])
+    labels = torch.from_numpy(index.labels[items.numpy()])
+    speaker = np.array(index.metadata["speaker"])
+    right = []
+    for name in sorted(set(speaker)):
+        test = torch.from_numpy(speaker == name)
+        rows = (~test).nonzero()[:, 0], test.nonzero()[:, 0]
+        right += (predict("knn", got["m"], labels, *rows, seed=0) == labels[test]).tolist()
+    assert 0.25 < np.mean(right) < 0.65
