@@ -56,6 +56,8 @@ def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: 
         mask=dataclasses.replace(cfg.mask, fixed_token_budget=True),
         optim=dataclasses.replace(cfg.optim, warmup_steps=50),  # so that the weights move while it is checked
     )
+    if "compile" in impls:
+        warm_up = steps  # each batch may compile anew, until the bounds on lengths are taken for variables
     bf16, device = DEVICE == "cuda", torch.device(DEVICE)
     work = list(batches(cfg, batch, steps))
     torch.compiler.reset()  # what was compiled for other sizes counts against the recompilation limit
