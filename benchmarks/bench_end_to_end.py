@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from ceilings import left_out, product_flops_per_ms
+from ceilings import left_out
 from records import DEVICE
 
+from ajepa.ceilings import product_flops_per_ms
 from ajepa.config import PRESETS
 from ajepa.data import AudioLoader
 from ajepa.engine import Engine
@@ -132,7 +133,7 @@ def test_end_to_end(kind, recordings, record):
     assert losses["CPU front end"] == pytest.approx(losses["eager"], rel=0.2), "another order of the same recordings"
 
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    floor_ms = engines["fused"].flops(sampler(0, CFG.optim.steps, BATCH)) / product_flops_per_ms(dtype)
+    floor_ms = engines["fused"].flops(sampler(0, CFG.optim.steps, BATCH)) / product_flops_per_ms(dtype, DEVICE)
     more = {
         name: {
             "model": PRESET,

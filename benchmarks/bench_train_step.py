@@ -12,9 +12,10 @@ import sys
 
 import pytest
 import torch
-from ceilings import left_out, product_flops_per_ms
+from ceilings import left_out
 from records import DEVICE, FULL
 
+from ajepa.ceilings import product_flops_per_ms
 from ajepa.compare import time_engines
 from ajepa.config import PRESETS, Config
 from ajepa.masks import MaskSampler
@@ -66,7 +67,7 @@ def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: 
     for name, timing in timings.items():
         assert timing.losses == pytest.approx(eager, rel=3e-2 if bf16 else 2e-3), f"{name} trains otherwise than eager"
 
-    floor_ms = timings["fused"].flops / product_flops_per_ms(torch.bfloat16 if bf16 else torch.float32)
+    floor_ms = timings["fused"].flops / product_flops_per_ms(torch.bfloat16 if bf16 else torch.float32, DEVICE)
     more = {}
     for name, timing in timings.items():
         median = statistics.median(timing.seconds)

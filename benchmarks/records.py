@@ -67,11 +67,13 @@ def environment() -> dict:
 @functools.cache
 def ceilings() -> dict[str, float]:
     """The rates of this run: GB/s of a copy, read and written, and TFLOP/s of a matrix product by dtype."""
-    from ceilings import copy_bytes_per_ms, product_flops_per_ms
+    from ajepa.ceilings import copy_bytes_per_ms, product_flops_per_ms
 
     dtypes = (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,)
-    products = {f"product_{str(d).removeprefix('torch.')}_tflops": product_flops_per_ms(d) / 1e9 for d in dtypes}
-    return {"copy_gb_per_s": copy_bytes_per_ms() / 1e6, **products}
+    products = {
+        f"product_{str(d).removeprefix('torch.')}_tflops": product_flops_per_ms(d, DEVICE) / 1e9 for d in dtypes
+    }
+    return {"copy_gb_per_s": copy_bytes_per_ms(DEVICE) / 1e6, **products}
 
 
 def merge(kept: list[dict], test: str, new: list[dict]) -> list[dict]:
