@@ -68,6 +68,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         ("attention_bwd", 16, 128, 128): None,
     },
     "sm_90": {
+        ("attention_fwd", 16, 32, 128): Tiles(32, 32, 2),
         ("attention_fwd", 16, LONG, 32): Tiles(128, 64, 8, 2),
         ("attention_fwd", 16, LONG, 64): Tiles(128, 64, 8, 2),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
@@ -75,6 +76,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
     },
     "sm_100": {
         ("attention_fwd", 16, 128, 64): Tiles(128, 128, 4),
+        ("attention_bwd", 16, 128, 32): Tiles(64, 128, 8),
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),
