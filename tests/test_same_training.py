@@ -15,12 +15,12 @@ from ajepa.masks import MaskSampler
 
 AUDIO = os.environ.get("AJEPA_TEST_AUDIO")
 pytestmark = pytest.mark.skipif(AUDIO is None, reason="AJEPA_TEST_AUDIO names no folder of real audio")
-TRAINED_ON = "george,jackson,lucas,nicolas"
+TRAINED_ON, SCORED = "index=10,11,12,13,14,15,16,17,18,19", "index=0,1,2,3"
 BAND = 0.01  # relative difference of the losses of a step
 
 
 def digits(size: str, batch: int, steps: int, **changes) -> Config:
-    """Spoken digits of four speakers; the watch scores a fifth one's."""
+    """Spoken digits; the watch scores others, one speaker's by those of the rest."""
     meta, cfg = str(Path(str(AUDIO)) / "fsdd" / "meta.csv"), PRESETS["tiny"]
     return replace(
         cfg,
@@ -29,7 +29,7 @@ def digits(size: str, batch: int, steps: int, **changes) -> Config:
         ),
         model=replace(cfg.model, size=size),
         optim=replace(cfg.optim, batch_size=batch, steps=steps, warmup_steps=max(1, steps // 10)),
-        watch=replace(cfg.watch, eval_data=meta, eval_test="speaker=theo", eval_clips=240),
+        watch=replace(cfg.watch, eval_data=meta, eval_where=SCORED, eval_test="speaker=theo"),
         **changes,
     )
 
@@ -56,9 +56,9 @@ def compare(cfg: Config, device: torch.device, band: float, points: float) -> No
     assert abs(fused_knn - plain_knn) <= points
 
 
-@pytest.mark.parametrize(("size", "batch", "steps"), [("tiny", 16, 40), ("S", 4, 6)])
+@pytest.mark.parametrize(("size", "batch", "steps"), [("tiny", 16, 24), ("S", 4, 6)])
 def test_on_a_cpu(size, batch, steps):
-    compare(digits(size, batch, steps), torch.device("cpu"), BAND, points=0.02)
+    compare(digits(size, batch, steps), torch.device("cpu"), BAND, points=0.04)
 
 
 @pytest.mark.gpu
