@@ -41,7 +41,18 @@ def read_all(folder: str, result: str) -> int:
 
 
 def read_mutants(argv):
-    return read_all(*argv)
+    """Index, train on, pack and embed them, in one process."""
+    from ajepa import embed, pack
+
+    folder, result, packed, encoder = argv
+    read_all(folder, result)
+    assert pack.main([folder, packed, "--rate", str(RATE)]) == 0
+    files = sorted(str(path) for path in Path(folder).iterdir())
+    assert embed.main([encoder, *files, "--out", f"{packed}.npz"]) == 1  # some of them are bad
+    found = json.loads(Path(result).read_text())
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    Path(result).write_text(json.dumps(found))
+    return 0
 
 
 def read_files_gone_bad(argv):
@@ -65,17 +76,24 @@ def write_mutants(folder: Path, count: int, broken: bool) -> None:
         (folder / f"{seed:05d}{SUFFIXES[kind]}").write_bytes(data)
 
 
-def test_1000_mutated_files_crash_nothing_and_each_is_used_or_listed(tmp_path, forks):
+def test_1000_mutated_files_crash_nothing_and_each_is_used_or_listed(tmp_path, forks, run):
     write_mutants(tmp_path / "audio", 1000, broken=True)
-    result, log = tmp_path / "result.json", tmp_path / "log"
-    status = forks.run([str(tmp_path / "audio"), str(result)], log, call="test_broken_audio:read_mutants")
+    result, log, packed = tmp_path / "result.json", tmp_path / "log", tmp_path / "packed"
+    arguments = [str(x) for x in (tmp_path / "audio", result, packed, run)]
+    status = forks.run(arguments, log, call="test_broken_audio:read_mutants")
     assert status == 0, log.read_text()
     found = json.loads(result.read_text())
     bad = dict(found["bad"])
     assert len(bad) == len(found["bad"]) and all(bad.values())
     assert sorted([*found["good"], *bad]) == sorted(str(path) for path in (tmp_path / "audio").iterdir())
     assert len(found["good"]) > 50 and len(bad) > 500  # both ways are taken
-    assert found["peak_mb"] < 700
+    assert found["peak_mb"] < 900
+    left_out = (packed / "left_out.tsv").read_text()
+    shards = build_index(str(packed))
+    assert all(Path(path).name in left_out for path in bad) and 0 < len(shards) <= len(found["good"])
+    embedded = np.load(f"{packed}.npz")
+    refused = Path(f"{packed}.npz.bad.tsv").read_text()
+    assert len(embedded["names"]) + len(refused.splitlines()) - 1 == 1000
 
 
 def test_200_files_that_break_in_place_are_replaced_while_training(tmp_path, forks):
