@@ -30,7 +30,7 @@ from ajepa.index import build_index
 from ajepa.masks import MaskSampler
 from ajepa.synthetic import make_synthetic
 
-PRESET, BATCH, CLIPS = ("tiny", 32, 220) if DEVICE == "cpu" else ("audio-jepa", 256, 512)
+PRESET, BATCH, CLIPS = ("tiny", 16, 220) if DEVICE == "cpu" else ("audio-jepa", 256, 512)
 CFG = dataclasses.replace(PRESETS[PRESET], mask=dataclasses.replace(PRESETS[PRESET].mask, fixed_token_budget=True))
 ROUNDS, STEPS = (2, 5) if DEVICE == "cpu" else (3, 10)
 KINDS = ["WAV", "FLAC"] + ["shards"] * (importlib.util.find_spec("ajepa.pack") is not None)
@@ -85,7 +85,7 @@ def published(folder: Path):
     """Batches (patches, lengths) of torch's DataLoader: recordings drawn at random, without end."""
     data = Patches([str(path) for path in sorted(folder.rglob("*.*")) if path.suffix in (".wav", ".flac")])
     context = multiprocessing.get_context("forkserver")  # forks of this process would inherit DALI's and OpenMP's locks
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["pytest", "soundfile", "torch", "ajepa.engine", "ajepa.data"])
     loader = torch.utils.data.DataLoader(
         data, BATCH, sampler=torch.utils.data.RandomSampler(data, replacement=True, num_samples=10**6),
         num_workers=os.cpu_count() or 1, pin_memory=DEVICE == "cuda", multiprocessing_context=context,
