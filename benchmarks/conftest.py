@@ -1,10 +1,11 @@
 """Timers and records shared by the benchmarks. `pytest benchmarks/` runs them all with sizes for this machine.
 
-Variants of one benchmark are timed in turns (A B A B), so that what else the machine does hits all of them alike.
+Variants of one benchmark are timed in turns (A B, B A), so that what else the machine does hits all of them alike.
 A benchmark checks its variants before it times them; where it fails, its earlier records are dropped, too.
 """
 
 import gc
+import random
 import statistics
 import sys
 import time
@@ -45,7 +46,7 @@ def _prepare(function: Callable[[], object]) -> tuple[Callable[[], object], int]
 
 @pytest.fixture(scope="session")
 def interleave() -> Callable[..., Times]:
-    """interleave({name: function}, seconds=3.0, rounds=7) -> times: every function once a round, in turns.
+    """interleave({name: function}, seconds=3.0, rounds=7) -> times: every function once a round, in a new order.
 
     Stops after `seconds` and at least `rounds` rounds. On a GPU, pass functions that rotate through their inputs.
     """
@@ -53,12 +54,15 @@ def interleave() -> Callable[..., Times]:
     def run(variants: dict[str, Callable[[], object]], seconds: float = 3.0, rounds: int = 7) -> Times:
         ready = {name: _prepare(function) for name, function in variants.items()}
         times: Times = {name: [] for name in variants}
+        names, order = list(ready), random.Random(0)
         gc.collect()
         gc.disable()
         try:
             start = time.perf_counter()
             while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < rounds:
-                for name, (function, calls) in ready.items():
+                order.shuffle(names)  # the threads of a library spin for a while after it: not always before the same
+                for name in names:
+                    function, calls = ready[name]
                     begin = time.perf_counter()
                     function()
                     if DEVICE == "cuda":
