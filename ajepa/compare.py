@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ajepa.config import Config, Impl
-from ajepa.engine import Engine
+from ajepa.engine import Engine, wait
 from ajepa.masks import Masks
 
 Batch = tuple[torch.Tensor, torch.Tensor, Masks]  # pcm, lengths, masks
@@ -51,10 +51,10 @@ def time_engines(
             timing.peak_bytes = torch.cuda.memory_reserved(device) - before
     for i, batch in enumerate(batches, start=warm_up):
         for impl, engine in engines.items():
-            _wait(device)
+            wait(device)
             tick = time.perf_counter()
             result = engine.step(*batch, i)
-            _wait(device)
+            wait(device)
             timings[impl].seconds.append(time.perf_counter() - tick)
             timings[impl].losses.append(result.loss.item())
     for impl, engine in engines.items():
@@ -119,13 +119,8 @@ def table(rates: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _now(device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     return time.perf_counter()
 
 

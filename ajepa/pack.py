@@ -56,7 +56,7 @@ class Arguments:
     rate: int = 32_000
     """Sample rate of the shards in Hz; best the one of the front end (--sample-rate) that is to be trained."""
     codec: Literal["pcm", "flac"] = "pcm"
-    """flac: about half the size, lossless, but decoded at every reading."""
+    """flac: smaller (--dry-run tells by how much), lossless, but decoded at every reading."""
     shard_mb: int = 1024
     """Size of a shard in MB, about."""
     silence_db: float = -80.0

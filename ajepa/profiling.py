@@ -9,6 +9,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ajepa.engine import wait
+
 SKIPPED = 10  # compilation, graph capture, file cache
 # The first that matches the name of a kernel (GPU) or of an operator (CPU).
 KINDS = {
@@ -40,13 +42,13 @@ class StepProfile:
         self.done += 1
         if self.done == SKIPPED:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            self._wait()
+            wait(self.device)
             self.profile, self.start = profile(activities=activities), time.perf_counter()
             self.profile.start()
         elif self.profile is not None:
             self.flops += flops()
             if self.done == SKIPPED + self.steps:
-                self._wait()
+                wait(self.device)
                 seconds = time.perf_counter() - self.start
                 self.profile.stop()
                 self.profile.export_chrome_trace(str(self.path))
@@ -58,10 +60,6 @@ class StepProfile:
         if self.profile is not None:
             self.profile.stop()
             self.say(f"the run ended before {SKIPPED + self.steps} steps: nothing was profiled")
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def report(profiled: profile, device: torch.device, seconds: float, steps: int, flops: float, peak) -> str:

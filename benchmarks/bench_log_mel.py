@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ceilings import copy_bytes_per_ms
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel
@@ -111,19 +112,10 @@ def floor_ms(spec: LogMelSpec, samples: int) -> float | None:
         return None
     frames = spec.n_frames or spec.frames(samples)
     properties = torch.cuda.get_device_properties(0)
-    source = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
-    target, start, end = torch.empty_like(source), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    target.copy_(source)
-    start.record()
-    for _ in range(10):
-        target.copy_(source)
-    end.record()
-    torch.cuda.synchronize()
-    bytes_per_ms = 20 * source.numel() / start.elapsed_time(end)
     n = spec.n_fft
     instructions = frames / 2 * (5 * n * math.log2(n) + 6 * spec.win_length + 16 * n / 2)
     issue = instructions / (properties.multi_processor_count * 128 * properties.clock_rate)
-    return BATCH * max((2 * samples + 2 * frames * spec.n_mels) / bytes_per_ms, issue)
+    return BATCH * max((2 * samples + 2 * frames * spec.n_mels) / copy_bytes_per_ms(), issue)
 
 
 @pytest.mark.parametrize("threads", THREADS)

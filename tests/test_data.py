@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from loading import CLIP, OPTIONS, RATE, assert_same, once, take
 from make_audio import FORMATS, encode, noise, write, write_set, write_tar
 
 import ajepa.audiofile
@@ -18,10 +19,8 @@ from ajepa.index import DataError, build_index
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 REAL = os.environ.get("AJEPA_TEST_AUDIO")
-RATE, CLIP = 16000, 1600
 # Units of int16: DALI's lossy decoders and soundfile's are other builds and may round otherwise.
 TOLERANCE = {"vorbis": 1, "opus": 1, **dict.fromkeys(("wav8", "wav16", "wav24", "wav_float", "flac", "mp3"), 0)}
-OPTIONS = {"sample_rate": RATE, "clip_samples": CLIP, "batch_size": 4, "seed": 0, "threads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -41,23 +40,6 @@ def loader():
     yield make
     for one in opened:
         one.close()
-
-
-def take(batches, count: int) -> list[Batch]:
-    return [next(batches) for _ in range(count)]
-
-
-def once(index, **options) -> Batch:
-    """All of the index as one batch."""
-    keep = {name: OPTIONS[name] for name in ("sample_rate", "clip_samples", "threads")}
-    batches = list(iterate_once(index, **{**keep, "batch_size": 3, **options}))
-    return Batch(*map(torch.cat, zip(*batches, strict=True)))
-
-
-def assert_same(got: list[Batch], wanted: list[Batch]):
-    for a, b in zip(got, wanted, strict=True):
-        for name, x, y in zip(Batch._fields, a, b, strict=True):
-            assert torch.equal(x, y), name
 
 
 def pcm_of(file) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import CLIP, OPTIONS, RATE, assert_same, once, take
 from make_audio import FORMATS, noise, write, write_set, write_tar
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ import ajepa.decode
 import ajepa.index
 import ajepa.resident
 from ajepa import shards
-from ajepa.data import AudioLoader, Batch, iterate_once
+from ajepa.data import AudioLoader
 from ajepa.index import DataError, build_index
 from ajepa.pack import main
 from ajepa.resident import ResidentLoader
@@ -23,8 +24,6 @@ from ajepa.shards import BLOCK, HEADER_SIZE, Shard, ShardError
 from ajepa.train import main as train
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-RATE, CLIP = 16000, 1600
-OPTIONS = {"sample_rate": RATE, "clip_samples": CLIP, "batch_size": 4, "seed": 0, "threads": 2}
 CPU = torch.device("cpu")
 
 
@@ -45,23 +44,6 @@ def loader():
 def pack(source, target: Path, *options, rate: int = RATE) -> Path:
     assert main([str(source), str(target), "--rate", str(rate), *map(str, options)]) == 0
     return target
-
-
-def take(batches, count: int) -> list[Batch]:
-    return [next(batches) for _ in range(count)]
-
-
-def once(index, **options) -> Batch:
-    keep = {name: OPTIONS[name] for name in ("sample_rate", "clip_samples", "threads")}
-    batches = list(iterate_once(index, **{**keep, "batch_size": 3, **options}))
-    return Batch(*map(torch.cat, zip(*batches, strict=True)))
-
-
-def assert_same(got: list[Batch], wanted: list[Batch]):
-    assert len(got) == len(wanted)
-    for a, b in zip(got, wanted, strict=True):
-        for name, x, y in zip(Batch._fields, a, b, strict=True):
-            assert torch.equal(x, y), name
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:

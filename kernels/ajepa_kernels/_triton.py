@@ -142,6 +142,11 @@ def multiprocessors(x: torch.Tensor) -> int:
     return _device_multiprocessors(x.device.index) if x.is_cuda else 2
 
 
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """`[M, C]` whose rows are contiguous, as the row kernels read them; a stride between rows stays."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()

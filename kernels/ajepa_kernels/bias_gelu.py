@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._triton import jit, launch, multiprocessors, power_of_2, register, tl, use_triton
+from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
 
@@ -56,10 +56,6 @@ def _bias_gelu_fwd_kernel(
     tl.store(y_ptr + row * C + c, (x * cdf).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 @register(
     "bias_gelu_fwd(Tensor x, Tensor bias, bool tanh, ScalarType dtype) -> Tensor",
     lambda x, bias, tanh, dtype: torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format),
@@ -69,7 +65,7 @@ def _bias_gelu_fwd(x, bias, tanh, dtype):
     M, C = x.shape
     block_c, rows, num_warps = _config(x, "bias_gelu_fwd")
     y, tiles = torch.empty(M, C, dtype=dtype, device=x.device), -(-C // block_c)
-    x = _dense_rows(x)
+    x = dense_rows(x)
     launch(
         _bias_gelu_fwd_kernel, -(-M // rows) * tiles, x,
         x, bias.contiguous(), y, x.stride(0), M, tiles, C, block_c, rows, tanh, num_warps=num_warps,
@@ -119,7 +115,7 @@ def _bias_gelu_bwd(dy, x, bias, tanh):
     programs = min(max(1, 4 * multiprocessors(x) // tiles), -(-M // rows))
     dx = torch.empty(M, C, dtype=x.dtype, device=x.device)
     dbias = torch.empty(programs, C, dtype=torch.float32, device=x.device)
-    dy, x = _dense_rows(dy), _dense_rows(x)
+    dy, x = dense_rows(dy), dense_rows(x)
     launch(
         _bias_gelu_bwd_kernel, programs * tiles, x,
         dy, x, bias.contiguous(), dx, dbias, dy.stride(0), x.stride(0), M, tiles, programs,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ajepa_kernels._triton import arch, jit, launch, power_of_2, register, tl, use_triton
+from ajepa_kernels._triton import arch, dense_rows, jit, launch, power_of_2, register, tl, use_triton
 
 E4M3_MAX = 448.0
 LEAST = 1e-12  # largest magnitude of a row of zeros, instead of zero
@@ -42,7 +42,7 @@ def _quantize_rows(x):
     rows = max(1, min(4096 // block_k, 16))
     values = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(M, 1, dtype=torch.float32, device=x.device)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = dense_rows(x)
     launch(_quantize_rows_kernel, -(-M // rows), x, x, values, scale, x.stride(0), M, K, block_k, rows, num_warps=8)
     return values, scale
 

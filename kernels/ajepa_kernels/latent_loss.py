@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._triton import jit, launch, power_of_2, register, tl, use_triton
+from ajepa_kernels._triton import dense_rows, jit, launch, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
 KINDS = ("l2", "smooth_l1", "cosine")
@@ -71,7 +71,7 @@ def _latent_l2_loss_fwd_fake(prediction, latents, index, kind, normalize, eps, g
 def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_factor, with_grad):
     """Float32 loss of each token `[T]` and, if wanted, `grad_factor` x its gradient `[T, C]`."""
     T, C = prediction.shape
-    prediction, latents = (x if x.stride(1) == 1 else x.contiguous() for x in (prediction, latents))
+    prediction, latents = dense_rows(prediction), dense_rows(latents)
     loss = torch.empty(T, dtype=torch.float32, device=prediction.device)
     grad = torch.empty(T if with_grad else 0, C, dtype=prediction.dtype, device=prediction.device)
     block_c, rows, num_warps = _config(prediction, "latent_l2_loss_fwd")

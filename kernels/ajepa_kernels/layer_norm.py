@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._triton import jit, launch, multiprocessors, power_of_2, register, tl, use_triton
+from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
 MAX_WIDTH = 4096  # a row, its gradients and their sums in the registers of eight warps
@@ -60,10 +60,6 @@ def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 @register(
     "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
     " -> (Tensor normed, Tensor sum)",
@@ -75,7 +71,7 @@ def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
     block_c, rows, num_warps = _config(x, "add_layer_norm_fwd")
     normed = torch.empty(M, C, dtype=dtype, device=x.device)
     total = x.new_empty(0) if residual is None else _sum_like(x, residual)
-    x, residual = _dense_rows(x), None if residual is None else _dense_rows(residual)
+    x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
     launch(
         _add_layer_norm_fwd_kernel, -(-M // rows), x,
         x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), normed, total,
@@ -142,8 +138,8 @@ def _add_layer_norm_bwd(dnormed, dsum, total, weight, with_bias, eps, x_dtype):
     dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
     dweight = torch.empty(programs, C, dtype=torch.float32, device=total.device)
     dbias = torch.empty_like(dweight) if with_bias else None
-    total, dnormed = _dense_rows(total), _dense_rows(dnormed)
-    dsum = None if dsum is None else _dense_rows(dsum)
+    total, dnormed = dense_rows(total), dense_rows(dnormed)
+    dsum = None if dsum is None else dense_rows(dsum)
     launch(
         _add_layer_norm_bwd_kernel, programs, total,
         total, weight.contiguous(), dnormed, dsum, dtotal, dx, dweight, dbias,
