@@ -149,14 +149,15 @@ LIARS = {
 }
 
 
-def test_headers_that_lie_allocate_nothing_and_mislead_nobody(tmp_path, forks):
+def test_headers_that_lie_allocate_nothing_and_mislead_nobody(tmp_path, forks, run):
     folder = tmp_path / "audio"
     folder.mkdir()
     for name, data in LIARS.items():
         (folder / name).write_bytes(data)
     write(folder / "good.wav", noise(2400))
     result, log = tmp_path / "result.json", tmp_path / "log"
-    status = forks.run([str(folder), str(result)], log, call="test_broken_audio:read_mutants")
+    arguments = [str(x) for x in (folder, result, tmp_path / "packed", run)]
+    status = forks.run(arguments, log, call="test_broken_audio:read_mutants")
     assert status == 0, log.read_text()
     found = json.loads(result.read_text())
     good = {os.path.basename(path) for path in found["good"]}
@@ -167,7 +168,7 @@ def test_headers_that_lie_allocate_nothing_and_mislead_nobody(tmp_path, forks):
     assert found["peak_mb"] < 700
 
 
-def test_strange_names_and_looping_links_are_found_once_each(tmp_path, forks):
+def test_strange_names_and_looping_links_are_found_once_each(tmp_path, forks, run):
     folder = tmp_path / "a folder\nof 日本語"
     names = ["with space.wav", "new\nline.wav", "tab\t.wav", "ünïcode 音.wav", "-dash.wav", "'quote\".wav", "%d{}*.wav"]
     names += [os.fsdecode(b"not\xffutf8.wav"), "x" * 240 + ".wav"]
@@ -181,7 +182,8 @@ def test_strange_names_and_looping_links_are_found_once_each(tmp_path, forks):
     (folder / "folder.wav").mkdir()
     os.mkfifo(folder / "pipe.wav")
     result, log = tmp_path / "result.json", tmp_path / "log"
-    status = forks.run([str(folder), str(result)], log, call="test_broken_audio:read_mutants")
+    arguments = [str(x) for x in (folder, result, tmp_path / "packed", run)]
+    status = forks.run(arguments, log, call="test_broken_audio:read_mutants")
     assert status == 0, log.read_text()
     found = json.loads(result.read_text())
     assert sorted(found["good"]) == sorted(str(folder / name) for name in names) and not found["later"]
