@@ -27,11 +27,15 @@ class BadAudio(Exception):
     """The file cannot be used; the message is the reason, without the path."""
 
 
+class Truncated(BadAudio):
+    """The file ends early."""
+
+
 class AudioInfo(NamedTuple):
     frames: int  # samples per channel, as decoded
     sample_rate: int  # Hz
     channels: int
-    format: str  # libsndfile's name of the container: WAV, FLAC, OGG, MP3...
+    format: str  # libsndfile's names of container and encoding: WAV/PCM_16, FLAC/PCM_16, OGG/VORBIS...
 
 
 class Window(io.RawIOBase):
@@ -69,17 +73,22 @@ class Window(io.RawIOBase):
 def read_bytes(path: str, offset: int, size: int) -> np.ndarray:
     """The source's bytes, uint8 `[size]`. Raises BadAudio where the file ends early, OSError where it is unreadable."""
     data = np.empty(size, np.uint8)
-    done = 0
     fd = os.open(path, os.O_RDONLY)
     try:
-        while done < size:
-            got = os.preadv(fd, [data.data[done:]], offset + done)
-            if not got:
-                raise BadAudio(f"truncated: {done} of {size} bytes")
-            done += got
+        read_into(data, fd, offset)
     finally:
         os.close(fd)
     return data
+
+
+def read_into(data: np.ndarray, fd: int, offset: int) -> None:
+    """Fills uint8 `data` from there on. Raises BadAudio where the file ends early, OSError where it is unreadable."""
+    done = 0
+    while done < len(data):
+        got = os.preadv(fd, [data.data[done:]], offset + done)
+        if not got:
+            raise Truncated(f"truncated: {done} of {len(data)} bytes")
+        done += got
 
 
 def inspect(path: str, offset: int, size: int, *, in_tar: bool = False, decode: bool = True) -> AudioInfo:
@@ -110,7 +119,7 @@ def inspect(path: str, offset: int, size: int, *, in_tar: bool = False, decode: 
                 raise BadAudio("no samples")
             if frames < sound.frames and counted:
                 raise BadAudio(f"truncated: {frames} of {sound.frames} samples decode")
-            return AudioInfo(frames, sound.samplerate, sound.channels, sound.format)
+            return AudioInfo(frames, sound.samplerate, sound.channels, f"{sound.format}/{sound.subtype}")
     except sf.LibsndfileError as error:
         text = error.error_string.strip().rstrip(".").removeprefix("Error : ")
         if "not recognised" in text or "not a regular file" in text:
@@ -134,14 +143,11 @@ def read_segment(path: str, offset: int, size: int, start: int, count: int, *, i
     return wav_bytes(samples, sound.samplerate)
 
 
-def read_int16(path: str, offset: int, size: int, start: int, count: int, *, in_tar: bool = False) -> np.ndarray | None:
-    """The same samples of a mono file as they are stored, int16; None where they are not stored as 16-bit PCM."""
+def read_int16(out: np.ndarray, path: str, offset: int, size: int, start: int, *, in_tar: bool = False) -> None:
+    """Fills int16 `out` with samples of a mono file of 16-bit PCM, from `start` on; errors as `read_segment`."""
     with _segment(path, offset, size, start, in_tar) as sound:
-        if sound.subtype != "PCM_16" or sound.channels != 1:
-            return None
-        samples = sound.read(count, dtype="int16")
-    _check_count(samples, start, count)
-    return samples
+        samples = sound.read(out=out)
+    _check_count(samples, start, len(out))
 
 
 @contextlib.contextmanager

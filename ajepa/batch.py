@@ -45,7 +45,7 @@ class Assembler:
         rows, ends, names = pcm.numpy(), lengths.numpy(), items.numpy()
 
         def fill(b: int) -> None:
-            names[b], clip = clips.clip(b)
+            names[b], clip = clips.clip(b, rows[b])
             to_int16(clip, float(clips.plan.gains[b]), rows[b])
             ends[b] = fill_up(rows[b], len(clip), self.pad)
 

@@ -12,7 +12,7 @@ from ajepa.config import Config
 from ajepa.data import AudioLoader, iterate_once
 from ajepa.features import Evaluation
 from ajepa.index import Index, build_index, cache_root
-from ajepa.reader import holds_pcm
+from ajepa.reader import all_stored
 from ajepa.resident import ResidentLoader
 from ajepa.shards import is_shards
 from ajepa.synthetic import make_synthetic
@@ -95,7 +95,7 @@ def open_corpus(cfg: Config) -> Corpus:
     if skipped:
         description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
     rate = cfg.front_end.sample_rate
-    if is_shards(source) and not holds_pcm(index, rate):
+    if is_shards(source) and not all_stored(index, rate):
         description += (
             f"\nevery clip is decoded or resampled anew: ajepa.pack --rate {rate} --codec pcm would spare that"
         )

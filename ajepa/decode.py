@@ -1,5 +1,5 @@
 """Planned batches of clips, read by threads and decoded by DALI on the CPU; a file that has gone bad is replaced.
-Shards come here where they hold FLAC or another rate than is wanted.
+Sets that hold nothing but mono 16-bit PCM at the rate wanted do not come here: `ajepa.reader.PcmReader`.
 
 DALI sees one stateless source: batch i of a run is a pure function of i, so DALI's own checkpoint restores the exact
 place, and a pipeline that a bad file has killed is rebuilt from the last good one within milliseconds.
@@ -13,16 +13,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import soundfile as sf
 
-from ajepa.audiofile import BadAudio, inspect, read_bytes, read_int16, read_segment, stat_file, wav_bytes
+from ajepa.audiofile import read_bytes, read_segment, wav_bytes
 from ajepa.columns import Entry
 from ajepa.index import Index
-from ajepa.reader import Clips, Plan, Reader, ShardReader, default_threads, holds_pcm
+from ajepa.reader import Clips, PcmReader, Plan, Reader, all_stored, default_threads
 from ajepa.shards import FORMATS
 
 # Beyond either, libsndfile seeks and reads the crop alone, for DALI to resample; within both DALI decodes the file.
 WHOLE_FILE_CLIPS = 2
 WHOLE_FILE_BYTES = 64 << 20
-PLAIN = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU")  # may hold 16-bit PCM, which needs no decoder
 GROUP_CLIPS, GROUP_SAMPLES = 64, 1 << 24  # most recordings, and about as many samples, decoded whole at a time
 
 T = TypeVar("T")
@@ -52,7 +51,6 @@ class Decoder(Reader):
         self.batch_size = batch_size
         # Batches read and not yet returned: DALI uses the arrays of the feed in place.
         self._flying: dict[int, tuple[Plan, list[Piece], tuple]] = {}
-        self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of touched files found to be the same recording
         self._pipe: Any = None
 
     def next(self) -> Clips | None:
@@ -111,21 +109,13 @@ class Decoder(Reader):
 
     def _read_row(self, row: int, fraction: float) -> Piece:
         entry = self.index.entries[row]
+        if self.stored(entry):
+            return SILENCE._replace(item=row, samples=self.read_stored(entry, fraction))
         if entry.format in FORMATS.values():
             return self._read_shard(row, entry, fraction)
-        file_size, mtime = stat_file(entry.path)
-        size = entry.size if entry.member else file_size
-        if (file_size, mtime) != (entry.file_size, entry.mtime_ns) and (entry.name, mtime) not in self._unchanged:
-            info = inspect(entry.path, entry.offset, size, in_tar=bool(entry.member))
-            if info != (entry.frames, entry.sample_rate, entry.channels, entry.format):
-                raise BadAudio("changed since it was indexed")
-            self._unchanged.add((entry.name, mtime))
+        size = self.size(entry)
         start, count = self.window(entry.frames, entry.sample_rate, fraction)
-        if entry.format in PLAIN and entry.channels == 1 and entry.sample_rate == self.sample_rate:
-            samples = read_int16(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
-            if samples is not None:
-                return SILENCE._replace(item=row, samples=samples)
-        if _is_long(entry, count) or entry.format == "MP3":  # which DALI does not decode
+        if _is_long(entry, count) or entry.format.startswith("MP3/"):  # which DALI does not decode
             data = read_segment(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
             return Piece(row, data, count, 0, count, entry.sample_rate)
         data = read_bytes(entry.path, entry.offset, size)
@@ -140,9 +130,9 @@ class Decoder(Reader):
         if _is_long(entry, count):
             data = read_segment(entry.path, entry.offset, entry.size, start, count, in_tar=True)
             return Piece(row, data, count, 0, count, entry.sample_rate)
-        return Piece(row, data.copy(), entry.frames, start, count, entry.sample_rate)
+        return Piece(row, data, entry.frames, start, count, entry.sample_rate)
 
-    def _clip(self, pieces: list[Piece], audio: Any, b: int) -> tuple[int, np.ndarray]:
+    def _clip(self, pieces: list[Piece], audio: Any, b: int, out: np.ndarray | None) -> tuple[int, np.ndarray]:
         piece = pieces[b]
         if piece.samples is not None:
             return piece.item, piece.samples
@@ -183,8 +173,8 @@ class Decoder(Reader):
 
 def open_reader(index: Index, plan: Callable[[int], Plan | None], *, batch_size: int, **options) -> Reader:
     """The reader for this index. `batch_size` is that of the largest plan; for `options` see `Reader`."""
-    if holds_pcm(index, options["sample_rate"]):
-        return ShardReader(index, plan, **options)
+    if all_stored(index, options["sample_rate"]):
+        return PcmReader(index, plan, **options)
     return Decoder(index, plan, batch_size=batch_size, **options)
 
 
@@ -227,7 +217,7 @@ def read_whole(
     )
 
     def one(clips: Clips, b: int) -> T | str:
-        item, samples = clips.clip(b)
+        item, samples = clips.clip(b, None)
         return work(item, samples) if item >= 0 else reader.skipped[index.entries[int(clips.plan.items[b])].name]
 
     try:

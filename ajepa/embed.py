@@ -158,7 +158,7 @@ def read_pieces(path: str, encoder: Encoder) -> Iterator[Piece]:
     """
     size, _ = stat_file(path)
     info = inspect(path, 0, size, decode=False)
-    if info.format == "MP3":  # whose header may but estimate the length
+    if info.format.startswith("MP3/"):  # whose header may but estimate the length
         info = inspect(path, 0, size)
     clip, stride = encoder.config.clip_samples, encoder.stride
     kept = encoder.chunks(clip + 1)[0].frames

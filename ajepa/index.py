@@ -26,7 +26,7 @@ from ajepa.sources import DataError, Listed, Listing, list_source
 
 __all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
 
-FORMAT = "ajepa-index-1"
+FORMAT = "ajepa-index-2"
 Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
 
 

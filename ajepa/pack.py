@@ -218,7 +218,7 @@ def _summary(index: Index, shards: list[Shard]) -> Packed:
     for shard in sorted(shards, key=lambda shard: shard.header.first_row):
         left_out += [(str(name), str(reason)) for name, reason in shard.notes()["left_out"]]
     seconds = sum(int(shard.records["frames"].sum()) / shard.header.sample_rate for shard in shards)
-    size = sum(len(shard.bytes) for shard in shards)
+    size = sum(shard.size for shard in shards)
     return Packed(sum(shard.header.clips for shard in shards), seconds, size, len(shards), left_out)
 
 

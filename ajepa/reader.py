@@ -1,4 +1,4 @@
-"""What readers of clips share, and the reader of shards: int16 samples straight from the memory map."""
+"""What readers of clips share, and the reader of stored PCM: samples straight from the file into the batch."""
 
 import math
 import os
@@ -8,10 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ajepa.audiofile import BadAudio, cores, os_reason
+from ajepa.audiofile import BadAudio, cores, inspect, os_reason, read_int16, stat_file
+from ajepa.columns import Entry
 from ajepa.index import DataError, Index
 from ajepa.shards import FORMATS, OpenShards
 
+# `Entry.format` of what needs no decoder.
+STORED = {FORMATS["pcm"], *(f"{kind}/PCM_16" for kind in ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"))}
 BLOCK = 1 << 15  # samples scaled at a time
 T = TypeVar("T")
 
@@ -28,9 +31,10 @@ class Clips(NamedTuple):
     """A batch read."""
 
     plan: Plan
-    # clip(b) -> its row of the index, and its samples, mono at the loader's rate: float32, or int16 where stored so.
-    # May be called by any thread, and is valid until the next batch.
-    clip: Callable[[int], tuple[int, np.ndarray]]
+    # clip(b, out) -> its row of the index, and its samples, mono at the loader's rate: float32, or int16 where stored
+    # so, and then perhaps in `out` (int16, at least as long), where that is not None. May be called by any thread, and is valid
+    # until the next batch.
+    clip: Callable[[int, np.ndarray | None], tuple[int, np.ndarray]]
 
 
 class Reader:
@@ -63,6 +67,7 @@ class Reader:
         self.first, self.batches, self.checkpoint = first, batches, checkpoint
         self.skipped = dict(skipped or {})
         self.shards = OpenShards()
+        self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of touched files found to be the same recording
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ajepa-read")
 
     def next(self) -> Clips | None:
@@ -73,29 +78,28 @@ class Reader:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def spread(self, work: Callable[[int], T], size: int) -> list[T]:
-        """`[work(0), ..., work(size - 1)]` by all threads; a few tasks, as a future costs more than a short clip."""
-        tasks = min(size, 4 * self.threads)
+        """`[work(0), ..., work(size - 1)]` by all threads; one task a thread, as a future costs more than a short clip."""
         results: list[Any] = [None] * size
+        left = iter(range(size))  # shared: whoever is free takes the next
 
-        def run(first: int) -> None:
-            for i in range(first, size, tasks):
+        def run(_: int) -> None:
+            for i in left:
                 results[i] = work(i)
 
-        list(self.pool.map(run, range(tasks)))
+        list(self.pool.map(run, range(min(size, self.threads))))
         return results
 
     def good_row(self, item: int, read: Callable[[int], T], missing: T) -> T:
         """`read(item)`, or of the next row that is good: the same one in every run that skips the same files."""
         for row in range(item, item + (len(self.index) if self.replace else 1)):
             row %= len(self.index)
-            name = self.index.entries[row].name
-            if name not in self.skipped:
-                try:
-                    return read(row)
-                except BadAudio as error:
-                    self.skipped[name] = str(error)
-                except OSError as error:
-                    self.skipped[name] = os_reason(error)
+            if self.skipped and self.index.entries[row].name in self.skipped:
+                continue
+            try:
+                return read(row)
+            except (BadAudio, OSError) as error:
+                reason = os_reason(error) if isinstance(error, OSError) else str(error)
+                self.skipped[self.index.entries[row].name] = reason
         if self.replace:
             raise DataError(f"{self.index.source}: no usable file is left, {len(self.skipped)} went bad since indexing")
         return missing
@@ -105,9 +109,34 @@ class Reader:
         count = min(frames, math.ceil(self.clip_samples * rate / self.sample_rate))
         return min(int(fraction * (frames - count + 1)), frames - count), count
 
+    def size(self, entry: Entry) -> int:
+        """Bytes of a recording in a file of its own or in a tar. Raises BadAudio where it is no longer what it was."""
+        file_size, mtime = stat_file(entry.path)
+        size = entry.size if entry.member else file_size
+        if (file_size, mtime) != (entry.file_size, entry.mtime_ns) and (entry.name, mtime) not in self._unchanged:
+            info = inspect(entry.path, entry.offset, size, in_tar=bool(entry.member))
+            if info != (entry.frames, entry.sample_rate, entry.channels, entry.format):
+                raise BadAudio("changed since it was indexed")
+            self._unchanged.add((entry.name, mtime))
+        return size
 
-class ShardReader(Reader):
-    """Reads PCM shards of the loader's rate: nothing is decoded, and a clip is checked just before it is copied."""
+    def stored(self, entry: Entry) -> bool:
+        """Whether it is mono 16-bit PCM at the loader's rate: there is nothing to decode."""
+        return entry.format in STORED and (entry.channels, entry.sample_rate) == (1, self.sample_rate)
+
+    def read_stored(self, entry: Entry, fraction: float, out: np.ndarray | None = None) -> np.ndarray:
+        """The clip of such a recording, int16, in `out` where given."""
+        start, count = self.window(entry.frames, entry.sample_rate, fraction)
+        out = np.empty(count, np.int16) if out is None else out[:count]
+        if entry.format in FORMATS.values():
+            self.shards.read(entry, 2 * start, 2 * (start + count), out.view(np.uint8))
+        else:
+            read_int16(out, entry.path, entry.offset, self.size(entry), start, in_tar=bool(entry.member))
+        return out
+
+
+class PcmReader(Reader):
+    """A `Reader` of recordings that are all `stored`."""
 
     def next(self) -> Clips | None:
         plan = self.plan(self.batches)
@@ -116,29 +145,31 @@ class ShardReader(Reader):
         self.batches += 1
         self.first, self.checkpoint = self.batches, None  # where DALI would begin to count
 
-        def clip(b: int) -> tuple[int, np.ndarray]:
-            fraction = float(plan.fractions[b])
-            return self.good_row(int(plan.items[b]), lambda row: self._read(row, fraction), (-1, np.zeros(1, np.int16)))
+        def clip(b: int, out: np.ndarray | None) -> tuple[int, np.ndarray]:
+            def read(row: int) -> tuple[int, np.ndarray]:
+                return row, self.read_stored(self.index.entries[row], float(plan.fractions[b]), out)
+
+            return self.good_row(int(plan.items[b]), read, (-1, np.zeros(1, np.int16)))
 
         return Clips(plan, clip)
 
-    def _read(self, row: int, fraction: float) -> tuple[int, np.ndarray]:
-        entry = self.index.entries[row]
-        start, count = self.window(entry.frames, entry.sample_rate, fraction)
-        return row, self.shards.read(entry, 2 * start, 2 * (start + count)).view(np.int16)
 
-
-def holds_pcm(index: Index, sample_rate: int) -> bool:
-    """Whether every row is PCM in a shard at this rate: there is nothing to decode."""
-    pcm = all(value == FORMATS["pcm"] for value in index.entries.format.distinct())
-    return pcm and bool((index.entries.numbers["sample_rate"] == sample_rate).all())
+def all_stored(index: Index, sample_rate: int) -> bool:
+    """Whether every row is `stored` at this rate."""
+    numbers = index.entries.numbers
+    alike = (numbers["sample_rate"] == sample_rate) & (numbers["channels"] == 1)
+    return bool(alike.all()) and all(value in STORED for value in index.entries.format.distinct())
 
 
 def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
-    """`out[:n] = round(32768 gain x)`, saturated, for float x in [-1, 1) or int16 samples that stand for x * 32768."""
+    """`out[:n] = round(32768 gain x)`, saturated, for float x in [-1, 1) or int16 samples that stand for x * 32768.
+
+    The samples may be `out[:n]` itself.
+    """
     n = len(samples)
     if samples.dtype == np.int16 and gain == 1:
-        out[:n] = samples
+        if not np.may_share_memory(samples, out):
+            out[:n] = samples
         return
     scaled = np.empty(min(n, BLOCK), np.float32)  # small: fresh memory costs more than the arithmetic
     for start in range(0, n, BLOCK):

@@ -1,4 +1,4 @@
-"""Shards: recordings decoded once, as mono int16 PCM (or FLAC) in files mapped into memory and checked when read.
+"""Shards: recordings decoded once, as mono int16 PCM (or FLAC), in files read by position and checked when read.
 
 A shard, little-endian throughout:
 
@@ -11,6 +11,7 @@ A shard, little-endian throughout:
 The header holds the CRC-32 of records, CRCs and notes. A set of shards covers its source's rows without a gap.
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -20,9 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 
-from ajepa.audiofile import BadAudio, os_reason
+from ajepa.audiofile import BadAudio, Truncated, os_reason, read_into
 from ajepa.columns import NUMBERS, Entries, Entry, Strings
 from ajepa.sources import DataError
 
@@ -36,6 +36,7 @@ MAGIC = b"AJEPAPCM"
 VERSION = 1
 HEADER_SIZE = 256
 BLOCK = 1 << 16
+OPEN_FILES = 512  # the limit of a process is often 1,024
 CODECS = ("pcm", "flac")
 FORMATS = {codec: f"SHARD/{codec.upper()}" for codec in CODECS}  # `Entry.format`
 HEADER = struct.Struct("<8sIIIIQQQQ16sQQI")
@@ -122,24 +123,32 @@ class ShardWriter:
 
 
 class Shard:
-    """One shard, mapped into memory; every byte of it is checked before use. Raises ShardError where it is damaged."""
+    """One shard; every byte of it is checked before use. Raises ShardError where it is damaged.
 
-    def __init__(self, path: str):
-        self.path = path
+    Read with pread straight into the caller's memory, not through a map: there, a disk's read error or a file cut short
+    while in use is a signal that kills the process.
+
+    Args:
+        stay_open: keep the file open between reads.
+    """
+
+    def __init__(self, path: str, stay_open: bool = False):
+        self.path, self._file = path, None
         try:
-            with open(path, "rb") as file:
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(open(path, "rb", buffering=0))
                 head = file.read(HEADER_SIZE)
-                size = os.fstat(file.fileno()).st_size
+                self.size = os.fstat(file.fileno()).st_size  # bytes
+                self.header = header = self._check_header(head, self.size)
+                tables = np.empty(header.tables, np.uint8)
+                read_into(tables, file.fileno(), HEADER_SIZE + header.payload)
+                if stay_open:
+                    self._file = file
+                    stack.pop_all()
         except OSError as error:
             raise ShardError(f"{path}: {os_reason(error)}") from None
-        self.header = header = self._check_header(head, size)
-        # No descriptor stays open, unlike with mmap: a set may have thousands of shards.
-        try:
-            self.bytes = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
-        except (RuntimeError, UnicodeError) as error:
-            raise ShardError(f"{path!r}: cannot be mapped into memory: {error}") from None
-        self.bytes.flags.writeable = False
-        tables = self.bytes[HEADER_SIZE + header.payload :]
+        except BadAudio as error:
+            raise ShardError(f"{path}: {error}; {REMEDY}") from None
         if crc32(tables) != header.tables_crc:
             raise ShardError(f"{path}: the shard's index is damaged; {REMEDY}")
         # The CRC has vouched for what follows; the sizes are looked at all the same, for a CRC can be forged.
@@ -189,15 +198,6 @@ class Shard:
             raise ShardError(f"{self.path}: the shard's notes cannot be read ({error}); {REMEDY}") from None
         return notes
 
-    def check_length(self) -> None:
-        """Raises BadAudio where the file has shrunk: to touch a map beyond the file's end kills the process."""
-        try:
-            held = os.stat(self.path).st_size
-        except OSError as error:
-            raise BadAudio(f"the shard is gone: {os_reason(error)}") from None
-        if held < len(self.bytes):
-            raise BadAudio(f"the shard was cut short to {held:,} bytes; {REMEDY}")
-
     def find(self, offset: int, size: int) -> int:
         """The clip whose payload is bytes `[offset, offset + size)` of the file."""
         clip = int(np.searchsorted(self.offsets, offset))
@@ -205,15 +205,35 @@ class Shard:
             raise BadAudio("the shard was replaced since it was indexed: start again")
         return clip
 
-    def read(self, clip: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Bytes `[start, stop)` of a clip's payload, uint8, in the map. Raises BadAudio on a wrong checksum."""
-        offset, size, first_block = (int(self.records[name][clip]) for name in ("offset", "size", "first_block"))
+    def read(
+        self, clip: int, start: int = 0, stop: int | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Bytes `[start, stop)` of a clip's payload, uint8, in `out` where given. Raises BadAudio, OSError."""
+        record = self.records[clip]
+        offset, size, first_block = int(record["offset"]), int(record["size"]), int(record["first_block"])
         stop = size if stop is None else stop
-        for block in range(start // BLOCK, -(-stop // BLOCK)):
-            data = self.bytes[offset + block * BLOCK : offset + min(size, (block + 1) * BLOCK)]
-            if crc32(data) != self.crcs[first_block + block]:
-                raise BadAudio(f"wrong checksum at byte {offset + block * BLOCK:,} of the shard; {REMEDY}")
-        return self.bytes[offset + start : offset + stop]
+        out = np.empty(stop - start, np.uint8) if out is None else out
+        # Checksums are of whole blocks: those that stick out at either end are read apart.
+        first, last = -(-start // BLOCK) * BLOCK, stop if stop == size else stop // BLOCK * BLOCK
+        inside = out[first - start : last - start] if first < last else None
+        with contextlib.nullcontext(self._file) if self._file else open(self.path, "rb", buffering=0) as file:
+            try:
+                if inside is not None:
+                    read_into(inside, file.fileno(), offset + first)
+                for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+                    high = min(size, low + BLOCK)
+                    if inside is not None and first <= low < last:
+                        data = inside[low - first : high - first]
+                    else:
+                        data = np.empty(high - low, np.uint8)
+                        read_into(data, file.fileno(), offset + low)
+                        left, right = max(low, start), min(high, stop)
+                        out[left - start : right - start] = data[left - low : right - low]
+                    if crc32(data) != self.crcs[first_block + low // BLOCK]:
+                        raise BadAudio(f"wrong checksum at byte {offset + low:,} of the shard; {REMEDY}")
+            except Truncated as error:
+                raise BadAudio(f"the shard was cut short while in use, {error}; {REMEDY}") from None
+        return out
 
     def damaged(self) -> list[tuple[str, str]]:
         """(name, reason) of the clips whose payload is damaged, after reading all of it."""
@@ -227,23 +247,25 @@ class Shard:
 
 
 class OpenShards:
-    """The shards of an index, each opened when first read; used by many threads."""
+    """The shards of an index, each opened when first read, the first `OPEN_FILES` for good; used by many threads."""
 
     def __init__(self) -> None:
         self._open: dict[str, Shard] = {}
         self._lock = threading.Lock()
 
-    def read(self, entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Checked bytes `[start, stop)` of the entry's payload, uint8. Raises BadAudio."""
+    def read(
+        self, entry: Entry, start: int = 0, stop: int | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Checked bytes `[start, stop)` of the entry's payload, uint8, in `out` where given. Raises BadAudio, OSError."""
         shard = self._open.get(entry.path)
         if shard is None:
             with self._lock:
                 try:
-                    shard = self._open.setdefault(entry.path, Shard(entry.path))
+                    keep = len(self._open) < OPEN_FILES
+                    shard = self._open.setdefault(entry.path, Shard(entry.path, stay_open=keep))
                 except ShardError as error:
                     raise BadAudio(str(error)) from None
-        shard.check_length()
-        return shard.read(shard.find(entry.offset, entry.size), start, stop)
+        return shard.read(shard.find(entry.offset, entry.size), start, stop, out)
 
 
 def is_shards(source: str) -> bool:
@@ -305,7 +327,7 @@ def _entries(shard: Shard, names: Sequence[str]) -> Entries:
     numbers = np.zeros(clips, NUMBERS)
     for name in ("offset", "size", "frames"):
         numbers[name] = shard.records[name]
-    numbers["mtime_ns"], numbers["file_size"] = os.stat(shard.path).st_mtime_ns, len(shard.bytes)
+    numbers["mtime_ns"], numbers["file_size"] = os.stat(shard.path).st_mtime_ns, shard.size
     numbers["sample_rate"], numbers["channels"] = shard.header.sample_rate, 1
     return Entries(numbers, _repeat(shard.path, clips), Strings(map(str, names)), _repeat(FORMATS[shard.codec], clips))
 

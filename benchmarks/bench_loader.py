@@ -15,6 +15,7 @@ import soundfile as sf
 import torch
 
 from ajepa import pack
+from ajepa.audiofile import read_into
 from ajepa.data import iterate_once
 from ajepa.index import build_index
 from ajepa.shards import Shard
@@ -38,9 +39,10 @@ class Recordings(torch.utils.data.Dataset):
         return torch.from_numpy(sf.read(self.paths[i], dtype="int16")[0])
 
 
-def unchecked(self: Shard, clip: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-    offset = int(self.records["offset"][clip])
-    return self.bytes[offset + start : offset + stop]
+def unchecked(self: Shard, clip: int, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+    assert self._file is not None
+    read_into(out, self._file.fileno(), int(self.records["offset"][clip]) + start)
+    return out
 
 
 def test_loader(tmp_path, monkeypatch, interleave, record):

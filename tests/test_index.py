@@ -30,7 +30,7 @@ def test_formats(tmp_path, kind, rate):
     write(tmp_path / f"clip{FORMATS[kind][2]}", noise(rate, channels=2), rate, kind)
     (entry,) = build_index(tmp_path).entries
     assert (entry.frames, entry.sample_rate, entry.channels) == (rate, rate, 2)
-    assert entry.format == FORMATS[kind][0]
+    assert entry.format == "/".join(FORMATS[kind][:2])
 
 
 @pytest.mark.parametrize("name", bad_files())
@@ -314,7 +314,7 @@ def test_header_only_checks_are_kept_apart(tmp_path, inspected):
 def test_real_recordings():
     index = build_index(os.path.join(REAL, "smoke"))
     assert (len(index), index.skipped) == (40, [])
-    assert {entry.format for entry in index.entries} == {"WAV", "FLAC", "OGG"}
+    assert {entry.format.split("/")[0] for entry in index.entries} == {"WAV", "FLAC", "OGG"}
     assert {entry.sample_rate for entry in index.entries} == {8000, 32000, 44100}
 
 

@@ -239,9 +239,14 @@ def test_only_the_blocks_of_a_crop_are_checked(tmp_path, loader):
 def test_a_shard_cut_short_while_in_use_kills_nothing(tmp_path, loader):
     write_set(tmp_path / "files", 4)
     index = build_index(pack(tmp_path / "files", tmp_path / "packed"))
-    batches = loader(index)
+    batches = loader(index, prefetch=1)
     next(batches)
-    os.truncate(index.entries[0].path, 4096)
+    os.truncate(index.entries[0].path, index.entries[1].offset)
+    later = take(batches, 9)  # a few of the first were read ahead
+    assert {row for batch in later[-4:] for row in batch.items.tolist()} == {0}
+    assert [reason for _, reason in batches.skipped if "truncated: 0 of" in reason and "--verify" in reason]
+    assert len(batches.skipped) == 3
+    os.truncate(index.entries[0].path, 0)
     with pytest.raises(DataError, match="no usable file is left, 4 went bad"):
         take(batches, 9)
 
@@ -286,7 +291,7 @@ def test_two_million_clips_take_little_memory():
     count = 20_000
     paths = [f"/data/audioset/unbalanced/part-{i // 1000:04d}/{i:016x}.wav" for i in range(count)]
     entries = ajepa.index.Entries.of(
-        [ajepa.index.Entry(p, "", 0, 640_044, 10**18 + i, 640_044, 320_000, 32_000, 1, "WAV", i % 527)
+        [ajepa.index.Entry(p, "", 0, 640_044, 10**18 + i, 640_044, 320_000, 32_000, 1, "WAV/PCM_16", i % 527)
          for i, p in enumerate(paths)]
     )  # fmt: skip
     held = entries.numbers.nbytes
@@ -342,7 +347,7 @@ def test_resident_resamples_whole_recordings(tmp_path, loader):
 
 
 def test_training_from_shards_is_training_from_files(tones, tmp_path, small_run, capsys):
-    """Weights bit for bit, from the memory map and from resident PCM."""
+    """Weights bit for bit, from shards and from resident PCM."""
     packed = pack(tones, tmp_path / "packed")
     files = pack_to_files(packed, tmp_path / "same")
     options = small_run[0][4:] + ["--steps", "2", "--warmup-steps", "1", "--compare-steps", "0", "--eval-clips", "8"]
