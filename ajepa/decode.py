@@ -13,15 +13,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import soundfile as sf
 
-from ajepa.audiofile import read_bytes, read_segment, wav_bytes
+from ajepa.audiofile import read_bytes, read_int16, read_segment, wav_bytes
 from ajepa.columns import Entry
 from ajepa.index import Index
-from ajepa.reader import Clips, PcmReader, Plan, Reader, all_stored, default_threads
+from ajepa.reader import STORED, Clips, PcmReader, Plan, Reader, all_stored, default_threads
 from ajepa.shards import FORMATS
 
 # Beyond either, libsndfile seeks and reads the crop alone, for DALI to resample; within both DALI decodes the file.
 WHOLE_FILE_CLIPS = 2
 WHOLE_FILE_BYTES = 64 << 20
+LOSSLESS = {*STORED, "FLAC/PCM_16", FORMATS["flac"]}  # int16 samples, however they are stored
 GROUP_CLIPS, GROUP_SAMPLES = 64, 1 << 24  # most recordings, and about as many samples, decoded whole at a time
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ class Decoder(Reader):
         _dali()  # a missing package is best told here
         super().__init__(*args, **options)
         self.batch_size = batch_size
+        self._exact = all_stored(self.index, self.sample_rate, LOSSLESS)
         # Batches read and not yet returned: DALI uses the arrays of the feed in place.
         self._flying: dict[int, tuple[Plan, list[Piece], tuple]] = {}
         self._pipe: Any = None
@@ -86,13 +88,17 @@ class Decoder(Reader):
     def _build(self) -> None:
         self._flying.clear()
         try:
-            self._pipe = _pipeline(self._source, self.sample_rate, self.batch_size, self.threads, self.checkpoint)
+            self._pipe = self._pipeline(self.checkpoint)
         except RuntimeError:
             if self.checkpoint is None:
                 raise
             # Another DALI release wrote the checkpoint. The source is stateless, so counting on is just as exact.
             self.checkpoint, self.first = None, self.batches
-            self._pipe = _pipeline(self._source, self.sample_rate, self.batch_size, self.threads, None)
+            self._pipe = self._pipeline(None)
+
+    def _pipeline(self, checkpoint: bytes | None) -> Any:
+        rate = None if self._exact else self.sample_rate
+        return _pipeline(self._source, rate, self.batch_size, self.threads, checkpoint)
 
     def _source(self, info) -> tuple:
         batch = self.first + info.iteration
@@ -116,8 +122,7 @@ class Decoder(Reader):
         size = self.size(entry)
         start, count = self.window(entry.frames, entry.sample_rate, fraction)
         if _is_long(entry, count) or entry.format.startswith("MP3/"):  # which DALI does not decode
-            data = read_segment(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
-            return Piece(row, data, count, 0, count, entry.sample_rate)
+            return self._read_segment(row, entry, size, start, count)
         data = read_bytes(entry.path, entry.offset, size)
         return Piece(row, data, entry.frames, start, count, entry.sample_rate)
 
@@ -128,15 +133,23 @@ class Decoder(Reader):
             return Piece(row, wav_bytes(samples[:, None], entry.sample_rate), count, 0, count, entry.sample_rate)
         data = self.shards.read(entry)  # all of it: the checksums are of the compressed bytes
         if _is_long(entry, count):
-            data = read_segment(entry.path, entry.offset, entry.size, start, count, in_tar=True)
-            return Piece(row, data, count, 0, count, entry.sample_rate)
+            return self._read_segment(row, entry, entry.size, start, count)
         return Piece(row, data, entry.frames, start, count, entry.sample_rate)
+
+    def _read_segment(self, row: int, entry: Entry, size: int, start: int, count: int) -> Piece:
+        """The crop alone."""
+        if self._exact:
+            samples = np.empty(count, np.int16)
+            read_int16(samples, entry.path, entry.offset, size, start, in_tar=bool(entry.member))
+            return SILENCE._replace(item=row, samples=samples)
+        data = read_segment(entry.path, entry.offset, size, start, count, in_tar=bool(entry.member))
+        return Piece(row, data, count, 0, count, entry.sample_rate)
 
     def _clip(self, pieces: list[Piece], audio: Any, b: int, out: np.ndarray | None) -> tuple[int, np.ndarray]:
         piece = pieces[b]
         if piece.samples is not None:
             return piece.item, piece.samples
-        samples = np.asarray(audio[b])
+        samples = np.asarray(audio[b]).reshape(-1)  # int16 comes with an axis of channels
         if piece.rate == self.sample_rate:  # DALI cropped the others, before resampling
             samples = samples[piece.start : piece.start + piece.length]
         return piece.item, samples[: self.clip_samples]
@@ -151,7 +164,7 @@ class Decoder(Reader):
     def _dali_reason(self, piece: Piece) -> str | None:
         feed = _feed([piece])
         try:
-            _pipeline(lambda info: feed, self.sample_rate, 1, 1, None).run()
+            _pipeline(lambda info: feed, None if self._exact else self.sample_rate, 1, 1, None).run()
         except RuntimeError:
             return "cannot be decoded by DALI"
         return None
@@ -250,15 +263,22 @@ def _dali():
     return fn, pipeline_def, types
 
 
-def _pipeline(source: Callable, sample_rate: int, batch_size: int, threads: int, checkpoint: bytes | None):
+def _pipeline(source: Callable, sample_rate: int | None, batch_size: int, threads: int, checkpoint: bytes | None):
+    """Decodes to mono float32 at `sample_rate`; None: to int16, of files that are all `LOSSLESS`."""
     fn, pipeline_def, types = _dali()
+    # The bytes stay referenced until their batch is out, so DALI need not copy them.
+    options = {"batch": True, "batch_info": True, "no_copy": True}
+
+    def only_data(info) -> tuple:
+        return source(info)[:1]
 
     @pipeline_def(enable_conditionals=True)
     def decode():
-        # The bytes stay referenced until their batch is out, so DALI need not copy them.
-        data, start, count, rate = fn.external_source(
-            source=source, num_outputs=4, batch=True, batch_info=True, no_copy=True
-        )
+        if sample_rate is None:
+            (data,) = fn.external_source(source=only_data, num_outputs=1, **options)
+            audio, _ = fn.decoders.audio(data, dtype=types.DALIDataType.INT16)
+            return audio, audio.shape()
+        data, start, count, rate = fn.external_source(source=source, num_outputs=4, **options)
         # float32, for DALI's int16 wraps round where Vorbis, Opus or float samples exceed full scale.
         audio, _ = fn.decoders.audio(data, downmix=True, dtype=types.DALIDataType.FLOAT)
         frames = audio.shape()

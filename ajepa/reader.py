@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -154,11 +154,11 @@ class PcmReader(Reader):
         return Clips(plan, clip)
 
 
-def all_stored(index: Index, sample_rate: int) -> bool:
-    """Whether every row is `stored` at this rate."""
+def all_stored(index: Index, sample_rate: int, formats: Collection[str] = STORED) -> bool:
+    """Whether every row is mono, at this rate and in one of these formats."""
     numbers = index.entries.numbers
     alike = (numbers["sample_rate"] == sample_rate) & (numbers["channels"] == 1)
-    return bool(alike.all()) and all(value in STORED for value in index.entries.format.distinct())
+    return bool(alike.all()) and all(value in formats for value in index.entries.format.distinct())
 
 
 def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:

@@ -78,8 +78,8 @@ def test_loader(tmp_path, monkeypatch, interleave, record):
 
         return turn
 
-    clips = {"shards": 1024, "shards, checksums left out": 1024, "wav": 256, "flac": 64}
-    clips |= {PEER + "wav": 256, PEER + "flac": 64}
+    clips = {"shards": 1024, "shards, checksums left out": 1024, "wav": 256, "flac": 128}
+    clips |= {PEER + "wav": 256, PEER + "flac": 128}
     variants = {PEER + kind: peer(kind) for kind in ("wav", "flac")}
     variants |= {kind: ours(kind) for kind in indexes}
     variants["shards, checksums left out"] = without_checksums
