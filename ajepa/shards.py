@@ -205,9 +205,7 @@ class Shard:
             raise BadAudio("the shard was replaced since it was indexed: start again")
         return clip
 
-    def read(
-        self, clip: int, start: int = 0, stop: int | None = None, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read(self, clip: int, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Bytes `[start, stop)` of a clip's payload, uint8, in `out` where given. Raises BadAudio, OSError."""
         record = self.records[clip]
         offset, size, first_block = int(record["offset"]), int(record["size"]), int(record["first_block"])
@@ -253,9 +251,7 @@ class OpenShards:
         self._open: dict[str, Shard] = {}
         self._lock = threading.Lock()
 
-    def read(
-        self, entry: Entry, start: int = 0, stop: int | None = None, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read(self, entry: Entry, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Checked bytes `[start, stop)` of the entry's payload, uint8, in `out` where given. Raises BadAudio, OSError."""
         shard = self._open.get(entry.path)
         if shard is None:

@@ -346,7 +346,7 @@ def test_damage_that_only_decoding_finds(tmp_path, loader, kind):
     batches = loader(index, **options)
     got = take(batches, 8)
     assert items(got) == [7 if item in (5, 6) else item for item in items(wanted)]
-    assert [os.path.basename(path)[0] for path, _ in batches.skipped] == ["5", "6"]
+    assert sorted(os.path.basename(path)[0] for path, _ in batches.skipped) == ["5", "6"]  # found by two threads
     assert torch.equal(got[0].pcm, wanted[0].pcm)
     assert torch.equal(got[-1].pcm[-1], wanted[-1].pcm[-1])
 
