@@ -32,8 +32,8 @@ class Clips(NamedTuple):
 
     plan: Plan
     # clip(b, out) -> its row of the index, and its samples, mono at the loader's rate: float32, or int16 where stored
-    # so, and then perhaps in `out` (int16, at least as long), where that is not None. May be called by any thread, and is valid
-    # until the next batch.
+    # so, and then perhaps in `out` (int16 and long enough, or None). May be called by any thread, and is valid until
+    # the next batch.
     clip: Callable[[int, np.ndarray | None], tuple[int, np.ndarray]]
 
 
@@ -78,7 +78,7 @@ class Reader:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def spread(self, work: Callable[[int], T], size: int) -> list[T]:
-        """`[work(0), ..., work(size - 1)]` by all threads; one task a thread, as a future costs more than a short clip."""
+        """`[work(0), ..., work(size - 1)]` by all threads; one task each, for a future costs more than a short clip."""
         results: list[Any] = [None] * size
         left = iter(range(size))  # shared: whoever is free takes the next
 

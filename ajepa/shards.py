@@ -252,7 +252,7 @@ class OpenShards:
         self._lock = threading.Lock()
 
     def read(self, entry: Entry, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """Checked bytes `[start, stop)` of the entry's payload, uint8, in `out` where given. Raises BadAudio, OSError."""
+        """Checked bytes `[start, stop)` of the entry's payload, uint8, in `out` where given; errors as `Shard.read`."""
         shard = self._open.get(entry.path)
         if shard is None:
             with self._lock:
