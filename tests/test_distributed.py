@@ -87,6 +87,20 @@ def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(parallel, alo
     assert all(torch.allclose(encoder[name], value, atol=1e-4) for name, value in same.items())
 
 
+def test_two_ranks_in_bf16_are_one_rank_in_bf16(command, forks):
+    """Layers read copies in bf16; where the targets are fp8, the shards of the copies are joined, then quantised."""
+    argv, folder = command
+    argv = [*argv, "--precision", "bf16"]
+    log = folder.with_suffix(".log")
+    assert forks.run(argv, log) == 0, log.read_text()
+    for tolerance, *options in ((1e-4, "--parallel", "ddp"), (1e-3, "--parallel", "fsdp", "--target-precision", "fp8")):
+        ranks = folder.with_name(options[1])
+        assert forks.run_ranks(2, [*argv, "--out", str(ranks), *options], log) == [0, 0], log.with_suffix(
+            ".1"
+        ).read_text()
+        np.testing.assert_allclose(losses(ranks), losses(folder), rtol=tolerance)
+
+
 def test_a_run_moves_between_numbers_of_ranks_and_ways_to_share_weights(alone, command, forks):
     """Three steps in one process, three on two ranks with sharded weights, two in one process again."""
     argv, folder = command
