@@ -30,39 +30,38 @@ class Timing:
 
 
 def time_engines(
-    cfg: Config,
+    configs: dict[str, Config],
     device: torch.device,
     batches: list[Batch],
-    impls: list[Impl],
     warm_up: int = 1,
     split_steps: int = 0,
-) -> dict[Impl, Timing]:
+) -> dict[str, Timing]:
     """Every batch through every engine in turn (A B A B), after its first `warm_up` batches once more, uncounted.
 
-    Fresh engines of the same seed. `split_steps` further steps are timed phase by phase, with a wait after each.
+    A fresh engine of each configuration. `split_steps` further steps are timed phase by phase, with a wait after each.
     """
-    engines: dict[Impl, Engine] = {}
-    timings = {impl: Timing() for impl in impls}
-    for impl, timing in timings.items():
+    engines: dict[str, Engine] = {}
+    timings = {name: Timing() for name in configs}
+    for name, timing in timings.items():
         before = _reserved(device)
-        engine = engines[impl] = Engine(dataclasses.replace(cfg, impl=impl), device)
+        engine = engines[name] = Engine(configs[name], device)
         timing.losses += [engine.step(*batch, i).loss.item() for i, batch in enumerate(batches[:warm_up])]
         if device.type == "cuda":
             timing.peak_bytes = torch.cuda.memory_reserved(device) - before
     for i, batch in enumerate(batches, start=warm_up):
-        for impl, engine in engines.items():
+        for name, engine in engines.items():
             wait(device)
             tick = time.perf_counter()
             result = engine.step(*batch, i)
             wait(device)
-            timings[impl].seconds.append(time.perf_counter() - tick)
-            timings[impl].losses.append(result.loss.item())
-    for impl, engine in engines.items():
-        timings[impl].flops = statistics.median(engine.flops(masks) for *_, masks in batches)
+            timings[name].seconds.append(time.perf_counter() - tick)
+            timings[name].losses.append(result.loss.item())
+    for name, engine in engines.items():
+        timings[name].flops = statistics.median(engine.flops(masks) for *_, masks in batches)
     if split_steps:
         steps = [(batches[i % len(batches)], warm_up + len(batches) + i) for i in range(split_steps)]
-        for impl, engine in engines.items():
-            timings[impl].phases = split(engine, steps)
+        for name, engine in engines.items():
+            timings[name].phases = split(engine, steps)
     return timings
 
 
@@ -108,7 +107,7 @@ def _marks(engine: Engine) -> Iterator[dict[str, float]]:
 
 def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:
     """Clips per second of each engine, from its median step."""
-    timings = time_engines(cfg, device, batches, impls)
+    timings = time_engines({impl: dataclasses.replace(cfg, impl=impl) for impl in impls}, device, batches)
     return {impl: len(batches[0][0]) / statistics.median(timing.seconds) for impl, timing in timings.items()}
 
 

@@ -123,6 +123,8 @@ class StepConfig:
     """Target and context encoder on two CUDA streams."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Precision of the residual stream where the step computes in bf16."""
+    bias_gelu: bool = False
+    """Add the bias within the GELU's kernel: its backward gives both gradients in one pass."""
     target_precision: Literal["same", "fp8"] = "same"
     """fp8: the target encoder's blocks multiply in 8 bits (GPUs from compute capability 8.9). Changes the targets."""
     profile: int = 0

@@ -62,7 +62,6 @@ class Engine:
         self.impl = "reference" if self.plain else "auto"
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
         self.autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
-        self.front_end = FrontEnd(cfg.front_end, "torchaudio" if self.plain else "auto")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.model = JEPA(cfg.model, cfg.front_end, self.impl).to(device)
@@ -74,9 +73,12 @@ class Engine:
         self.pairs = [(self.ranks.local(p), self.ranks.local(target)) for p, target in self.model.ema_pairs()]
         self.optimizer: torch.optim.AdamW
         if self.plain:
+            self.front_end = FrontEnd(cfg.front_end, "torchaudio")
             self.optimizer = torch.optim.AdamW(groups, **options)
         else:
             copies = self.model.add_copies(torch.bfloat16) if bf16 and self.ranks.replicated else []
+            # Rounded where they are made: the layers with copies would round them at every reading.
+            self.front_end = FrontEnd(cfg.front_end, dtype=torch.bfloat16 if copies else torch.float32)
             self.optimizer = AdamWEMA(groups, ema=self.pairs, copies=copies, **options)
             self.model.configure(cfg.step, bf16)
         self.trained = [p for group in groups for p in group["params"]]

@@ -10,15 +10,15 @@ from ajepa_kernels import LogMelSpec, log_mel
 
 
 class FrontEnd:
-    """Log-mel patches `[B, N, P]` float32 of int16 PCM `[B, S]`, by `impl` "auto", "reference" or "torchaudio"."""
+    """Log-mel patches `[B, N, P]` of int16 PCM `[B, S]`, by `impl` "auto", "reference" or "torchaudio"."""
 
-    def __init__(self, spec: LogMelSpec, impl: str = "auto"):
-        self.spec, self.impl = spec, impl
+    def __init__(self, spec: LogMelSpec, impl: str = "auto", dtype: torch.dtype = torch.float32):
+        self.spec, self.impl, self.dtype = spec, impl, dtype
 
     def __call__(self, pcm: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         if self.impl == "torchaudio":
-            return torchaudio_patches(pcm, lengths, self.spec)
-        return log_mel(pcm, self.spec, lengths=lengths, impl=self.impl)
+            return torchaudio_patches(pcm, lengths, self.spec).to(self.dtype)
+        return log_mel(pcm, self.spec, lengths=lengths, dtype=self.dtype, impl=self.impl)
 
 
 def torchaudio_patches(pcm: torch.Tensor, lengths: torch.Tensor | None, spec: LogMelSpec) -> torch.Tensor:

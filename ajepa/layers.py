@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ajepa_kernels import add_layer_norm, fp8_linear, masked_attention
+from ajepa_kernels import add_layer_norm, bias_gelu, fp8_linear, masked_attention
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -41,7 +41,7 @@ def rotate(x_THD: torch.Tensor, rotary_T2D: torch.Tensor) -> torch.Tensor:
 
 
 class _CopyLinear(torch.autograd.Function):
-    """y = x W^T + b read from low-precision copies of W and b; the gradients are the masters', in float32."""
+    """y = x W^T + b read from low-precision copies of W and b (or no b); the gradients are the masters', in float32."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, weight_copy, bias_copy):
@@ -54,7 +54,8 @@ class _CopyLinear(torch.autograd.Function):
         dx = dy @ weight_copy if ctx.needs_input_grad[0] else None
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dw = torch.mm(dy_rows.T, rows, out_dtype=torch.float32) if dy.is_cuda else (dy_rows.T @ rows).float()
-        return dx, dw, dy_rows.sum(0, dtype=torch.float32), None, None
+        db = dy_rows.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None
 
 
 class Linear(nn.Linear):
@@ -81,11 +82,13 @@ class Linear(nn.Linear):
         super()._load_from_state_dict(*args)
         self.write_copies()
 
-    def forward(self, x: torch.Tensor, outputs: slice | None = None) -> torch.Tensor:
-        """`outputs`: only these of the output features."""
+    def forward(self, x: torch.Tensor, outputs: slice | None = None, biased: bool = True) -> torch.Tensor:
+        """`outputs`: only these of the output features; `biased`: with the bias added."""
         parameters = (self.weight, self.bias, *(self.copies or ()))
         if outputs is not None:
             parameters = tuple(p[outputs] for p in parameters)
+        if not biased:
+            parameters = tuple(p if p.dim() == 2 else None for p in parameters)
         if self.fp8 and not torch.is_grad_enabled():
             return fp8_linear(x, *parameters[-2:])
         if self.copies is None:
@@ -115,6 +118,8 @@ class Block(nn.Module):
     layer norm, which reads both anyway.
     """
 
+    bias_gelu = False  # the first half of the MLP by the op of that name, where gradients are asked for
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -133,7 +138,11 @@ class Block(nn.Module):
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
             stream = stream.index_select(0, wanted.rows)
         normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl)
-        return self.fc2(nn.functional.gelu(self.fc1(normed))), stream
+        if self.bias_gelu and torch.is_grad_enabled():
+            hidden = bias_gelu(self.fc1(normed, biased=False), self.fc1.bias, impl=impl)
+        else:
+            hidden = nn.functional.gelu(self.fc1(normed))
+        return self.fc2(hidden), stream
 
     def attend(self, normed, sequences: Sequences, rotary, impl: str):
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))

@@ -198,6 +198,9 @@ class JEPA(nn.Module):
         for network in (self.context_encoder, self.predictor, self.target_encoder):
             network.recompute = step.recompute
             network.stream_dtype = torch.bfloat16 if bf16 and step.residual == "bf16" else None
+            for block in network.modules():
+                if isinstance(block, Block):
+                    block.bias_gelu = step.bias_gelu
         for module in self.target_encoder.blocks.modules():
             if isinstance(module, Linear):
                 module.fp8 = step.target_precision == "fp8"

@@ -175,7 +175,7 @@ def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines) -
     one = MaskSampler(dataclasses.replace(cfg.mask, masks_per_clip=1), cfg.front_end.grid, seed=cfg.seed)
     masks = one(cfg.optim.steps - 1, cfg.optim.steps, 1)
     clips = corpus.evaluation
-    patches = engine.front_end(clips.pcm[:64].to(engine.device), clips.lengths[:64].to(engine.device))
+    patches = engine.front_end(clips.pcm[:64].to(engine.device), clips.lengths[:64].to(engine.device)).float()
     liveliest = patches.flatten(1).std(1).argmax()  # a silent clip would show nothing
     plots.plot_masks(patches[liveliest], masks, cfg.front_end, folder / "masks.png")
 

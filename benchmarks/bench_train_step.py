@@ -50,24 +50,31 @@ def batches(cfg: Config, batch: int, count: int):
         yield pcm.to(device), lengths.to(device), sampler(step, cfg.optim.steps, batch).to(device)
 
 
-def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: int = 0, warm_up: int = WARM_UP):
+def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: int = 0):
     """(milliseconds by variant, further fields by variant, floor in milliseconds) of engines that agree."""
-    cfg = dataclasses.replace(
-        cfg,
-        mask=dataclasses.replace(cfg.mask, fixed_token_budget=True),
-        optim=dataclasses.replace(cfg.optim, warmup_steps=50),  # so that the weights move while it is checked
-    )
-    if "compile" in impls:
-        warm_up = steps  # each batch may compile anew, until the bounds on lengths are taken for variables
-    bf16, device = DEVICE == "cuda", torch.device(DEVICE)
-    work = list(batches(cfg, batch, steps))
-    torch.compiler.reset()  # what was compiled for other sizes counts against the recompilation limit
-    timings = {NAMES[impl]: t for impl, t in time_engines(cfg, device, work, impls, warm_up, split_steps).items()}
-    eager = timings["eager"].losses
-    for name, timing in timings.items():
-        assert timing.losses == pytest.approx(eager, rel=3e-2 if bf16 else 2e-3), f"{name} trains otherwise than eager"
+    # Each batch may compile anew, until the bounds on lengths are taken for variables.
+    warm_up = steps if "compile" in impls else WARM_UP
+    configs = {NAMES[impl]: dataclasses.replace(cfg, impl=impl) for impl in impls}
+    return time_configs(configs, batch, steps, split_steps, warm_up)
 
-    floor_ms = timings["fused"].flops / product_flops_per_ms(torch.bfloat16 if bf16 else torch.float32, DEVICE)
+
+def time_configs(configs: dict[str, Config], batch: int, steps: int, split_steps: int, warm_up: int):
+    """The same of any configurations; all must train as the first does."""
+    for name, cfg in configs.items():
+        optim = dataclasses.replace(cfg.optim, warmup_steps=50)  # so that the weights move while it is checked
+        configs[name] = dataclasses.replace(
+            cfg, mask=dataclasses.replace(cfg.mask, fixed_token_budget=True), optim=optim
+        )
+    bf16, device = DEVICE == "cuda", torch.device(DEVICE)
+    first = next(iter(configs))
+    work = list(batches(configs[first], batch, steps))
+    torch.compiler.reset()  # what was compiled for other sizes counts against the recompilation limit
+    timings = time_engines(configs, device, work, warm_up, split_steps)
+    for name, timing in timings.items():
+        wanted = pytest.approx(timings[first].losses, rel=3e-2 if bf16 else 2e-3)
+        assert timing.losses == wanted, f"{name} trains otherwise than {first}"
+
+    floor_ms = timings[first].flops / product_flops_per_ms(torch.bfloat16 if bf16 else torch.float32, DEVICE)
     more = {}
     for name, timing in timings.items():
         median = statistics.median(timing.seconds)

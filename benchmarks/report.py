@@ -11,7 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed:begin, written by benchmarks/report.py -->", "<!-- speed:end -->"
-WHOLE = {"train_step": "Training step", "end_to_end": "From files to updated weights", "scaling": "As the work grows"}
+WHOLE = {
+    "train_step": "Training step",
+    "end_to_end": "From files to updated weights",
+    "scaling": "As the work grows",
+    "levers": "Levers of the step",
+}
 UNMEASURED = (
     "**Not yet measured on a GPU**: no result file of one is there. `make gpu` on a machine with one writes it."
 )

@@ -8,6 +8,7 @@ import torch
 from ajepa.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.config import PRESETS, Config
 from ajepa.engine import Engine
+from ajepa.frontend import FrontEnd
 from ajepa.graph import StepGraphs
 from ajepa.masks import MaskSampler
 
@@ -104,6 +105,24 @@ def test_bf16_reads_copies_that_the_optimiser_writes(residual):
     other = Engine(replace(cfg, seed=7), CPU)
     other.model.load_state_dict(engine.model.state_dict())
     assert torch.equal(other.model.predictor.head.copies[0], engine.model.predictor.head.weight.bfloat16())
+
+
+def test_patches_rounded_by_the_front_end_are_those_rounded_by_the_layers():
+    cfg = make(precision="bf16")
+    losses, engine = run(cfg)
+    assert engine.front_end.dtype == torch.bfloat16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ajepa.engine.FrontEnd", lambda spec, dtype: FrontEnd(spec))
+        assert run(cfg)[0] == losses
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-3)])
+def test_bias_gelu_changes_rounding_alone(precision, tolerance):
+    plain, a = run(make(precision=precision))
+    losses, b = run(make(precision=precision, step={"bias_gelu": True}))
+    assert losses == pytest.approx(plain, rel=tolerance)
+    if precision == "fp32":
+        assert_same_weights(a, b, rtol=1e-3, atol=2e-5)
 
 
 def test_a_checkpoint_restores_the_copies_too(tmp_path):

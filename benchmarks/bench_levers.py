@@ -1,0 +1,53 @@
+"""The levers of the fused step that are switches, each thrown alone, beside the step as it is shipped.
+
+Every variant must train as the shipped one does, step after step, before its time counts. Prediction, measurement and
+verdict of each lever: NOTES.md.
+"""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from bench_train_step import STEPS, WARM_UP, time_configs
+from ceilings import left_out
+from records import DEVICE
+
+from ajepa.config import PRESETS
+
+PRESET, BATCHES = ("tiny", (16,)) if DEVICE == "cpu" else ("audio-jepa", (64, 1024))
+SHIPPED = "as shipped"
+LEVERS = {
+    "bias_gelu": {"bias_gelu": True},
+    "recompute": {"recompute": True},
+    "no CUDA graph": {"cuda_graph": False},
+    "bf16 residual": {"residual": "bf16"},
+    "parallel encoders": {"parallel_encoders": True},
+    "fp8 targets": {"target_precision": "fp8"},
+}
+ON_A_CPU = ("bias_gelu", "recompute")
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_levers(batch, record):
+    cfg = PRESETS[PRESET]
+    # Targets of the last layer, as published: where the dead work is left out.
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target_layers=1))
+    for lever in LEVERS if DEVICE == "cuda" else ON_A_CPU:
+        changed = dataclasses.replace(cfg, step=dataclasses.replace(cfg.step, **LEVERS[lever]))
+        try:
+            times, more, floor_ms = time_configs({SHIPPED: cfg, lever: changed}, batch, STEPS, 0, WARM_UP)
+        except torch.cuda.OutOfMemoryError:
+            print(
+                f"  left out: {lever} at batch {batch}: two engines do not fit into this GPU's memory", file=sys.stderr
+            )
+            continue
+        for fields in more.values():
+            fields["model"] = PRESET
+        shape = f"{PRESET}, batch {batch}, {lever}"
+        record("levers", shape, times, plain=SHIPPED, peers=[SHIPPED], floor_ms=floor_ms, more=more)
+
+
+def test_left_out():
+    if DEVICE == "cpu":
+        left_out({", ".join(name for name in LEVERS if name not in ON_A_CPU): "need a GPU"})
