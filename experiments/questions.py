@@ -18,7 +18,7 @@ SCALES = {
 class Question:
     title: str
     variants: dict[str, dict[str, dict]]  # scale -> variant -> overrides
-    heads: tuple[str, ...] = ("knn", "linear", "attentive")
+    heads: tuple[str, ...] = ("knn", "linear", "attentive", "logistic")
     equal_flops: bool = False
 
 

@@ -28,7 +28,7 @@ from ajepa.config import Config, ConfigError
 from ajepa.distributed import Ranks
 from ajepa.engine import Engine, choose_device
 from ajepa.files import write_atomic
-from ajepa.index import DataError, cache_root
+from ajepa.index import DataError, build_index, cache_root
 from ajepa.masks import MaskSampler
 from ajepa.synthetic import make_synthetic
 
@@ -50,7 +50,13 @@ class Arguments:
     """Labelled recordings to pretrain on and to probe; None: the synthetic set."""
     label: str | None = None
     test: str | None = None
-    """Rows that no run is pretrained on and all are scored on, such as "fold=4"; needed with --data."""
+    """Rows that no run is pretrained on and all are scored on, such as "fold=4"; or --folds."""
+    folds: str | None = None
+    """Column: each of its values in turn is kept from a pretraining of its own, and scored; the mean counts."""
+    score: str | None = None
+    """Other recordings to score instead, by cross-validation over --folds; all of --data is pretrained on."""
+    score_label: str | None = None
+    """Column of --score that holds the label, where it is not found by its name."""
     steps: int | None = None
     """Pretraining steps instead of the scale's."""
     report: bool = False
@@ -61,17 +67,32 @@ class Arguments:
 
 
 def base(args: Arguments) -> Config:
+    """The scale's configuration; which rows of --data are left out is for `run`."""
     preset, overrides = SCALES[args.scale]
     cfg = override(config.PRESETS[preset], {**overrides, "watch.compare_steps": 0, "watch.keep": 1})
     if args.steps is not None:
         cfg = override(cfg, {"optim.steps": args.steps, "optim.warmup_steps": max(1, args.steps // 8)})
     often = max(1, cfg.optim.steps // 4)
     cfg = override(cfg, {"watch.watch_every": cfg.optim.steps, "watch.checkpoint_every": often})
-    if args.data is not None:
-        assert args.test is not None
-        cfg = override(cfg, {"data.data": args.data, "data.where": args.test.replace("=", "!=", 1),
-                             "data.label": args.label, "watch.eval_clips": 64})  # fmt: skip
-    return cfg
+    return override(cfg, {"data.data": args.data, "data.label": args.label}) if args.data else cfg
+
+
+def trials(cfg: Config, args: Arguments) -> list[tuple[Config, str]]:
+    """The pretrainings that one variant with one seed stands for, and the rows that each is scored on."""
+    if args.data is None:
+        return [(cfg, "split=test")]
+    if args.score is not None:
+        return [(override(cfg, {"watch.eval_clips": 64}), "")]
+    tests = [args.test] if args.test else [f"{args.folds}={value}" for value in fold_values(args.data, args.folds)]
+    return [(override(cfg, {"data.where": test.replace("=", "!=", 1), "watch.eval_clips": 64}), test) for test in tests]
+
+
+@functools.cache
+def fold_values(data: str, column: str) -> list[str]:
+    index = build_index(data)
+    if column not in index.metadata:
+        raise DataError(f"--folds {column}: no such column; there are {', '.join(index.metadata) or 'none'}")
+    return sorted(set(index.metadata[column]))
 
 
 def override(cfg: Config, changes: dict[str, Any]) -> Config:
@@ -109,15 +130,25 @@ def equal_batch(cfg: Config, flops: float) -> int:
     return max(1, round(cfg.optim.batch_size * flops / step_flops(cfg)))
 
 
-def key(cfg: Config, args: Arguments) -> str:
+def key(cfg: Config, test: str, args: Arguments) -> str:
     """Names a run by all that its result depends on."""
-    what = dataclasses.asdict(dataclasses.replace(cfg, out=None)), args.test
+    what = named(cfg), test, args.score and set_name(args.score), args.folds if args.score else None
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-def run(cfg: Config, args: Arguments) -> dict[str, Any]:
+def named(cfg: Config) -> dict[str, Any]:
+    """The configuration, with the name of its recordings in place of where they lie."""
+    data = cfg.data.data and set_name(cfg.data.data)
+    return dataclasses.asdict(override(cfg, {"out": None, "data.data": data}))
+
+
+def set_name(manifest: str) -> str:
+    return Path(manifest).resolve().parent.name
+
+
+def run(cfg: Config, test: str, args: Arguments) -> dict[str, Any]:
     """Pretrain (or resume) and probe one configuration."""
-    folder = Path(args.runs) / key(cfg, args)
+    folder = Path(args.runs) / key(cfg, test, args)
     cfg = dataclasses.replace(cfg, out=str(folder), resume=True)
     config.validate(cfg)
     quiet = io.StringIO()
@@ -127,11 +158,15 @@ def run(cfg: Config, args: Arguments) -> dict[str, Any]:
             config.save(dataclasses.replace(cfg, resume=False), folder / "config.json")
             train.train(cfg, folder, choose_device(cfg.device), Ranks())
     start = time.perf_counter()
-    data, test = (args.data, args.test) if args.data else (synthetic(cfg), "split=test")
+    if args.score:
+        what = {"data": args.score, "folds": args.folds, "label": args.score_label}
+    else:
+        what = {"data": args.data or synthetic(cfg), "test": test, "label": args.label}
     heads = tuple(dict.fromkeys(head for q in QUESTIONS.values() for head in q.heads))
-    scored = probe.probe(probe.Arguments(str(folder), data, label=args.label, test=test, heads=heads, map="none"))
+    scored = probe.probe(probe.Arguments(str(folder), **what, heads=heads, map="none"))
     summary = json.loads((folder / "summary.json").read_text())
     return {
+        "test": test,
         "scores": {FEATURES[name]: {head: s["mean"] for head, s in heads.items()}
                    for name, heads in scored["scores"].items()},
         "seen_in_pretraining": [fold["seen_in_pretraining"] for fold in scored["folds"]],
@@ -142,7 +177,21 @@ def run(cfg: Config, args: Arguments) -> dict[str, Any]:
         "device": summary["device"],
         "commit": commit(),
         "torch": torch.__version__,
-        "config": dataclasses.asdict(cfg),
+        "config": named(cfg),
+    }  # fmt: skip
+
+
+def mean(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record for the trials of a variant and seed: the mean over the folds."""
+
+    def average(get) -> float:
+        return statistics.mean(map(get, records))
+
+    return {
+        "scores": {f: {h: average(lambda r, f=f, h=h: r["scores"][f][h]) for h in heads}
+                   for f, heads in records[0]["scores"].items()},
+        "target_variance": average(lambda r: r["target_variance"]),
+        "minutes": average(pretraining_minutes),
     }  # fmt: skip
 
 
@@ -165,16 +214,19 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
     preset, _ = SCALES[args.scale]
     start = base(args)
     lines = [
-        f"# {args.scale} scale on {args.data or 'the synthetic set'}",
+        f"# {args.scale} scale on {set_name(args.data) if args.data else 'the synthetic set'}",
         "",
-        f"Preset {preset}, {start.optim.steps:,} steps of {start.optim.batch_size} clips, "
-        f"{start.watch.pooling} over frequency. Accuracy in % on {args.test or 'split=test'}: mean +- sample deviation "
-        f"over the seeds. Written by `python experiments/run.py`.",
+        f"Preset {preset}, {start.optim.steps:,} steps of {start.optim.batch_size} clips, {start.watch.pooling} over "
+        f"frequency. Accuracy in % {scored_on(args)}: mean +- sample deviation over the seeds. `knn`, `linear` and "
+        "`attentive` are X-ARES's heads of ten epochs, `logistic` is fitted to its end. Written by `python "
+        "experiments/run.py`.",
     ]
     for name, question in QUESTIONS.items():
         cfgs = variants(args, name)
-        found = {v: [r for seed in range(args.seeds) if (r := done.get(key(override(c, {"seed": seed}), args)))]
-                 for v, c in cfgs.items()}  # fmt: skip
+        found = {
+            v: [r for seed in range(args.seeds) if (r := finished(override(c, {"seed": seed}), args, done))]
+            for v, c in cfgs.items()
+        }
         lines += ["", f"## {name}: {question.title}", ""]
         if not any(found.values()):
             why = "no run yet" if args.scale == "cpu" or torch.cuda.is_available() else "no GPU on this machine"
@@ -198,11 +250,25 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
             cells = [spread([100 * r["scores"][features][head] for r in records], 1) for head in question.heads]
             trained = features == "pretrained"
             variance = spread([r["target_variance"] for r in records], 3) if trained else ""
-            minutes = f"{statistics.mean(map(pretraining_minutes, records)):.1f}" if trained else ""
+            minutes = f"{statistics.mean(r['minutes'] for r in records):.1f}" if trained else ""
             lines.append(f"| {label} | {len(records)} | {batch} | " + " | ".join([*cells, variance, minutes]) + " |")
         plot(question, found, stem.with_name(f"{stem.name}-{name}.png"))
         lines += ["", f"![{name}]({stem.name}-{name}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def scored_on(args: Arguments) -> str:
+    if args.score:
+        return f"on {set_name(args.score)}, cross-validated by {args.folds}; no run was pretrained on any of it"
+    if args.folds:
+        return f"on each {args.folds}, of an encoder that was not pretrained on it, averaged"
+    return f"on {args.test or 'split=test'}, on which no run was pretrained"
+
+
+def finished(cfg: Config, args: Arguments, done: dict[str, dict]) -> dict[str, Any] | None:
+    """The result of a variant with a seed; None where a part of it is missing."""
+    records = [done.get(key(c, test, args)) for c, test in trials(cfg, args)]
+    return mean([r for r in records if r]) if all(records) else None
 
 
 def pretraining_minutes(record: dict[str, Any]) -> float:
@@ -241,25 +307,31 @@ def plot(question, found: dict[str, list[dict]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Arguments, args=argv, prog="python experiments/run.py")
     try:
-        if args.data and not (args.test and "=" in args.test and ";" not in args.test):
-            raise ConfigError('--data needs --test column=value: rows kept from pretraining, such as "fold=4"')
+        single = args.test and "=" in args.test and ";" not in args.test
+        if args.data and not (args.folds or single):
+            raise ConfigError(
+                '--data needs --test column=value, rows kept from pretraining such as "fold=4", or --folds column'
+            )
+        if (args.test and args.folds) or (args.score and not (args.data and args.folds)):
+            raise ConfigError("give --test or --folds; --score needs --data and --folds")
         if args.scale == "gpu" and not args.report and not torch.cuda.is_available():
             raise ConfigError("--scale gpu: no CUDA device is here; use --scale cpu")
-        name = f"{args.scale}-{Path(args.data).resolve().parent.name if args.data else 'synthetic'}"
-        name += f"-{args.test.replace('=', '')}" if args.test else ""
+        name = f"{args.scale}-{set_name(args.data) if args.data else 'synthetic'}"
+        name += f"-{args.test.replace('=', '')}" if args.test else f"-by-{args.folds}" if args.folds else ""
+        name += f"-of-{set_name(args.score)}" if args.score else ""
         stem = Path(args.results) / (name + (f"-{args.steps}steps" if args.steps else ""))
         stem.parent.mkdir(parents=True, exist_ok=True)
         store = stem.with_name(stem.name + ".json")
         done = json.loads(store.read_text()) if store.exists() else {}
         names = list(QUESTIONS) if args.question == "all" else [args.question]
         todo = {} if args.report else {
-            key(c, args): (f"{q}: {v}, seed {seed}", c)
+            key(c, test, args): (f"{q}: {v}, seed {seed} {test}", c, test)
             for seed in range(args.seeds) for q in names for v, cfg in variants(args, q).items()
-            for c in [override(cfg, {"seed": seed})] if key(c, args) not in done
+            for c, test in trials(override(cfg, {"seed": seed}), args) if key(c, test, args) not in done
         }  # fmt: skip
-        for i, (k, (what, cfg)) in enumerate(todo.items(), start=1):
+        for i, (k, (what, cfg, test)) in enumerate(todo.items(), start=1):
             print(f"{i} of {len(todo)}  {what}", flush=True)
-            done[k] = run(cfg, args)
+            done[k] = run(cfg, test, args)
             write_atomic(store, (json.dumps(done, indent=1) + "\n").encode())
             got = done[k]["scores"]["pretrained"]
             print("   " + "  ".join(f"{head} {100 * value:.1f}" for head, value in got.items()), flush=True)

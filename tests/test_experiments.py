@@ -10,6 +10,7 @@ import pytest
 from ajepa import config
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+FEATURES = ("pooled log-mel", "untrained", "pretrained")
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_every_variant_is_valid_and_differs_from_its_neighbours(experiments, sca
         cfgs = {v: experiments.override(experiments.base(args), c) for v, c in question.variants[scale].items()}
         for cfg in cfgs.values():
             config.validate(cfg)
-        assert len({experiments.key(cfg, args) for cfg in cfgs.values()}) == len(cfgs), name
+        assert len({experiments.key(cfg, "", args) for cfg in cfgs.values()}) == len(cfgs), name
     patches = experiments.variants(args, "patch").values()
     assert len({cfg.front_end.patch_dim for cfg in patches}) == len({cfg.front_end.n_patches for cfg in patches}) == 1
 
@@ -81,6 +82,32 @@ def test_a_question_is_answered_once(experiments, manifest, tmp_path, monkeypatc
     monkeypatch.setattr(experiments, "run", None)  # nothing is left to run
     assert experiments.main(argv) == 0
     assert json.loads(stem.with_suffix(".json").read_text()) == done
+
+
+def fake_run(cfg, test, args):
+    """A fold's score is its number in tenths."""
+    score = int(test[-1]) / 10 if test else 0.7
+    scores = {name: dict.fromkeys(("knn", "linear", "attentive", "logistic"), score) for name in FEATURES}
+    return {"test": test, "scores": scores, "target_variance": 1.0, "clips_per_second": 60.0,
+            "config": {"optim": {"steps": 60, "batch_size": 60}, "data": {"where": cfg.data.where}}}  # fmt: skip
+
+
+def test_each_fold_is_kept_from_a_pretraining_of_its_own(experiments, manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "run", fake_run)
+    argv = ["probes", "--data", str(manifest), "--folds", "fold", "--seeds", "2", "--results", str(tmp_path)]
+    assert experiments.main(argv) == 0
+    done = json.loads((tmp_path / "cpu-set-by-fold.json").read_text()).values()
+    assert sorted((r["test"], r["config"]["data"]["where"]) for r in done) == sorted(
+        2 * [(f"fold={i}", f"fold!={i}") for i in range(4)]
+    )
+    table = (tmp_path / "cpu-set-by-fold.md").read_text()
+    assert "| base | 2 | 64 | 15.0 +- 0.0 |" in table and str(manifest.parent.parent) not in table
+    argv += ["--score", str(manifest), "--score-label", "label"]
+    assert experiments.main(argv) == 0  # pretrained on all of --data
+    done = json.loads((tmp_path / "cpu-set-by-fold-of-set.json").read_text()).values()
+    assert [r["config"]["data"]["where"] for r in done] == [None, None]
+    assert "| base | 2 | 64 | 70.0 +- 0.0 |" in (tmp_path / "cpu-set-by-fold-of-set.md").read_text()
+    assert experiments.main([*argv[:-6], "--folds", "nothing"]) == 2
 
 
 def test_spread_is_the_sample_deviation(experiments):
