@@ -215,8 +215,9 @@ PRESETS: dict[str, Config] = {
         ),
         model=ModelConfig(size="tiny", predictor_width=64, predictor_depth=2, predictor_heads=4, target_layers=4),
         mask=MaskConfig(mask_ratio=(0.6, 0.8)),
-        optim=OptimConfig(batch_size=64, steps=400, lr=1e-3, warmup_steps=50, ema_start=0.99),
-        watch=WatchConfig(log_every=20, watch_every=100, checkpoint_every=100, eval_clips=2_000),
+        # Of batches of 16, 32 and 64 with the same clips in all, the smallest learns most (held-out synthetic set).
+        optim=OptimConfig(batch_size=16, steps=1_000, lr=5e-4, warmup_steps=100, ema_start=0.99),
+        watch=WatchConfig(log_every=50, watch_every=250, checkpoint_every=250, eval_clips=2_000),
     ),
 }
 

@@ -1,14 +1,14 @@
 """The questions, as data: what each variant changes in the base configuration of a scale.
 
 A variant is (name, {"section.field": value}); "base" is the scale's own configuration. What differs between the scales
-is given by scale. `equal_flops` shrinks the batch until a step costs what the base's does.
+is given by scale. `equal_flops` shrinks the batch until a step costs what the base's does, rounding made up by steps.
 """
 
 from dataclasses import dataclass
 
 SCALES = {
-    # The tiny preset with fewer steps: a minute or two a run on two idle cores, probes included.
-    "cpu": ("tiny", {"optim.steps": 150, "optim.warmup_steps": 20, "watch.pooling": "concat"}),
+    # The tiny preset with fewer steps: about two minutes a run on one core, probes included.
+    "cpu": ("tiny", {"optim.steps": 600, "optim.warmup_steps": 60, "watch.pooling": "concat"}),
     # About an hour a run on one H100 is the aim; not yet measured on a GPU.
     "gpu": ("audio-jepa", {"optim.steps": 20_000, "optim.warmup_steps": 2_000, "model.target_layers": 12}),
 }
@@ -53,7 +53,7 @@ QUESTIONS = {
         },
     ),
     "multimask": Question(
-        "masks per clip that share one pass of the target encoder, at equal FLOPs a step",
+        "masks per clip that share one pass of the target encoder, at equal FLOPs",
         _both({str(count): {"mask.masks_per_clip": count} for count in (1, 2, 4, 8)}),
         equal_flops=True,
     ),

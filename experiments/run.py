@@ -110,7 +110,7 @@ def variants(args: Arguments, name: str) -> dict[str, Config]:
     cfgs = {variant: override(start, changes) for variant, changes in question.variants[args.scale].items()}
     if question.equal_flops:
         wanted = step_flops(start)
-        cfgs = {v: override(cfg, {"optim.batch_size": equal_batch(cfg, wanted)}) for v, cfg in cfgs.items()}
+        cfgs = {v: equal_work(cfg, wanted) for v, cfg in cfgs.items()}
     return cfgs
 
 
@@ -125,9 +125,11 @@ def _engine(model, front_end) -> Engine:
     return Engine(Config(model=model, front_end=front_end, impl="reference"), torch.device("cpu"))
 
 
-def equal_batch(cfg: Config, flops: float) -> int:
-    """The batch size whose step costs `flops`, or hardly less."""
-    return max(1, round(cfg.optim.batch_size * flops / step_flops(cfg)))
+def equal_work(cfg: Config, flops: float) -> Config:
+    """With the batch size whose step costs about `flops`, and as many steps as make up for the rounding."""
+    batch = max(1, round(cfg.optim.batch_size * flops / step_flops(cfg)))
+    cut = override(cfg, {"optim.batch_size": batch})
+    return override(cut, {"optim.steps": max(1, round(cfg.optim.steps * flops / step_flops(cut)))})
 
 
 def key(cfg: Config, test: str, args: Arguments) -> str:
@@ -142,8 +144,10 @@ def named(cfg: Config) -> dict[str, Any]:
     return dataclasses.asdict(override(cfg, {"out": None, "data.data": data}))
 
 
-def set_name(manifest: str) -> str:
-    return Path(manifest).resolve().parent.name
+def set_name(data: str) -> str:
+    """Of the folder itself, or of the one that the manifest lies in."""
+    path = Path(data).resolve()
+    return (path if path.is_dir() else path.parent).name
 
 
 def run(cfg: Config, test: str, args: Arguments) -> dict[str, Any]:

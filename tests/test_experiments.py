@@ -51,9 +51,9 @@ def test_every_variant_is_valid_and_differs_from_its_neighbours(experiments, sca
 def test_several_masks_cost_what_one_does(experiments):
     args = experiments.Arguments("multimask")
     cfgs = experiments.variants(args, "multimask")
-    flops = [experiments.step_flops(cfg) for cfg in cfgs.values()]
+    flops = [experiments.step_flops(cfg) * cfg.optim.steps for cfg in cfgs.values()]
     assert [cfg.mask.masks_per_clip for cfg in cfgs.values()] == [1, 2, 4, 8]
-    assert max(flops) / min(flops) < 1.05 and cfgs["8"].optim.batch_size < cfgs["1"].optim.batch_size // 4
+    assert max(flops) / min(flops) < 1.02 and cfgs["8"].optim.batch_size < cfgs["1"].optim.batch_size / 3
 
 
 def test_a_question_is_answered_once(experiments, manifest, tmp_path, monkeypatch, capsys):
@@ -101,12 +101,12 @@ def test_each_fold_is_kept_from_a_pretraining_of_its_own(experiments, manifest, 
         2 * [(f"fold={i}", f"fold!={i}") for i in range(4)]
     )
     table = (tmp_path / "cpu-set-by-fold.md").read_text()
-    assert "| base | 2 | 64 | 15.0 +- 0.0 |" in table and str(manifest.parent.parent) not in table
+    assert "| base | 2 | 16 | 15.0 +- 0.0 |" in table and str(manifest.parent.parent) not in table
     argv += ["--score", str(manifest), "--score-label", "label"]
     assert experiments.main(argv) == 0  # pretrained on all of --data
     done = json.loads((tmp_path / "cpu-set-by-fold-of-set.json").read_text()).values()
     assert [r["config"]["data"]["where"] for r in done] == [None, None]
-    assert "| base | 2 | 64 | 70.0 +- 0.0 |" in (tmp_path / "cpu-set-by-fold-of-set.md").read_text()
+    assert "| base | 2 | 16 | 70.0 +- 0.0 |" in (tmp_path / "cpu-set-by-fold-of-set.md").read_text()
     assert experiments.main([*argv[:-6], "--folds", "nothing"]) == 2
 
 
