@@ -3,7 +3,8 @@
 OUT is a folder in Hugging Face's layout (`config.json`, `model.safetensors`, a model card), which
 `ajepa.Encoder.from_pretrained` reads; or with `--xares` one Python file for X-ARES, which needs torch alone: the source
 of `ajepa/portable.py`, the configuration, and the weights: in the file up to 32 MB, else in a .safetensors beside it.
-X-ARES keeps its results by class name, so the name holds a checksum of the weights.
+X-ARES keeps its results by class name, so the name holds a checksum of the weights. With `--onnx` it is an ONNX model,
+front end included, of clips of the training length.
 """
 
 import base64
@@ -31,20 +32,22 @@ INSIDE = 32 << 20  # bytes of weights that a Python file may hold
 
 @dataclass(frozen=True)
 class Arguments:
-    """Export a run's EMA target encoder: a folder in Hugging Face's layout, or one file for X-ARES."""
+    """Export a run's EMA target encoder: a folder in Hugging Face's layout, one file for X-ARES, or ONNX."""
 
     encoder: tyro.conf.Positional[str]
     """Run folder, checkpoint, folder of an encoder, or hub id."""
     out: tyro.conf.Positional[str]
-    """Folder; with --xares the Python file."""
+    """Folder; with --xares the Python file, with --onnx the model."""
     xares: bool = False
     """Write an encoder file for X-ARES."""
+    onnx: bool = False
+    """Write an ONNX model: float32 clips of the training length [batch, samples] to frames [batch, frames, width]."""
     pooling: str | None = None
     """Over frequency patches, mean or concat; None: as the encoder is configured."""
 
 
-def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
-    """Class name, source without weights, and the weights (safetensors) of a file for X-ARES."""
+def portable_parts(encoder: Encoder) -> tuple[dict[str, Any], bytes]:
+    """Configuration and weights (safetensors) of `ajepa.portable.Portable`."""
     cfg = encoder.config
     spec, (width, depth, heads) = cfg.front_end, SIZES[cfg.size]
     bias, add = spec.frame_rule
@@ -59,7 +62,12 @@ def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
     }  # fmt: skip
     window, mel = _tables(spec, torch.device("cpu"), torch.float32)
     tensors = {**encoder.vit.state_dict(), "window": window, "mel": mel, "positions": encoder.vit.positions}
-    weights = save_bytes({name: value.float().contiguous().cpu() for name, value in tensors.items()})
+    return config, save_bytes({name: value.float().contiguous().cpu() for name, value in tensors.items()})
+
+
+def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
+    """Class name, source without weights, and the weights (safetensors) of a file for X-ARES."""
+    config, weights = portable_parts(encoder)
     name = f"Ajepa{encoder.fingerprint()}Encoder"
     source = inspect.getsource(portable)
     source = source.replace("CONFIG: dict = {}", f"CONFIG: dict = {pprint.pformat(config, width=116)}")
@@ -79,12 +87,43 @@ def write_xares(encoder: Encoder, path: Path) -> str:
     return name
 
 
+class _Chunks(torch.nn.Module):
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.portable = portable.Portable(*portable_parts(encoder))
+
+    def forward(self, audio):
+        return self.portable.encode_rows(audio)
+
+
+def write_onnx(encoder: Encoder, path: Path) -> None:
+    """Write `audio` float32 `[batch, clip_samples]` -> `frames` `[batch, T', D]`, any batch."""
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx needs it, and says so less plainly)
+    except ImportError as error:
+        raise ConfigError("--onnx needs onnx and onnxscript: pip install 'ajepa[onnx]'") from error
+    audio = torch.zeros(2, encoder.config.clip_samples)
+    program = torch.onnx.export(
+        _Chunks(encoder).eval(), (audio,), dynamo=True, verbose=False, input_names=["audio"], output_names=["frames"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    assert program is not None
+    program.save(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.export")
     try:
         encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling)
         out = Path(args.out)
-        if args.xares:
+        if args.xares and args.onnx:
+            raise ConfigError("--xares and --onnx are two files: ask for one at a time")
+        if args.onnx:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_onnx(encoder, out)
+            print(f"{out}: [batch, {encoder.config.clip_samples}] at {encoder.sampling_rate} Hz to "
+                  f"[batch, {encoder.frames(encoder.config.clip_samples)}, {encoder.output_dim}]")  # fmt: skip
+        elif args.xares:
             out.parent.mkdir(parents=True, exist_ok=True)
             print(f"{out}: class {write_xares(encoder, out)}")
         else:

@@ -118,14 +118,16 @@ class ViT(nn.Module):
 
 
 class Portable(nn.Module):
-    def __init__(self):
+    def __init__(self, config: dict | None = None, weights: bytes | None = None):
         super().__init__()
-        self.config = config = CONFIG
+        self.config = config = config or CONFIG
         self.sampling_rate = config["front_end"]["sample_rate"]
         self.output_dim = config["output_dim"]
         self.hop_size_in_ms = config["hop_size_in_ms"]
-        beside = Path(__file__).with_suffix(".safetensors")
-        tensors = read_safetensors(base64.b64decode(WEIGHTS) if WEIGHTS else beside.read_bytes())
+        if weights is None:
+            beside = Path(__file__).with_suffix(".safetensors")
+            weights = base64.b64decode(WEIGHTS) if WEIGHTS else beside.read_bytes()
+        tensors = read_safetensors(weights)
         self.log_mel = LogMel(config["front_end"], tensors.pop("window"), tensors.pop("mel"))
         self.vit = ViT(config, tensors.pop("positions"))
         self.vit.load_state_dict(tensors)
@@ -168,7 +170,7 @@ class Portable(nn.Module):
         elif pad == "silence":
             chunk = F.pad(chunk, (0, clip - samples))
         (height, width), (rows, columns) = spec["patch"], spec["grid"]
-        mel = chunk.new_zeros(len(chunk), spec["n_mels"], 0)
+        mel = chunk.new_zeros(chunk.shape[0], spec["n_mels"], 0)
         if chunk.shape[1] >= spec["min_samples"]:
             mel = self.log_mel(chunk)
         mel = (F.pad(mel, (0, columns * width - mel.shape[-1])) - spec["mean"]) / spec["std"]

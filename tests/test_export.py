@@ -85,6 +85,21 @@ def test_exported_file_keeps_the_contract_and_agrees(exported, case):
         torch.testing.assert_close(theirs(x), ours, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["tiny", "rotary_silence", "decibels"])
+def test_onnx_model_agrees_at_any_batch(tmp_path, case):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    torch.manual_seed(0)
+    encoder = Encoder(CASES[case])
+    export.write_onnx(encoder, tmp_path / "encoder.onnx")
+    model = runtime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = 0.1 * torch.randn(batch, CASES[case].clip_samples)
+        (frames,) = model.run(["frames"], {"audio": x.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.from_numpy(frames), encoder(x), rtol=0, atol=1e-4)
+
+
 def test_ten_minutes_and_large_batches(exported):
     encoder, path, _ = exported("ten_seconds")
     theirs = load(path)()
