@@ -7,7 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from report import groups, is_ours, kernels, number, of, plots_of, throughput_lines, when
+from selection import groups, is_ours, kernels, number, of, plots_of, throughput_lines, when
 
 COLOURS = {"fused": "#1f5fbf", "eager": "#8a8a8a", "compile": "#d9822b", "CPU front end": "#b04a5a"}
 PHASES = {"front end": "#5aa469", "forward": "#1f5fbf", "backward": "#7fa8de", "update": "#d9822b"}

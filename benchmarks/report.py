@@ -4,68 +4,17 @@
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from selection import WHOLE, groups, is_ours, kernels, load, number, of, plots_of, when
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed:begin, written by benchmarks/report.py -->", "<!-- speed:end -->"
-WHOLE = {
-    "train_step": "Training step",
-    "end_to_end": "From files to updated weights",
-    "scaling": "As the work grows",
-    "levers": "Levers of the step",
-}
 UNMEASURED = (
     "**Not yet measured on a GPU**: no result file of one is there. `make gpu` on a machine with one writes it."
 )
-
-
-def load(folder: Path) -> list[dict]:
-    """Result files, GPUs first. Raises SystemExit naming a file that is not one."""
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-            result["slug"], result["gpu"] = path.stem, result["versions"]["cuda"] is not None
-            for r in result["records"]:
-                r["benchmark"], r["variant"], r["shape"], float(r["median_ms"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"{path} is no result file ({error!r}): delete it and run `make bench`") from error
-        results.append(result)
-    return sorted(results, key=lambda r: not r["gpu"])
-
-
-def of(result: dict, *benchmarks: str) -> list[dict]:
-    return [r for r in result["records"] if r["benchmark"] in benchmarks]
-
-
-def kernels(result: dict) -> list[dict]:
-    """Records of single operations that have a floor."""
-    return [r for r in result["records"] if r["benchmark"] not in WHOLE and r.get("floor_share")]
-
-
-def is_ours(r: dict) -> bool:
-    return r["variant"] == "fused" or r["variant"].startswith("ajepa")
-
-
-def groups(records: list[dict]) -> list[list[dict]]:
-    """Records of one benchmark and shape together."""
-    found: dict[tuple, list[dict]] = {}
-    for r in records:
-        found.setdefault((r["benchmark"], r["shape"]), []).append(r)
-    return list(found.values())
-
-
-def when(result: dict, records: list[dict] | None = None) -> str:
-    """Days and commits of the measurements."""
-    records = result["records"] if records is None else records
-    marks = {(r.get("date", "undated"), r.get("commit", "unknown")) for r in records}
-    dates = sorted({date for date, _ in marks})
-    commits = sorted({commit for _, commit in marks})
-    shown = ", ".join(commits) if len(commits) < 4 else f"{len(commits)} commits"
-    return f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}, at {shown}" if dates else "nothing"
 
 
 def about(result: dict) -> str:
@@ -84,13 +33,6 @@ def table(head: str, rows: list[list[str]]) -> str:
     columns = head.split(" | ")
     lines = [f"| {head} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
-
-
-def number(value: float | None, form: str = ",.3g") -> str:
-    """Three digits that matter, no exponent."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if form == ",.3g" and abs(value) >= 99.5 else format(value, form)
 
 
 def whole_rows(records: list[dict]) -> list[list[str]]:
@@ -195,29 +137,6 @@ def results_page(results: list[dict]) -> str:
                      number(r["ratio_to_plain"], ".2f")] for r in others]  # fmt: skip
             parts += ["### Others", table("benchmark | case | variant | ms | x plain", rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def plots_of(result: dict, name: str) -> list[str]:
-    """The plots that the results of `name` give."""
-    given = {
-        "train_step": [("phases", any(r.get("phases_ms") for r in of(result, "train_step")))],
-        "scaling": [("scaling", bool(of(result, "scaling")))],
-        "end_to_end": [],
-        "floor": [("floor", bool(kernels(result)))],
-    }[name]
-    if name == "train_step":
-        given.append(("throughput", bool(throughput_lines(result))))
-    return [f"{result['slug']}-{plot}.png" for plot, there in given if there]
-
-
-def throughput_lines(result: dict) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """{(model, variant): [(batch, clips/s)]} where more than one batch was timed."""
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for r in of(result, "train_step", "scaling"):
-        if r["benchmark"] == "train_step" or r["grows"] == "batch":
-            model = r["model"] if r["benchmark"] == "train_step" else f"{r['model']}, 128 tokens"
-            lines.setdefault((model, r["variant"]), []).append((r["batch"], r["clips_per_second"]))
-    return {key: sorted(points) for key, points in lines.items() if len(points) > 1}
 
 
 def replaced(readme: str, section: str) -> str:

@@ -38,7 +38,8 @@ def steps(batch: int, grows: bool = False) -> list[dict]:
 def folder(tmp_path):
     """A result file of a CPU and of a GPU, and a README with a place for the tables."""
     plain = timed(variant="plain PyTorch", median_ms=6.0, ratio_to_plain=1.0, floor_share=0.17)
-    new = [timed(), plain, *steps(16), *steps(64), *steps(8, True), *steps(32, True)]
+    lever = timed(benchmark="levers", shape="tiny, batch 4, recompute", variant="recompute", ratio_to_plain=0.83)
+    new = [timed(), plain, lever, *steps(16), *steps(64), *steps(8, True), *steps(32, True)]
     for device, cuda in (("cpu x", None), ("GPU y", "13.0")):
         marks = {"test": "t", "commit": "abc1234", "date": "2026-01-02"}
         result = {"device": device, "cores": 2, "versions": {"torch": "2.11", "cuda": cuda}, "commit": "abc1234",
@@ -68,6 +69,8 @@ def test_report_writes_tables_and_plots_and_check_finds_what_changed(folder, cap
     assert plots == {f"{d}-{p}.png" for d in ("cpu-x", "gpu-y") for p in ("floor", "phases", "scaling", "throughput")}
     page = (folder / "README.md").read_text()
     assert all(f"(plots/{name})" in page for name in plots)
+
+    assert "### Levers of the step" in page and "x as shipped" in page and "| 0.83 |" in page
 
     path = folder / "gpu-y.json"
     path.write_text(path.read_text().replace('"median_ms": 2.5', '"median_ms": 2.25'))
