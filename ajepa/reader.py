@@ -76,6 +76,7 @@ class Reader:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        self.shards.close()
 
     def spread(self, work: Callable[[int], T], size: int) -> list[T]:
         """`[work(0), ..., work(size - 1)]` by all threads; one task each, for a future costs more than a short clip."""

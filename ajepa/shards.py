@@ -239,9 +239,15 @@ class Shard:
         for clip, name in enumerate(self.notes()["names"]):
             try:
                 self.read(clip)
-            except BadAudio as error:
-                found.append((name, str(error)))
+            except (BadAudio, OSError) as error:
+                found.append((name, os_reason(error) if isinstance(error, OSError) else str(error)))
         return found
+
+    def close(self) -> None:
+        """Reading goes on, but opens the file each time."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class OpenShards:
@@ -262,6 +268,12 @@ class OpenShards:
                 except ShardError as error:
                     raise BadAudio(str(error)) from None
         return shard.read(shard.find(entry.offset, entry.size), start, stop, out)
+
+    def close(self) -> None:
+        """When no thread reads any more."""
+        for shard in self._open.values():
+            shard.close()
+        self._open.clear()
 
 
 def is_shards(source: str) -> bool:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import struct
@@ -249,6 +250,26 @@ def test_a_shard_cut_short_while_in_use_kills_nothing(tmp_path, loader):
     os.truncate(index.entries[0].path, 0)
     with pytest.raises(DataError, match="no usable file is left, 4 went bad"):
         take(batches, 9)
+
+
+def test_a_disk_that_cannot_read_a_clip_costs_that_clip_alone(tmp_path, loader, monkeypatch):
+    write_set(tmp_path / "files", 4)
+    packed = pack(tmp_path / "files", tmp_path / "packed")
+    index = build_index(packed)
+    bad = range(index.entries[2].offset, index.entries[3].offset)
+    preadv = os.preadv
+
+    def failing(fd, buffers, offset):
+        if offset in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    batches = loader(index)
+    assert {row for batch in take(batches, 6) for row in batch.items.tolist()} == {0, 1, 3}
+    assert batches.skipped == [(index.entries[2].name, "input/output error")]
+    ((name, reason),) = Shard(str(packed / "000000000.shard")).damaged()
+    assert name.endswith("002.wav") and reason == "input/output error"
 
 
 def test_shards_of_two_packings_do_not_mix(tmp_path):
