@@ -222,7 +222,7 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
         "",
         f"Preset {preset}, {start.optim.steps:,} steps of {start.optim.batch_size} clips, {start.watch.pooling} over "
         f"frequency. Accuracy in % {scored_on(args)}: mean +- sample deviation over the seeds. `knn`, `linear` and "
-        "`attentive` are X-ARES's heads of ten epochs, `logistic` is fitted to its end. Written by `python "
+        "`attentive` are X-ARES's heads of ten epochs, `logistic` is scikit-learn's. Written by `python "
         "experiments/run.py`.",
     ]
     for name, question in QUESTIONS.items():
