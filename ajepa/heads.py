@@ -152,7 +152,7 @@ def _logistic(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
     from sklearn.linear_model import LogisticRegression
 
     train_x, test_x = standardised(x.clips[train], x.clips[test])
-    model = LogisticRegression(max_iter=1000).fit(train_x.numpy(), labels[train].numpy())
+    model = LogisticRegression(max_iter=10_000).fit(train_x.numpy(), labels[train].numpy())
     return torch.from_numpy(model.predict(test_x.numpy()))
 
 
