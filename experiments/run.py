@@ -232,9 +232,10 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
             for v, c in cfgs.items()
         }
         lines += ["", f"## {name}: {question.title}", ""]
-        if not any(found.values()):
+        if sum(map(bool, found.values())) < min(2, len(found)):  # the base run alone answers no comparison
             why = "no run yet" if args.scale == "cpu" or torch.cuda.is_available() else "no GPU on this machine"
-            lines.append(f"Not run: {why}. `python experiments/run.py {name} --scale {args.scale}`")
+            hint = "" if args.data else f" `python experiments/run.py {name} --scale {args.scale}`"
+            lines.append(f"Not run: {why}.{hint}")
             continue
         lines += ["| variant | seeds | clips a step | " + " | ".join(question.heads) + " | target variance | minutes |",
                   "|---" * (5 + len(question.heads)) + "|"]  # fmt: skip
