@@ -304,7 +304,7 @@ def plot(question, found: dict[str, list[dict]], path: Path) -> None:
         axis.set(title=head, ylabel="accuracy in %")
         axis.grid(axis="y", alpha=0.3)
     handles, names = axes[0].get_legend_handles_labels()
-    axes[0].legend(handles[:2], names[:2], fontsize=8)
+    figure.legend(handles[:2], names[:2], fontsize=8, ncols=2, loc="outside upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
