@@ -85,7 +85,7 @@ def test_exported_file_keeps_the_contract_and_agrees(exported, case):
         torch.testing.assert_close(theirs(x), ours, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["tiny", "rotary_silence", "decibels"])
+@pytest.mark.parametrize("case", ["rotary_silence", "decibels"])
 def test_onnx_model_agrees_at_any_batch(tmp_path, case):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

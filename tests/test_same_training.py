@@ -28,7 +28,7 @@ def digits(size: str, batch: int, steps: int, **changes) -> Config:
             cfg.data, data=meta, where="speaker=george,jackson,lucas,nicolas", label="digit", clip_seconds=1.0
         ),
         model=replace(cfg.model, size=size),
-        optim=replace(cfg.optim, batch_size=batch, steps=steps, warmup_steps=max(1, steps // 10)),
+        optim=replace(cfg.optim, batch_size=batch, steps=steps, warmup_steps=max(1, steps // 10), lr=1e-3),
         watch=replace(cfg.watch, eval_data=meta, eval_where=SCORED, eval_test="speaker=theo"),
         **changes,
     )
