@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -79,15 +79,21 @@ class Reader:
         self.shards.close()
 
     def spread(self, work: Callable[[int], T], size: int) -> list[T]:
-        """`[work(0), ..., work(size - 1)]` by all threads; one task each, for a future costs more than a short clip."""
+        """`[work(0), ..., work(size - 1)]` by all threads, the caller's one of them."""
         results: list[Any] = [None] * size
         left = iter(range(size))  # shared: whoever is free takes the next
 
-        def run(_: int) -> None:
+        def run() -> None:
             for i in left:
                 results[i] = work(i)
 
-        list(self.pool.map(run, range(min(size, self.threads))))
+        others = [self.pool.submit(run) for _ in range(min(size, self.threads) - 1)]
+        try:
+            run()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
         return results
 
     def good_row(self, item: int, read: Callable[[int], T], missing: T) -> T:
