@@ -187,8 +187,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def os_reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+def reason_of(error: Exception) -> str:
+    """In the words of a list of skipped files."""
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
 
 
 def _decode(sound: sf.SoundFile) -> int:

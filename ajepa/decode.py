@@ -51,6 +51,7 @@ class Decoder(Reader):
         super().__init__(*args, **options)
         self.batch_size = batch_size
         self._exact = all_stored(self.index, self.sample_rate, LOSSLESS)
+        self._rate = None if self._exact else self.sample_rate  # that DALI converts to
         # Batches read and not yet returned: DALI uses the arrays of the feed in place.
         self._flying: dict[int, tuple[Plan, list[Piece], tuple]] = {}
         self._pipe: Any = None
@@ -97,8 +98,7 @@ class Decoder(Reader):
             self._pipe = self._pipeline(None)
 
     def _pipeline(self, checkpoint: bytes | None) -> Any:
-        rate = None if self._exact else self.sample_rate
-        return _pipeline(self._source, rate, self.batch_size, self.threads, checkpoint)
+        return _pipeline(self._source, self._rate, self.batch_size, self.threads, checkpoint)
 
     def _source(self, info) -> tuple:
         batch = self.first + info.iteration
@@ -164,7 +164,7 @@ class Decoder(Reader):
     def _dali_reason(self, piece: Piece) -> str | None:
         feed = _feed([piece])
         try:
-            _pipeline(lambda info: feed, None if self._exact else self.sample_rate, 1, 1, None).run()
+            _pipeline(lambda info: feed, self._rate, 1, 1, None).run()
         except RuntimeError:
             return "cannot be decoded by DALI"
         return None

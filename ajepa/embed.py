@@ -26,7 +26,7 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from ajepa.audiofile import BadAudio, inspect, open_sound, os_reason, stat_file
+from ajepa.audiofile import BadAudio, inspect, open_sound, reason_of, stat_file
 from ajepa.config import ConfigError
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
 from ajepa.files import write_atomic
@@ -131,7 +131,7 @@ def _fill(spool: Spool, encoder: Encoder, paths: Iterable[str], bad: dict[str, s
                 if len(waiting) == CHUNKS_AT_ONCE:
                     run()
         except (BadAudio, OSError) as error:
-            bad[path] = os_reason(error) if isinstance(error, OSError) else str(error)
+            bad[path] = reason_of(error)
             waiting[:] = [piece for piece in waiting if piece.path != path]
             if not any(piece.last for piece in waiting):  # what is done so far is of this file
                 done.clear()

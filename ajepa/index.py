@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ajepa.audiofile import AudioInfo, BadAudio, cores, inspect, os_reason, stat_file
+from ajepa.audiofile import AudioInfo, BadAudio, cores, inspect, reason_of, stat_file
 from ajepa.columns import Entries, Entry, Strings
 from ajepa.shards import is_shards, read_shards
 from ajepa.sources import DataError, Listed, Listing, list_source
@@ -232,7 +232,7 @@ def _check(files: list[Listed], cache: _Cache, threads: int, decode: bool, progr
         except BadAudio as error:
             return i, str(error), True
         except OSError as error:
-            return i, os_reason(error), False
+            return i, reason_of(error), False
 
     try:
         with ThreadPoolExecutor(threads) as pool:

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ajepa.audiofile import os_reason
+from ajepa.audiofile import reason_of
 from ajepa.decode import read_whole
 from ajepa.files import atomic_file, write_atomic
 from ajepa.index import DataError, Index, build_index
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or args.target}: {os_reason(error)}; finished shards are kept: once that is "
+        print(f"error: {error.filename or args.target}: {reason_of(error)}; finished shards are kept: once that is "
               "mended, the same command goes on from there", file=sys.stderr)  # fmt: skip
         return 2
     if not args.dry_run:

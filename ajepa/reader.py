@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ajepa.audiofile import BadAudio, cores, inspect, os_reason, read_int16, stat_file
+from ajepa.audiofile import BadAudio, cores, inspect, read_int16, reason_of, stat_file
 from ajepa.columns import Entry
 from ajepa.index import DataError, Index
 from ajepa.shards import FORMATS, OpenShards
@@ -105,8 +105,7 @@ class Reader:
             try:
                 return read(row)
             except (BadAudio, OSError) as error:
-                reason = os_reason(error) if isinstance(error, OSError) else str(error)
-                self.skipped[self.index.entries[row].name] = reason
+                self.skipped[self.index.entries[row].name] = reason_of(error)
         if self.replace:
             raise DataError(f"{self.index.source}: no usable file is left, {len(self.skipped)} went bad since indexing")
         return missing

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ajepa.audiofile import BadAudio, Truncated, os_reason, read_into
+from ajepa.audiofile import BadAudio, Truncated, read_into, reason_of
 from ajepa.columns import NUMBERS, Entries, Entry, Strings
 from ajepa.sources import DataError
 
@@ -146,7 +146,7 @@ class Shard:
                     self._file = file
                     stack.pop_all()
         except OSError as error:
-            raise ShardError(f"{path}: {os_reason(error)}") from None
+            raise ShardError(f"{path}: {reason_of(error)}") from None
         except BadAudio as error:
             raise ShardError(f"{path}: {error}; {REMEDY}") from None
         if crc32(tables) != header.tables_crc:
@@ -240,7 +240,7 @@ class Shard:
             try:
                 self.read(clip)
             except (BadAudio, OSError) as error:
-                found.append((name, os_reason(error) if isinstance(error, OSError) else str(error)))
+                found.append((name, reason_of(error)))
         return found
 
     def close(self) -> None:

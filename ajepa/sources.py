@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ajepa.audiofile import READABLE, UNREADABLE, BadAudio, os_reason, read_bytes, stat_file
+from ajepa.audiofile import READABLE, UNREADABLE, BadAudio, read_bytes, reason_of, stat_file
 
 PATH_COLUMNS = ("filename", "file", "path", "audio", "audio_filepath")
 LABEL_COLUMNS = ("label", "target", "category", "class", "class_name", "labels")
@@ -96,7 +96,7 @@ def _list_folder(root: str) -> Listing:
             try:
                 found.append(("" if below == "." else below.split(os.sep)[0], path, stat_file(path)))
             except (OSError, BadAudio) as error:
-                listing.skipped.append((path, os_reason(error) if isinstance(error, OSError) else str(error)))
+                listing.skipped.append((path, reason_of(error)))
                 continue
             if below != "." and os.sep not in below:
                 class_folders.add(below)
@@ -111,7 +111,7 @@ def _walk(root: str, listing: Listing) -> Iterator[tuple[str, list[str]]]:
     seen: set[tuple[int, int]] = set()
 
     def failed(error: OSError) -> None:
-        listing.skipped.append((str(error.filename), os_reason(error)))
+        listing.skipped.append((str(error.filename), reason_of(error)))
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=failed):
         info = os.stat(folder)
@@ -157,7 +157,7 @@ def _list_manifest(path: str, suffix: str, label_column: str | None) -> Listing:
         except ValueError:  # a NUL in the name
             listing.skipped.append((repr(file), "not a file name"))
         except (OSError, BadAudio) as error:
-            listing.skipped.append((file, os_reason(error) if isinstance(error, OSError) else str(error)))
+            listing.skipped.append((file, reason_of(error)))
         else:
             label = row.get(label_column) or None if label_column else None
             values = tuple(row.get(name, "") for name in listing.columns)
@@ -194,7 +194,7 @@ def _jsonl_rows(path: str, listing: Listing) -> Iterator[tuple[int, dict[str, st
                     except ValueError:
                         listing.skipped.append((f"{path}:{number}", "not a JSON object"))
     except OSError as error:
-        raise DataError(f"{path}: the manifest cannot be read: {os_reason(error)}") from None
+        raise DataError(f"{path}: the manifest cannot be read: {reason_of(error)}") from None
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -231,7 +231,7 @@ def _list_tars(paths: list[str], label_column: str | None) -> Listing:
             size, mtime = stat_file(path)
             members, notes = _tar_members(path, size, listing)
         except (OSError, BadAudio) as error:
-            listing.skipped.append((path, os_reason(error) if isinstance(error, OSError) else str(error)))
+            listing.skipped.append((path, reason_of(error)))
             continue
         for member in members:
             stem, key = _keys(member.name)

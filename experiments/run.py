@@ -67,7 +67,7 @@ class Arguments:
 
 
 def base(args: Arguments) -> Config:
-    """The scale's configuration; which rows of --data are left out is for `run`."""
+    """The scale's configuration; which rows of --data are left out is for `trials`."""
     preset, overrides = SCALES[args.scale]
     cfg = override(config.PRESETS[preset], {**overrides, "watch.compare_steps": 0, "watch.keep": 1})
     if args.steps is not None:
