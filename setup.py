@@ -117,7 +117,7 @@ def extension() -> dict:
         "ext_modules": [
             CppExtension(
                 "ajepa_kernels._C",
-                ["csrc/ops.cpp"],
+                ["csrc/ops.cpp", "csrc/gelu_product.cpp"],
                 depends=[str(path) for path in sorted(CSRC.iterdir())],
                 extra_compile_args={"cxx": ["-std=c++17", "-O2", "-fvisibility=hidden", *defines]},
                 py_limited_api=True,

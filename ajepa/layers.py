@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ajepa_kernels import add_layer_norm, bias_gelu, fp8_linear, masked_attention
+from ajepa_kernels import add_layer_norm, bias_gelu, fp8_linear, gelu_mlp, masked_attention
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Block(nn.Module):
     layer norm, which reads both anyway.
     """
 
-    bias_gelu = False  # the first half of the MLP by the op of that name, where gradients are asked for
+    mlp = "plain"  # see StepConfig
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -138,11 +138,16 @@ class Block(nn.Module):
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
             stream = stream.index_select(0, wanted.rows)
         normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl)
-        if self.bias_gelu and torch.is_grad_enabled():
-            hidden = bias_gelu(self.fc1(normed, biased=False), self.fc1.bias, impl=impl)
-        else:
-            hidden = nn.functional.gelu(self.fc1(normed))
-        return self.fc2(hidden), stream
+        return self.transform(normed, impl), stream
+
+    def transform(self, normed, impl: str):
+        fc1, fc2, grad = self.fc1, self.fc2, torch.is_grad_enabled()
+        if self.mlp == "epilogue" and (grad or not fc1.fp8):
+            copies = None if fc1.copies is None or fc2.copies is None else (*fc1.copies, *fc2.copies)
+            return gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, copies=copies, impl=impl)
+        if self.mlp == "bias-gelu" and grad:
+            return fc2(bias_gelu(fc1(normed, biased=False), fc1.bias, impl=impl))
+        return fc2(nn.functional.gelu(fc1(normed)))
 
     def attend(self, normed, sequences: Sequences, rotary, impl: str):
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))

@@ -200,7 +200,7 @@ class JEPA(nn.Module):
             network.stream_dtype = torch.bfloat16 if bf16 and step.residual == "bf16" else None
             for block in network.modules():
                 if isinstance(block, Block):
-                    block.bias_gelu = step.bias_gelu
+                    block.mlp = step.mlp
         for module in self.target_encoder.blocks.modules():
             if isinstance(module, Linear):
                 module.fp8 = step.target_precision == "fp8"

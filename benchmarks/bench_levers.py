@@ -17,14 +17,15 @@ from ajepa.config import PRESETS
 PRESET, BATCHES = ("tiny", (16,)) if DEVICE == "cpu" else ("audio-jepa", (64, 1024))
 SHIPPED = "as shipped"
 LEVERS = {
-    "bias_gelu": {"bias_gelu": True},
+    "bias_gelu": {"mlp": "bias-gelu"},
+    "GELU epilogues": {"mlp": "epilogue"},
     "recompute": {"recompute": True},
     "no CUDA graph": {"cuda_graph": False},
     "bf16 residual": {"residual": "bf16"},
     "parallel encoders": {"parallel_encoders": True},
     "fp8 targets": {"target_precision": "fp8"},
 }
-ON_A_CPU = ("bias_gelu", "recompute")
+ON_A_CPU = ("bias_gelu", "GELU epilogues", "recompute")
 
 
 @pytest.mark.parametrize("batch", BATCHES)

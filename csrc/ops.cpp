@@ -14,19 +14,27 @@
 #include <string>
 #include <vector>
 
+#include "gelu_product.h"
 #include "log_mel.h"
 #include "log_mel_cpu.h"
 #ifdef AJEPA_CUDA
 #include "log_mel_cuda.h"
+#endif
 // Defined in libtorch_cuda alone: weak, so that this library also loads beside a CPU build of torch.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
 
 namespace {
 
 using ajepa::LogMel;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+                  "ajepa: no current CUDA stream");
+  return stream;
+}
 
 // ---- log_mel ----
 
@@ -182,9 +190,7 @@ void log_mel_fwd_cuda(LOG_MEL_ARGS) {
     peaks = torch::stable::new_empty(window, {p.batch});
     p.peaks = static_cast<float*>(peaks->data_ptr());
   }
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "log_mel_fwd: no current CUDA stream");
-  const char* error = ajepa::log_mel_cuda(p, stream);
+  const char* error = ajepa::log_mel_cuda(p, current_stream(device));
   STD_TORCH_CHECK(!*error, "log_mel_fwd: ", error);
 }
 #endif
@@ -197,6 +203,36 @@ bool has_cuda() {
 #endif
 }
 
+// ---- gelu_product ----
+
+void gelu_product_cuda(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> z, Tensor result, Tensor workspace,
+                       int64_t kind) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= 2 && z.has_value() == (kind != 0), "gelu_product_: kind is out of range");
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && result.dim() == 2, "gelu_product_: matrices expected");
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, "gelu_product_: x must be bfloat16 or float16");
+  const int64_t rows = x.size(0), in = x.size(1), out = result.size(1);
+  const bool backward = kind == 2;
+  STD_TORCH_CHECK(rows > 0 && in % 8 == 0 && out % 8 == 0 && in > 0 && out > 0, "gelu_product_: widths must be multiples of 8");
+  const auto check = [&](const Tensor& t, int64_t a, int64_t b, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == type && t.device() == x.device() && t.is_contiguous() &&
+                        t.numel() == a * b && t.size(0) == a && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0,
+                    "gelu_product_: ", name, " has the wrong dtype, device, shape, strides or alignment");
+  };
+  check(x, rows, in, "x"), check(result, rows, out, "result"), check(bias, out, 1, "bias");
+  backward ? check(weight, in, out, "weight") : check(weight, out, in, "weight");
+  if (z) check(*z, rows, out, "z");
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const ajepa::GeluProduct p = {x.data_ptr(), weight.data_ptr(), bias.data_ptr(), z ? z->data_ptr() : nullptr,
+                                result.data_ptr(), workspace.data_ptr(), size_t(workspace.numel()), rows, in, out,
+                                device, ajepa::Gelu(kind), type == ScalarType::Half};
+  const std::string error = ajepa::gelu_product(p, current_stream(device));
+  STD_TORCH_CHECK(error.empty(), "gelu_mlp: ", error, " for ", rows, " rows of ", in, " to ", out, "; impl='reference' runs without");
+}
+
+bool has_gelu_product() { return ajepa::has_gelu_product(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
@@ -205,10 +241,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
       "Tensor(a!) out, int n_fft, int hop_length, int first_sample, int edge, int frame_bias, int frame_add, "
       "int min_samples, int n_frames, bool remove_dc, float preemphasis, int waveform_norm, int power, float floor, "
       "float log_scale, float log_shift, float top) -> ()");
+  m.def(
+      "gelu_product_(Tensor x, Tensor weight, Tensor(a!) bias, Tensor(b!)? z, Tensor(c!) result, Tensor(d!) workspace, "
+      "int kind) -> ()");
   m.def("has_cuda() -> bool");
+  m.def("has_gelu_product() -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(ajepa, CPU, m) { m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ajepa, CUDA, m) {
+  m.impl("gelu_product_", TORCH_BOX(&gelu_product_cuda));
 #ifdef AJEPA_CUDA
-STABLE_TORCH_LIBRARY_IMPL(ajepa, CUDA, m) { m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cuda)); }
+  m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cuda));
 #endif
-STABLE_TORCH_LIBRARY_IMPL(ajepa, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }
+}
+STABLE_TORCH_LIBRARY_IMPL(ajepa, CompositeExplicitAutograd, m) {
+  m.impl("has_cuda", TORCH_BOX(&has_cuda));
+  m.impl("has_gelu_product", TORCH_BOX(&has_gelu_product));
+}

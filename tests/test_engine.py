@@ -1,9 +1,11 @@
 """The fused step: its graphs, copies, micro-batches and pruning change nothing but rounding."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ajepa.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.config import PRESETS, Config
@@ -119,10 +121,25 @@ def test_patches_rounded_by_the_front_end_are_those_rounded_by_the_layers():
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-3)])
 def test_bias_gelu_changes_rounding_alone(precision, tolerance):
     plain, a = run(make(precision=precision))
-    losses, b = run(make(precision=precision, step={"bias_gelu": True}))
+    losses, b = run(make(precision=precision, step={"mlp": "bias-gelu"}))
     assert losses == pytest.approx(plain, rel=tolerance)
     if precision == "fp32":
         assert_same_weights(a, b, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 5e-3)])
+def test_gelu_epilogues_change_the_gelu_alone(precision, tolerance):
+    """The tanh GELU for the exact one, in all three networks; in bf16 computed with the copies."""
+    model = {"target_layers": 1}
+    plain, _ = run(make(precision=precision, model=model))
+    losses, b = run(make(precision=precision, model=model, step={"mlp": "epilogue"}))
+    assert losses == pytest.approx(plain, rel=tolerance) and losses != plain
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "gelu", functools.partial(F.gelu, approximate="tanh"))
+        same, c = run(make(precision=precision, model=model))
+    assert losses == pytest.approx(same, rel=1e-5 if precision == "fp32" else 2e-3)
+    if precision == "fp32":
+        assert_same_weights(c, b, rtol=1e-3, atol=2e-5)
 
 
 def test_a_checkpoint_restores_the_copies_too(tmp_path):

@@ -8,6 +8,7 @@ from ajepa_kernels.fp8 import fp8_linear, quantize_rows, quantize_rows_reference
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
 from ajepa_kernels.warmup import warmup
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "ema_update_",
     "ema_update_reference_",
     "fp8_linear",
+    "gelu_mlp",
+    "gelu_mlp_reference",
     "latent_l2_loss",
     "latent_l2_loss_reference",
     "log_mel",

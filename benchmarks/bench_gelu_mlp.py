@@ -1,0 +1,67 @@
+"""gelu_mlp, its GELU in the epilogues of cuBLASLt's products, against plain PyTorch, eager and compiled.
+
+Milliseconds a call, both ways, with the gradients of x and of the four parameters. The floor is the FLOPs of the six
+products at the rate of a large one measured in the same run.
+"""
+
+import functools
+
+import pytest
+import torch
+from ceilings import SECONDS, left_out, rotating
+from conftest import DEVICE
+
+from ajepa.ceilings import product_flops_per_ms
+from ajepa_kernels import bias_gelu, gelu_mlp, gelu_mlp_reference
+
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# tokens of the context encoder and the predictor at 1,024 and 64 clips
+SIZES = [(65536, 768), (131072, 384), (4096, 768)] if DEVICE == "cuda" else [(1024, 384)]
+
+
+def two_passes(x, w1, b1, w2, b2):
+    """The exact GELU apart from the products, in one pass each way."""
+    hidden = bias_gelu(torch.nn.functional.linear(x, w1), b1)
+    return torch.nn.functional.linear(hidden, w2, b2)
+
+
+def both_ways(function, upstream, *leaves):
+    return torch.autograd.grad(function(*leaves), leaves, upstream)
+
+
+@pytest.mark.parametrize(("M", "C"), SIZES)
+def test_gelu_mlp(M, C, interleave, record):
+    on = {"device": DEVICE, "dtype": DTYPE}
+
+    def make():
+        shapes = {(M, C): 1.0, (4 * C, C): C**-0.5, (4 * C,): 1.0, (C, 4 * C): (4 * C) ** -0.5, (C,): 1.0}
+        leaves = [(s * torch.randn(shape, **on)).requires_grad_() for shape, s in shapes.items()]
+        return torch.randn(M, C, **on), *leaves
+
+    functions = {
+        "ajepa gelu_mlp": gelu_mlp,
+        "ajepa bias_gelu": two_passes,
+        "plain PyTorch": gelu_mlp_reference,
+        "torch.compile": torch.compile(gelu_mlp_reference),
+    }
+    upstream, *leaves = make()
+    if DEVICE == "cuda":  # a part of the rows stands for all: float64 products take their time
+        upstream, leaves[0] = upstream[:2048], leaves[0][:2048].detach().requires_grad_()
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    want = both_ways(gelu_mlp_reference, upstream.double(), *doubles)
+    for name, function in functions.items():
+        for got, right in zip(both_ways(function, upstream, *leaves), want, strict=True):
+            bound = (2e-3 if name == "ajepa bias_gelu" else 0) + 16 * torch.finfo(DTYPE).eps  # another GELU
+            assert (got.double() - right).norm() < bound * right.norm(), name
+    size = upstream.element_size()
+    timed = {
+        name: rotating(functools.partial(both_ways, function), make, 2 * M * C * size)
+        for name, function in functions.items()
+    }
+    floor = 6 * 2 * M * C * 4 * C / product_flops_per_ms(DTYPE, DEVICE)
+    shape = f"{M} x {C}, forward + backward"
+    record(
+        "gelu_mlp", shape, interleave(timed, SECONDS), plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor
+    )
+    if DEVICE == "cpu":
+        left_out({"the epilogues": "need a GPU: gelu_mlp is its plain definition here"})
