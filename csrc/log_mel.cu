@@ -5,12 +5,12 @@
 namespace ajepa {
 namespace {
 
-template <int LogN, class Sample>
+template <int Points, class Sample>
 cudaError_t launch(const LogMel& p, cudaStream_t stream) {
-  using S = Shape<LogN>;
+  using S = Shape<Points>;
   const int64_t chunks = (int64_t(p.patches) * p.patch_frames + kChunk - 1) / kChunk;
   const int64_t bytes = shared_bytes(p, S::kTogether, S::kValues);
-  const auto kernel = log_mel_fwd_kernel<LogN, Sample>;
+  const auto kernel = log_mel_fwd_kernel<Points, Sample>;
   if (bytes > 48 << 10)
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
       return error;
@@ -25,13 +25,14 @@ cudaError_t launch_all(const LogMel& p, cudaStream_t stream) {
     if (const cudaError_t error = cudaMemsetAsync(p.peaks, 0x80, size_t(p.batch) * sizeof(float), stream)) return error;
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.n_fft) {
-    case 128: error = launch<7, Sample>(p, stream); break;
-    case 256: error = launch<8, Sample>(p, stream); break;
-    case 512: error = launch<9, Sample>(p, stream); break;
-    case 1024: error = launch<10, Sample>(p, stream); break;
-    case 2048: error = launch<11, Sample>(p, stream); break;
-    case 4096: error = launch<12, Sample>(p, stream); break;
-    case 8192: error = launch<13, Sample>(p, stream); break;
+    case 128: error = launch<128, Sample>(p, stream); break;
+    case 256: error = launch<256, Sample>(p, stream); break;
+    case 400: error = launch<400, Sample>(p, stream); break;
+    case 512: error = launch<512, Sample>(p, stream); break;
+    case 1024: error = launch<1024, Sample>(p, stream); break;
+    case 2048: error = launch<2048, Sample>(p, stream); break;
+    case 4096: error = launch<4096, Sample>(p, stream); break;
+    case 8192: error = launch<8192, Sample>(p, stream); break;
   }
   if (error || !p.peaks) return error;
   const dim3 grid(8, unsigned(p.batch));

@@ -1,6 +1,6 @@
 // Log-mel on the GPU: PCM to patches in one kernel (two more, both tiny, where a clip's peak or its top_db is asked for).
-// A block makes kChunk frames of one clip. Two real frames share a complex transform; 16 points a thread, radix 16, one
-// exchange through shared memory between passes (Stockham, natural order). fp32 throughout: tf32 or fp16 would put a nat
+// A block makes kChunk frames of one clip. Two real frames share a complex transform; 16 points a thread, radix 16 (20 and
+// 20 for n_fft 400), one exchange through shared memory between passes (Stockham, natural order). fp32 throughout: tf32 or fp16 would put a nat
 // of error on quiet bins. Nothing here needs nvcc: the tests run this file on a CPU, one fiber a thread.
 #pragma once
 #include "log_mel.h"
@@ -14,25 +14,34 @@
 namespace ajepa {
 
 constexpr int kChunk = 16;   // frames of a block: a patch row of 32 bytes in bf16
-constexpr int kPoints = 16;  // complex values a thread holds
 constexpr int kStageStride = kChunk + 1;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <int LogN>
+constexpr int passes(int n, int radix) { return n < radix ? 0 : 1 + passes(n / radix, radix); }
+constexpr int rest(int n, int radix) { return n < radix ? n : rest(n / radix, radix); }
+
+template <int Points>  // of the transform
 struct Shape {
-  static constexpr int N = 1 << LogN, kThreads = N / kPoints;  // of one transform
+  static constexpr int N = Points;
+  static constexpr bool kPowerOfTwo = (N & (N - 1)) == 0;
+  static constexpr int kRadix = kPowerOfTwo ? 16 : 20;             // complex values a thread holds
+  static constexpr int kLanes = N / kRadix;                        // threads of a transform that hold some
+  static constexpr int kThreads = kPowerOfTwo ? kLanes : 32;       // all its threads
   static constexpr int kTogether = kThreads >= 256 ? 1 : 256 / kThreads < kChunk / 2 ? 256 / kThreads : kChunk / 2;
   static constexpr int kBlock = kThreads * kTogether, kRounds = kChunk / 2 / kTogether;
-  static constexpr int kResident = 1024 / kBlock;  // blocks on a multiprocessor: 64 registers a thread
-  static constexpr int kWide = LogN / 4, kLast = 1 << LogN % 4;  // passes of radix 16, then one of radix kLast
-  static constexpr int kValues = N + N / 16;                     // of shared memory, padded: no bank is hit twice
+  static constexpr int kResident = (kPowerOfTwo ? 1024 : 768) / kBlock;  // blocks on a multiprocessor: 64, 80 registers
+  static constexpr int kWide = passes(N, kRadix), kLast = rest(N, kRadix);  // passes of kRadix, then one of radix kLast
+  static constexpr int kValues = N + N / kRadix;  // of shared memory, padded: no bank is hit twice
+  static_assert(kPowerOfTwo || N == 400);
+
+  static __device__ __forceinline__ int padded(int i) { return i + int(unsigned(i) / kRadix); }
+  static __device__ __forceinline__ bool holds(int t) { return kLanes == kThreads || t < kLanes; }
 };
 
 inline int64_t shared_bytes(const LogMel& p, int together, int values) {
   return int64_t(together) * (values * 8 + p.n_segments * 16) + int64_t(p.n_mels) * kStageStride * 4;
 }
 
-__device__ __forceinline__ int padded(int i) { return i + (i >> 4); }
 __device__ __forceinline__ float2 add(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
 __device__ __forceinline__ float2 sub(float2 a, float2 b) { return make_float2(a.x - b.x, a.y - b.y); }
 __device__ __forceinline__ float2 times_minus_i(float2 a) { return make_float2(a.y, -a.x); }
@@ -41,7 +50,7 @@ __device__ __forceinline__ float2 mul(float2 a, float2 b) {
 }
 __device__ __forceinline__ float2 turn(int numerator, int denominator) {  // exp(-2 pi i numerator / denominator)
   float s, c;
-  sincospif(-2.0f * float(numerator) / float(denominator), &s, &c);  // exact argument: the denominator is 2^n
+  sincospif(-2.0f * float(numerator) / float(denominator), &s, &c);  // the argument is exact where the denominator is 2^n
   return make_float2(c, s);
 }
 __device__ __forceinline__ float2 sixteenth(int i) {  // exp(-2 pi i / 16)^i, folded where i is known
@@ -50,6 +59,13 @@ __device__ __forceinline__ float2 sixteenth(int i) {  // exp(-2 pi i / 16)^i, fo
                               -1.0f, -0.92387953251128674f, -0.70710678118654752f, -0.38268343236508977f,
                               0.0f,  0.38268343236508977f,  0.70710678118654752f,  0.92387953251128674f};
   return make_float2(kCos[i & 15], kCos[(i + 4) & 15]);
+}
+__device__ __forceinline__ float2 twentieth(int i) {
+  constexpr float kCos[20] = {1.0f,  0.95105651629515357f,  0.80901699437494742f,  0.58778525229247313f,  0.30901699437494742f,
+                              0.0f,  -0.30901699437494742f, -0.58778525229247313f, -0.80901699437494742f, -0.95105651629515357f,
+                              -1.0f, -0.95105651629515357f, -0.80901699437494742f, -0.58778525229247313f, -0.30901699437494742f,
+                              0.0f,  0.30901699437494742f,  0.58778525229247313f,  0.80901699437494742f,  0.95105651629515357f};
+  return make_float2(kCos[i % 20], kCos[(i + 5) % 20]);
 }
 
 template <int R>
@@ -74,6 +90,37 @@ __device__ __forceinline__ void dft<8>(float2* a) {
   for (int q = 0; q < 4; ++q) {
     const float2 o = q ? mul(odd[q], sixteenth(2 * q)) : odd[0];
     a[q] = add(even[q], o), a[q + 4] = sub(even[q], o);
+  }
+}
+template <>
+__device__ __forceinline__ void dft<5>(float2* a) {
+  constexpr float c1 = 0.30901699437494742f, c2 = -0.80901699437494742f, s1 = 0.95105651629515357f,
+                  s2 = 0.58778525229247313f;
+  const float2 p = add(a[1], a[4]), q = add(a[2], a[3]), m = times_minus_i(sub(a[1], a[4])), n = times_minus_i(sub(a[2], a[3]));
+  const float2 r = make_float2(a[0].x + c1 * p.x + c2 * q.x, a[0].y + c1 * p.y + c2 * q.y);
+  const float2 s = make_float2(a[0].x + c2 * p.x + c1 * q.x, a[0].y + c2 * p.y + c1 * q.y);
+  const float2 u = make_float2(s1 * m.x + s2 * n.x, s1 * m.y + s2 * n.y);
+  const float2 v = make_float2(s2 * m.x - s1 * n.x, s2 * m.y - s1 * n.y);
+  a[0] = add(a[0], add(p, q));
+  a[1] = add(r, u), a[2] = add(s, v), a[3] = sub(s, v), a[4] = sub(r, u);
+}
+template <>
+__device__ __forceinline__ void dft<20>(float2* a) {
+  float2 column[4][5];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 5; ++j) column[i][j] = a[i + 4 * j];
+    dft<5>(column[i]);
+  }
+#pragma unroll
+  for (int q = 0; q < 5; ++q) {
+    float2 row[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = i && q ? mul(column[i][q], twentieth(i * q)) : column[i][q];
+    dft<4>(row);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[q + 5 * i] = row[i];
   }
 }
 template <>
@@ -105,12 +152,13 @@ __device__ __forceinline__ float2 fresh(float2 a) {
 }
 
 // a[q] *= w^q, from w and w^4: no power is more than three products deep.
-__device__ __forceinline__ void twist16(float2* a, float2 w, float2 w4) {
+template <int R>
+__device__ __forceinline__ void twist(float2* a, float2 w, float2 w4) {
   const float2 w2 = mul(w, w), w3 = mul(w2, w);
   float2 high = w4;
   a[1] = mul(a[1], w), a[2] = mul(a[2], w2), a[3] = mul(a[3], w3);
 #pragma unroll
-  for (int q = 4; q < 16; q += 4) {
+  for (int q = 4; q < R; q += 4) {
     a[q] = mul(a[q], high);
     a[q + 1] = mul(a[q + 1], mul(high, w)), a[q + 2] = mul(a[q + 2], mul(high, w2));
     a[q + 3] = mul(a[q + 3], mul(high, w3));
@@ -118,51 +166,56 @@ __device__ __forceinline__ void twist16(float2* a, float2 w, float2 w4) {
   }
 }
 
-// The transform of one pair: `a` holds inputs t + q N / 16; leaves the spectrum in `z`, natural order. Offsets are
+// The transform of one pair: `a` holds inputs t + q N / kRadix; leaves the spectrum in `z`, natural order. Offsets are
 // split so that one register and immediates address all of a thread's values.
-template <int LogN>
-__device__ __forceinline__ void transform(float2 (&a)[kPoints], float2* z, int t, const float2 (&turns)[2][2],
+template <class S>
+__device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int t, const float2 (&turns)[2][2],
                                           float2 last_turn) {
-  using S = Shape<LogN>;
-  constexpr int T = S::kThreads;
-  float2* const mine = z + padded(t);
-  dft<16>(a);
+  constexpr int R = S::kRadix, T = S::kLanes;
+  float2* const mine = z + S::padded(t);
+  if (S::holds(t)) {
+    dft<R>(a);
 #pragma unroll
-  for (int q = 0; q < 16; ++q) z[17 * t + q] = a[q];
+    for (int q = 0; q < R; ++q) z[(R + 1) * t + q] = a[q];
+  }
   __syncthreads();
 #pragma unroll
-  for (int pass = 1; pass < S::kWide; ++pass) {
-    const int L = 1 << 4 * pass, k = t & (L - 1);
+  for (int pass = 1, L = R; pass < S::kWide; ++pass, L *= R) {
+    const int k = S::kPowerOfTwo ? t & (L - 1) : t;
+    if (S::holds(t)) {
 #pragma unroll
-    for (int q = 0; q < 16; ++q) a[q] = mine[padded(q * T)];
+      for (int q = 0; q < R; ++q) a[q] = mine[S::padded(q * T)];
+    }
     __syncthreads();
-    twist16(a, fresh(turns[pass - 1][0]), fresh(turns[pass - 1][1]));
-    dft<16>(a);
-    float2* const to = z + 17 * (t - k) + padded(k);
+    if (S::holds(t)) {
+      twist<R>(a, fresh(turns[pass - 1][0]), fresh(turns[pass - 1][1]));
+      dft<R>(a);
+      float2* const to = z + (R + 1) * (t - k) + S::padded(k);
 #pragma unroll
-    for (int q = 0; q < 16; ++q) to[padded(q * L)] = a[q];
+      for (int q = 0; q < R; ++q) to[S::padded(q * L)] = a[q];
+    }
     __syncthreads();
   }
   if constexpr (S::kLast > 1) {
     last_turn = fresh(last_turn);
-    constexpr int R = S::kLast, each = 16 / R, L = S::N / R;
+    constexpr int Last = S::kLast, each = R / Last, L = S::N / Last;
 #pragma unroll
     for (int i = 0; i < each; ++i)
 #pragma unroll
-      for (int q = 0; q < R; ++q) a[i * R + q] = mine[padded(i * T + q * L)];
+      for (int q = 0; q < Last; ++q) a[i * Last + q] = mine[S::padded(i * T + q * L)];
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       const float2 w = i ? mul(last_turn, sixteenth(i)) : last_turn;
       float2 power = w;
 #pragma unroll
-      for (int q = 1; q < R; ++q) {
-        a[i * R + q] = mul(a[i * R + q], power);
+      for (int q = 1; q < Last; ++q) {
+        a[i * Last + q] = mul(a[i * Last + q], power);
         power = mul(power, w);
       }
-      dft<R>(a + i * R);
+      dft<Last>(a + i * Last);
 #pragma unroll
-      for (int q = 0; q < R; ++q) mine[padded(i * T + q * L)] = a[i * R + q];
+      for (int q = 0; q < Last; ++q) mine[S::padded(i * T + q * L)] = a[i * Last + q];
     }
     __syncthreads();
   }
@@ -225,42 +278,43 @@ template <>
 struct Total<int16_t> {
   using type = int;  // exact
 };
-template <int Threads, int Half, class Sample>
+template <class S, int Half, class Sample>
 __device__ __forceinline__ float load_frame(const LogMel& p, const Sample* clip, int length, int frame, float mean,
-                                            int t, float2 (&a)[kPoints], int (*scratch)[3], float2* places) {
+                                            int t, float2 (&a)[S::kRadix], int (*scratch)[3], float2* places) {
   using Sum = typename Total<Sample>::type;
   const int start = frame * p.hop_length + p.first_sample;
   // Barriers stand outside these branches: transforms of one block may differ here.
   const bool inside = start >= 0 && start + p.win_length <= length;
   const Sample* const from = clip + start;
   const auto mirrored = [&](int n) { return clip[p.mirror(start + n, length)]; };
+  const auto within = [&](int n) { return S::holds(t) && n < p.win_length; };
 
   const Sum any = inside ? from[0] : mirrored(0);
   Range<Sum> range = {0, any, any};
   if (inside) {
 #pragma unroll
-    for (int q = 0; q < kPoints; ++q) {
-      const int n = t + q * Threads;
-      const bool in = n < p.win_length;
+    for (int q = 0; q < S::kRadix; ++q) {
+      const int n = t + q * S::kLanes;
+      const bool in = within(n);
       const Sum x = in ? Sum(from[n]) : any;
       range.sum += in ? x : Sum(0), range.low = min(range.low, x), range.high = max(range.high, x);
     }
   } else {
 #pragma unroll 1
-    for (int n = t; n < p.win_length; n += Threads) {
+    for (int n = t; n < p.win_length; n += S::kThreads) {
       const Sum x = mirrored(n);
       range.sum += x, range.low = min(range.low, x), range.high = max(range.high, x);
     }
   }
-  merge_threads<Threads>(range, scratch);
+  merge_threads<S::kThreads>(range, scratch);
 
   const float offset = p.remove_dc ? float(range.sum) / float(p.win_length) : mean;
   if (inside) {
 #pragma unroll
-    for (int q = 0; q < kPoints; ++q) {
-      const int n = t + q * Threads;
+    for (int q = 0; q < S::kRadix; ++q) {
+      const int n = t + q * S::kLanes;
       float y = 0;
-      if (n < p.win_length) {
+      if (within(n)) {
         y = float(from[n]) - offset;
         if (p.preemphasis != 0) y -= p.preemphasis * (float(from[n ? n - 1 : 0]) - offset);
         y *= p.window[n];
@@ -269,17 +323,17 @@ __device__ __forceinline__ float load_frame(const LogMel& p, const Sample* clip,
     }
   } else {  // rare: a loop, by way of the places in shared memory that this thread writes next
 #pragma unroll 1
-    for (int q = 0; q < kPoints; ++q) {
-      const int n = t + q * Threads;
+    for (int q = 0; q < S::kRadix; ++q) {
+      const int n = t + q * S::kLanes;
       float y = 0;
-      if (n < p.win_length) {
+      if (within(n)) {
         const float before = float(mirrored(n ? n - 1 : 0)) - offset;
         y = (float(mirrored(n)) - offset - p.preemphasis * before) * p.window[n];
       }
-      places[q].x = y;
+      if (S::holds(t)) places[q].x = y;
     }
 #pragma unroll
-    for (int q = 0; q < kPoints; ++q) (Half ? a[q].y : a[q].x) = places[q].x;
+    for (int q = 0; q < S::kRadix; ++q) (Half ? a[q].y : a[q].x) = S::holds(t) ? places[q].x : 0.0f;
   }
   return fmaxf(float(range.high) - offset, offset - float(range.low));
 }
@@ -295,10 +349,10 @@ __device__ __forceinline__ int ordered(float x) {  // integers in the order of f
 }
 
 // Grid: batch * ceil(frames written / kChunk).
-template <int LogN, class Sample>
-__global__ void __launch_bounds__(Shape<LogN>::kBlock, Shape<LogN>::kResident) log_mel_fwd_kernel(const LogMel p) {
-  using S = Shape<LogN>;
-  constexpr int N = S::N, T = S::kThreads;
+template <int Points, class Sample>
+__global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResident) log_mel_fwd_kernel(const LogMel p) {
+  using S = Shape<Points>;
+  constexpr int N = S::N, T = S::kThreads, R = S::kRadix;
   AJEPA_DYNAMIC_SHARED(float4, shared);
   __shared__ int scratch[S::kBlock > 32 ? S::kBlock / 32 : 1][3];
   const int group = threadIdx.x / T, t = threadIdx.x % T;
@@ -318,42 +372,42 @@ __global__ void __launch_bounds__(Shape<LogN>::kBlock, Shape<LogN>::kResident) l
 
   float2 turns[2][2] = {}, last_turn = make_float2(1.0f, 0.0f);
 #pragma unroll
-  for (int pass = 1; pass < S::kWide; ++pass) {
-    const int L = 1 << 4 * pass, k = t & (L - 1);
-    turns[pass - 1][0] = turn(k, 16 * L), turns[pass - 1][1] = turn(4 * k, 16 * L);
+  for (int pass = 1, L = R; pass < S::kWide; ++pass, L *= R) {
+    const int k = S::kPowerOfTwo ? t & (L - 1) : t;
+    turns[pass - 1][0] = turn(k, R * L), turns[pass - 1][1] = turn(4 * k, R * L);
   }
   if constexpr (S::kLast > 1) last_turn = turn(t, N);
 
   for (int round = 0; round < S::kRounds && 2 * S::kTogether * round < valid; ++round) {
     const int pair = round * S::kTogether + group;
     const int even = first + min(2 * pair, valid - 1), odd = first + min(2 * pair + 1, valid - 1);
-    float2 a[kPoints];
+    float2 a[R];
     float loud[2];
-    loud[0] = load_frame<T, 0>(p, pcm, length, even, mean, t, a, scratch, z + 17 * t);
-    loud[1] = load_frame<T, 1>(p, pcm, length, odd, mean, t, a, scratch, z + 17 * t);
+    loud[0] = load_frame<S, 0>(p, pcm, length, even, mean, t, a, scratch, z + (R + 1) * t);
+    loud[1] = load_frame<S, 1>(p, pcm, length, odd, mean, t, a, scratch, z + (R + 1) * t);
     // Rounding leaks from one frame of a pair into the other, so the second is brought to the first's level, by a power
     // of two, which is exact; a silent frame's share is dropped.
     int level = (__float_as_int(loud[0]) >> 23) - (__float_as_int(loud[1]) >> 23);
     level = loud[0] > 0 && loud[1] > 0 ? max(-60, min(60, level)) : 0;
     const float lift = __int_as_float((127 + level) << 23), lower = __int_as_float((127 - level) << 23);
 #pragma unroll
-    for (int q = 0; q < kPoints; ++q) a[q].y *= lift;
-    transform<LogN>(a, z, t, turns, last_turn);
+    for (int q = 0; q < R; ++q) a[q].y *= lift;
+    transform<S>(a, z, t, turns, last_turn);
 
     // X = (Z[k] + conj Z[N - k]) / 2, Y = (Z[k] - conj Z[N - k]) / 2i; each bin pair has one reader, which is its writer.
     for (int k = t; k <= N / 2; k += T) {
-      const float2 u = z[padded(k)], v = z[padded((N - k) & (N - 1))];
+      const float2 u = z[S::padded(k)], v = z[S::padded(S::kPowerOfTwo ? (N - k) & (N - 1) : k ? N - k : 0)];
       const float2 x = make_float2(u.x + v.x, u.y - v.y), y = make_float2(u.y + v.y, v.x - u.x);
       float2 power = make_float2(x.x * x.x + x.y * x.y, y.x * y.x + y.y * y.y);
       if (p.power == 1) power = make_float2(sqrtf(power.x), sqrtf(power.y));
-      z[padded(k)] = power;
+      z[S::padded(k)] = power;
     }
     __syncthreads();
     for (int s = t; s < p.n_segments; s += T) {
       const int bin = p.segments[2 * s], bins = p.segments[2 * s + 1];
       float4 sum = make_float4(0, 0, 0, 0);
       for (int i = 0; i < bins; ++i) {
-        const float2 weight = reinterpret_cast<const float2*>(p.weights)[i * p.n_segments + s], power = z[padded(bin + i)];
+        const float2 weight = reinterpret_cast<const float2*>(p.weights)[i * p.n_segments + s], power = z[S::padded(bin + i)];
         sum.x += weight.x * power.x, sum.y += weight.x * power.y;
         sum.z += weight.y * power.x, sum.w += weight.y * power.y;
       }

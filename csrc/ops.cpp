@@ -176,7 +176,6 @@ void log_mel_fwd_cpu(LOG_MEL_ARGS) {
 void log_mel_fwd_cuda(LOG_MEL_ARGS) {
   LogMel p = LOG_MEL_DESCRIBE;
   if (!p.batch || !out.numel()) return;
-  STD_TORCH_CHECK(n_fft != 400, "log_mel_fwd: the CUDA kernel takes powers of two only");
   STD_TORCH_CHECK(p.batch <= 65535 || p.top < 0, "log_mel_fwd: top_db takes at most 65535 clips a call");
   const int32_t device = pcm.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

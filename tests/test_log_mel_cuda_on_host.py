@@ -17,7 +17,7 @@ from ajepa_kernels.log_mel import _log_mel_fused
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "c++").split()[0]
-SIZES = [128, 256, 512, 1024, 2048, 4096, 8192]
+SIZES = [128, 256, 400, 512, 1024, 2048, 4096, 8192]
 
 
 class LogMel(ctypes.Structure):
@@ -90,6 +90,7 @@ def test_every_size(kernel, n_fft, convention):
         ("audio-jepa-16k", {"n_frames": 16, "power": 1}),
         ("a-jepa", {"n_frames": 20, "snip_edges": False, "patch": (8, 7), "n_mels": 256}),
         ("audio-jepa-16k", {"n_frames": None, "top_db": 30.0, "waveform_norm": "peak", "center": False}),
+        ("whisper", {"n_frames": 40}),
     ],
 )
 def test_front_ends(kernel, name, changes):
@@ -125,7 +126,8 @@ def test_equals_the_cpu_kernel(kernel):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.slow
 def test_no_spills(tmp_path):
-    """ptxas, for the architecture in AJEPA_TEST_ARCH (90): no spills, no stack, registers for four blocks of 256."""
+    """ptxas, for the architecture in AJEPA_TEST_ARCH (90): no spills, no stack, registers for four blocks of 256; for
+    three at 20 points a thread."""
     arch = os.environ.get("AJEPA_TEST_ARCH", "90")
     command = ["nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
     report = subprocess.run(
@@ -136,4 +138,5 @@ def test_no_spills(tmp_path):
     kernels = re.findall(line, report, re.DOTALL)
     assert len([name for name, *_ in kernels if "log_mel_fwd_kernel" in name]) == 2 * len(SIZES)
     for name, stack, spills, registers in kernels:
-        assert (stack, spills) == ("0", "0") and int(registers) <= 64, f"{name}: {stack=} {spills=} {registers=}"
+        most = 80 if "ILi400E" in name else 64
+        assert (stack, spills) == ("0", "0") and int(registers) <= most, f"{name}: {stack=} {spills=} {registers=}"

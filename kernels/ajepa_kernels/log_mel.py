@@ -448,8 +448,6 @@ def _kernel_reason(pcm: torch.Tensor, spec: LogMelSpec, dtype: torch.dtype) -> s
         return f"ajepa_kernels has no compiled kernels ({_extension.MISSING})"
     if pcm.device.type == "cuda" and not _extension.CUDA:
         return "ajepa_kernels was built without nvcc"
-    if pcm.device.type == "cuda" and spec.n_fft == 400:
-        return "the CUDA kernel takes powers of two, not n_fft = 400"
     return ""
 
 

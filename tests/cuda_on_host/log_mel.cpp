@@ -5,12 +5,12 @@
 
 using namespace ajepa;
 
-template <int LogN, class Sample>
+template <int Points, class Sample>
 static void run(const LogMel& p) {
-  using S = Shape<LogN>;
+  using S = Shape<Points>;
   const int chunks = (p.patches * p.patch_frames + kChunk - 1) / kChunk;
   cuda_on_host::launch(unsigned(p.batch * chunks), S::kBlock, size_t(shared_bytes(p, S::kTogether, S::kValues)),
-                       [p] { log_mel_fwd_kernel<LogN, Sample>(p); });
+                       [p] { log_mel_fwd_kernel<Points, Sample>(p); });
 }
 
 template <class Sample, class Sum>
@@ -18,13 +18,14 @@ static int run_all(const LogMel& p) {
   if (p.stats) cuda_on_host::launch(unsigned(p.batch), kStatsBlock, 0, [p] { log_mel_stats_kernel<Sample, Sum>(p); });
   if (p.peaks) std::memset(p.peaks, 0x80, size_t(p.batch) * sizeof(float));
   switch (p.n_fft) {
-    case 128: run<7, Sample>(p); break;
-    case 256: run<8, Sample>(p); break;
-    case 512: run<9, Sample>(p); break;
-    case 1024: run<10, Sample>(p); break;
-    case 2048: run<11, Sample>(p); break;
-    case 4096: run<12, Sample>(p); break;
-    case 8192: run<13, Sample>(p); break;
+    case 128: run<128, Sample>(p); break;
+    case 256: run<256, Sample>(p); break;
+    case 400: run<400, Sample>(p); break;
+    case 512: run<512, Sample>(p); break;
+    case 1024: run<1024, Sample>(p); break;
+    case 2048: run<2048, Sample>(p); break;
+    case 4096: run<4096, Sample>(p); break;
+    case 8192: run<8192, Sample>(p); break;
     default: return 1;
   }
   if (!p.peaks) return 0;
