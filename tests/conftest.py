@@ -69,5 +69,9 @@ def run(tones, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def forks():
     """Runs `ajepa.train.main` in processes of their own, without importing torch anew in each."""
+    import pydantic  # noqa: F401 (here, so that their absence is known before a process ends of it)
+    import soundfile  # noqa: F401
+    import tyro  # noqa: F401
+
     with Forks() as server:
         yield server

@@ -1,5 +1,6 @@
 """Processes that start at once: a server imports torch and ajepa a single time and forks for every run asked of it."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -63,8 +64,9 @@ class Forks:
 
 def _serve() -> None:
     import torch
-    from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (its import is the slowest)
 
+    with contextlib.suppress(ImportError):  # sets of plain PCM need none of it
+        from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (its import is the slowest)
     import ajepa.train  # noqa: F401
 
     for line in sys.stdin:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -16,7 +17,12 @@ from ajepa_kernels._triton import triton
 TESTS = ["kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm", "bias_gelu", "fp8"]
 
 
+# A loop from or to a number that is not a constant raises there.
+BROKEN = triton is not None and triton.__version__ < "3.7" and numpy.__version__ >= "2.4"
+
+
 @pytest.mark.skipif(triton is None, reason="triton is not installed")
+@pytest.mark.skipif(BROKEN, reason="the interpreter of triton 3.6 does not run with numpy 2.4")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the kernels themselves are tested")
 @pytest.mark.parametrize("name", TESTS)
 def test_interpreted(name):

@@ -35,6 +35,9 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel):
 
 
 def test_wheel_installs_into_an_empty_environment_and_runs_there(wheel, tmp_path):
+    import soundfile  # noqa: F401 (as tyro, what the program needs and not every machine has)
+    import tyro  # noqa: F401
+
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     site = Path(

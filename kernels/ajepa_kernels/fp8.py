@@ -113,5 +113,9 @@ def fp8_linear(
     values, scale = quantize_rows(x.reshape(-1, K), impl=impl)
     weight, weight_scale = quantize_rows(weight_NK, impl=impl)
     bias = None if bias_N is None else bias_N.detach().to(torch.bfloat16)
-    y = torch._scaled_mm(values, weight.T, scale, weight_scale.T, bias=bias, out_dtype=torch.bfloat16)
+    if x.is_cuda:
+        y = torch._scaled_mm(values, weight.T, scale, weight_scale.T, bias=bias, out_dtype=torch.bfloat16)
+    else:  # `_scaled_mm` has scales a row there from torch 2.12 on
+        y = (values.float() @ weight.float().T * scale * weight_scale.T).to(torch.bfloat16)
+        y = y if bias is None else y + bias
     return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y

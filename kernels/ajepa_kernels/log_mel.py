@@ -7,7 +7,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -174,6 +174,8 @@ class LogMelSpec:
         return self.patch[0] * self.patch[1]
 
 
+_FIELDS = tuple(field.name for field in fields(LogMelSpec))
+
 LOG_MEL_PRESETS: dict[str, LogMelSpec] = {
     # arXiv 2507.02915: 254 frames of a 10 s clip, then two rows of zeros.
     "audio-jepa": LogMelSpec(
@@ -297,13 +299,29 @@ def _cached_kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTabl
         )
 
 
+# torch.compile calls these while it traces. torch 2.11 can hand over constants alone, which a spec's fields are, and
+# unpack nothing but plain tuples.
+
+
 @torch.compiler.assume_constant_result
-def _kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
+def _constant_kernel_tables(device: torch.device, *values) -> tuple[torch.Tensor, ...]:
+    return tuple(_cached_kernel_tables(LogMelSpec(*values), device))
+
+
+@torch.compiler.assume_constant_result
+def _constant_tables(device: torch.device, dtype: torch.dtype, *values) -> tuple[torch.Tensor, ...]:
+    return tuple(_cached_tables(LogMelSpec(*values), device, dtype))
+
+
+def _kernel_tables(spec: LogMelSpec, device: torch.device) -> tuple[torch.Tensor, ...]:
+    if torch.compiler.is_compiling():
+        return _constant_kernel_tables(device, *[getattr(spec, name) for name in _FIELDS])
     return _cached_kernel_tables(spec, device)
 
 
-@torch.compiler.assume_constant_result
-def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
+def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    if torch.compiler.is_compiling():
+        return _constant_tables(device, dtype, *[getattr(spec, name) for name in _FIELDS])
     return _cached_tables(spec, device, dtype)
 
 
