@@ -116,6 +116,7 @@ class Engine:
 
     def _train(self, patches: torch.Tensor, parts: list[Masks], rates: Rates) -> tuple[torch.Tensor, ...]:
         """Forward, backward and update, on tensors alone: what a graph holds."""
+        self.optimizer.zero_grad(set_to_none=True)  # what a recording that failed has left
         loss = self._gradients(patches, parts, rates.share)
         return self._update(loss, rates)
 
@@ -179,9 +180,9 @@ class Engine:
         }
 
     def peak_memory(self) -> int:
-        """Bytes: most that this process has held in tensors on a GPU, or in all on a CPU."""
+        """Bytes: most that this process has taken of a GPU's memory, or of a CPU's."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_reserved(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def flops(self, masks: Masks | list[Masks]) -> float:

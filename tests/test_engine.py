@@ -11,7 +11,7 @@ from ajepa.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.config import PRESETS, Config
 from ajepa.engine import Engine
 from ajepa.frontend import FrontEnd
-from ajepa.graph import StepGraphs
+from ajepa.graph import StepGraphs, round_bound
 from ajepa.masks import MaskSampler
 
 CPU = torch.device("cpu")
@@ -64,6 +64,42 @@ def test_shapes_beyond_the_limit_run_eagerly_and_say_so_once(monkeypatch, capsys
     losses, engine = run(cfg, steps=6, graphs=True)
     assert losses == pytest.approx(run(cfg, steps=6)[0], rel=1e-5)
     assert capsys.readouterr().err.count("--fixed-token-budget") == 1 and len(engine.graphs.seen) == 2
+
+
+def test_what_was_recorded_is_replayed_beyond_the_limit_too(monkeypatch):
+    monkeypatch.setattr("ajepa.graph.MAX_GRAPHS", 1)
+    recorded, more = make(mask={"mask_ratio": (0.5, 0.5)}), make(mask={"mask_ratio": (0.7, 0.7)})
+    engine = Engine(recorded, CPU)
+    engine.graphs, eager = StepGraphs(engine._train, CPU), []
+    samplers = [MaskSampler(cfg.mask, cfg.front_end.grid) for cfg in (recorded, more)]
+    train = engine.graphs.train
+    engine.graphs.train = lambda patches, *rest: eager.append(patches.data_ptr()) or train(patches, *rest)
+    pcm, lengths = torch.randint(-9999, 9999, (5, 32_000), dtype=torch.int16), torch.full((5,), 32_000)
+    for step, which in enumerate([0, 0, 1, 0, 0]):
+        engine.step(pcm, lengths, samplers[which](step, 100, 5), step)
+    (kept,) = engine.graphs.seen.values()
+    assert [pointer == kept.patches.data_ptr() for pointer in eager] == [False, True, False, True, True]
+
+
+def test_a_recording_that_fails_late_leaves_no_gradient_behind(monkeypatch):
+    """The step that is run instead adds nothing to the gradients of the failed one."""
+    cfg = make(mask={"fixed_token_budget": True})
+
+    def record(graphs, patches, parts, rates):  # as a capture does: the body runs as far as it can
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "_update", lambda *_: (_ for _ in ()).throw(RuntimeError("stream is capturing")))
+            return graphs.train(patches, parts, rates)
+
+    monkeypatch.setattr(StepGraphs, "_record", record)
+    losses, failed = run(cfg, graphs=True)
+    eager, right = run(cfg)
+    assert losses == pytest.approx(eager, rel=1e-5)
+    assert_same_weights(failed, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "bound"), [(1, 16), (64, 64), (65, 96), (97, 128), (129, 256), (512, 512)])
+def test_bounds_are_rounded_to_what_attention_tells_apart(length, bound):
+    assert round_bound(length) == bound
 
 
 def test_a_recording_that_fails_falls_back_with_its_reason(monkeypatch, capsys):
