@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import statistics
 import time
@@ -14,7 +15,7 @@ from ajepa.config import Config, Impl
 from ajepa.engine import Engine, wait
 from ajepa.masks import Masks
 
-Batch = tuple[torch.Tensor, torch.Tensor, Masks]  # pcm, lengths, masks
+Batch = tuple[torch.Tensor, torch.Tensor, Masks | list[Masks]]  # pcm, lengths, masks
 PHASES = ("front end", "forward", "backward", "update")
 
 
@@ -36,23 +37,38 @@ def time_engines(
     warm_up: int = 1,
     split_steps: int = 0,
 ) -> dict[str, Timing]:
-    """Every batch through every engine in turn (A B A B), after its first `warm_up` batches once more, uncounted.
+    """Every batch through every engine in turn (A B A B), after `warm_up` uncounted steps on the first batches.
 
-    A fresh engine of each configuration. `split_steps` further steps are timed phase by phase, with a wait after each.
+    A fresh engine of each configuration; where a GPU does not hold all of them at once, one after the other.
+    `split_steps` further steps are timed phase by phase, with a wait after each.
     """
+    try:
+        return _time_together(configs, device, batches, warm_up, split_steps)
+    except torch.cuda.OutOfMemoryError:
+        if len(configs) == 1:
+            raise
+    apart: dict[str, Timing] = {}
+    for name, cfg in configs.items():
+        apart |= _time_together({name: cfg}, device, batches, warm_up, split_steps)
+    return apart
+
+
+def _time_together(configs, device, batches: list[Batch], warm_up: int, split_steps: int) -> dict[str, Timing]:
+    release(device)
     engines: dict[str, Engine] = {}
     timings = {name: Timing() for name in configs}
     for name, timing in timings.items():
         before = _reserved(device)
         engine = engines[name] = Engine(configs[name], device)
-        timing.losses += [engine.step(*batch, i).loss.item() for i, batch in enumerate(batches[:warm_up])]
+        for step in range(warm_up):
+            timing.losses.append(engine.step(*batches[step % len(batches)], step).loss.item())
         if device.type == "cuda":
             timing.peak_bytes = torch.cuda.memory_reserved(device) - before
-    for i, batch in enumerate(batches, start=warm_up):
+    for step, batch in enumerate(batches, start=warm_up):
         for name, engine in engines.items():
             wait(device)
             tick = time.perf_counter()
-            result = engine.step(*batch, i)
+            result = engine.step(*batch, step)
             wait(device)
             timings[name].seconds.append(time.perf_counter() - tick)
             timings[name].losses.append(result.loss.item())
@@ -63,6 +79,13 @@ def time_engines(
         for name, engine in engines.items():
             timings[name].phases = split(engine, steps)
     return timings
+
+
+def release(device: torch.device) -> None:
+    """Memory of engines that are no more: each refers to itself, by its methods in graphs and compiled functions."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def split(engine: Engine, steps: list[tuple[Batch, int]]) -> dict[str, float]:
@@ -107,7 +130,9 @@ def _marks(engine: Engine) -> Iterator[dict[str, float]]:
 
 def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:
     """Clips per second of each engine, from its median step."""
-    timings = time_engines({impl: dataclasses.replace(cfg, impl=impl) for impl in impls}, device, batches)
+    graphs = device.type == "cuda" and cfg.step.cuda_graph  # a graph is replayed at the third step of its shapes
+    configs: dict[str, Config] = {impl: dataclasses.replace(cfg, impl=impl) for impl in impls}
+    timings = time_engines(configs, device, batches, warm_up=2 * len(batches) if graphs else 1)
     return {impl: len(batches[0][0]) / statistics.median(timing.seconds) for impl, timing in timings.items()}
 
 
@@ -124,7 +149,4 @@ def _now(device: torch.device) -> float:
 
 
 def _reserved(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(device)
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

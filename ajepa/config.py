@@ -131,6 +131,11 @@ class StepConfig:
     profile: int = 0
     """Steps to profile, after ten: writes trace.json and prints where the time went."""
 
+    def sizes(self, batch: int) -> list[int]:
+        """Clips of each micro-batch."""
+        size = self.micro_batch or batch
+        return [min(size, batch - i) for i in range(0, batch, size)]
+
 
 @dataclass(frozen=True)
 class WatchConfig:
@@ -224,7 +229,7 @@ PRESETS: dict[str, Config] = {
 
 _MAY_CHANGE = {
     "resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out", "micro_batch",
-    "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
+    "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident", "compare_steps",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import sys
+from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +50,10 @@ class Engine:
 
     `fused` runs on `ajepa_kernels` (each op says aloud where it has no kernel for the device), in a CUDA graph where
     the shapes recur; it leaves out of the last layers what nothing reads, and in bf16 its linear layers read copies
-    that the optimiser writes. `reference` is plain PyTorch: torchaudio's front end, SDPA, torch's fused AdamW and
-    foreach EMA. `compile` is `reference` under torch.compile. All three have the same parameters, so that weights move
-    between them freely. A step whose loss or gradient is not finite changes no weight and no moment.
+    that the optimiser writes. `reference` is plain PyTorch: torchaudio's front end (on a GPU its batched definition),
+    SDPA, torch's fused AdamW and foreach EMA. `compile` is `reference` under torch.compile. All three have the same
+    parameters, so that weights move between them freely. A step whose loss or gradient is not finite changes no weight
+    and no moment.
 
     With several `ranks` each trains on its share of the batch, without CUDA graphs; sharded weights have no copies.
     """
@@ -73,7 +75,8 @@ class Engine:
         self.pairs = [(self.ranks.local(p), self.ranks.local(target)) for p, target in self.model.ema_pairs()]
         self.optimizer: torch.optim.AdamW
         if self.plain:
-            self.front_end = FrontEnd(cfg.front_end, "torchaudio")
+            # torchaudio's fbank takes one clip at a time: on a GPU its launches alone would take longer than the step
+            self.front_end = FrontEnd(cfg.front_end, "torchaudio" if device.type == "cpu" else "reference")
             self.optimizer = torch.optim.AdamW(groups, **options)
         else:
             copies = self.model.add_copies(torch.bfloat16) if bf16 and self.ranks.replicated else []
@@ -86,11 +89,11 @@ class Engine:
         graphs = not self.plain and cfg.step.cuda_graph and device.type == "cuda" and self.ranks.alone
         self.mask_stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.graphs = StepGraphs(self._train, device) if graphs else None
+        self.under_way: deque[torch.cuda.Event] = deque()
 
     def masks(self, sampler: MaskSampler, step: int, batch: int) -> list[Masks]:
         """Masks of a step, drawn on the device, a micro-batch each."""
-        size = self.cfg.step.micro_batch or batch
-        sizes = [min(size, batch - i) for i in range(0, batch, size)]
+        sizes = self.cfg.step.sizes(batch)
         if self.mask_stream is None:
             return sampler.parts(step, self.cfg.optim.steps, sizes)
         # The counts must be known to the host, which so waits for this stream, and not for the steps under way.
@@ -106,13 +109,22 @@ class Engine:
         self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks], step: int, share: float = 1.0
     ) -> StepResult:
         """Train on `pcm` int16 `[B, S]` with the schedules of `step`. `masks`: of the batch, or of each micro-batch in
-        turn; `share`: see `Ranks.share`. No device sync."""
+        turn; `share`: see `Ranks.share`. Waits for the step before the last one alone."""
+        self._pace()
         parts = [masks] if isinstance(masks, Masks) else masks
         with torch.no_grad():
             patches = self.front_end(pcm, lengths if self.cfg.data.pad == "zero" else None)  # cyclic: all full
         optim = self.cfg.optim
         rates = Rates(learning_rate(optim, step), weight_decay(optim, step), ema_decay(optim, step), share)
         return StepResult(*(self.graphs or self._train)(patches, parts, rates))
+
+    def _pace(self) -> None:
+        """At most two steps under way: more would hold the batches of all of them in the device's memory."""
+        if self.device.type != "cuda":
+            return
+        self.under_way.append(torch.cuda.current_stream(self.device).record_event())
+        if len(self.under_way) > 2:
+            self.under_way.popleft().synchronize()
 
     def _train(self, patches: torch.Tensor, parts: list[Masks], rates: Rates) -> tuple[torch.Tensor, ...]:
         """Forward, backward and update, on tensors alone: what a graph holds."""

@@ -119,7 +119,7 @@ class _Recorded:
 
 def _round_bounds(masks: Masks) -> Masks:
     """Bounds on lengths, rounded up, so that batches which differ in these alone share a graph."""
-    bounds = {name: round_bound(getattr(masks, name)) for name in Masks.BOUNDS}
+    bounds: dict[str, Any] = {name: round_bound(getattr(masks, name)) for name in Masks.BOUNDS}
     return dataclasses.replace(masks, **bounds)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class RunLog:
         if self.console.is_terminal and not quiet:
             self.progress.start()
         self.pending: list[torch.Tensor] = []
+        self.flops: list[Callable[[], float]] = []
         self.seconds = self.waited = 0.0  # of all counted steps
         self.clips = self.seen = 0
         self._open_window()
@@ -66,9 +67,14 @@ class RunLog:
     def _open_window(self) -> None:
         self.window = {"seconds": 0.0, "waited": 0.0, "clips": 0}
 
-    def add(self, result: Iterable[torch.Tensor], clips: int, seconds: float, waited: float) -> None:
-        """One step: its device scalars (loss, gradient norm, bad), host times in seconds."""
+    def add(
+        self, result: Iterable[torch.Tensor], clips: int, seconds: float, waited: float, flops: Callable[[], float]
+    ) -> None:
+        """One step: its device scalars (loss, gradient norm, bad), host times in seconds; `flops()`, asked when the
+        interval ends: it reads the masks from the device."""
         self.pending.append(torch.stack(list(result)))
+        if self.peak:
+            self.flops.append(flops)
         self.seen += 1
         for key, value in (("seconds", seconds), ("waited", waited), ("clips", clips)):
             self.window[key] += value
@@ -77,10 +83,10 @@ class RunLog:
         if self.console.is_terminal:
             self.progress.advance(self.task)
 
-    def flush(self, step: int, flops: float = 0.0) -> None:
-        """End an interval after `step` finished steps: read the device, write the line. The only sync of the loop.
+    def flush(self, step: int) -> None:
+        """End an interval after `step` finished steps: read the device, write the line.
 
-        `flops`: of the last step, for the MFU. Raises NonFiniteError when the last `max_bad_steps` were all bad.
+        Raises NonFiniteError when the last `max_bad_steps` were all bad.
         """
         if not self.pending:
             return
@@ -107,8 +113,9 @@ class RunLog:
             "data_wait_share": self.window["waited"] / self.window["seconds"],
             "bad_steps": self.counts["bad_steps"],
         }
-        if self.peak and flops:
-            record["mfu"] = flops / per_step / self.peak
+        if self.peak:
+            record["mfu"] = sum(flops() for flops in self.flops) / self.window["seconds"] / self.peak
+            self.flops.clear()
         line = (
             f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {lr:.2e}  "
             f"ema {ema:.5f}  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"

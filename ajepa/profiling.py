@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -32,7 +32,8 @@ class StepProfile:
 
     def __init__(self, folder: Path, steps: int, device: torch.device, say: Callable[[str], None]):
         self.path, self.steps, self.device, self.say = folder / "trace.json", steps, device, say
-        self.done, self.flops = 0, 0.0
+        self.done = 0
+        self.flops: list[Callable[[], float]] = []  # asked at the end: they read the device
         self.profile: profile | None = None
 
     def step(self, flops: Callable[[], float], peak: float | None) -> None:
@@ -46,13 +47,14 @@ class StepProfile:
             self.profile, self.start = profile(activities=activities), time.perf_counter()
             self.profile.start()
         elif self.profile is not None:
-            self.flops += flops()
+            self.flops.append(flops)
             if self.done == SKIPPED + self.steps:
                 wait(self.device)
                 seconds = time.perf_counter() - self.start
                 self.profile.stop()
                 self.profile.export_chrome_trace(str(self.path))
-                self.say(report(self.profile, self.device, seconds, self.steps, self.flops, peak))
+                total = sum(flops() for flops in self.flops)
+                self.say(report(self.profile, self.device, seconds, self.steps, total, peak))
                 self.say(f"trace written to {self.path}")
                 self.profile = None
 
@@ -62,8 +64,18 @@ class StepProfile:
             self.say(f"the run ended before {SKIPPED + self.steps} steps: nothing was profiled")
 
 
+def union(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of these (begin, end) lasts."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
 def report(profiled: profile, device: torch.device, seconds: float, steps: int, flops: float, peak) -> str:
-    """Share of the wall time by kind, and the dearest kernels (GPU) or operators (CPU). Idle: none of them ran."""
+    """Share of the wall time by kind, and the dearest kernels (GPU) or operators (CPU). Idle: none of them ran. Kernels
+    of several streams may run at once, so that the shares add up to more than the rest."""
     on_gpu = device.type == "cuda"
     times: dict[str, tuple[float, int]] = {}
     for event in profiled.key_averages():
@@ -77,7 +89,11 @@ def report(profiled: profile, device: torch.device, seconds: float, steps: int, 
     lines = [f"profile of {steps} steps, {1e3 * seconds / steps:.1f} ms each, {flops / seconds / 1e12:.3g} TFLOP/s"]
     lines[0] += f", MFU {flops / seconds / peak:.1%}" if peak else ""
     lines += [f"  {kind:<26}{share:>7.1%}" for kind, share in shares.items()]
-    lines.append(f"  {'idle':<26}{max(0.0, 1 - sum(shares.values())):>7.1%}")
+    busy = sum(shares.values())
+    if on_gpu:
+        spans = [(e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type == DeviceType.CUDA]
+        busy = union(spans) / 1e6 / seconds
+    lines.append(f"  {'idle':<26}{max(0.0, 1 - busy):>7.1%}")
     lines.append(f"  {'dearest':<60}{'ms a step':>10}{'calls':>8}{'share':>8}")
     for name, (spent, calls) in sorted(times.items(), key=lambda item: -item[1][0])[:12]:
         shown = name if len(name) <= 58 else name[:55] + "..."

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_bytes
 
 from ajepa import config, plots
 from ajepa.checkpoint import CheckpointError, load_latest, save_checkpoint
-from ajepa.compare import compare, table
+from ajepa.compare import Batch, compare, table
 from ajepa.config import Config, ConfigError, Impl
 from ajepa.corpus import Corpus, open_corpus
 from ajepa.distributed import ElsewhereError, Ranks, ReplicaError, joined, speaks_for_node
@@ -60,12 +60,13 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
             share = ranks.share(sum(len(part.target) for part in masks), bool(stop))
             result = engine.step(pcm, lengths, masks, step, share)
             step += 1
-            log.add(result, len(pcm) * ranks.world_size, time.perf_counter() - tick, waited)
-            profile.step(partial(engine.flops, masks), log.peak)
+            flops = partial(engine.flops, masks)
+            log.add(result, len(pcm) * ranks.world_size, time.perf_counter() - tick, waited, flops)
+            profile.step(flops, log.peak)
 
             last = step == cfg.optim.steps
             if last or step % cfg.watch.log_every == 0:
-                log.flush(step, engine.flops(masks))
+                log.flush(step)
             if last or step % cfg.watch.watch_every == 0:
                 watch = {**engine.inspect(pcm, lengths, masks), **score(cfg, engine, corpus)}
                 log.write({"step": step, **watch})
@@ -87,10 +88,12 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
         encoder = engine.target_encoder()
         if skipped is None:  # not rank 0, which does the rest
             return None
-        rates = compare_engines(cfg, device, corpus, min(cfg.watch.compare_steps, cfg.optim.steps), ranks.world_size)
-        summary = finish(cfg, folder, engine, encoder, log, baselines, rates, skipped)
+        write_encoder(cfg, folder, encoder)
         draw(cfg, folder, engine, corpus, baselines)
-    return summary
+        peak = engine.peak_memory()
+        engine.graphs = None  # their memory is the comparison's
+        rates = compare_engines(cfg, device, corpus, min(cfg.watch.compare_steps, cfg.optim.steps), ranks.world_size)
+        return finish(cfg, folder, device, log, baselines, rates, skipped, peak)
 
 
 def baseline_scores(cfg: Config, engine: Engine, corpus: Corpus) -> dict[str, float | None]:
@@ -126,29 +129,37 @@ def compare_engines(
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
     with contextlib.closing(corpus.loader(cfg, None, 0, world_size)) as loader:
         pairs = [to_device(next(loader), device) for _ in range(steps)]
-    batches = [
-        (pcm, lengths, sampler(i, cfg.optim.steps, len(pcm)).to(device)) for i, (pcm, lengths) in enumerate(pairs)
-    ]
-    return compare(cfg, device, batches, impls)
+    batches: list[Batch] = []
+    for i, (pcm, lengths) in enumerate(pairs):
+        parts = sampler.parts(i, cfg.optim.steps, cfg.step.sizes(len(pcm)))
+        batches.append((pcm, lengths, [masks.to(device) for masks in parts]))
+    try:
+        return compare(cfg, device, batches, impls)
+    except torch.cuda.OutOfMemoryError:
+        warn("no comparison with plain PyTorch: it does not fit into what is left of the GPU's memory")
+        return {}
+
+
+def write_encoder(cfg: Config, folder: Path, encoder: torch.nn.Module) -> None:
+    weights = {k: v.contiguous().cpu() for k, v in encoder.state_dict().items()}
+    write_atomic(folder / "encoder.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
 
 
 def finish(
-    cfg: Config, folder: Path, engine: Engine, encoder, log: RunLog, baselines, rates, skipped: int
+    cfg: Config, folder: Path, device: torch.device, log: RunLog, baselines, rates, skipped: int, peak: int
 ) -> dict[str, Any]:
-    """Write weights and summary, and say how it went."""
-    weights = {k: v.contiguous().cpu() for k, v in encoder.state_dict().items()}
-    write_atomic(folder / "encoder.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
+    """Write the summary, and say how it went."""
     records = read_metrics(folder)
     last = {key: r[key] for r in records for key in r}  # later records overwrite earlier ones
     plain = rates.get("reference")
     summary = {
         "preset": cfg.preset,
         "impl": cfg.impl,
-        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "steps": cfg.optim.steps,
-        "clips_per_second": log.clips / log.seconds if log.seconds else last.get("clips_per_second"),
-        "data_wait_share": log.waited / log.seconds if log.seconds else last.get("data_wait_share"),
-        "peak_memory_gb": engine.peak_memory() / 1e9,
+        "clips_per_second": log.clips / log.seconds if log.clips else last.get("clips_per_second"),
+        "data_wait_share": log.waited / log.seconds if log.clips else last.get("data_wait_share"),
+        "peak_memory_gb": peak / 1e9,
         "final_loss": last.get("loss"),
         "target_variance": last.get("target_variance"),
         "effective_rank": last.get("effective_rank"),
@@ -278,8 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         cfg = config.parse(argv)
         if cfg.compare:
             device = choose_device(cfg.device)
-            print(table(compare_engines(cfg, device, open_corpus(cfg), max(1, cfg.watch.compare_steps))))
-            return 0
+            rates = compare_engines(cfg, device, open_corpus(cfg), max(1, cfg.watch.compare_steps))
+            print(table(rates) if rates else "lower --batch-size, or set --micro-batch")
+            return 0 if rates else 2
         with joined(cfg, choose_device(cfg.device)) as (ranks, device):
             folder = ranks.gather(ranks.first(lambda: open_run(cfg)))[0]
             if folder is not None:

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import SMALL
 
-from ajepa.profiling import kind_of
+from ajepa.profiling import kind_of, union
 from ajepa.train import main
 
 
@@ -27,6 +27,14 @@ from ajepa.train import main
 )
 def test_kernels_are_told_apart(name, kind):
     assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("spans", "lasts"),
+    [([], 0), ([(0, 2), (5, 6)], 3), ([(5, 6), (0, 5.5)], 6), ([(0, 9), (1, 2), (3, 4)], 9), ([(0, 1), (0, 1)], 1)],
+)
+def test_kernels_that_run_at_once_count_once(spans, lasts):
+    assert union(spans) == lasts
 
 
 def test_a_profiled_run(tones, tmp_path, capsys):
