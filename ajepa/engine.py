@@ -163,10 +163,14 @@ class Engine:
         else:
             self.optimizer.grad_scale, self.optimizer.found_inf = clip, bad  # type: ignore[attr-defined]
             self.optimizer.step()
-            sources, targets = zip(*self.pairs, strict=True)
-            ema_update_reference_(targets, sources, rates.ema_decay)
+            self._average(rates.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm, bad
+
+    def _average(self, decay: float | torch.Tensor) -> None:
+        """The plain engine's EMA of the target encoder."""
+        sources, targets = zip(*self.pairs, strict=True)
+        ema_update_reference_(targets, sources, decay)
 
     def target_encoder(self) -> torch.nn.Module:
         """The EMA target encoder, whole; all ranks must call."""

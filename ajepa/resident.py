@@ -70,14 +70,20 @@ class ResidentLoader(AudioLoader):
         items = np.array([self._good(int(item), skipped) for item in plan.items], np.int64)
         spare = self._frames[items] - samples
         starts = self._starts[items] + np.minimum((plan.fractions * (spare + 1)).astype(np.int64), spare)
-        on_device = torch.from_numpy(starts).to(self._bank.device)
-        pcm = self._bank.unfold(0, samples, 1)[on_device]  # [B, S]
+        pcm = self._bank.unfold(0, samples, 1)[self._to_device(starts)]  # [B, S]
         if (plan.gains != 1).any():
-            gains = torch.from_numpy((32768 * plan.gains).astype(np.float32)).to(pcm.device)
+            gains = self._to_device((32768 * plan.gains).astype(np.float32))
             pcm = (pcm.float() / 32768 * gains[:, None]).round_().clamp_(-32768, 32767).to(torch.int16)
         self._last = {"batches": place + 1, "first": place + 1, "dali": None, "skipped": skipped}
-        lengths = torch.from_numpy(self._lengths[items]).to(pcm.device)
+        lengths = self._to_device(self._lengths[items])
         return Batch(pcm, lengths, torch.from_numpy(self.index.labels[items]), torch.from_numpy(items))
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        """Without waiting for the steps under way, as a copy from memory that is not pinned would."""
+        host = torch.from_numpy(values)
+        if self._bank.device.type != "cuda":
+            return host
+        return host.pin_memory().to(self._bank.device, non_blocking=True)
 
     def _good(self, item: int, skipped: dict[str, str]) -> int:
         """The row, or the next one that is good, as `Reader.good_row` would choose it."""

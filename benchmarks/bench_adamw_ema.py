@@ -6,8 +6,8 @@ of p written) over the measured copy rate.
 
 import pytest
 import torch
-from ceilings import SECONDS, copy_bytes_per_ms, left_out
-from conftest import DEVICE
+from ceilings import SECONDS, copy_bytes_per_ms
+from conftest import DEVICE, left_out
 
 from ajepa_kernels import AdamWEMA
 
@@ -43,7 +43,7 @@ def test_adamw_ema(interleave, record):
 
     def torchs():
         params, emas, copies = tensors()
-        optimizer = torch.optim.AdamW(params, fused=True, **options)
+        optimizer = torch.optim.AdamW(params, fused=True, capturable=DEVICE == "cuda", **options)
         optimizer.grad_scale, optimizer.found_inf = scale, None
 
         @torch.no_grad()

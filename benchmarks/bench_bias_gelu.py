@@ -9,8 +9,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from ceilings import SECONDS, copy_bytes_per_ms, left_out, rotating
-from conftest import DEVICE
+from ceilings import SECONDS, copy_bytes_per_ms, rotating
+from conftest import DEVICE, left_out
 
 from ajepa_kernels import bias_gelu
 

@@ -8,8 +8,8 @@ import functools
 
 import pytest
 import torch
-from ceilings import SECONDS, left_out, rotating
-from conftest import DEVICE
+from ceilings import SECONDS, rotating
+from conftest import DEVICE, left_out
 
 from ajepa.ceilings import product_flops_per_ms
 from ajepa_kernels import bias_gelu, gelu_mlp, gelu_mlp_reference

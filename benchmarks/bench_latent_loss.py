@@ -7,8 +7,8 @@ import functools
 
 import pytest
 import torch
-from ceilings import SECONDS, copy_bytes_per_ms, left_out, rotating
-from conftest import DEVICE
+from ceilings import SECONDS, copy_bytes_per_ms, rotating
+from conftest import DEVICE, left_out
 
 from ajepa_kernels import latent_l2_loss, latent_l2_loss_reference
 

@@ -4,7 +4,6 @@ Milliseconds a batch; on a CPU with 1 thread and with all. The floor on a CPU is
 no framing, window, mel or logarithm. On a GPU it is the greater of the memory's and the fp32 units' least time.
 """
 
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ceilings import copy_bytes_per_ms
+from conftest import left_out
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel
@@ -142,12 +142,10 @@ def test_log_mel(name, threads, interleave, record):
     try:
         torch.set_num_threads(threads)
         for package, make in optional.items():
-            if importlib.util.find_spec(package.split(".")[0]) is None:
-                continue
             try:
                 variants[package] = make(x, spec)
-            except ValueError as error:
-                print(f"{package} refuses {name}: {error}", file=sys.stderr)
+            except (ImportError, ValueError) as error:
+                left_out({f"{package}, {name}": str(error)})
         times = interleave(variants)
         bound = floor_ms(spec, pcm.shape[1])
         bound = sorted(times["bare rfft"])[len(times["bare rfft"]) // 2] if bound is None else bound

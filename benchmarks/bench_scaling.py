@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from bench_train_step import ALL, EAGER, time_steps
-from ceilings import left_out
+from conftest import left_out
 from records import DEVICE, FULL
 
 from ajepa.config import PRESETS, SIZES, Config

@@ -1,7 +1,6 @@
 """The rates that floors are computed from, measured in the run that reports them, and inputs that no cache holds."""
 
 import itertools
-import sys
 from collections.abc import Callable
 
 from conftest import DEVICE
@@ -20,8 +19,3 @@ def rotating(function: Callable[..., object], make: Callable[[], tuple], bytes_e
     """`function` on a next set of inputs at each call, of enough sets to overflow the caches."""
     sets = itertools.cycle([make() for _ in range(min(1 + CACHE_BYTES // max(bytes_each, 1), 64))])
     return lambda: function(*next(sets))
-
-
-def left_out(reasons: dict[str, str]) -> None:
-    for variant, reason in reasons.items():
-        print(f"  left out: {variant}: {reason}", file=sys.stderr)

@@ -5,6 +5,7 @@ A benchmark checks its variants before it times them; where it fails, its earlie
 """
 
 import gc
+import os
 import random
 import statistics
 import sys
@@ -22,38 +23,65 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from missing import *  # noqa: F403
 
 Times = dict[str, list[float]]  # milliseconds of each call, by variant
+LEFT_OUT: dict[str, dict[str, str]] = {}  # {test: {what it does not measure here: why}}, of this session
 
 
 def percentile(times: list[float], share: float) -> float:
     return statistics.quantiles(times, n=100, method="inclusive")[round(100 * share) - 1] if times[1:] else times[0]
 
 
-def _prepare(function: Callable[[], object]) -> tuple[Callable[[], object], int]:
-    """Warms up; on a GPU, a CUDA graph of enough calls to hide the launch, and how many."""
+def _prepare(function: Callable[[], object]) -> tuple[Callable[[], object], int, str]:
+    """Warms up; on a GPU, a CUDA graph of enough calls to hide the launch, and how many. Or why there is no graph."""
     function()
     if DEVICE == "cpu":
-        return function, 1
+        return function, 1, ""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         function()
     torch.cuda.synchronize()
     graph, calls = torch.cuda.CUDAGraph(), 10
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls):
-            function()
-    return graph.replay, calls
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                function()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return function, 1, _first_line(error)
+    return graph.replay, calls, ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def left_out(reasons: dict[str, str]) -> None:
+    """Say at the end, and in the results, what this test does not measure here."""
+    LEFT_OUT.setdefault(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0], {}).update(reasons)
 
 
 @pytest.fixture(scope="session")
 def interleave() -> Callable[..., Times]:
     """interleave({name: function}, seconds=3.0, rounds=7) -> times: every function once a round, in a new order.
 
-    Stops after `seconds` and at least `rounds` rounds. On a GPU, pass functions that rotate through their inputs.
+    Stops after `seconds` and at least `rounds` rounds. On a GPU, pass functions that rotate through their inputs. What
+    cannot run here is left out with its reason, what cannot be in a CUDA graph is launched; ours must do both.
     """
 
     def run(variants: dict[str, Callable[[], object]], seconds: float = 3.0, rounds: int = 7) -> Times:
-        ready = {name: _prepare(function) for name, function in variants.items()}
-        times: Times = {name: [] for name in variants}
+        ready = {}
+        for name, function in variants.items():
+            ours = name.startswith("ajepa")
+            try:
+                *ready[name], no_graph = _prepare(function)
+            except Exception as error:
+                if ours:
+                    raise
+                left_out({name: _first_line(error)})
+                continue
+            assert not (ours and no_graph), f"{name} in a CUDA graph: {no_graph}"
+            if no_graph:
+                left_out({f"{name} in a CUDA graph": f"launched call by call: {no_graph}"})
+        times: Times = {name: [] for name in ready}
         names, order = list(ready), random.Random(0)
         gc.collect()
         gc.disable()
@@ -135,7 +163,17 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if report.failed:
         records.put(records.results_path(), item.nodeid, [])
+    elif report.when == "call":
+        records.put_left_out(records.results_path(), item.nodeid, LEFT_OUT.get(item.nodeid, {}))
     return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    lines = records.left_out_lines(LEFT_OUT)
+    if lines:
+        terminalreporter.section("left out on this machine")
+    for line in lines:
+        terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session):

@@ -2,7 +2,7 @@
 
 `results/<device>.json` holds the device, the versions and commit of the last run, the ceilings it measured, and
 `records`. Each record keeps the test, the commit and the day it was measured at, so that a run of one file renews its
-own records and leaves the others as they are.
+own records and leaves the others as they are. `left_out` says of each test what it did not measure here, and why.
 """
 
 import functools
@@ -84,14 +84,29 @@ def merge(kept: list[dict], test: str, new: list[dict]) -> list[dict]:
 
 
 def read(path: Path) -> list[dict]:
-    return json.loads(path.read_text())["records"] if path.exists() else []
+    return _load(path).get("records", [])
 
 
-def write(path: Path, records: list[dict]) -> None:
+def _load(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, records: list[dict], left_out: dict[str, dict[str, str]] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".tmp")
-    half.write_text(json.dumps({**environment(), "ceilings": ceilings(), "records": records}, indent=1) + "\n")
+    left_out = _load(path).get("left_out", {}) if left_out is None else left_out
+    kept = {"ceilings": ceilings(), "left_out": left_out, "records": records}
+    half.write_text(json.dumps({**environment(), **kept}, indent=1) + "\n")
     os.replace(half, path)
+
+
+def put_left_out(path: Path, test: str, reasons: dict[str, str]) -> None:
+    """Make `reasons`, of what was not measured, those of `test`."""
+    stored = _load(path)
+    before = stored.get("left_out", {})
+    after = {**{name: why for name, why in before.items() if name != test}, **({test: reasons} if reasons else {})}
+    if stored and after != before:
+        write(path, stored["records"], dict(sorted(after.items())))
 
 
 def put(path: Path, test: str, new: list[dict]) -> None:
@@ -103,12 +118,20 @@ def put(path: Path, test: str, new: list[dict]) -> None:
         write(path, merged)
 
 
+def left_out_lines(left_out: dict[str, dict[str, str]]) -> list[str]:
+    """`left_out` to read, each thing once."""
+    named = {test: re.sub(r".*bench_(\w+)\.py.*", r"\1", test) for test in left_out}
+    return list(
+        dict.fromkeys(f"{named[test]}: {what}: {why}" for test in left_out for what, why in left_out[test].items())
+    )
+
+
 def forget_others(path: Path, tests: set[str]) -> None:
     """Drop records of tests that are no more: after a run of all benchmarks."""
     kept = read(path)
     living = [r for r in kept if r.get("test") in tests]
     if living != kept:
-        write(path, living)
+        write(path, living, {name: why for name, why in _load(path).get("left_out", {}).items() if name in tests})
 
 
 def _natural(text: str) -> list[tuple[bool, int, str]]:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from records import left_out_lines
 from selection import WHOLE, groups, is_ours, kernels, load, number, of, plots_of, when
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,8 @@ def results_page(results: list[dict]) -> str:
             rows = [[f"`{r['benchmark']}`", r["shape"], r["variant"], number(r["median_ms"]),
                      number(r["ratio_to_plain"], ".2f")] for r in others]  # fmt: skip
             parts += ["### Others", table("benchmark | case | variant | ms | x plain", rows)]
+        if lines := left_out_lines(result.get("left_out", {})):
+            parts += ["### Left out", "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join(parts) + "\n"
 
 

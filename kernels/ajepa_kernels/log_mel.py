@@ -327,9 +327,8 @@ def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> tuple
 
 def _mirror(index: torch.Tensor, length: torch.Tensor | int, repeat_edge: bool) -> torch.Tensor:
     """Index of the sample that stands at `index`, before 0 or from `length` on, when a clip's ends are mirrored."""
-    edge = int(repeat_edge)
+    edge, last = int(repeat_edge), length - 1
     index = torch.where(index < 0, -edge - index, index)
-    last = torch.as_tensor(length, device=index.device) - 1
     return torch.where(index > last, 2 * last + edge - index, index).clamp_min(0)
 
 
