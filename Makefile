@@ -50,11 +50,11 @@ part = @mkdir -p $(OUT) $(PASSED); echo "== $(notdir $@): $(1)" | tee -a $(OUT)/
 	case $$code in 0|5) touch $@;; *) echo "$(notdir $@) failed ($$code): $@.log" | tee -a $(OUT)/gpu.log;; esac
 
 gpu: $(addprefix $(PASSED)/,$(GPU_PARTS))
-	-$(PYTHON) benchmarks/report.py && result=$(RESULT) && cp benchmarks/results/plots/$$(basename $$result .json)*.png $(OUT)
+	-$(PYTHON) benchmarks/report.py && result=$(RESULT) && cp benchmarks/results/plots/$$(basename $$result .json)*.png $(OUT) 2>/dev/null
 	@for part in $^; do test -e $$part || { echo "not all parts passed: see $(OUT)/gpu.log"; exit 1; }; done
 
 $(PASSED)/build:
-	-test -z "$(wildcard $(WHEELS)/*.whl)" || $(PYTHON) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl
+	@test -z "$(wildcard $(WHEELS)/*.whl)" || $(PYTHON) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl
 	$(call part,env AJEPA_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) -m pip install --no-build-isolation --no-deps -e .)
 
 $(PASSED)/tests-gpu:
