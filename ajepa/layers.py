@@ -96,6 +96,24 @@ class Linear(nn.Linear):
         return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)
 
 
+class _UniqueRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.save_for_backward(rows)
+        ctx.length = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (rows,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.length, *dy.shape[1:]).index_copy_(0, rows, dy), None
+
+
+def unique_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x[rows] where no row occurs twice: its gradient is a copy by index, that of `index_select` a sum by atomics."""
+    return _UniqueRows.apply(x, rows)
+
+
 class Sequences(NamedTuple):
     """Packed tokens: where each sequence begins, and the longest."""
 
@@ -107,7 +125,7 @@ class Sequences(NamedTuple):
 class Wanted(NamedTuple):
     """The tokens of each sequence whose output is asked for."""
 
-    rows: torch.Tensor  # int64 [Tw], of the packed tokens
+    rows: torch.Tensor  # int64 [Tw], of the packed tokens, each once
     sequences: Sequences
 
 
@@ -136,7 +154,7 @@ class Block(nn.Module):
             attended = self.attend(normed, sequences, rotary, impl)
         else:
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
-            stream = stream.index_select(0, wanted.rows)
+            stream = unique_rows(stream, wanted.rows)
         normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl)
         return self.transform(normed, impl), stream
 
@@ -161,7 +179,7 @@ class Block(nn.Module):
     def attend_wanted(self, normed, sequences: Sequences, rotary, impl: str, wanted: Wanted):
         """All tokens are keys, the wanted ones alone are queries."""
         width = normed.shape[-1]
-        q = self.qkv(normed.index_select(0, wanted.rows), slice(0, width)).unflatten(-1, (self.heads, -1))
+        q = self.qkv(unique_rows(normed, wanted.rows), slice(0, width)).unflatten(-1, (self.heads, -1))
         k, v = self.qkv(normed, slice(width, None)).unflatten(-1, (2, self.heads, -1)).unbind(1)
         if rotary is not None:
             q, k = rotate(q, rotary.index_select(0, wanted.rows)), rotate(k, rotary)
