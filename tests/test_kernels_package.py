@@ -32,7 +32,7 @@ def test_auto_says_once_that_it_falls_back(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(_triton, "cannot_launch", lambda x: "")
-    _triton._announce.cache_clear()
+    monkeypatch.setattr(_triton, "_announced", set())
     with pytest.warns(
         UserWarning, match="ajepa_kernels.some_op runs as plain PyTorch on this GPU: no kernel for D = 3"
     ):
@@ -42,6 +42,29 @@ def test_auto_says_once_that_it_falls_back(monkeypatch):
         assert not _triton.use_triton("some_op", "auto", OnGPU(), "no kernel for D = 3")
         assert _triton.use_triton("some_op", "auto", OnGPU())
         assert not _triton.use_triton("some_op", "auto", torch.empty(0))
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+def test_an_old_gpu_is_noticed_under_compile_too(monkeypatch):
+    """Without a graph break, auto falls back and says why, as it does eagerly."""
+
+    class OnGPU:
+        is_cuda = True
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(_triton, "_announced", set())
+    _triton._capability.cache_clear()
+    x, old = torch.zeros(2), OnGPU()
+    fork = torch.compile(
+        lambda x: x + 1 if _triton.use_triton("some_op", "auto", old) else x - 1, fullgraph=True, backend="eager"
+    )
+    try:
+        with pytest.warns(UserWarning, match="some_op runs as plain PyTorch on this GPU: the GPU is older") as said:
+            assert fork(x).tolist() == [-1, -1]
+        assert len(said) == 1
+    finally:
+        _triton._capability.cache_clear()
 
 
 @pytest.mark.skipif(not CAN_LAUNCH, reason="there is nothing to compile for")
