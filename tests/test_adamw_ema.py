@@ -1,4 +1,5 @@
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -66,8 +67,7 @@ def test_against_float64(tensors, impl):
         torch.testing.assert_close(p.detach().double().cpu(), values[i], rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(emas[i].double().cpu(), averages[i], rtol=2e-6, atol=1e-6)
         assert torch.equal(halves[i], p.detach().half()) and torch.equal(ema_halves[i], emas[i].half())
-        if p.numel():
-            assert optimizer.state[p]["step"].item() == state[i][0]
+        assert optimizer.state[p]["step"].item() == state[i][0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -141,6 +141,29 @@ def test_remainder_is_exact():
     high, low = split_remainder(value)
     assert torch.equal(join_remainder(high, low), value)
     assert (high.double() - value.double()).abs()[:3].max() <= 2**-8
+
+
+NANS = (0x7FFFFFFF, 0x7F800001, -1, 0x7FC00000)  # CUDA's own, one whose upper half alone would be infinite, negative
+
+
+def test_remainder_of_what_is_not_finite():
+    value = torch.tensor([*NANS, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+    high, low = split_remainder(value)
+    for x in (high.float(), join_remainder(high, low)):
+        assert x[:4].isnan().all() and x[4:].tolist() == [float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_nan_beside_a_remainder(impl):
+    p = torch.nn.Parameter(torch.ones(len(NANS) + 1, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = AdamWEMA([p], remainder=True, impl=impl)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    bits = torch.tensor([*NANS, 0], dtype=torch.int32, device=DEVICE)
+    optimizer.state[p]["exp_avg"].copy_(bits.view(torch.float32))  # moments hold it, and hand it on
+    for _ in range(2):
+        optimizer.step()
+        assert p.float().isnan().tolist() == [True] * len(NANS) + [False]
 
 
 # the interpreter cannot be trusted with bfloat16 in general, but here it only carries bits
@@ -274,14 +297,62 @@ def test_ema_update_compiles_whole(impl):
     torch.testing.assert_close(target, torch.full_like(target, 0.75))
 
 
+class OnGPU:
+    """A tensor on a GPU, as far as `_tables` looks."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self):
+        self.tensor = torch.zeros(1)
+
+    def untyped_storage(self):
+        return self.tensor.untyped_storage()
+
+    def record_stream(self, stream):
+        pass
+
+
 def test_tables_made_in_a_capture_are_its_own(monkeypatch):
     """Their memory is filled when the graph is replayed, not before: an eager step must not find them."""
-    make, device = lambda: (torch.zeros(1),), torch.device("cuda")
-    monkeypatch.setattr(_tables, "_captured", [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    first, second = (_tables.cached(("test",), make, device) for _ in range(2))
+    first, second = (_tables.cached(("test",), lambda: (torch.zeros(1),), OnGPU()) for _ in range(2))
     assert first is not second and ("test",) not in _tables._cached
-    assert _tables._captured[0] is first and _tables._captured[1] is second  # alive as long as the graph may be
+
+
+def test_what_graphs_read_is_kept_as_long_as_what_they_write(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_tables, "_captured", [])
+    monkeypatch.setattr(_tables, "_cached", OrderedDict({"before": _tables._Made((torch.zeros(1),), None, {0})}))
+    x, y = OnGPU(), OnGPU()
+    for written in (x, y, x, y, x):  # five graphs
+        assert _tables.cached("before", None, written) is _tables._cached["before"].value
+    kept = lambda: [value for _, value in _tables._captured]  # noqa: E731
+    assert len(kept()) == 2 and kept()[0] is kept()[1] is _tables._cached["before"].value
+    del x, written
+    _tables._keep("of another graph", y)
+    assert len(kept()) == 2 and kept()[1] == "of another graph"
+
+
+def test_a_stream_waits_for_the_tables_of_another(monkeypatch):
+    """Equal numbers share a table, also between optimisers whose streams have nothing to do with each other."""
+
+    class Stream:
+        def __init__(self, number):
+            self.cuda_stream, self.waited = number, []
+
+        def record_event(self):
+            return f"event of {self.cuda_stream}"
+
+        def wait_event(self, event):
+            self.waited.append(event)
+
+    first, second = Stream(1), Stream(2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(_tables, "_cached", OrderedDict())
+    for stream in (first, second, second):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        _tables.cached(("test",), lambda: (OnGPU(),), OnGPU())
+    assert second.waited == ["event of 1"]
 
 
 def test_errors():
@@ -290,14 +361,60 @@ def test_errors():
         ema_update_([p], [], 0.9)
     with pytest.raises(ValueError, match="equal shapes"):
         ema_update_([p.detach()], [q], 0.9)
+    with pytest.raises(ValueError, match="twice"):
+        ema_update_([q, q], [q + 1, q + 2], 0.9)
     with pytest.raises(ValueError, match="equal shapes and devices"):
         AdamWEMA([p], ema=[(p, q)])
     with pytest.raises(ValueError, match="two averages"):
         AdamWEMA([p], ema=[(p, p.detach()), (p, p.detach())])
+    with pytest.raises(ValueError, match="another tensor"):
+        AdamWEMA([p], ema=[(p, p)])
+    with pytest.raises(ValueError, match="floating-point"):
+        AdamWEMA([p], copies=[(p, torch.zeros(3, dtype=torch.int32))])
+    target, other = torch.zeros(3), torch.nn.Parameter(torch.zeros(3))
+    for pairs in ({"ema": [(p, target), (other, target)]}, {"ema": [(p, target)], "copies": [(other, target)]}):
+        with pytest.raises(ValueError, match="two pairs write one tensor"):
+            AdamWEMA([p, other], **pairs)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        AdamWEMA([p], impl="cuda")
     if DEVICE == "cpu" and not INTERPRET:
         p.grad = torch.zeros(3)
         with pytest.raises(ValueError, match="impl='triton' is impossible"):
             AdamWEMA([p], impl="triton").step()
+
+
+NO_DECAYS = (1.5, -0.1, float("nan"), torch.tensor([0.5, 0.6]), torch.tensor(0.5, device="meta"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("decay", NO_DECAYS, ids=["above 1", "negative", "nan", "two", "elsewhere"])
+def test_a_decay_that_cannot_be(impl, decay):
+    decay = decay.to(DEVICE) if isinstance(decay, torch.Tensor) and decay.numel() == 2 else decay
+    params = parameters()
+    emas = [torch.zeros_like(p) for p in params]
+    optimizer = AdamWEMA(params, ema=zip(params, emas, strict=True), impl=impl)
+    set_gradients(params, 1)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="decay"):
+        optimizer.step(ema_decay=decay)
+    with pytest.raises(ValueError, match="decay"):
+        ema_update_(emas, before, decay, impl=impl)
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)) and not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scales_that_cannot_be(impl, name):
+    optimizer = AdamWEMA(parameters(), impl=impl)
+    set_gradients(optimizer.param_groups[0]["params"], 1)
+    for x in (torch.ones(2, device=DEVICE), torch.ones((), device="meta"), 1.0):
+        with pytest.raises(ValueError, match=f"{name} must be a scalar on {DEVICE}"):
+            optimizer.step(**{name: x})
+    optimizer.step(**{name: torch.ones(1, device=DEVICE)})  # one element is a scalar
+    plain = AdamWEMA(parameters(), fused=False, impl="reference")
+    set_gradients(plain.param_groups[0]["params"], 1)
+    with pytest.raises(ValueError, match="need fused=True"):
+        plain.step(**{name: torch.ones((), device=DEVICE)})
 
 
 @pytest.mark.gpu

@@ -76,10 +76,14 @@ def cannot_launch(x: torch.Tensor) -> str:
     return f"the tensors are on {x.device.type}"
 
 
-def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bool:
-    """Resolves `impl` for `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
+def check_impl(op: str, impl: str) -> None:
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bool:
+    """Resolves `impl` for `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
+    check_impl(op, impl)
     if impl == "reference" or (impl == "auto" and not x.is_cuda):
         return False
     why_not = cannot_launch(x) or unsupported
