@@ -1,10 +1,13 @@
 import copy
+import pickle
+import textwrap
 from collections import OrderedDict
 
 import pytest
 import torch
-from oracle import DEVICE, IMPLS, INTERPRET, needs_kernel
+from oracle import CAN_LAUNCH, DEVICE, IMPLS, INTERPRET, needs_kernel
 
+import ajepa_kernels
 from ajepa_kernels import AdamWEMA, _tables, ema_update_
 from ajepa_kernels._tables import CHUNK
 from ajepa_kernels.adamw_ema import join_remainder, split_remainder
@@ -103,6 +106,231 @@ def test_state_dicts_interchange_with_torch(impl, direction):
         reference.step()
     for p, q in zip(params, straight, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensor lr"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("direction", ["from torch", "to torch"])
+def test_state_dicts_of_a_default_adamw(impl, direction, tensors):
+    """It does not say fused; its step counts are on the CPU, here in float64, and so may its rate be."""
+
+    def made(cls, ps, dtype, device, **options):
+        lr = torch.tensor(1e-2, dtype=dtype, device=device) if tensors else 1e-2
+        return cls([{"params": ps[:2], "weight_decay": 0.2}, {"params": ps[2:], "lr": lr}], lr=1e-2, **options)
+
+    ours = lambda ps: made(AdamWEMA, ps, torch.float32, DEVICE, impl=impl)  # noqa: E731
+    torchs = lambda ps: made(torch.optim.AdamW, ps, torch.float64, "cpu")  # noqa: E731
+    first, second = (torchs, ours) if direction == "from torch" else (ours, torchs)
+    params, straight = parameters(), parameters()
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizer, reference = first(params), torchs(straight)
+        for step in range(4):
+            if step == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = second(params)
+                optimizer.load_state_dict(saved)
+            for p in (params, straight):
+                set_gradients(p, step)
+            optimizer.step()
+            reference.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p, q in zip(params, straight, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    if second is ours:
+        assert all(group["fused"] for group in optimizer.param_groups)
+        steps = [state["step"] for state in optimizer.state.values()]
+        assert {(x.device.type, x.dtype) for x in steps} == {(DEVICE, torch.float32)}
+
+
+@pytest.mark.parametrize("kind", ["float64", "elsewhere"])
+def test_steps_that_the_kernel_cannot_read(kind):
+    optimizer = AdamWEMA(parameters(), impl="reference")
+    params = optimizer.param_groups[0]["params"]
+    set_gradients(params, 1)
+    optimizer.step()
+    step = optimizer.state[params[1]]["step"]
+    optimizer.state[params[1]]["step"] = step.double() if kind == "float64" else step.to("meta")
+    optimizer.impl = "triton"
+    with pytest.raises(ValueError, match="step counts" if CAN_LAUNCH else "impossible"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_load_hooks_have_their_say(impl):
+    """What a pre-hook made of the state is loaded, and a post-hook sees it as it will be used."""
+    halves = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters()]
+    saved, optimizer = (AdamWEMA(halves, remainder=True, impl=impl) for _ in range(2))
+    set_gradients(halves, 1)
+    saved.step()
+    third = torch.tensor(1 / 3, device=DEVICE)  # no bfloat16
+
+    def pre(_, given):
+        state = {i: {**state, "exp_avg": state["exp_avg"] * 0 + third} for i, state in given["state"].items()}
+        return {**given, "state": state}
+
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(pre)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.extend(o.state[halves[0]]["exp_avg"].flatten()[:1]))
+    optimizer.load_state_dict(saved.state_dict())
+    assert seen == [third] and (optimizer.state[halves[1]]["exp_avg"] == third).all()
+    assert torch.equal(optimizer.state[halves[1]]["remainder"], saved.state[halves[1]]["remainder"])
+    plain = AdamWEMA(halves, impl=impl)  # without a remainder, the state is rounded
+    plain.load_state_dict(saved.state_dict())
+    assert all("remainder" not in state for state in plain.state.values())
+    plain.step()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_copies_of_the_optimizer_update_copies(impl, way):
+    params = parameters()
+    emas, halves = [p.detach().clone() for p in params], [torch.zeros_like(p, dtype=torch.float16) for p in params]
+    optimizer = AdamWEMA(params, zip(params, emas, strict=True), zip(emas, halves, strict=True), lr=0.1, impl=impl)
+    set_gradients(params, 1)
+    optimizer.step(ema_decay=0.5)
+    original = (params, emas, halves)
+    before = copy.deepcopy(original)
+    copied, other = way((original, optimizer))
+    for p, q in zip(params, copied[0], strict=True):  # torch copies no gradients when it pickles
+        q.grad = None if p.grad is None else p.grad.clone()
+    other.step(ema_decay=0.5)
+    for a, b in zip((x for xs in original for x in xs), (x for xs in before for x in xs), strict=True):
+        assert torch.equal(a, b)  # the original's tensors stay
+    optimizer.step(ema_decay=0.5)
+    for a, b in zip((x for xs in original for x in xs), (x for xs in copied for x in xs), strict=True):
+        assert torch.equal(a, b)
+    assert other._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scales_of_a_grad_scaler_and_of_clipping_multiply(impl):
+    grads = {}
+    for clip in (1.0, 4.0):
+        (p,) = params = [torch.nn.Parameter(torch.zeros(4, device=DEVICE))]
+        optimizer = AdamWEMA(params, lr=0.1, eps=1.0, impl=impl)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
+        scaler.scale((p * torch.arange(4.0, device=DEVICE)).sum()).backward()
+        scaler.step(optimizer, grad_scale=torch.tensor(clip, device=DEVICE))
+        grads[clip] = optimizer.state[p]["exp_avg"] / 0.1
+    torch.testing.assert_close(grads[1.0], torch.arange(4.0, device=DEVICE))
+    torch.testing.assert_close(grads[4.0], torch.arange(4.0, device=DEVICE) / 4)
+    optimizer.found_inf, optimizer.grad_scale = torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)
+    before = p.detach().clone()
+    optimizer.step(found_inf=torch.zeros((), device=DEVICE))  # either is enough
+    assert torch.equal(p, before)
+
+
+def unlike(p):
+    """Gradient of 4-byte alignment only."""
+    return torch.ones(p.numel() + 1, device=p.device)[1:].view_as(p)
+
+
+def pair(p):
+    return p, torch.ones_like(p.detach())
+
+
+CHANGES = {
+    "gradient gone": lambda o, p, e: setattr(p, "grad", None),
+    "gradient elsewhere": lambda o, p, e: setattr(p, "grad", p.grad.clone() * 2),
+    "gradient not aligned": lambda o, p, e: setattr(p, "grad", unlike(p)),
+    "group added": lambda o, p, e: o.add_param_group({"params": [torch.nn.Parameter(p.detach().clone())], "lr": 0.3}),
+    "pairs added": lambda o, p, e: o.add_pairs(ema=[pair(o.param_groups[0]["params"][4])]),
+    "copy added": lambda o, p, e: o.add_pairs(copies=[(p, torch.zeros_like(e, dtype=torch.float16))]),
+    "state loaded": lambda o, p, e: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "parameter swapped": lambda o, p, e: setattr(p, "data", p.data * 2),
+    "average swapped": lambda o, p, e: setattr(e, "data", e.data * 2),
+    "moment swapped": lambda o, p, e: o.state[p].update(exp_avg=o.state[p]["exp_avg"] * 2),
+    "state gone": lambda o, p, e: o.state.pop(p),
+    "other rate": lambda o, p, e: o.param_groups[0].update(lr=0.2),
+    "rate becomes a tensor": lambda o, p, e: o.param_groups[0].update(lr=torch.tensor(0.2, device=p.device)),
+    "parameters leave": lambda o, p, e: o.param_groups[0].update(params=[p]),
+    "other implementation": lambda o, p, e: setattr(o, "impl", "reference"),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_remembered_step_notices(change):
+    """Rows are remembered from step to step; whatever they follow from may change between two."""
+    made = []
+    for impl in ("triton", "reference"):
+        params = parameters()
+        emas = [p.detach().clone() for p in params[:3]]
+        optimizer = AdamWEMA(params, zip(params[:3], emas, strict=True), lr=0.1, impl=impl)
+        set_gradients(params, 1)
+        params[4].grad = torch.ones_like(params[4])
+        for decay in (0.5, 0.25):
+            optimizer.step(ema_decay=decay)
+        CHANGES[change](optimizer, params[1], emas[1])
+        for group in optimizer.param_groups[1:]:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        for decay in (0.5, None, 0.25):
+            optimizer.step(ema_decay=decay)
+        updated = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [x for p in updated for x in optimizer.state[p].values()]
+        copies = [target.float() for _, target in optimizer.copies]
+        made.append([*params, *updated, *states, *optimizer.ema_targets, *copies])
+    for got, want in zip(*made, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@needs_kernel
+def test_a_step_like_the_last_asks_for_nothing_again(monkeypatch):
+    """The host's time is what limits small models: neither groups nor state are gone through anew."""
+    params = parameters()
+    optimizer = AdamWEMA(params, [(p, p.detach().clone()) for p in params], lr=0.1, impl="triton")
+    set_gradients(params, 1)
+    optimizer.step(ema_decay=0.5)
+    want, versions = [p.detach().clone() for p in params], [p._version for p in params]
+    monkeypatch.setattr(AdamWEMA, "_init_group", None)
+    for p in params:
+        p.grad = None if p.grad is None else p.grad.clone()  # as after another backward
+    optimizer.step(ema_decay=0.5)
+    for p, before, version in zip(params, want, versions, strict=True):
+        if p.grad is not None and p.numel():
+            assert not torch.equal(p, before) and p._version > version
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_order_of_axes_in_memory_does_not_matter(impl):
+    """Elementwise, whatever is dense and lies alike is updated as it lies, beside contiguous parameters."""
+    made = []
+    for dense in (False, True):
+        torch.manual_seed(0)
+        draw = lambda *shape: torch.randn(shape).to(DEVICE)  # noqa: E731
+        tensors = [draw(4, 3, 8, 2), draw(8, 6), draw(16)]
+        if dense:
+            tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+            tensors[1] = tensors[1].t().contiguous().t()
+        params = [torch.nn.Parameter(x) for x in tensors]
+        emas, copies = [p.detach() * 0.5 for p in params], [torch.empty_like(p, dtype=torch.float16) for p in params]
+        optimizer = AdamWEMA(params, zip(params, emas, strict=True), zip(emas, copies, strict=True), lr=0.1, impl=impl)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.empty_like(p).copy_(draw(*p.shape))
+            optimizer.step(ema_decay=0.5)
+        ema_update_(emas, [p.detach() for p in params], 0.5, impl=impl)
+        assert params[0].is_contiguous() != dense and emas[1].is_contiguous() != dense
+        made.append([*params, *emas, *copies])
+    for contiguous, got in zip(*made, strict=True):
+        torch.testing.assert_close(got, contiguous, rtol=1e-6, atol=1e-7)
+
+
+@needs_kernel
+def test_layouts_that_no_kernel_takes():
+    p = torch.nn.Parameter(torch.zeros(4, 3, device=DEVICE))
+    p.grad = torch.ones(3, 4, device=DEVICE).t()
+    with pytest.raises(ValueError, match="other strides"):
+        AdamWEMA([p], impl="triton").step()
+    strided = torch.zeros(4, 8, device=DEVICE)[:, ::2]
+    with pytest.raises(ValueError, match="not dense"):
+        ema_update_([strided], [torch.ones_like(strided)], 0.5, impl="triton")
+    optimizer = AdamWEMA([p], impl="auto")
+    optimizer.step()
+    assert (p != 0).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -207,6 +435,28 @@ def test_ema_update(impl, decay):
     ema_update_(targets, sources, decay, impl=impl)
     for t, w in zip(targets, want, strict=True):
         torch.testing.assert_close(t.double(), w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ema_update_copies_counters(impl):
+    """A batch norm counts its batches in an integer, and its averages are buffers, too."""
+    norm, target = (torch.nn.BatchNorm1d(4).to(DEVICE) for _ in range(2))
+    norm(torch.randn(8, 4, device=DEVICE))
+    want = [0.25 * t + 0.75 * s if t.is_floating_point() else s.clone()
+            for t, s in zip(target.buffers(), norm.buffers(), strict=True)]  # fmt: skip
+    ema_update_(target.buffers(), norm.buffers(), 0.25, impl=impl)
+    for got, w in zip(target.buffers(), want, strict=True):
+        torch.testing.assert_close(got, w)
+    assert target.num_batches_tracked.item() == 1
+    ema_update_([target.num_batches_tracked], [torch.tensor(7, device=DEVICE)], 0.25, impl=impl)
+    assert target.num_batches_tracked.item() == 7
+
+
+@pytest.mark.parametrize("name", ["AdamWEMA", "ema_update_"])
+def test_examples_can_be_pasted(name):
+    example = getattr(ajepa_kernels, name).__doc__.split("Example::")[1]
+    code = textwrap.dedent(example.strip("\n")).replace('"cuda"', repr(DEVICE))
+    exec(code, {"torch": torch, name: getattr(ajepa_kernels, name)})
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -122,6 +122,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     Example::
 
+        import copy
         context_encoder = torch.nn.Linear(8, 8, device="cuda")
         target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
         lr = torch.tensor(1e-3, device="cuda")

@@ -129,6 +129,7 @@ def ema_update_(
 
     Example::
 
+        import copy
         encoder = torch.nn.Linear(8, 8, device="cuda")
         target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         ema_update_(target_encoder.parameters(), encoder.parameters(), decay=0.999)
