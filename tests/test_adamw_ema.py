@@ -8,7 +8,7 @@ import torch
 from oracle import CAN_LAUNCH, DEVICE, IMPLS, INTERPRET, needs_kernel
 
 import ajepa_kernels
-from ajepa_kernels import AdamWEMA, _tables, ema_update_
+from ajepa_kernels import AdamWEMA, _tables, adamw_ema, ema_update_
 from ajepa_kernels._tables import CHUNK
 from ajepa_kernels.adamw_ema import join_remainder, split_remainder
 
@@ -275,6 +275,53 @@ def test_a_remembered_step_notices(change):
         made.append([*params, *updated, *states, *optimizer.ema_targets, *copies])
     for got, want in zip(*made, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@needs_kernel
+def test_a_remembered_step_notices_what_moves():
+    """The same tensors in other places: a parameter in another group, a scalar that was the rate as weight decay."""
+    made = []
+    for impl in ("triton", "reference"):
+        params, shared = parameters(), torch.tensor(0.3, device=DEVICE)
+        groups = [{"params": params[:2], "lr": shared}, {"params": [], "lr": 0.2}, {"params": params[2:]}]
+        optimizer = AdamWEMA(groups, lr=0.1, impl=impl)
+        first, second, third = optimizer.param_groups
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.step()
+        second["params"], third["params"] = third["params"], []
+        optimizer.step()
+        second["params"].insert(0, first["params"].pop())
+        optimizer.step()
+        first.update(lr=0.1, weight_decay=shared)
+        optimizer.step()
+        made.append(params)
+    for got, want in zip(*made, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernel
+def test_a_remembered_step_notices_what_it_cannot_do(monkeypatch):
+    (p,) = params = [torch.nn.Parameter(torch.zeros(64, device=DEVICE))]
+    optimizer = AdamWEMA(params, impl="triton")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [kind[-1] for kind in optimizer._plan.kinds] == [True]
+    p.grad = unlike(p)
+    optimizer.step()
+    assert [kind[-1] for kind in optimizer._plan.kinds] == [False]  # no wide accesses
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    optimizer.param_groups[0]["betas"] = (torch.tensor(beta1), torch.tensor(beta2))
+    with pytest.raises(ValueError, match="betas that are tensors"):
+        optimizer.step()
+    optimizer.param_groups[0].update(betas=(beta1, beta2), fused=False)
+    with pytest.raises(ValueError, match="fused=False"):
+        optimizer.step()
+    optimizer.param_groups[0]["fused"] = True
+    optimizer.impl = "reference"
+    monkeypatch.setattr(adamw_ema, "launch_adamw_ema", None)
+    optimizer.step()
 
 
 @needs_kernel
