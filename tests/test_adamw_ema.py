@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from oracle import CAN_LAUNCH, DEVICE, IMPLS, INTERPRET, needs_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ajepa_kernels
 from ajepa_kernels import AdamWEMA, _tables, adamw_ema, ema_update_
@@ -339,6 +340,22 @@ def test_a_step_like_the_last_asks_for_nothing_again(monkeypatch):
     for p, before, version in zip(params, want, versions, strict=True):
         if p.grad is not None and p.numel():
             assert not torch.equal(p, before) and p._version > version
+
+
+@needs_kernel
+def test_a_dispatch_mode_sees_the_operation():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    optimizer = AdamWEMA(parameters(), impl="triton")
+    set_gradients(optimizer.param_groups[0]["params"], 1)
+    optimizer.step()
+    with Seen():
+        optimizer.step()
+    assert "ajepa::adamw_ema_" in names
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -714,8 +731,115 @@ def test_scales_that_cannot_be(impl, name):
         plain.step(**{name: torch.ones((), device=DEVICE)})
 
 
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@needs_gpu
+@pytest.mark.parametrize("remainder", [False, True])
+def test_steps_repeat_to_the_bit(remainder):
+    runs = []
+    for _ in range(2):
+        params = parameters(torch.bfloat16 if remainder else torch.float32)
+        params.append(torch.nn.Parameter(params[3].detach().new_ones(64 * CHUNK)))  # of many programs
+        emas = [p.detach().float() for p in params]
+        optimizer = AdamWEMA(params, zip(params, emas, strict=True), remainder=remainder, lr=1e-2, impl="triton")
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step(ema_decay=0.9)
+        runs.append([*params, *emas, *(x for p in params for x in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_bfloat16_without_a_remainder():
+    """Parameters, gradients and moments in bfloat16, each rounded once a step, as torch's fused AdamW rounds them."""
+    ours, torchs = (parameters(torch.bfloat16) for _ in range(2))
+    emas = [p.detach().float() for p in ours]
+    optimizer = AdamWEMA(ours, zip(ours, emas, strict=True), lr=1e-2, impl="triton")
+    reference = torch.optim.AdamW(torchs, lr=1e-2, fused=True)
+    for step in range(3):
+        for params in (ours, torchs):
+            set_gradients(params, step)
+        optimizer.step(ema_decay=0.0)
+        reference.step()
+    for p, q, e in zip(ours, torchs, emas, strict=True):
+        torch.testing.assert_close(p, q, rtol=2**-7, atol=1e-3)  # two neighbours
+        torch.testing.assert_close(e.bfloat16(), p.detach(), rtol=2**-8, atol=0)  # of the value before rounding
+        for name, x in optimizer.state[p].items():
+            torch.testing.assert_close(x, reference.state[q][name], rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_tables_are_shared_across_streams():
+    """Equal numbers, one table: the second stream waits for the copy that the first is yet to make."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    made, plain = [parameters() for _ in streams], parameters()
+    for params in (*made, plain):
+        for p in params:
+            p.grad = torch.ones_like(p)
+    optimizers = [AdamWEMA(params, lr=0.0123, impl="triton") for params in made]
+    for optimizer in optimizers:  # compiles, and makes the state and all tables but that of the next rate
+        optimizer.step()
+    reference = AdamWEMA(plain, lr=0.0123, impl="reference")
+    reference.step()
+    for optimizer in (*optimizers, reference):
+        optimizer.param_groups[0]["lr"] = 0.0321
+    torch.cuda.synchronize()
+    for optimizer, stream in zip(optimizers, streams, strict=True):
+        with torch.cuda.stream(stream):
+            if optimizer is optimizers[0]:
+                torch.cuda._sleep(200_000_000)  # a tenth of a second
+            optimizer.step()
+    reference.step()
+    torch.cuda.synchronize()
+    for params in made:
+        for p, q in zip(params, plain, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_ema_update_on_a_side_stream():
+    targets, sources = [p.detach() for p in parameters(seed=1)], [p.detach() for p in parameters(seed=2)]
+    want = [0.9 * t + 0.1 * s for t, s in zip(targets, sources, strict=True)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ema_update_(targets, sources, 0.9, impl="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    for t, w in zip(targets, want, strict=True):
+        torch.testing.assert_close(t, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("warm", [False, True], ids=["tables of the capture", "tables made before"])
+def test_captured_ema_update(warm):
+    """The decay is read at each replay, and the tables stay though others have taken their place since."""
+    targets, sources = [p.detach() for p in parameters(seed=1)], [p.detach() for p in parameters(seed=2)]
+    decay, x = torch.tensor(1.0, device="cuda"), [torch.zeros(64, device="cuda")]
+    ema_update_(targets if warm else x, sources if warm else x, decay, impl="triton")  # compiles, changes nothing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_(targets, sources, decay, impl="triton")
+    want = [t.clone() for t in targets]
+    for _ in range(64):  # more than are remembered
+        ema_update_([torch.zeros(64, device="cuda")], x, 0.5, impl="triton")
+        x.append(torch.zeros(64, device="cuda"))
+        x.pop(0)
+    for value in (0.5, 0.25):
+        decay.fill_(value)
+        graph.replay()
+        want = [value * w + (1 - value) * s for w, s in zip(want, sources, strict=True)]
+    for t, w in zip(targets, want, strict=True):
+        torch.testing.assert_close(t, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_captured_step_follows_its_schedules():
     """Learning rate, decay and clip scale are read on the device at each replay; gradients are fixed buffers."""
     lr, decay, scale = (torch.tensor(x, device="cuda") for x in (1e-3, 0.9, 1.0))
