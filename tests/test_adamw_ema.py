@@ -820,16 +820,14 @@ def test_ema_update_on_a_side_stream():
 def test_captured_ema_update(warm):
     """The decay is read at each replay, and the tables stay though others have taken their place since."""
     targets, sources = [p.detach() for p in parameters(seed=1)], [p.detach() for p in parameters(seed=2)]
-    decay, x = torch.tensor(1.0, device="cuda"), [torch.zeros(64, device="cuda")]
-    ema_update_(targets if warm else x, sources if warm else x, decay, impl="triton")  # compiles, changes nothing
+    decay, others = torch.tensor(1.0, device="cuda"), [torch.zeros(64, device="cuda") for _ in range(64)]
+    ema_update_(targets if warm else [t.clone() for t in targets], sources, decay, impl="triton")  # changes nothing
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ema_update_(targets, sources, decay, impl="triton")
     want = [t.clone() for t in targets]
-    for _ in range(64):  # more than are remembered
-        ema_update_([torch.zeros(64, device="cuda")], x, 0.5, impl="triton")
-        x.append(torch.zeros(64, device="cuda"))
-        x.pop(0)
+    for other in others:  # more tables than are remembered
+        ema_update_([other], [sources[4].flatten()[:64]], 0.5, impl="triton")
     for value in (0.5, 0.25):
         decay.fill_(value)
         graph.replay()
