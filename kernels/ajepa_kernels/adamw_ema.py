@@ -171,6 +171,7 @@ class AdamWEMA(torch.optim.AdamW):
         """One update. Gradients are divided by `grad_scale`; where `found_inf` is 1 nothing changes (both scalars).
 
         Without `ema_decay` the averages stay as they are. What a `GradScaler` brings comes on top: scales multiply.
+        ValueError, before anything changes: a decay outside [0, 1], no scalar, or one on another device.
         """
         ema_decay, grad_scale, found_inf = self._scalars(ema_decay, grad_scale, found_inf)
         loss = None
@@ -208,12 +209,17 @@ class AdamWEMA(torch.optim.AdamW):
             return ema_decay, grad_scale, found_inf
         if ema_decay is not None:
             ema_decay = checked_decay("AdamWEMA", ema_decay, device)
-        scales, infs = (
-            [scalar("AdamWEMA", name, x, device) for x in (given, getattr(self, name, None)) if x is not None]
-            for name, given in (("grad_scale", grad_scale), ("found_inf", found_inf))
-        )
-        grad_scale = scales[0] * scales[1] if len(scales) == 2 else scales[0] if scales else None
-        found_inf = torch.maximum(*infs) if len(infs) == 2 else infs[0] if infs else None
+        if grad_scale is not None:
+            grad_scale = scalar("AdamWEMA", "grad_scale", grad_scale, device)
+        if found_inf is not None:
+            found_inf = scalar("AdamWEMA", "found_inf", found_inf, device)
+        scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None:
+            scale = scale.reshape(()).to(device)
+            grad_scale = scale if grad_scale is None else grad_scale * scale
+        if inf is not None:
+            inf = inf.reshape(()).to(device)
+            found_inf = inf if found_inf is None else torch.maximum(found_inf, inf)
         return ema_decay, grad_scale, found_inf
 
     def _init_group(self, with_ema: bool, *lists: list) -> None:
@@ -377,7 +383,7 @@ class AdamWEMA(torch.optim.AdamW):
             rates = (group["lr"], group["weight_decay"])
             read += [rate for rate in rates if isinstance(rate, torch.Tensor)]
             facts += [len(params), *map(type, (*rates, *group["betas"])), *map(group.get, (*HOW, "amsgrad"))]
-        written += [*self.ema_targets, *(target for _, target in self.copies)]
+        written += [*(self.ema_targets if with_ema else ()), *(target for _, target in self.copies)]
         lasting = written + read
         facts += map(torch.Tensor.data_ptr, lasting)
         for tensors in (lasting, grads):
@@ -414,12 +420,11 @@ class AdamWEMA(torch.optim.AdamW):
         for group, own, saved in zip(self.param_groups, how, given["param_groups"], strict=True):
             group.update(own)
             on_device = group["fused"] or group["capturable"]
+            for name in ("lr", "weight_decay"):
+                if on_device and group["params"] and isinstance(group[name], torch.Tensor):
+                    group[name] = group[name].to(group["params"][0].device, torch.float32)
             for p, i in zip(group["params"], saved["params"], strict=True):
-                if on_device:
-                    for name in ("lr", "weight_decay"):
-                        if isinstance(group[name], torch.Tensor):
-                            group[name] = group[name].to(p.device, torch.float32)
-                if p not in self.state:
+                if not self.state.get(p):
                     continue
                 state, saved_state = self.state[p], given["state"][i]
                 state["step"] = state["step"].to(p.device if on_device else "cpu", torch.float32)
