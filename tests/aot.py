@@ -54,6 +54,7 @@ def _specialise(kernel, args, options):
     constants: dict = {}
     aligned = []
     counts = {p.name for p in kernel.params if p.do_not_specialize}
+    anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     for name, x in bound.items():
         if name in counts:
             signature[name] = "i32"
@@ -62,7 +63,7 @@ def _specialise(kernel, args, options):
         elif isinstance(x, torch.Tensor):
             signature[name] = "*" + _TYPES[x.dtype]
             # unlike views into one buffer, a fresh allocation is aligned; a view is where its offset is
-            if x.storage_offset() * x.element_size() % 16 == 0:
+            if x.storage_offset() * x.element_size() % 16 == 0 and name not in anywhere:
                 aligned.append(name)
         elif isinstance(x, float):
             signature[name] = "fp32"
