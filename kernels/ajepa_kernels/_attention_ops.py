@@ -32,6 +32,10 @@ def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Til
     return one_tile, tuned(q, op, 8 * q.element_size(), tile if one_tile else LONG, power_of_2(q.shape[-1]))
 
 
+def _options(config: Tiles) -> dict[str, int | None]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
+
+
 def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
     """q, k, v as `[rows, H, D]` views, heads and channels dense: what the kernels take."""
     tensors = q.unbind(1) if k is None or v is None else (q, k, v)
@@ -62,8 +66,7 @@ def _masked_attention_fwd(
     q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: q holds all three, `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is only written for long sequences."""
-    if k_start is None:
-        k_start, k_end, k_rows = q_start, q_end, q_rows
+    k_rows = q_rows if k_start is None else k_rows  # the keys are those of the queries' slots
     one_tile, config = _config(q, max_q, max_k, "attention_fwd")
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns are zero
     H, D = q.shape[-2:]
@@ -76,7 +79,7 @@ def _masked_attention_fwd(
         q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows,
         q.stride(0), k.stride(0), v.stride(0), slots, scale, H, tiles,
         D, power_of_2(D), config.block_q, config.block_k, scatter, one_tile, "tf32" if tf32 else "ieee",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **_options(config),
     )  # fmt: skip
     return out, lse
 
@@ -98,8 +101,7 @@ def _masked_attention_bwd(
     do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: dq holds all three. out and lse are only read for long sequences."""
-    if k_start is None:
-        k_start, k_end, k_rows = q_start, q_end, q_rows
+    k_rows = q_rows if k_start is None else k_rows  # the keys are those of the queries' slots
     one_tile, config = _config(q, max_q, max_k, "attention_bwd")
     # where rows are gathered, those that no sequence owns have zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
@@ -111,7 +113,7 @@ def _masked_attention_bwd(
     strides = [x.stride(0) for x in (q_, k_, v_, dq, dk, dv)]
     R, layout = q_start.shape[0], (q_start, q_end, q_rows, k_start, k_end, k_rows)
     consts = (D, power_of_2(D), config.block_q, config.block_k, scatter, "tf32" if tf32 else "ieee")
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = _options(config)
     if one_tile:
         whole = config.block_q == config.block_k
         launch(

@@ -23,6 +23,7 @@ class Tiles(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None  # of a thread; with any bound the assembler issues all loads before it waits
 
 
 class Rows(NamedTuple):
@@ -68,6 +69,8 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         ("attention_bwd", 16, 128, 128): None,
     },
     "sm_90": {
+        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 80),
+        ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 80),
         ("attention_fwd", 16, 32, 128): Tiles(32, 32, 2),
         ("attention_fwd", 16, LONG, 32): Tiles(128, 64, 8, 2),
         ("attention_fwd", 16, LONG, 64): Tiles(128, 64, 8, 2),
@@ -75,6 +78,9 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
     },
     "sm_100": {
+        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 72),
+        ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 72),
+        ("attention_fwd", 16, 128, 128): Tiles(128, 128, 8, 1, 128),
         ("attention_fwd", 16, 128, 64): Tiles(128, 128, 4),
         ("attention_bwd", 16, 128, 32): Tiles(64, 128, 8),
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
