@@ -63,27 +63,34 @@ def test_packed(lengths, head_dim, dtype, impl):
     )  # fmt: skip
 
 
+# arch: what of 128 tokens goes in tiles. Ampere's backward; Hopper's forward and backward up to 96 tokens; Blackwell's
+# backward. One launch each, and for Hopper's 97 tokens and more, one tile
 @needs_kernel
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU that is here decides")
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_tiles_of_ampere(head_dim, monkeypatch):
-    """There the backward of 128 tokens takes the queries in several tiles, in one launch."""
-    monkeypatch.setattr(_triton, "_recorded_arch", 80)
-    lengths = [70, 0, 128, 1]
-    spans, cu = packed_spans(lengths)
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "lengths", "forward", "backward"),
+    [
+        (80, 64, [70, 0, 128, 1], 64, 32), (80, 128, [70, 0, 128, 1], 64, 16), (80, 64, [65, 96, 3], 32, 32),
+        (90, 64, [65, 0, 96, 33], 64, 32), (90, 64, [97, 5], 128, 128), (100, 64, [90, 128], 128, 64),
+    ],
+)  # fmt: skip
+def test_tiles_of_queries(arch, head_dim, lengths, forward, backward, monkeypatch):
+    monkeypatch.setattr(_triton, "_recorded_arch", arch)
+    (spans, cu), T, S = packed_spans(lengths), sum(lengths), max(lengths)
     check(
-        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=128, impl="triton"),
-        lambda x: masked_attention_reference(x, cu, 128),
+        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="triton"),
+        lambda x: masked_attention_reference(x, cu, S),
         lambda x: oracle(*x.unbind(1), spans),
-        [torch.randn(199, 3, 1, head_dim)], torch.randn(199, 1, head_dim), torch.float16,
+        [torch.randn(T, 3, 1, head_dim)], torch.randn(T, 1, head_dim), torch.float16,
     )  # fmt: skip
-    arguments = (torch.empty(199, 3, 1, head_dim, dtype=torch.float16, device="meta"), None, None)
-    layout = packed_layout(arguments[0], cu.to("meta"), 128, None, None, None)
-    with _triton.record_launches(80) as launches:
+    arguments = (torch.empty(T, 3, 1, head_dim, dtype=torch.float16, device="meta"), None, None)
+    layout = packed_layout(arguments[0], cu.to("meta"), S, None, None, None)
+    with _triton.record_launches(arch) as launches:
         out, lse = _masked_attention_fwd(*arguments, *layout, 0.1, False)
         _masked_attention_bwd(out, *arguments, out, lse, *layout, 0.1, False)
-    assert len(launches) == 2 and not lse.numel()
+    tiles = [dict(zip(kernel.arg_names, args, strict=True))["BLOCK_Q"] for kernel, args, _ in launches]
+    assert tiles == [forward, backward] and not lse.numel()
 
 
 @pytest.mark.usefixtures("poison")

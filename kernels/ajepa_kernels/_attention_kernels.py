@@ -175,6 +175,7 @@ def _masked_attention_tiled_bwd_kernel(
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION)
         _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
+    k_rows = _rows(k_rows_ptr, k_slot, k_valid)  # read again: kept, they would take registers from the products
     _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
     _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
 

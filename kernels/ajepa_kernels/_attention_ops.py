@@ -27,9 +27,12 @@ def _longest_tile(q: torch.Tensor) -> int:
 
 def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Tiles]:
     """(all keys in one tile?, the configuration) for this GPU, dtype and rounded size."""
-    tile = max(power_of_2(max(max_q, max_k)), 16)
-    one_tile = tile <= _longest_tile(q)
-    return one_tile, tuned(q, op, 8 * q.element_size(), tile if one_tile else LONG, power_of_2(q.shape[-1]))
+    longest, bits, D = max(max_q, max_k), 8 * q.element_size(), power_of_2(q.shape[-1])
+    tile = max(power_of_2(longest), 16)
+    if tile > _longest_tile(q):
+        return False, tuned(q, op, bits, LONG, D)
+    between = tuned(q, op, bits, 96, D) if 64 < longest <= 96 else None
+    return True, between or tuned(q, op, bits, tile, D)
 
 
 def _options(config: Tiles) -> dict[str, int | None]:

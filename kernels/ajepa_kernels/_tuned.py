@@ -35,7 +35,8 @@ class Rows(NamedTuple):
 
 LONG = 0  # stands for the lengths above those that one launch holds
 
-# (operation, bits of the dtype, rounded length, rounded head dim); None: not in one launch.
+# (operation, bits of the dtype, rounded length, rounded head dim); None: not in one launch. Lengths and head dims round
+# up to powers of two, lengths to 96 where there is an entry for it.
 # Of the operations on rows: (operation, channels of a program).
 _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
     "any": {
@@ -58,6 +59,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         **{(op, 32, LONG, D): Tiles(32, 32, 8) for op in ("attention_fwd", "attention_bwd") for D in (32, 64, 128)},
     },
     "sm_80": {  # operands of the products in registers: whole 128 x 128 scores do not fit beside them
+        ("attention_fwd", 16, 96, 64): Tiles(32, 128, 4, 1, 96),
         ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4),
         ("attention_fwd", 16, 128, 128): Tiles(64, 128, 4),
         ("attention_bwd", 16, 128, 64): Tiles(32, 128, 8),
@@ -71,9 +73,12 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
     "sm_90": {
         ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 80),
         ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 80),
+        ("attention_fwd", 16, 96, 64): Tiles(64, 128, 4),
+        ("attention_fwd", 16, 96, 128): Tiles(64, 128, 8, 1, 112),
         ("attention_fwd", 16, 32, 128): Tiles(32, 32, 2),
         ("attention_fwd", 16, LONG, 32): Tiles(128, 64, 8, 2),
         ("attention_fwd", 16, LONG, 64): Tiles(128, 64, 8, 2),
+        ("attention_bwd", 16, 96, 64): Tiles(32, 128, 4),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
     },
@@ -83,6 +88,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         ("attention_fwd", 16, 128, 128): Tiles(128, 128, 8, 1, 128),
         ("attention_fwd", 16, 128, 64): Tiles(128, 128, 4),
         ("attention_bwd", 16, 128, 32): Tiles(64, 128, 8),
+        ("attention_bwd", 16, 128, 64): Tiles(64, 128, 8),
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),
