@@ -12,6 +12,7 @@ from ajepa_kernels._attention_kernels import (
     _masked_attention_tiled_bwd_kernel,
 )
 from ajepa_kernels._attention_layout import Layout
+from ajepa_kernels._autograd import first_order
 from ajepa_kernels._triton import launch, power_of_2, register
 from ajepa_kernels._tuned import LONG, Tiles, tuned
 
@@ -139,19 +140,26 @@ def _masked_attention_bwd(
 
 
 class MaskedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, scale, tf32, *layout):
-        out, lse = torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32)
-        ctx.scale, ctx.tf32, ctx.numbers = scale, tf32, layout[6:]
-        # short sequences recompute their probabilities from q and k alone
-        ctx.save_for_backward(q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6])
-        return out
+    """Gives the output, and the log-sum-exps that its backward may need."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
-        q, k, v, out, lse, *layout = ctx.saved_tensors
-        dq, dk, dv = torch.ops.ajepa.masked_attention_bwd(
-            do, q, k, v, out, lse, *layout, *ctx.numbers, ctx.scale, ctx.tf32
-        )
-        return dq, *((None, None) if k is None else (dk, dv)), *[None] * (2 + len(Layout._fields))
+    def forward(q, k, v, scale, tf32, *layout):
+        return torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, ctx.scale, ctx.tf32, *layout = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.numbers = layout[6:]
+        # short sequences recompute their probabilities from q and k alone
+        ctx.save_for_backward(q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, do, _):
+        grads = (None, None, None)
+        if do is not None:
+            grads = torch.ops.ajepa.masked_attention_bwd(do, *saved, *ctx.numbers, ctx.scale, ctx.tf32)
+        return grads[0], *((None, None) if saved[1] is None else grads[1:]), *[None] * (2 + len(Layout._fields))
