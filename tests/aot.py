@@ -161,7 +161,7 @@ def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype) -> None:
     x, residual = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, C, dtype=stream, **META)
     weight = torch.empty(C, **META)
     normed, total = _add_layer_norm_fwd(x, residual, weight, weight, 1e-5, dtype)
-    _add_layer_norm_bwd(normed, total, total, weight, True, 1e-5, dtype)
+    _add_layer_norm_bwd(normed, total, total, weight, weight.dtype, 1e-5, dtype)
 
 
 def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:

@@ -31,6 +31,7 @@ class Rows(NamedTuple):
 
     rows: int
     num_warps: int
+    num_stages: int = 1  # of the loads of those that walk their rows
 
 
 LONG = 0  # stands for the lengths above those that one launch holds
@@ -38,7 +39,7 @@ LONG = 0  # stands for the lengths above those that one launch holds
 # (operation, bits of the dtype, rounded length, rounded head dim); None: not in one launch. Lengths and head dims round
 # up to powers of two, lengths to 96 where there is an entry for it.
 # Of the operations on rows: (operation, channels of a program).
-_UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
+_UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "any": {
         **{
             (op, 16, S, D): Tiles(S, S, warps)
@@ -66,6 +67,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         ("attention_bwd", 16, 128, 128): Tiles(16, 128, 8),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, 64, 32): Tiles(16, 64, 8),
+        ("add_layer_norm_bwd", 2048): Rows(1, 8, 2),
     },
     "sm_86": {  # as sm_80, but for a block's shared memory, 99 KiB
         ("attention_bwd", 16, 128, 128): None,
@@ -93,6 +95,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),
         ("attention_bwd", 32, LONG, 128): Tiles(16, 32, 8),
+        ("add_layer_norm_bwd", 512): Rows(4, 8, 2),
     },
 }  # fmt: skip
 
