@@ -12,7 +12,7 @@ from ajepa_kernels._attention_kernels import (
     _masked_attention_tiled_bwd_kernel,
 )
 from ajepa_kernels._attention_layout import Layout
-from ajepa_kernels._autograd import first_order
+from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels._triton import launch, power_of_2, register
 from ajepa_kernels._tuned import LONG, Tiles, tuned
 
@@ -139,7 +139,7 @@ def _masked_attention_bwd(
     return (*grads, q.new_empty(0), q.new_empty(0)) if k is None else tuple(grads)
 
 
-class MaskedAttention(torch.autograd.Function):
+class MaskedAttention(Function):
     """Gives the output, and the log-sum-exps that its backward may need."""
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._autograd import autocast_dtype, first_order
+from ajepa_kernels._autograd import Function, autocast_dtype, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
@@ -126,7 +126,7 @@ def _bias_gelu_bwd(dy, x, bias, tanh):
     return dx, dbias.sum(0).to(bias.dtype)
 
 
-class _BiasGelu(torch.autograd.Function):
+class _BiasGelu(Function):
     @staticmethod
     def forward(x, bias, tanh, dtype):
         return torch.ops.ajepa.bias_gelu_fwd(x, bias, tanh, dtype)

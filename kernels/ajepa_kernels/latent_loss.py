@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._autograd import first_order
+from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
@@ -133,7 +133,7 @@ def _factors(prediction: torch.Tensor, reduction: str) -> tuple[float, float, fl
     return (mean, 1.0, mean) if prediction.dtype == torch.float16 else (mean, mean, 1.0)
 
 
-class _LatentL2Loss(torch.autograd.Function):
+class _LatentL2Loss(Function):
     """Gives the loss and the gradient that it saves: as an output, so that differentiating it is noticed."""
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._autograd import autocast_dtype, first_order
+from ajepa_kernels._autograd import Function, autocast_dtype, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
@@ -163,7 +163,7 @@ def _add_layer_norm_bwd(dnormed, dsum, total, weight, bias_dtype, eps, x_dtype):
     return dtotal, dtotal.new_empty(0) if dx is None else dx, dweight, dbias
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Function):
     @staticmethod
     def forward(x, residual, weight, bias, eps, dtype):
         normed, total = torch.ops.ajepa.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
