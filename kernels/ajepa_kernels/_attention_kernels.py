@@ -208,7 +208,7 @@ def _masked_attention_long_bwd_kernel(
     pid = tl.program_id(0)
     h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
-    k_start, k_end = (q_start, q_end) if k_start_ptr is None else _span(k_start_ptr, k_end_ptr, r)
+    k_start, k_end = _span(k_start_ptr, k_end_ptr, r)
     q_ptr += h * D
     k_ptr += h * D
     v_ptr += h * D

@@ -40,6 +40,14 @@ def _options(config: Tiles) -> dict[str, int | None]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
 
 
+def _keys(one_tile: bool, q_start, q_end, q_rows, k_start, k_end, k_rows):
+    """k_start None: the keys are those of the queries' slots. A kernel of one tile then reads the offsets once; one of
+    several tiles needs more registers where it knows that they are the same."""
+    if k_start is not None:
+        return k_start, k_end, k_rows
+    return (None, None, q_rows) if one_tile else (q_start, q_end, q_rows)
+
+
 def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
     """q, k, v as `[rows, H, D]` views, heads and channels dense: what the kernels take."""
     tensors = q.unbind(1) if k is None or v is None else (q, k, v)
@@ -70,8 +78,8 @@ def _masked_attention_fwd(
     q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: q holds all three, `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is only written for long sequences."""
-    k_rows = q_rows if k_start is None else k_rows  # the keys are those of the queries' slots
     one_tile, config = _config(q, max_q, max_k, "attention_fwd")
+    k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns are zero
     H, D = q.shape[-2:]
     out = allocate(q.shape[0] if scatter else slots, H, D, dtype=q.dtype, device=q.device)
@@ -105,8 +113,8 @@ def _masked_attention_bwd(
     do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: dq holds all three. out and lse are only read for long sequences."""
-    k_rows = q_rows if k_start is None else k_rows  # the keys are those of the queries' slots
     one_tile, config = _config(q, max_q, max_k, "attention_bwd")
+    k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     # where rows are gathered, those that no sequence owns have zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
     grads = [allocate(x, memory_format=torch.contiguous_format) for x in ([q] if k is None else [q, k, v])]

@@ -53,6 +53,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         },
         **{(op, 32, S, D): Tiles(S, S, 4) for op in ("attention_fwd", "attention_bwd")
            for S, D in ((16, 32), (16, 64), (16, 128), (32, 32), (32, 64))},
+        ("attention_bwd", 32, 16, 64): Tiles(16, 16, 4, 1, 80),  # in tf32 it spills to save a few
         **{("attention_fwd", 32, 64, D): Tiles(16, 64, 4) for D in (32, 64)},
         **{("attention_bwd", 32, 64, D): Tiles(16, 64, warps) for D, warps in ((32, 4), (64, 8))},
         **{("attention_fwd", 16, LONG, D): Tiles(64, 64, 4, 2) for D in (32, 64, 128)},
@@ -60,6 +61,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         **{(op, 32, LONG, D): Tiles(32, 32, 8) for op in ("attention_fwd", "attention_bwd") for D in (32, 64, 128)},
     },
     "sm_80": {  # operands of the products in registers: whole 128 x 128 scores do not fit beside them
+        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 112),
         ("attention_fwd", 16, 96, 64): Tiles(32, 128, 4, 1, 96),
         ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4),
         ("attention_fwd", 16, 128, 128): Tiles(64, 128, 4),
@@ -89,6 +91,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 72),
         ("attention_fwd", 16, 128, 128): Tiles(128, 128, 8, 1, 128),
         ("attention_fwd", 16, 128, 64): Tiles(128, 128, 4),
+        ("attention_bwd", 16, 32, 32): Tiles(32, 32, 2, 1, 80),
         ("attention_bwd", 16, 128, 32): Tiles(64, 128, 8),
         ("attention_bwd", 16, 128, 64): Tiles(64, 128, 8),
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
