@@ -157,6 +157,19 @@ def test_compiles_as_one_graph(impl):
     torch.testing.assert_close(compiled(pcm), 2 * log_mel(pcm, spec, impl=impl), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_several_specs(impl, dynamic):
+    """One compiled function, whose argument the spec is: fields that change between calls become symbols."""
+    spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=None), clips(8000)
+    compiled = torch.compile(
+        lambda x, spec: log_mel(x, spec, impl=impl), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    for changes in ({}, {"hop_length": 200}, {"win_length": 320}, {"f_min": 50.0}, {"n_mels": 64, "std": 3.0}, {}):
+        changed = replace(spec, **changes)
+        torch.testing.assert_close(compiled(pcm, changed), log_mel(pcm, changed, impl=impl), rtol=0, atol=1e-3)
+
+
 def test_without_the_extension(monkeypatch):
     """log_mel says once that it runs the plain version, and why."""
     spec, pcm = LogMelSpec(n_mels=32), clips(4000)

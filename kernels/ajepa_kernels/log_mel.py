@@ -3,11 +3,12 @@
 Shapes: B clips, S samples, T frames, K frequency bins, M mel bands, N patches, P values of a patch.
 """
 
+import ast
 import itertools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -117,6 +118,7 @@ class LogMelSpec:
         ):  # fmt: skip
             if wrong:
                 raise ValueError(f"LogMelSpec: {message}")
+        object.__setattr__(self, "_key", repr(astuple(self)))  # what torch.compile takes for a constant
 
     @property
     def log_floor(self) -> float:
@@ -173,8 +175,6 @@ class LogMelSpec:
     def patch_dim(self) -> int:
         return self.patch[0] * self.patch[1]
 
-
-_FIELDS = tuple(field.name for field in fields(LogMelSpec))
 
 LOG_MEL_PRESETS: dict[str, LogMelSpec] = {
     # arXiv 2507.02915: 254 frames of a 10 s clip, then two rows of zeros.
@@ -299,29 +299,38 @@ def _cached_kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTabl
         )
 
 
-# torch.compile calls these while it traces. torch 2.11 can hand over constants alone, which a spec's fields are, and
-# unpack nothing but plain tuples.
+# torch.compile calls these while it traces. It can hand over constants alone: a spec's key is one, where its fields turn
+# into symbols once they change between calls. torch 2.11 unpacks nothing but plain tuples.
+
+
+def _from_key(key: str) -> LogMelSpec:
+    return LogMelSpec(*ast.literal_eval(key))
+
+
+def _constant(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # As parameters, whose sizes stay numbers with dynamic=True, too: a constant's have no source to guard.
+    return tuple(torch.nn.Parameter(table, requires_grad=False) for table in tables)
 
 
 @torch.compiler.assume_constant_result
-def _constant_kernel_tables(device: torch.device, *values) -> tuple[torch.Tensor, ...]:
-    return tuple(_cached_kernel_tables(LogMelSpec(*values), device))
+def _constant_kernel_tables(device: torch.device, key: str) -> tuple[torch.Tensor, ...]:
+    return _constant(_cached_kernel_tables(_from_key(key), device))
 
 
 @torch.compiler.assume_constant_result
-def _constant_tables(device: torch.device, dtype: torch.dtype, *values) -> tuple[torch.Tensor, ...]:
-    return tuple(_cached_tables(LogMelSpec(*values), device, dtype))
+def _constant_tables(device: torch.device, dtype: torch.dtype, key: str) -> tuple[torch.Tensor, ...]:
+    return _constant(_cached_tables(_from_key(key), device, dtype))
 
 
 def _kernel_tables(spec: LogMelSpec, device: torch.device) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_compiling():
-        return _constant_kernel_tables(device, *[getattr(spec, name) for name in _FIELDS])
+        return _constant_kernel_tables(device, spec._key)
     return _cached_kernel_tables(spec, device)
 
 
 def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_compiling():
-        return _constant_tables(device, dtype, *[getattr(spec, name) for name in _FIELDS])
+        return _constant_tables(device, dtype, spec._key)
     return _cached_tables(spec, device, dtype)
 
 
