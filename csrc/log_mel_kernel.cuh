@@ -151,26 +151,29 @@ __device__ __forceinline__ float2 fresh(float2 a) {
   return a;
 }
 
-// a[q] *= w^q, from w and w^4: no power is more than three products deep.
+// a[q] *= w^q, from w and w^4. The rounding of w grows with the power and is alike for all frames: a chain of powers would
+// set an echo 100 dB below a loud bin.
 template <int R>
 __device__ __forceinline__ void twist(float2* a, float2 w, float2 w4) {
-  const float2 w2 = mul(w, w), w3 = mul(w2, w);
-  float2 high = w4;
-  a[1] = mul(a[1], w), a[2] = mul(a[2], w2), a[3] = mul(a[3], w3);
+  a[1] = mul(a[1], w);
+  if constexpr (R >= 4) {
+    const float2 w2 = mul(w, w), w3 = mul(w2, w);
+    float2 high = w4;
+    a[2] = mul(a[2], w2), a[3] = mul(a[3], w3);
 #pragma unroll
-  for (int q = 4; q < R; q += 4) {
-    a[q] = mul(a[q], high);
-    a[q + 1] = mul(a[q + 1], mul(high, w)), a[q + 2] = mul(a[q + 2], mul(high, w2));
-    a[q + 3] = mul(a[q + 3], mul(high, w3));
-    high = mul(high, w4);
+    for (int q = 4; q < R; q += 4) {
+      a[q] = mul(a[q], high);
+      a[q + 1] = mul(a[q + 1], mul(high, w)), a[q + 2] = mul(a[q + 2], mul(high, w2));
+      a[q + 3] = mul(a[q + 3], mul(high, w3));
+      high = mul(high, w4);
+    }
   }
 }
 
 // The transform of one pair: `a` holds inputs t + q N / kRadix; leaves the spectrum in `z`, natural order. Offsets are
 // split so that one register and immediates address all of a thread's values.
 template <class S>
-__device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int t, const float2 (&turns)[2][2],
-                                          float2 last_turn) {
+__device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int t, const float2 (&turns)[3][2]) {
   constexpr int R = S::kRadix, T = S::kLanes;
   float2* const mine = z + S::padded(t);
   if (S::holds(t)) {
@@ -197,7 +200,7 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
     __syncthreads();
   }
   if constexpr (S::kLast > 1) {
-    last_turn = fresh(last_turn);
+    const float2 last_turn[2] = {fresh(turns[S::kWide - 1][0]), fresh(turns[S::kWide - 1][1])};
     constexpr int Last = S::kLast, each = R / Last, L = S::N / Last;
 #pragma unroll
     for (int i = 0; i < each; ++i)
@@ -206,13 +209,8 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-      const float2 w = i ? mul(last_turn, sixteenth(i)) : last_turn;
-      float2 power = w;
-#pragma unroll
-      for (int q = 1; q < Last; ++q) {
-        a[i * Last + q] = mul(a[i * Last + q], power);
-        power = mul(power, w);
-      }
+      const float2 w = i ? mul(last_turn[0], sixteenth(i)) : last_turn[0];
+      twist<Last>(a + i * Last, w, i ? mul(last_turn[1], sixteenth(4 * i)) : last_turn[1]);
       dft<Last>(a + i * Last);
 #pragma unroll
       for (int q = 0; q < Last; ++q) mine[S::padded(i * T + q * L)] = a[i * Last + q];
@@ -278,6 +276,11 @@ template <>
 struct Total<int16_t> {
   using type = int;  // exact
 };
+__device__ __forceinline__ float mean_of(float sum, int count) { return sum / float(count); }
+__device__ __forceinline__ float mean_of(int sum, int count) {  // rounded once, though a sum may need 29 bits
+  const float whole = rintf(float(sum) / float(count));
+  return whole + float(sum - int(whole) * count) / float(count);
+}
 template <class S, int Half, class Sample>
 __device__ __forceinline__ float load_frame(const LogMel& p, const Sample* clip, int length, int frame, float mean,
                                             int t, float2 (&a)[S::kRadix], int (*scratch)[3], float2* places) {
@@ -308,7 +311,7 @@ __device__ __forceinline__ float load_frame(const LogMel& p, const Sample* clip,
   }
   merge_threads<S::kThreads>(range, scratch);
 
-  const float offset = p.remove_dc ? float(range.sum) / float(p.win_length) : mean;
+  const float offset = p.remove_dc ? mean_of(range.sum, p.win_length) : mean;
   if (inside) {
 #pragma unroll
     for (int q = 0; q < S::kRadix; ++q) {
@@ -370,13 +373,13 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
 
   const Sample* pcm = static_cast<const Sample*>(p.pcm) + clip * p.samples;
 
-  float2 turns[2][2] = {}, last_turn = make_float2(1.0f, 0.0f);
+  float2 turns[3][2];
 #pragma unroll
   for (int pass = 1, L = R; pass < S::kWide; ++pass, L *= R) {
     const int k = S::kPowerOfTwo ? t & (L - 1) : t;
     turns[pass - 1][0] = turn(k, R * L), turns[pass - 1][1] = turn(4 * k, R * L);
   }
-  if constexpr (S::kLast > 1) last_turn = turn(t, N);
+  if constexpr (S::kLast > 1) turns[S::kWide - 1][0] = turn(t, N), turns[S::kWide - 1][1] = turn(4 * t, N);
 
   for (int round = 0; round < S::kRounds && 2 * S::kTogether * round < valid; ++round) {
     const int pair = round * S::kTogether + group;
@@ -392,7 +395,7 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
     const float lift = __int_as_float((127 + level) << 23), lower = __int_as_float((127 - level) << 23);
 #pragma unroll
     for (int q = 0; q < R; ++q) a[q].y *= lift;
-    transform<S>(a, z, t, turns, last_turn);
+    transform<S>(a, z, t, turns);
 
     // X = (Z[k] + conj Z[N - k]) / 2, Y = (Z[k] - conj Z[N - k]) / 2i; each bin pair has one reader, which is its writer.
     for (int k = t; k <= N / 2; k += T) {
@@ -483,8 +486,8 @@ __global__ void log_mel_limit_kernel(const LogMel p) {
   const int frames = p.frames(p.length(clip));
   const int key = reinterpret_cast<const int*>(p.peaks)[clip];
   const float cutoff = __int_as_float(key >= 0 ? key : key ^ 0x7fffffff) - p.top;
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.n_mels * frames; i += gridDim.x * blockDim.x) {
-    const int64_t at = p.out_index(clip, i / frames, i % frames);
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < int64_t(p.n_mels) * frames; i += gridDim.x * blockDim.x) {
+    const int64_t at = p.out_index(clip, int(i / frames), int(i % frames));
     if (float(static_cast<const Value*>(p.out)[at]) < cutoff) store(p, at, cutoff);
   }
 }

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+from log_mel_cases import (
+    PRESETS,
+    SIGNALS,
+    assert_exact,
+    clips,
+    quiet_about_empty_bands,  # noqa: F401
+    recordings,
+    signal_case,
+)
 
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.log_mel import _log_mel_fused
@@ -44,6 +53,8 @@ def kernel(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda_on_host") / "log_mel.so"
     source = ROOT / "tests/cuda_on_host/log_mel.cpp"
     command = [CXX, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", str(source)]
+    if platform.machine() == "x86_64":
+        command += ["-mfma", "-ffp-contract=fast"]  # it rounds as a GPU does
     subprocess.run([*command, "-o", str(library)], check=True)
     run = ctypes.CDLL(str(library)).log_mel_on_host
 
@@ -104,6 +115,19 @@ def test_front_ends(kernel, name, changes):
         torch.testing.assert_close(
             kernel(pcm, spec, lengths=lengths, dtype=dtype), kernel(pcm, spec, lengths=lengths).to(dtype)
         )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_signals(kernel, name, signal):
+    pcm, spec = signal_case(name, signal)
+    assert_exact(kernel(pcm, spec), pcm, spec)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recordings(kernel, audio_dir, name):
+    spec, pcm = replace(LOG_MEL_PRESETS[name], n_frames=None), recordings(audio_dir, each=6_000)
+    assert_exact(kernel(pcm, spec), pcm, spec)
 
 
 def test_quiet_frame_beside_a_loud_one(kernel):
