@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -58,10 +59,19 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
                   "log_mel_fwd: out must be contiguous [B, F, T, patch mels, patch frames] on pcm's device");
   STD_TORCH_CHECK((n_fft >= 128 && n_fft <= 8192 && (n_fft & (n_fft - 1)) == 0) || n_fft == 400,
                   "log_mel_fwd: n_fft must be a power of two in 128..8192 or 400, got ", n_fft);
-  STD_TORCH_CHECK(hop_length > 0 && edge >= 0 && edge <= 2 && (power == 1 || power == 2) && waveform_norm >= 0 &&
-                      waveform_norm <= 2 && min_samples > 0 && pcm.size(1) < (int64_t(1) << 30),
+  // What the kernels compute with 32 bits stays below 2^31: the place of a frame is at most samples + frame_bias + first_sample.
+  const auto below = [](int64_t bits, std::initializer_list<int64_t> values) {
+    return std::all_of(values.begin(), values.end(), [=](int64_t x) { return x >> bits == 0 || x >> bits == -1; });
+  };
+  STD_TORCH_CHECK(hop_length > 0 && min_samples > 0 && below(30, {hop_length, min_samples, pcm.size(1)}) &&
+                      below(29, {first_sample, frame_bias}) && (frame_add == 0 || frame_add == 1) && edge >= 0 && edge <= 2 &&
+                      (power == 1 || power == 2) && waveform_norm >= 0 && waveform_norm <= 2,
                   "log_mel_fwd: an argument is out of range");
+  STD_TORCH_CHECK(below(30, {out.size(1), out.size(2), out.size(3), out.size(4)}) && below(30, {out.size(2) * out.size(4)}) &&
+                      out.size(3) > 0 && out.size(4) > 0,
+                  "log_mel_fwd: out has patches of no size, or 2^30 frames or more");
   const int64_t n_mels = out.size(1) * out.size(3), n_segments = segments.size(0);
+  STD_TORCH_CHECK(n_mels >= 1 && n_mels <= 256, "log_mel_fwd: out must hold 1 to 256 mel bands, got ", n_mels);
   check_table(window, pcm, ScalarType::Float, 2, "window");
   check_table(weights, pcm, ScalarType::Float, 2 * ajepa::kSegment * n_segments, "weights");
   check_table(segments, pcm, ScalarType::Int, 2 * n_segments, "segments");
@@ -176,7 +186,9 @@ void log_mel_fwd_cpu(LOG_MEL_ARGS) {
 void log_mel_fwd_cuda(LOG_MEL_ARGS) {
   LogMel p = LOG_MEL_DESCRIBE;
   if (!p.batch || !out.numel()) return;
-  STD_TORCH_CHECK(p.batch <= 65535 || p.top < 0, "log_mel_fwd: top_db takes at most 65535 clips a call");
+  STD_TORCH_CHECK(p.batch <= 65535 || p.top < 0, "log_mel_fwd: top_db takes at most 65535 clips a call; split the batch");
+  STD_TORCH_CHECK(p.batch <= INT32_MAX / (out.size(2) * out.size(4) / 16 + 1),
+                  "log_mel_fwd: too many frames for one call; split the batch");
   const int32_t device = pcm.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   // From the caching allocator: also inside a CUDA graph.
