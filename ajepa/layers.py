@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ajepa_kernels import add_layer_norm, bias_gelu, fp8_linear, gelu_mlp, masked_attention
+from ajepa_kernels import (
+    Quantized,
+    add_layer_norm,
+    bias_gelu,
+    fp8_linear,
+    gelu_mlp,
+    masked_attention,
+    norm_quantize_rows,
+    quantize_rows,
+)
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
@@ -72,6 +81,10 @@ class Linear(nn.Linear):
         self.copies = (self.weight.detach().to(dtype), self.bias.detach().to(dtype))
         return list(zip((self.weight, self.bias), self.copies, strict=True))
 
+    @property
+    def quantizes(self) -> bool:
+        return self.fp8 and not torch.is_grad_enabled()
+
     @torch.no_grad()
     def write_copies(self) -> None:
         """For parameters that something else than the optimiser has set."""
@@ -82,18 +95,37 @@ class Linear(nn.Linear):
         super()._load_from_state_dict(*args)
         self.write_copies()
 
-    def forward(self, x: torch.Tensor, outputs: slice | None = None, biased: bool = True) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Quantized, outputs: slice | None = None, biased: bool = True) -> torch.Tensor:
         """`outputs`: only these of the output features; `biased`: with the bias added."""
         parameters = (self.weight, self.bias, *(self.copies or ()))
         if outputs is not None:
             parameters = tuple(p[outputs] for p in parameters)
         if not biased:
             parameters = tuple(p if p.dim() == 2 else None for p in parameters)
-        if self.fp8 and not torch.is_grad_enabled():
+        if self.quantizes:
             return fp8_linear(x, *parameters[-2:])
+        assert isinstance(x, torch.Tensor)
         if self.copies is None:
             return nn.functional.linear(x, *parameters)
         return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)
+
+
+class _UniqueRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.save_for_backward(rows)
+        ctx.length = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (rows,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.length, *dy.shape[1:]).index_copy_(0, rows, dy), None
+
+
+def unique_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x[rows] where no row occurs twice: its gradient is a copy by index, that of `index_select` a sum by atomics."""
+    return _UniqueRows.apply(x, rows)
 
 
 class Sequences(NamedTuple):
@@ -107,7 +139,7 @@ class Sequences(NamedTuple):
 class Wanted(NamedTuple):
     """The tokens of each sequence whose output is asked for."""
 
-    rows: torch.Tensor  # int64 [Tw], of the packed tokens
+    rows: torch.Tensor  # int64 [Tw], of the packed tokens, each once
     sequences: Sequences
 
 
@@ -131,21 +163,23 @@ class Block(nn.Module):
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, addend, stream, sequences: Sequences, rotary, impl: str, wanted: Wanted | None = None):
-        normed, stream = add_norm(addend, stream, self.norm1, impl)
+        normed, stream = add_norm(addend, stream, self.norm1, impl, self.qkv.quantizes)
         if wanted is None:
             attended = self.attend(normed, sequences, rotary, impl)
         else:
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
-            stream = stream.index_select(0, wanted.rows)
-        normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl)
+            stream = unique_rows(stream, wanted.rows)
+        normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl, self.fc1.quantizes)
         return self.transform(normed, impl), stream
 
     def transform(self, normed, impl: str):
-        fc1, fc2, grad = self.fc1, self.fc2, torch.is_grad_enabled()
-        if self.mlp == "epilogue" and (grad or not fc1.fp8):
+        fc1, fc2, epilogue = self.fc1, self.fc2, self.mlp == "epilogue"
+        if fc2.quantizes:
+            return fc2(quantize_rows(fc1(normed), gelu="tanh" if epilogue else "none", impl=impl))
+        if epilogue:
             copies = None if fc1.copies is None or fc2.copies is None else (*fc1.copies, *fc2.copies)
             return gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, copies=copies, impl=impl)
-        if self.mlp == "bias-gelu" and grad:
+        if self.mlp == "bias-gelu" and torch.is_grad_enabled():
             return fc2(bias_gelu(fc1(normed, biased=False), fc1.bias, impl=impl))
         return fc2(nn.functional.gelu(fc1(normed)))
 
@@ -160,8 +194,9 @@ class Block(nn.Module):
 
     def attend_wanted(self, normed, sequences: Sequences, rotary, impl: str, wanted: Wanted):
         """All tokens are keys, the wanted ones alone are queries."""
-        width = normed.shape[-1]
-        q = self.qkv(normed.index_select(0, wanted.rows), slice(0, width)).unflatten(-1, (self.heads, -1))
+        width = self.qkv.in_features
+        queried = normed.rows(wanted.rows) if isinstance(normed, Quantized) else unique_rows(normed, wanted.rows)
+        q = self.qkv(queried, slice(0, width)).unflatten(-1, (self.heads, -1))
         k, v = self.qkv(normed, slice(width, None)).unflatten(-1, (2, self.heads, -1)).unbind(1)
         if rotary is not None:
             q, k = rotate(q, rotary.index_select(0, wanted.rows)), rotate(k, rotary)
@@ -172,6 +207,8 @@ class Block(nn.Module):
         )  # fmt: skip
 
 
-def add_norm(addend, stream, norm: nn.LayerNorm, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """layer_norm(addend + stream), and the sum."""
+def add_norm(addend, stream, norm: nn.LayerNorm, impl: str, quantize: bool = False):
+    """layer_norm(addend + stream), in float8 where a product in float8 reads it, and the sum."""
+    if quantize:
+        return norm_quantize_rows(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
     return add_layer_norm(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ajepa.config import SIZES, ModelConfig, StepConfig
-from ajepa.layers import Block, Linear, Sequences, Wanted, add_norm, rotary_positions, sincos_positions
+from ajepa.layers import Block, Linear, Sequences, Wanted, add_norm, rotary_positions, sincos_positions, unique_rows
 from ajepa.masks import Masks
 from ajepa_kernels import LogMelSpec
 
@@ -122,7 +122,8 @@ class Predictor(Transformer):
         tokens = torch.cat([embedded, self.mask_token.to(embedded.dtype).expand(len(masks.target), -1)])
         patch = torch.cat([masks.context, masks.target]) % self.n_patches
         # index_select: where contexts repeat, its gradient adds in a fixed order on a CPU, that of [] does not
-        x = tokens.index_select(0, masks.predict)
+        once = prune and masks.disjoint
+        x = unique_rows(tokens, masks.predict) if once else tokens.index_select(0, masks.predict)
         place, sequences = patch[masks.predict], Sequences(masks.predict_cu, masks.max_predict)
         if prune:
             wanted = Wanted(masks.predicted, Sequences(masks.target_cu, masks.max_target))

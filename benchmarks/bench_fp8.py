@@ -4,7 +4,7 @@ import pytest
 import torch
 from records import DEVICE
 
-from ajepa_kernels import fp8_linear, quantize_rows
+from ajepa_kernels import add_layer_norm, fp8_linear, norm_quantize_rows, quantize_rows
 
 M = 256 if DEVICE == "cpu" else 131_072
 SHAPES = [(768, 2304), (768, 3072), (3072, 768)]
@@ -25,3 +25,25 @@ def test_fp8_linear(K, N, interleave, record):
     }
     times = interleave(variants, seconds=1.0)
     record("fp8_linear", f"{M} x {K} to {N}", times, plain="bf16 linear", peers=["bf16 linear"])
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="float8 needs sm_89")
+def test_quantised_where_it_is_made(interleave, record):
+    """Norm to first product and GELU to second of a target encoder's MLP, beside bf16."""
+    C, on = 768, {"device": DEVICE, "dtype": torch.bfloat16}
+    x, residual, z = torch.randn(M, C, **on), torch.randn(M, C, device=DEVICE), torch.randn(M, 4 * C, **on)
+    norm, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+    w1, w2 = torch.randn(4 * C, C, **on) / C**0.5, torch.randn(C, 4 * C, **on) / (4 * C) ** 0.5
+
+    def fp8():
+        normed, _ = norm_quantize_rows(x, residual, norm, bias)
+        return fp8_linear(normed, w1), fp8_linear(quantize_rows(z, gelu="none"), w2)
+
+    def bf16():
+        normed, _ = add_layer_norm(x, residual, norm, bias)
+        return torch.nn.functional.linear(normed, w1), torch.nn.functional.linear(torch.nn.functional.gelu(z), w2)
+
+    for got, want in zip(fp8(), bf16(), strict=True):
+        assert (got.float() - want.float()).std() < 0.06 * want.float().std()
+    times = interleave({"ajepa fp8": fp8, "bf16": bf16}, seconds=1.0)
+    record("fp8_mlp", f"{M} x {C}, norm, product; GELU, product", times, plain="bf16", peers=["bf16"])

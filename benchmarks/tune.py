@@ -1,6 +1,7 @@
 """Times candidate configurations of every Triton operation on the GPU at hand, and keeps the fastest in its table.
 
-`python benchmarks/tune.py` rewrites the timed part of kernels/ajepa_kernels/_tuned.py for this GPU's model. A candidate
+`python benchmarks/tune.py` rewrites the timed part of kernels/ajepa_kernels/_tuned.py for this GPU's model after each
+size that it is done with, those of the audio-jepa recipe first; `--minutes 20` stops it after so many. A candidate
 counts where its result agrees with the plain definition's and it beats the present configuration by 2 %.
 """
 
@@ -8,6 +9,7 @@ import argparse
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from ajepa_kernels import _tuned, add_layer_norm, bias_gelu, latent_l2_loss, mas
 from ajepa_kernels._tuned import LONG, Rows, Tiles
 
 TOKENS, HEADS, GAIN = 65536, 12, 0.98
+REGISTERS = 255  # of a thread, at most
 Case = tuple[tuple, list, Callable[[str], list[torch.Tensor]]]  # key, candidates, function of impl
 
 
@@ -34,41 +37,93 @@ def rewrite(source: str, timed: dict[str, dict[tuple, object]]) -> str:
     return re.sub(r"^TIMED: .*?(?=\n# --- end ---)", lambda _: new, source, flags=re.S | re.M)
 
 
+def tiles(op: str, bits: int, S: int, D: int, shared: int) -> list[Tiles]:
+    """Candidates that registers and `shared` bytes a block can hold, by arithmetic: compiling takes seconds each."""
+    back, size = op == "attention_bwd", bits // 8
+    least = 2 if bits == 32 else 4 if S == 16 else 8  # scores of a thread
+    keys = (32, 64, 128) if S == LONG else (128,) if S == 96 else (S,)
+    queries = (32, 64, 128) if S == LONG and bits == 16 else (16, 32, 64, 128)  # few: all keys are read often
+    found = []
+    for q, k, warps in ((q, k, w) for k in keys for q in queries for w in (1, 2, 4, 8)):
+        threads = 32 * warps
+        if q > k and S != LONG:
+            continue
+        # float32 scores (two in the backward) and sums of a thread: out; or dk and dv, and dq by turns
+        scores = q * k / threads
+        sums = (2 * k + q if q < k or S == LONG else k) * D / threads if back else q * D / threads
+        if not (least <= scores <= 128 and (1 + back) * scores + sums < 0.9 * REGISTERS):
+            continue
+        for stages in (1, 2, 3) if S == LONG and bits == 16 else (1,):
+            held = (2 * (q + k) if back else q + 2 * k * stages) * D + (q * k if back else 0)
+            if held * size > shared:
+                continue
+            found.append(Tiles(q, k, warps, stages))
+            if S in (64, 96, 128):  # any bound on the registers changes the order of the loads
+                found.append(Tiles(q, k, warps, stages, min(REGISTERS, 65536 // threads)))
+    return found
+
+
+def rows(op: str, block: int) -> list[Rows]:
+    """Candidates of 4 to 32 channels a thread, 16 in a backward, which holds their sums as well."""
+    back = op in ("add_layer_norm_bwd", "bias_gelu_bwd")
+    return [
+        Rows(n, warps, stages)
+        for n in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8)
+        if 4 <= n * block / (32 * warps) <= (16 if back else 32)
+        for stages in ((1, 2, 3) if back else (1,))
+    ]  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
-    """Backward passes are timed with their forward passes, which are tuned before them."""
-    draw = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
-    for bits, dtype in ((16, torch.bfloat16), (32, torch.float32)):
-        for D in (32, 64, 128):
-            for S in (16, 32, 64, 128, LONG):
-                length = S or 512
-                cu = torch.arange(0, TOKENS + 1, length, device="cuda", dtype=torch.int32)
-                qkv = draw(TOKENS, 3, HEADS, D, dtype=dtype)
-                sizes = [(q, k) for q in (16, 32, 64, 128) for k in ((32, 64, 128) if S == LONG else (S,))]
-                options = [
-                    Tiles(q, k, warps, stages)
-                    for q, k in sizes if S == LONG or q <= S
-                    for warps in (1, 2, 4, 8, 16) for stages in ((1, 2, 3) if S == LONG else (1,))
-                ]  # fmt: skip
-                attend = lambda x, impl, cu=cu, length=length: masked_attention(  # noqa: E731
-                    x, cu_seqlens=cu, max_seqlen=length, impl=impl
-                )
-                yield ("attention_fwd", bits, S, D), options, lambda impl, x=qkv, f=attend: [f(x, impl)]
-                yield ("attention_bwd", bits, S, D), options, lambda impl, x=qkv, f=attend: grads(f, [x], impl)
-    rows = [Rows(n, warps) for n in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16)]
-    for C in (384, 512, 768, 1024):
-        x, residual, weight, bias = draw(TOKENS, C), draw(TOKENS, C), draw(C), draw(C)
-        norm = lambda x, r, w, b, impl: add_layer_norm(x, r, w, b, impl=impl)[0]  # noqa: E731
-        tensors, block = [x, residual, weight, bias], 1 << (C - 1).bit_length()
-        yield ("add_layer_norm_fwd", block), rows, lambda impl, t=tensors, f=norm: [f(*t, impl)]
-        yield ("add_layer_norm_bwd", block), rows, lambda impl, t=tensors, f=norm: grads(f, t, impl)
-        index = torch.randperm(TOKENS, device="cuda")
-        loss = lambda p, impl, m=residual, i=index: latent_l2_loss(p, m, i, impl=impl)  # noqa: E731
-        yield ("latent_l2_loss_fwd", block), rows, lambda impl, p=x, f=loss: grads(f, [p], impl)
-        hidden, bias = draw(TOKENS, 4 * C), draw(4 * C)
-        gelu = lambda x, b, impl: bias_gelu(x, b, impl=impl)  # noqa: E731
-        block = min(4 * C & -(4 * C), 1024)
-        yield ("bias_gelu_fwd", block), rows, lambda impl, t=(hidden, bias), f=gelu: [f(*t, impl)]
-        yield ("bias_gelu_bwd", block), rows, lambda impl, t=(hidden, bias), f=gelu: grads(f, t, impl)
+    """The recipe's before others. Backward passes are timed with their forward passes, which are tuned before them."""
+    recipe = [(16, S, D) for S in (64, 96, 128) for D in (64, 32)]
+    every = [(bits, S, D) for bits in (16, 32) for D in (32, 64, 128) for S in (16, 32, 64, 96, 128, LONG)]
+    for size in recipe:
+        yield from attention(*size)
+    for C in (768, 384):
+        yield from on_rows(C)
+    for size in every:
+        if size not in recipe:
+            yield from attention(*size)
+    yield from on_rows(1280)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def attention(bits: int, S: int, D: int) -> Iterator[Case]:
+    here = torch.empty(0, device="cuda")
+    length, shared = S or 512, torch.cuda.get_device_properties(here.device).shared_memory_per_block_optin
+    if any(_tuned.tuned(here, op, bits, 128 if S == 96 else S, D) is None for op in ("attention_fwd", "attention_bwd")):
+        return  # not in one launch
+    sequences = TOKENS // length
+    cu = length * torch.arange(sequences + 1, device="cuda", dtype=torch.int32)
+    qkv = draw(sequences * length, 3, HEADS, D, dtype=torch.bfloat16 if bits == 16 else torch.float32)
+    attend = lambda x, impl: masked_attention(x, cu_seqlens=cu, max_seqlen=length, impl=impl)  # noqa: E731
+    forward = lambda impl: [attend(qkv, impl)]  # noqa: E731
+    for op, run in (("attention_fwd", forward), ("attention_bwd", lambda impl: grads(attend, [qkv], impl))):
+        yield (op, bits, S, D), tiles(op, bits, S, D, shared), run
+
+
+def on_rows(C: int) -> Iterator[Case]:
+    x, residual, weight, bias = draw(TOKENS, C), draw(TOKENS, C), draw(C), draw(C)
+    hidden, hidden_bias = draw(TOKENS, 4 * C), draw(4 * C)
+    index = torch.randperm(TOKENS, device="cuda")
+    norm = lambda x, r, w, b, impl: add_layer_norm(x, r, w, b, impl=impl)[0]  # noqa: E731
+    loss = lambda p, impl: latent_l2_loss(p, residual, index, impl=impl)  # noqa: E731
+    gelu = lambda x, b, impl: bias_gelu(x, b, impl=impl)  # noqa: E731
+    block, block_gelu = 1 << (C - 1).bit_length(), min(4 * C & -(4 * C), 1024)
+    stream, mlp = [x, residual, weight, bias], [hidden, hidden_bias]
+    runs = {
+        ("add_layer_norm_fwd", block): lambda impl: [norm(*stream, impl)],
+        ("add_layer_norm_bwd", block): lambda impl: grads(norm, stream, impl),
+        ("latent_l2_loss_fwd", block): lambda impl: grads(loss, [x], impl),
+        ("bias_gelu_fwd", block_gelu): lambda impl: [gelu(*mlp, impl)],
+        ("bias_gelu_bwd", block_gelu): lambda impl: grads(gelu, mlp, impl),
+    }
+    for key, run in runs.items():
+        yield key, rows(*key), run
 
 
 def grads(function: Callable, tensors, impl: str) -> list[torch.Tensor]:
@@ -93,8 +148,18 @@ def milliseconds(function: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def fastest(key: tuple, candidates: list, run: Callable, entries: dict[tuple, object], time=milliseconds):
-    """(configuration, its time, the present one's time); the configuration is None where nothing beats the present."""
+def fastest(
+    key: tuple,
+    candidates: list,
+    run: Callable,
+    entries: dict[tuple, object],
+    time_of=milliseconds,
+    deadline=float("inf"),
+):
+    """(configuration, its time, the present one's time); the configuration is None where nothing beats the present.
+
+    Candidates that `deadline`, of `time.monotonic`, leaves no time for are not tried.
+    """
     want = run("reference")
 
     def timed(config=None) -> float:
@@ -105,20 +170,23 @@ def fastest(key: tuple, candidates: list, run: Callable, entries: dict[tuple, ob
             for got, right in zip(run("triton"), want, strict=True):
                 if not (got.double() - right.double()).norm() <= 0.02 * right.double().norm():
                     return float("inf")
-            return time(lambda: run("triton"))
+            return time_of(lambda: run("triton"))
         except (TritonError, RuntimeError, AssertionError):  # does not fit, or does not compile
             return float("inf")
+        finally:
+            entries.pop(key, None)
 
     present = timed()
-    best = min(((timed(config), config) for config in candidates), key=lambda x: x[0], default=(present, None))
-    entries.pop(key, None)
+    times = ((timed(config), config) for config in candidates if time.monotonic() < deadline)
+    best = min(times, key=lambda x: x[0], default=(present, None))
     return (best[1], best[0], present) if best[0] < GAIN * present else (None, present, present)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="tune the operations whose name contains this")
-    only = parser.parse_args().only
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, with what was found")
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print("tune: no CUDA device here: the configurations stay as they are", file=sys.stderr)
         return 2
@@ -126,18 +194,23 @@ def main() -> int:
     if not model:
         print(f"tune: no model in the name {torch.cuda.get_device_name()!r}: nothing to file it under", file=sys.stderr)
         return 2
-    entries = _tuned.TIMED.setdefault(model, {})
+    entries, path = _tuned.TIMED.setdefault(model, {}), Path(_tuned.__file__)
     _tuned._tables.cache_clear()
+    deadline, done = time.monotonic() + 60 * args.minutes, set()
     for key, candidates, run in cases():
-        attention = key[0].startswith("attention")
-        if only not in key[0] or (attention and _tuned.tuned(torch.empty(0, device="cuda"), *key) is None):
+        if args.only not in key[0] or key in done:
             continue
-        config, best, present = fastest(key, candidates, run, entries)
+        if time.monotonic() > deadline:
+            print(f"tune: {args.minutes:g} minutes are over before {key}", flush=True)
+            break
+        done.add(key)
+        if key in entries:  # of an earlier run
+            candidates = [entries[key], *candidates]
+        config, best, present = fastest(key, candidates, run, entries, deadline=deadline)
         print(f"{key}: {present:.4f} ms" + (f" -> {best:.4f} ms, {config}" if config else ", kept"), flush=True)
         if config:
             entries[key] = config
-        path = Path(_tuned.__file__)
-        path.write_text(rewrite(path.read_text(), {m: e for m, e in _tuned.TIMED.items() if e}))
+            path.write_text(rewrite(path.read_text(), {m: e for m, e in _tuned.TIMED.items() if e}))
     return 0
 
 

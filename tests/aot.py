@@ -36,13 +36,25 @@ class Report:
     tensor_core: int
     warp_group: int  # those of Hopper's and Blackwell's own units
     wide: int  # 16-byte loads
+    order: str  # of these loads, "L", or "a" where asynchronous, and of what waits for one, "w"
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor holds: 64 Ki registers; 164 KiB of shared memory on sm_80, 228 KiB after."""
+        """Blocks that a multiprocessor holds: 64 Ki registers; shared memory of 164, 100 (sm_86) or 228 KiB."""
         registers = self.threads * -(-self.registers // 8) * 8
-        shared = (164 if self.arch == 80 else 228) * 1024
-        return min(65536 // registers, shared // (self.shared + 1024), 2048 // self.threads, 32)
+        shared = {80: 164, 86: 100}.get(self.arch, 228) * 1024
+        threads, most = (1536, 16) if self.arch == 86 else (2048, 32)
+        return min(65536 // registers, shared // (self.shared + 1024), threads // self.threads, most)
+
+    @property
+    def together(self) -> int:
+        """16-byte loads that are issued before anything waits for one of them."""
+        return len(re.match("L*", self.order.lstrip("a"))[0])
+
+    @property
+    def apart(self) -> bool:
+        """Does anything wait for a load between the first 16-byte load and the last?"""
+        return "w" in self.order[self.order.find("L") : self.order.rfind("L")]
 
 
 def _specialise(kernel, args, options):
@@ -54,6 +66,7 @@ def _specialise(kernel, args, options):
     constants: dict = {}
     aligned = []
     counts = {p.name for p in kernel.params if p.do_not_specialize}
+    anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     for name, x in bound.items():
         if name in counts:
             signature[name] = "i32"
@@ -62,7 +75,7 @@ def _specialise(kernel, args, options):
         elif isinstance(x, torch.Tensor):
             signature[name] = "*" + _TYPES[x.dtype]
             # unlike views into one buffer, a fresh allocation is aligned; a view is where its offset is
-            if x.storage_offset() * x.element_size() % 16 == 0:
+            if x.storage_offset() * x.element_size() % 16 == 0 and name not in anywhere:
                 aligned.append(name)
         elif isinstance(x, float):
             signature[name] = "fp32"
@@ -76,6 +89,21 @@ def _specialise(kernel, args, options):
         {(place(n),): v for n, v in constants.items()},
         {(place(n),): [["tt.divisibility", 16]] for n in aligned},
     )
+
+
+def _order(code: str) -> str:
+    """As in `Report`: a load is waited for by the first instruction that names a register it loads into."""
+    order, loading = "", set()
+    for instruction in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*)", code, re.M):
+        if "LDGSTS" in instruction:
+            order += "a"
+        elif load := re.search(r"\bLDG\S*\.128\S* R(\d+),", instruction):
+            order += "L"
+            loading |= set(range(int(load[1]), int(load[1]) + 4))
+        elif used := loading & {int(r) for r in re.findall(r"\bR(\d+)\b", instruction)}:
+            order += "w"
+            loading -= used
+    return order
 
 
 def compile_launch(kernel, args, options, arch: int) -> Report:
@@ -100,6 +128,7 @@ def compile_launch(kernel, args, options, arch: int) -> Report:
         kernel.__name__, arch, 32 * compiled.metadata.num_warps, int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"STACK:(\d+)", usage)[1]), count("STL", "LDL"), compiled.metadata.shared, count(*TENSOR_CORE),
         count(*TENSOR_CORE[1:]), len(re.findall(r"\bLDG\S*\.128", code)),
+        _order(code),
     )  # fmt: skip
 
 
@@ -126,14 +155,17 @@ def compile_all(cases: dict, archs=ARCHS, workers: int | None = None) -> dict:
 META = {"device": "meta"}
 
 
-def attention(S: int, D: int, dtype: torch.dtype) -> None:
+def attention(S: int, D: int, dtype: torch.dtype, tf32: bool = False, cross: bool = False) -> None:
+    """cross: q, k, v apart, and keys of other lengths."""
     from ajepa_kernels._attention_layout import packed_layout
     from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
 
     qkv, cu = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(5, dtype=torch.int32, **META)
-    arguments = (*packed_layout(qkv, cu, S, None, None, None), 0.125, False)
-    out, lse = _masked_attention_fwd(qkv, None, None, *arguments)
-    _masked_attention_bwd(out, qkv, None, None, out, lse, *arguments)
+    operands = [x.contiguous() for x in qkv.unbind(1)] if cross else [qkv, None, None]
+    keys = (cu, S) if cross else (None, None)
+    arguments = (*packed_layout(qkv, cu, S, *keys, None), 0.125, tf32)
+    out, lse = _masked_attention_fwd(*operands, *arguments)
+    _masked_attention_bwd(out, *operands, out, lse, *arguments)
 
 
 def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
@@ -152,16 +184,17 @@ def loss(C: int, kind: str, dtype: torch.dtype) -> None:
 
     prediction, index = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, dtype=torch.int64, **META)
     _, grad = _latent_l2_loss_fwd(prediction, prediction, index, kind, True, 1e-6, 1.0, True)
-    _latent_l2_loss_bwd(grad, torch.empty((), **META), 1.0)
+    for upstream in (torch.empty((), **META), torch.empty(4096, **META)):
+        _latent_l2_loss_bwd(grad, upstream, 1.0)
 
 
-def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype) -> None:
+def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype, affine: bool = True) -> None:
     from ajepa_kernels.layer_norm import _add_layer_norm_bwd, _add_layer_norm_fwd
 
     x, residual = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, C, dtype=stream, **META)
-    weight = torch.empty(C, **META)
+    weight, bias_dtype = (torch.empty(C, **META), torch.float32) if affine else (None, None)
     normed, total = _add_layer_norm_fwd(x, residual, weight, weight, 1e-5, dtype)
-    _add_layer_norm_bwd(normed, total, total, weight, True, 1e-5, dtype)
+    _add_layer_norm_bwd(normed, total, total, weight, bias_dtype, 1e-5, dtype)
 
 
 def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
@@ -187,29 +220,40 @@ def optimizer(remainder: bool) -> None:
 
 
 B, F = torch.bfloat16, torch.float32
+SIZES = ((16, 32), (64, 64), (96, 64), (128, 64), (128, 128), (300, 64))
 # head dim 96 is compiled as 128, float16 as bfloat16
 CORE = {
-    **{f"attention {S} x {D}": (attention, S, D, B) for S, D in ((16, 32), (64, 64), (128, 64), (128, 128), (300, 64))},
+    **{f"attention {S} x {D}": (attention, S, D, B) for S, D in SIZES},
     "attention 64 x 64 gathered": (attention_gathered, 64, 64, B),
+    "attention 64 x 64 cross fp16": (attention, 64, 64, torch.float16, False, True),
     "attention 32 x 64 fp32": (attention, 32, 64, F),
+    "attention 32 x 64 tf32": (attention, 32, 64, F, True),
     "loss 768": (loss, 768, "l2", B),
     "layer norm 768": (layer_norm, 768, B, F),
     "bias gelu 3072": (gelu, 3072, "none", B),
     "optimizer": (optimizer, False),
 }
 REST = {
-    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 128, 300) for D in (32, 64, 96, 128)},
+    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 96, 128, 300) for D in (32, 64, 96, 128)},
     **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 32, 64, 300) for D in (32, 64, 128)},
-    **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (128, 300) for D in (64, 96, 128)},
+    **{f"attention {S} x {D} tf32": (attention, S, D, F, True) for S in (16, 64, 300) for D in (32, 64)},
+    **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (96, 128, 300) for D in (64, 96, 128)},
+    **{f"attention {S} x 64 cross": (attention, S, 64, B, False, True) for S in (16, 96, 128, 300)},
     **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
-    **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 4096)},
-    "layer norm 768 fp32": (layer_norm, 768, F, F),
+    **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 2048, 4096)},
+    **{f"layer norm {C} fp32": (layer_norm, C, F, F) for C in (768, 2048, 4096)},
+    "layer norm 768 bare": (layer_norm, 768, B, B, False),
     **{f"bias gelu {C} {a}": (gelu, C, a, B) for C, a in ((1536, "none"), (3072, "tanh"), (1000, "tanh"))},
     "bias gelu 3072 fp32": (gelu, 3072, "none", F),
     "optimizer remainder": (optimizer, True),
 }
 REST = {name: case for name, case in REST.items() if name not in CORE}
+
+
+# GPUs with an A100's products and less shared memory: RTX, L4, L40
+SMALL = {name: CORE[name] for name in ("attention 64 x 64", "attention 96 x 64", "attention 128 x 128", "loss 768")}
+SMALL |= {"layer norm 4096 fp32": REST["layer norm 4096 fp32"]}
 
 
 def table(results: dict) -> str:
@@ -225,4 +269,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    print(table(compile_all(CORE | REST)))
+    print(table(compile_all(CORE | REST) | compile_all(SMALL, (86,))))

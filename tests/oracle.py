@@ -40,3 +40,31 @@ def assert_as_good(got, plain, want, dtype, names=None) -> None:
         assert g.shape == w.shape, f"{name}: {list(g.shape)} instead of {list(w.shape)}"
         error, allowed = relative_error(g, w), 2 * (relative_error(p, w) + rounding)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, without a derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def assert_first_order(function, x) -> None:
+    """First derivatives come with `create_graph` and from `torch.func`; further ones raise instead of losing terms."""
+    again = "gradients of gradients"
+    total = lambda x: function(x).sum()  # noqa: E731 (its upstream does not require grad)
+    x = x.detach().requires_grad_()
+    want = torch.autograd.grad(total(x), x)[0].clone()
+    got = torch.autograd.grad(total(x), x, create_graph=True)[0]
+    torch.testing.assert_close(got, want)
+    with pytest.raises(RuntimeError, match=again):
+        (got.square().sum() + x.sum()).backward()
+    first = torch.func.grad(total)
+    torch.testing.assert_close(first(x.detach()), want)
+    with pytest.raises(RuntimeError, match=again):
+        torch.func.grad(lambda x: first(x).square().sum())(x.detach())

@@ -1,10 +1,15 @@
 import copy
+import pickle
+import textwrap
+from collections import OrderedDict
 
 import pytest
 import torch
-from oracle import DEVICE, IMPLS, INTERPRET, needs_kernel
+from oracle import CAN_LAUNCH, DEVICE, IMPLS, INTERPRET, needs_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ajepa_kernels import AdamWEMA, _tables, ema_update_
+import ajepa_kernels
+from ajepa_kernels import AdamWEMA, _tables, adamw_ema, ema_update_
 from ajepa_kernels._tables import CHUNK
 from ajepa_kernels.adamw_ema import join_remainder, split_remainder
 
@@ -66,8 +71,7 @@ def test_against_float64(tensors, impl):
         torch.testing.assert_close(p.detach().double().cpu(), values[i], rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(emas[i].double().cpu(), averages[i], rtol=2e-6, atol=1e-6)
         assert torch.equal(halves[i], p.detach().half()) and torch.equal(ema_halves[i], emas[i].half())
-        if p.numel():
-            assert optimizer.state[p]["step"].item() == state[i][0]
+        assert optimizer.state[p]["step"].item() == state[i][0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -103,6 +107,294 @@ def test_state_dicts_interchange_with_torch(impl, direction):
         reference.step()
     for p, q in zip(params, straight, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensor lr"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("direction", ["from torch", "to torch"])
+def test_state_dicts_of_a_default_adamw(impl, direction, tensors):
+    """It does not say fused; its step counts are on the CPU, here in float64, and so may its rate be."""
+
+    def made(cls, ps, dtype, device, **options):
+        lr = torch.tensor(1e-2, dtype=dtype, device=device) if tensors else 1e-2
+        return cls([{"params": ps[:2], "weight_decay": 0.2}, {"params": ps[2:], "lr": lr}], lr=1e-2, **options)
+
+    ours = lambda ps: made(AdamWEMA, ps, torch.float32, DEVICE, impl=impl)  # noqa: E731
+    torchs = lambda ps: made(torch.optim.AdamW, ps, torch.float64, "cpu")  # noqa: E731
+    first, second = (torchs, ours) if direction == "from torch" else (ours, torchs)
+    params, straight = parameters(), parameters()
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizer, reference = first(params), torchs(straight)
+        for step in range(4):
+            if step == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = second(params)
+                optimizer.load_state_dict(saved)
+            for p in (params, straight):
+                set_gradients(p, step)
+            optimizer.step()
+            reference.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p, q in zip(params, straight, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    if second is ours:
+        assert all(group["fused"] for group in optimizer.param_groups)
+        steps = [state["step"] for state in optimizer.state.values()]
+        assert {(x.device.type, x.dtype) for x in steps} == {(DEVICE, torch.float32)}
+
+
+@pytest.mark.parametrize("kind", ["float64", "elsewhere"])
+def test_steps_that_the_kernel_cannot_read(kind):
+    optimizer = AdamWEMA(parameters(), impl="reference")
+    params = optimizer.param_groups[0]["params"]
+    set_gradients(params, 1)
+    optimizer.step()
+    step = optimizer.state[params[1]]["step"]
+    optimizer.state[params[1]]["step"] = step.double() if kind == "float64" else step.to("meta")
+    optimizer.impl = "triton"
+    with pytest.raises(ValueError, match="step counts" if CAN_LAUNCH else "impossible"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_load_hooks_have_their_say(impl):
+    """What a pre-hook made of the state is loaded, and a post-hook sees it as it will be used."""
+    halves = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters()]
+    saved, optimizer = (AdamWEMA(halves, remainder=True, impl=impl) for _ in range(2))
+    set_gradients(halves, 1)
+    saved.step()
+    third = torch.tensor(1 / 3, device=DEVICE)  # no bfloat16
+
+    def pre(_, given):
+        state = {i: {**state, "exp_avg": state["exp_avg"] * 0 + third} for i, state in given["state"].items()}
+        return {**given, "state": state}
+
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(pre)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.extend(o.state[halves[0]]["exp_avg"].flatten()[:1]))
+    optimizer.load_state_dict(saved.state_dict())
+    assert seen == [third] and (optimizer.state[halves[1]]["exp_avg"] == third).all()
+    assert torch.equal(optimizer.state[halves[1]]["remainder"], saved.state[halves[1]]["remainder"])
+    plain = AdamWEMA(halves, impl=impl)  # without a remainder, the state is rounded
+    plain.load_state_dict(saved.state_dict())
+    assert all("remainder" not in state for state in plain.state.values())
+    plain.step()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_copies_of_the_optimizer_update_copies(impl, way):
+    params = parameters()
+    emas, halves = [p.detach().clone() for p in params], [torch.zeros_like(p, dtype=torch.float16) for p in params]
+    optimizer = AdamWEMA(params, zip(params, emas, strict=True), zip(emas, halves, strict=True), lr=0.1, impl=impl)
+    set_gradients(params, 1)
+    optimizer.step(ema_decay=0.5)
+    original = (params, emas, halves)
+    before = copy.deepcopy(original)
+    copied, other = way((original, optimizer))
+    for p, q in zip(params, copied[0], strict=True):  # torch copies no gradients when it pickles
+        q.grad = None if p.grad is None else p.grad.clone()
+    other.step(ema_decay=0.5)
+    for a, b in zip((x for xs in original for x in xs), (x for xs in before for x in xs), strict=True):
+        assert torch.equal(a, b)  # the original's tensors stay
+    optimizer.step(ema_decay=0.5)
+    for a, b in zip((x for xs in original for x in xs), (x for xs in copied for x in xs), strict=True):
+        assert torch.equal(a, b)
+    assert other._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scales_of_a_grad_scaler_and_of_clipping_multiply(impl):
+    grads = {}
+    for clip in (1.0, 4.0):
+        (p,) = params = [torch.nn.Parameter(torch.zeros(4, device=DEVICE))]
+        optimizer = AdamWEMA(params, lr=0.1, eps=1.0, impl=impl)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
+        scaler.scale((p * torch.arange(4.0, device=DEVICE)).sum()).backward()
+        scaler.step(optimizer, grad_scale=torch.tensor(clip, device=DEVICE))
+        grads[clip] = optimizer.state[p]["exp_avg"] / 0.1
+    torch.testing.assert_close(grads[1.0], torch.arange(4.0, device=DEVICE))
+    torch.testing.assert_close(grads[4.0], torch.arange(4.0, device=DEVICE) / 4)
+    optimizer.found_inf, optimizer.grad_scale = torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)
+    before = p.detach().clone()
+    optimizer.step(found_inf=torch.zeros((), device=DEVICE))  # either is enough
+    assert torch.equal(p, before)
+
+
+def unlike(p):
+    """Gradient of 4-byte alignment only."""
+    return torch.ones(p.numel() + 1, device=p.device)[1:].view_as(p)
+
+
+def pair(p):
+    return p, torch.ones_like(p.detach())
+
+
+CHANGES = {
+    "gradient gone": lambda o, p, e: setattr(p, "grad", None),
+    "gradient elsewhere": lambda o, p, e: setattr(p, "grad", p.grad.clone() * 2),
+    "gradient not aligned": lambda o, p, e: setattr(p, "grad", unlike(p)),
+    "group added": lambda o, p, e: o.add_param_group({"params": [torch.nn.Parameter(p.detach().clone())], "lr": 0.3}),
+    "pairs added": lambda o, p, e: o.add_pairs(ema=[pair(o.param_groups[0]["params"][4])]),
+    "copy added": lambda o, p, e: o.add_pairs(copies=[(p, torch.zeros_like(e, dtype=torch.float16))]),
+    "state loaded": lambda o, p, e: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "parameter swapped": lambda o, p, e: setattr(p, "data", p.data * 2),
+    "average swapped": lambda o, p, e: setattr(e, "data", e.data * 2),
+    "moment swapped": lambda o, p, e: o.state[p].update(exp_avg=o.state[p]["exp_avg"] * 2),
+    "state gone": lambda o, p, e: o.state.pop(p),
+    "other rate": lambda o, p, e: o.param_groups[0].update(lr=0.2),
+    "rate becomes a tensor": lambda o, p, e: o.param_groups[0].update(lr=torch.tensor(0.2, device=p.device)),
+    "parameters leave": lambda o, p, e: o.param_groups[0].update(params=[p]),
+    "other implementation": lambda o, p, e: setattr(o, "impl", "reference"),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_remembered_step_notices(change):
+    """Rows are remembered from step to step; whatever they follow from may change between two."""
+    made = []
+    for impl in ("triton", "reference"):
+        params = parameters()
+        emas = [p.detach().clone() for p in params[:3]]
+        optimizer = AdamWEMA(params, zip(params[:3], emas, strict=True), lr=0.1, impl=impl)
+        set_gradients(params, 1)
+        params[4].grad = torch.ones_like(params[4])
+        for decay in (0.5, 0.25):
+            optimizer.step(ema_decay=decay)
+        CHANGES[change](optimizer, params[1], emas[1])
+        for group in optimizer.param_groups[1:]:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        for decay in (0.5, None, 0.25):
+            optimizer.step(ema_decay=decay)
+        updated = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [x for p in updated for x in optimizer.state[p].values()]
+        copies = [target.float() for _, target in optimizer.copies]
+        made.append([*params, *updated, *states, *optimizer.ema_targets, *copies])
+    for got, want in zip(*made, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@needs_kernel
+def test_a_remembered_step_notices_what_moves():
+    """The same tensors in other places: a parameter in another group, a scalar that was the rate as weight decay."""
+    made = []
+    for impl in ("triton", "reference"):
+        params, shared = parameters(), torch.tensor(0.3, device=DEVICE)
+        groups = [{"params": params[:2], "lr": shared}, {"params": [], "lr": 0.2}, {"params": params[2:]}]
+        optimizer = AdamWEMA(groups, lr=0.1, impl=impl)
+        first, second, third = optimizer.param_groups
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.step()
+        second["params"], third["params"] = third["params"], []
+        optimizer.step()
+        second["params"].insert(0, first["params"].pop())
+        optimizer.step()
+        first.update(lr=0.1, weight_decay=shared)
+        optimizer.step()
+        made.append(params)
+    for got, want in zip(*made, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernel
+def test_a_remembered_step_notices_what_it_cannot_do(monkeypatch):
+    (p,) = params = [torch.nn.Parameter(torch.zeros(64, device=DEVICE))]
+    optimizer = AdamWEMA(params, impl="triton")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [kind[-1] for kind in optimizer._plan.kinds] == [True]
+    p.grad = unlike(p)
+    optimizer.step()
+    assert [kind[-1] for kind in optimizer._plan.kinds] == [False]  # no wide accesses
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    optimizer.param_groups[0]["betas"] = (torch.tensor(beta1), torch.tensor(beta2))
+    with pytest.raises(ValueError, match="betas that are tensors"):
+        optimizer.step()
+    optimizer.param_groups[0].update(betas=(beta1, beta2), fused=False)
+    with pytest.raises(ValueError, match="fused=False"):
+        optimizer.step()
+    optimizer.param_groups[0]["fused"] = True
+    optimizer.impl = "reference"
+    monkeypatch.setattr(adamw_ema, "launch_adamw_ema", None)
+    optimizer.step()
+
+
+@needs_kernel
+def test_a_step_like_the_last_asks_for_nothing_again(monkeypatch):
+    """The host's time is what limits small models: neither groups nor state are gone through anew."""
+    params = parameters()
+    optimizer = AdamWEMA(params, [(p, p.detach().clone()) for p in params], lr=0.1, impl="triton")
+    set_gradients(params, 1)
+    optimizer.step(ema_decay=0.5)
+    want, versions = [p.detach().clone() for p in params], [p._version for p in params]
+    monkeypatch.setattr(AdamWEMA, "_init_group", None)
+    for p in params:
+        p.grad = None if p.grad is None else p.grad.clone()  # as after another backward
+    optimizer.step(ema_decay=0.5)
+    for p, before, version in zip(params, want, versions, strict=True):
+        if p.grad is not None and p.numel():
+            assert not torch.equal(p, before) and p._version > version
+
+
+@needs_kernel
+def test_a_dispatch_mode_sees_the_operation():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    optimizer = AdamWEMA(parameters(), impl="triton")
+    set_gradients(optimizer.param_groups[0]["params"], 1)
+    optimizer.step()
+    with Seen():
+        optimizer.step()
+    assert "ajepa::adamw_ema_" in names
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_order_of_axes_in_memory_does_not_matter(impl):
+    """Elementwise, whatever is dense and lies alike is updated as it lies, beside contiguous parameters."""
+    made = []
+    for dense in (False, True):
+        torch.manual_seed(0)
+        draw = lambda *shape: torch.randn(shape).to(DEVICE)  # noqa: E731
+        tensors = [draw(4, 3, 8, 2), draw(8, 6), draw(16)]
+        if dense:
+            tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+            tensors[1] = tensors[1].t().contiguous().t()
+        params = [torch.nn.Parameter(x) for x in tensors]
+        emas, copies = [p.detach() * 0.5 for p in params], [torch.empty_like(p, dtype=torch.float16) for p in params]
+        optimizer = AdamWEMA(params, zip(params, emas, strict=True), zip(emas, copies, strict=True), lr=0.1, impl=impl)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.empty_like(p).copy_(draw(*p.shape))
+            optimizer.step(ema_decay=0.5)
+        ema_update_(emas, [p.detach() for p in params], 0.5, impl=impl)
+        assert params[0].is_contiguous() != dense and emas[1].is_contiguous() != dense
+        made.append([*params, *emas, *copies])
+    for contiguous, got in zip(*made, strict=True):
+        torch.testing.assert_close(got, contiguous, rtol=1e-6, atol=1e-7)
+
+
+@needs_kernel
+def test_layouts_that_no_kernel_takes():
+    p = torch.nn.Parameter(torch.zeros(4, 3, device=DEVICE))
+    p.grad = torch.ones(3, 4, device=DEVICE).t()
+    with pytest.raises(ValueError, match="other strides"):
+        AdamWEMA([p], impl="triton").step()
+    strided = torch.zeros(4, 8, device=DEVICE)[:, ::2]
+    with pytest.raises(ValueError, match="not dense"):
+        ema_update_([strided], [torch.ones_like(strided)], 0.5, impl="triton")
+    optimizer = AdamWEMA([p], impl="auto")
+    optimizer.step()
+    assert (p != 0).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -141,6 +433,29 @@ def test_remainder_is_exact():
     high, low = split_remainder(value)
     assert torch.equal(join_remainder(high, low), value)
     assert (high.double() - value.double()).abs()[:3].max() <= 2**-8
+
+
+NANS = (0x7FFFFFFF, 0x7F800001, -1, 0x7FC00000)  # CUDA's own, one whose upper half alone would be infinite, negative
+
+
+def test_remainder_of_what_is_not_finite():
+    value = torch.tensor([*NANS, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+    high, low = split_remainder(value)
+    for x in (high.float(), join_remainder(high, low)):
+        assert x[:4].isnan().all() and x[4:].tolist() == [float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_nan_beside_a_remainder(impl):
+    p = torch.nn.Parameter(torch.ones(len(NANS) + 1, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = AdamWEMA([p], remainder=True, impl=impl)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    bits = torch.tensor([*NANS, 0], dtype=torch.int32, device=DEVICE)
+    optimizer.state[p]["exp_avg"].copy_(bits.view(torch.float32))  # moments hold it, and hand it on
+    for _ in range(2):
+        optimizer.step()
+        assert p.float().isnan().tolist() == [True] * len(NANS) + [False]
 
 
 # the interpreter cannot be trusted with bfloat16 in general, but here it only carries bits
@@ -184,6 +499,28 @@ def test_ema_update(impl, decay):
     ema_update_(targets, sources, decay, impl=impl)
     for t, w in zip(targets, want, strict=True):
         torch.testing.assert_close(t.double(), w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ema_update_copies_counters(impl):
+    """A batch norm counts its batches in an integer, and its averages are buffers, too."""
+    norm, target = (torch.nn.BatchNorm1d(4).to(DEVICE) for _ in range(2))
+    norm(torch.randn(8, 4, device=DEVICE))
+    want = [0.25 * t + 0.75 * s if t.is_floating_point() else s.clone()
+            for t, s in zip(target.buffers(), norm.buffers(), strict=True)]  # fmt: skip
+    ema_update_(target.buffers(), norm.buffers(), 0.25, impl=impl)
+    for got, w in zip(target.buffers(), want, strict=True):
+        torch.testing.assert_close(got, w)
+    assert target.num_batches_tracked.item() == 1
+    ema_update_([target.num_batches_tracked], [torch.tensor(7, device=DEVICE)], 0.25, impl=impl)
+    assert target.num_batches_tracked.item() == 7
+
+
+@pytest.mark.parametrize("name", ["AdamWEMA", "ema_update_"])
+def test_examples_can_be_pasted(name):
+    example = getattr(ajepa_kernels, name).__doc__.split("Example::")[1]
+    code = textwrap.dedent(example.strip("\n")).replace('"cuda"', repr(DEVICE))
+    exec(code, {"torch": torch, name: getattr(ajepa_kernels, name)})
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -274,14 +611,62 @@ def test_ema_update_compiles_whole(impl):
     torch.testing.assert_close(target, torch.full_like(target, 0.75))
 
 
+class OnGPU:
+    """A tensor on a GPU, as far as `_tables` looks."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self):
+        self.tensor = torch.zeros(1)
+
+    def untyped_storage(self):
+        return self.tensor.untyped_storage()
+
+    def record_stream(self, stream):
+        pass
+
+
 def test_tables_made_in_a_capture_are_its_own(monkeypatch):
     """Their memory is filled when the graph is replayed, not before: an eager step must not find them."""
-    make, device = lambda: (torch.zeros(1),), torch.device("cuda")
-    monkeypatch.setattr(_tables, "_captured", [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    first, second = (_tables.cached(("test",), make, device) for _ in range(2))
+    first, second = (_tables.cached(("test",), lambda: (torch.zeros(1),), OnGPU()) for _ in range(2))
     assert first is not second and ("test",) not in _tables._cached
-    assert _tables._captured[0] is first and _tables._captured[1] is second  # alive as long as the graph may be
+
+
+def test_what_graphs_read_is_kept_as_long_as_what_they_write(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_tables, "_captured", [])
+    monkeypatch.setattr(_tables, "_cached", OrderedDict({"before": _tables._Made((torch.zeros(1),), None, {0})}))
+    x, y = OnGPU(), OnGPU()
+    for written in (x, y, x, y, x):  # five graphs
+        assert _tables.cached("before", None, written) is _tables._cached["before"].value
+    kept = lambda: [value for _, value in _tables._captured]  # noqa: E731
+    assert len(kept()) == 2 and kept()[0] is kept()[1] is _tables._cached["before"].value
+    del x, written
+    _tables._keep("of another graph", y)
+    assert len(kept()) == 2 and kept()[1] == "of another graph"
+
+
+def test_a_stream_waits_for_the_tables_of_another(monkeypatch):
+    """Equal numbers share a table, also between optimisers whose streams have nothing to do with each other."""
+
+    class Stream:
+        def __init__(self, number):
+            self.cuda_stream, self.waited = number, []
+
+        def record_event(self):
+            return f"event of {self.cuda_stream}"
+
+        def wait_event(self, event):
+            self.waited.append(event)
+
+    first, second = Stream(1), Stream(2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(_tables, "_cached", OrderedDict())
+    for stream in (first, second, second):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        _tables.cached(("test",), lambda: (OnGPU(),), OnGPU())
+    assert second.waited == ["event of 1"]
 
 
 def test_errors():
@@ -290,18 +675,169 @@ def test_errors():
         ema_update_([p], [], 0.9)
     with pytest.raises(ValueError, match="equal shapes"):
         ema_update_([p.detach()], [q], 0.9)
+    with pytest.raises(ValueError, match="twice"):
+        ema_update_([q, q], [q + 1, q + 2], 0.9)
     with pytest.raises(ValueError, match="equal shapes and devices"):
         AdamWEMA([p], ema=[(p, q)])
     with pytest.raises(ValueError, match="two averages"):
         AdamWEMA([p], ema=[(p, p.detach()), (p, p.detach())])
+    with pytest.raises(ValueError, match="another tensor"):
+        AdamWEMA([p], ema=[(p, p)])
+    with pytest.raises(ValueError, match="floating-point"):
+        AdamWEMA([p], copies=[(p, torch.zeros(3, dtype=torch.int32))])
+    target, other = torch.zeros(3), torch.nn.Parameter(torch.zeros(3))
+    for pairs in ({"ema": [(p, target), (other, target)]}, {"ema": [(p, target)], "copies": [(other, target)]}):
+        with pytest.raises(ValueError, match="two pairs write one tensor"):
+            AdamWEMA([p, other], **pairs)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        AdamWEMA([p], impl="cuda")
     if DEVICE == "cpu" and not INTERPRET:
         p.grad = torch.zeros(3)
         with pytest.raises(ValueError, match="impl='triton' is impossible"):
             AdamWEMA([p], impl="triton").step()
 
 
+NO_DECAYS = (1.5, -0.1, float("nan"), torch.tensor([0.5, 0.6]), torch.tensor(0.5, device="meta"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("decay", NO_DECAYS, ids=["above 1", "negative", "nan", "two", "elsewhere"])
+def test_a_decay_that_cannot_be(impl, decay):
+    decay = decay.to(DEVICE) if isinstance(decay, torch.Tensor) and decay.numel() == 2 else decay
+    params = parameters()
+    emas = [torch.zeros_like(p) for p in params]
+    optimizer = AdamWEMA(params, ema=zip(params, emas, strict=True), impl=impl)
+    set_gradients(params, 1)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="decay"):
+        optimizer.step(ema_decay=decay)
+    with pytest.raises(ValueError, match="decay"):
+        ema_update_(emas, before, decay, impl=impl)
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)) and not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scales_that_cannot_be(impl, name):
+    optimizer = AdamWEMA(parameters(), impl=impl)
+    set_gradients(optimizer.param_groups[0]["params"], 1)
+    for x in (torch.ones(2, device=DEVICE), torch.ones((), device="meta"), 1.0):
+        with pytest.raises(ValueError, match=f"{name} must be a scalar on {DEVICE}"):
+            optimizer.step(**{name: x})
+    optimizer.step(**{name: torch.ones(1, device=DEVICE)})  # one element is a scalar
+    plain = AdamWEMA(parameters(), fused=False, impl="reference")
+    set_gradients(plain.param_groups[0]["params"], 1)
+    with pytest.raises(ValueError, match="need fused=True"):
+        plain.step(**{name: torch.ones((), device=DEVICE)})
+
+
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@needs_gpu
+@pytest.mark.parametrize("remainder", [False, True])
+def test_steps_repeat_to_the_bit(remainder):
+    runs = []
+    for _ in range(2):
+        params = parameters(torch.bfloat16 if remainder else torch.float32)
+        params.append(torch.nn.Parameter(params[3].detach().new_ones(64 * CHUNK)))  # of many programs
+        emas = [p.detach().float() for p in params]
+        optimizer = AdamWEMA(params, zip(params, emas, strict=True), remainder=remainder, lr=1e-2, impl="triton")
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step(ema_decay=0.9)
+        runs.append([*params, *emas, *(x for p in params for x in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_bfloat16_without_a_remainder():
+    """Parameters, gradients and moments in bfloat16, each rounded once a step, as torch's fused AdamW rounds them."""
+    ours, torchs = (parameters(torch.bfloat16) for _ in range(2))
+    emas = [p.detach().float() for p in ours]
+    optimizer = AdamWEMA(ours, zip(ours, emas, strict=True), lr=1e-2, impl="triton")
+    reference = torch.optim.AdamW(torchs, lr=1e-2, fused=True)
+    for step in range(3):
+        for params in (ours, torchs):
+            set_gradients(params, step)
+        optimizer.step(ema_decay=0.0)
+        reference.step()
+    for p, q, e in zip(ours, torchs, emas, strict=True):
+        torch.testing.assert_close(p, q, rtol=2**-7, atol=1e-3)  # two neighbours
+        torch.testing.assert_close(e.bfloat16(), p.detach(), rtol=2**-8, atol=0)  # of the value before rounding
+        for name, x in optimizer.state[p].items():
+            torch.testing.assert_close(x, reference.state[q][name], rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_tables_are_shared_across_streams():
+    """Equal numbers, one table: the second stream waits for the copy that the first is yet to make."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    made, plain = [parameters() for _ in streams], parameters()
+    for params in (*made, plain):
+        for p in params:
+            p.grad = torch.ones_like(p)
+    optimizers = [AdamWEMA(params, lr=0.0123, impl="triton") for params in made]
+    for optimizer in optimizers:  # compiles, and makes the state and all tables but that of the next rate
+        optimizer.step()
+    reference = AdamWEMA(plain, lr=0.0123, impl="reference")
+    reference.step()
+    for optimizer in (*optimizers, reference):
+        optimizer.param_groups[0]["lr"] = 0.0321
+    torch.cuda.synchronize()
+    for optimizer, stream in zip(optimizers, streams, strict=True):
+        with torch.cuda.stream(stream):
+            if optimizer is optimizers[0]:
+                torch.cuda._sleep(200_000_000)  # a tenth of a second
+            optimizer.step()
+    reference.step()
+    torch.cuda.synchronize()
+    for params in made:
+        for p, q in zip(params, plain, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_ema_update_on_a_side_stream():
+    targets, sources = [p.detach() for p in parameters(seed=1)], [p.detach() for p in parameters(seed=2)]
+    want = [0.9 * t + 0.1 * s for t, s in zip(targets, sources, strict=True)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ema_update_(targets, sources, 0.9, impl="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    for t, w in zip(targets, want, strict=True):
+        torch.testing.assert_close(t, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("warm", [False, True], ids=["tables of the capture", "tables made before"])
+def test_captured_ema_update(warm):
+    """The decay is read at each replay, and the tables stay though others have taken their place since."""
+    targets, sources = [p.detach() for p in parameters(seed=1)], [p.detach() for p in parameters(seed=2)]
+    decay, others = torch.tensor(1.0, device="cuda"), [torch.zeros(64, device="cuda") for _ in range(64)]
+    ema_update_(targets if warm else [t.clone() for t in targets], sources, decay, impl="triton")  # changes nothing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_(targets, sources, decay, impl="triton")
+    want = [t.clone() for t in targets]
+    for other in others:  # more tables than are remembered
+        ema_update_([other], [sources[4].flatten()[:64]], 0.5, impl="triton")
+    for value in (0.5, 0.25):
+        decay.fill_(value)
+        graph.replay()
+        want = [value * w + (1 - value) * s for w, s in zip(want, sources, strict=True)]
+    for t, w in zip(targets, want, strict=True):
+        torch.testing.assert_close(t, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_captured_step_follows_its_schedules():
     """Learning rate, decay and clip scale are read on the device at each replay; gradients are fixed buffers."""
     lr, decay, scale = (torch.tensor(x, device="cuda") for x in (1e-3, 0.9, 1.0))

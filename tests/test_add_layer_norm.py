@@ -1,7 +1,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, needs_kernel, poison  # noqa: F401
+from oracle import (
+    DEVICE,
+    DTYPES,
+    IMPLS,
+    NoGradient,
+    assert_as_good,
+    assert_first_order,
+    needs_kernel,
+    poison,  # noqa: F401
+)
 
 from ajepa_kernels import add_layer_norm, add_layer_norm_reference
 
@@ -9,7 +18,8 @@ from ajepa_kernels import add_layer_norm, add_layer_norm_reference
 def oracle(x, residual, weight, bias):
     total = x.double() if residual is None else x.double() + residual.double()
     centred = total - total.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    normed = normed if weight is None else normed * weight.double()
     return normed if bias is None else normed + bias.double(), total
 
 
@@ -43,6 +53,60 @@ def test_value_and_gradients(M, C, residual, dtype, impl):
         *(n for n, t in zip(("dx", "dres", "dweight", "dbias"), tensors, strict=True) if t is not None),
     ]
     assert_as_good([t.cpu() for t in got], plain, want, dtype, names)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_weight(with_bias, with_residual, impl):
+    """A norm without affine parameters, as the targets' is, or with a bias alone."""
+    tensors = (
+        torch.randn(9, 70), torch.randn(9, 70) if with_residual else None, None, torch.randn(70) if with_bias else None,
+    )  # fmt: skip
+    upstream = torch.randn(9, 70), torch.randn(9, 70)
+    want = run(oracle, tuple(t if t is None else t.double() for t in tensors), upstream)
+    plain = run(add_layer_norm_reference, tensors, upstream)
+    leaves = tuple(t if t is None else t.to(DEVICE) for t in tensors)
+    got = run(lambda *t: add_layer_norm(*t, impl=impl), leaves, upstream)
+    assert_as_good([t.cpu() for t in got], plain, want, torch.float32)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_without_a_gradient(with_residual, impl):
+    """A later function may give none for normed; what sum receives passes through."""
+    x, residual = (torch.randn(4, 8, device=DEVICE, requires_grad=True) for _ in range(2))
+    normed, total = add_layer_norm(x, residual if with_residual else None, torch.ones(8, device=DEVICE), impl=impl)
+    NoGradient.apply(normed).sum().backward(retain_graph=True)
+    assert x.grad is None and residual.grad is None
+    (NoGradient.apply(normed).sum() + 3 * total.sum()).backward()
+    assert (x.grad == 3).all() and (residual.grad is None or (residual.grad == 3).all())
+
+
+@needs_kernel
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_first_order(which):
+    """Of x, the residual, the weight, while the others require no gradient."""
+    tensors = [torch.randn(4, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE), torch.randn(8, device=DEVICE)]
+
+    def function(x):
+        normed, total = add_layer_norm(*tensors[:which], x, *tensors[which + 1 :], impl="triton")
+        return normed.sin() + total
+
+    assert_first_order(function, tensors[which])
+
+
+def test_meta():
+    x = torch.empty(2, 3, 8, device="meta")
+    normed, total = add_layer_norm(x, x, torch.empty(8, device="meta"))
+    assert normed.is_meta and normed.shape == total.shape == x.shape
+
+
+def test_autocast_leaves_float64():
+    x = torch.randn(3, 8, device=DEVICE, dtype=torch.float64)
+    with torch.autocast(DEVICE, torch.float16):
+        assert add_layer_norm(x, None, impl="reference")[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -92,11 +156,13 @@ def test_compiles_whole(impl):
 @needs_kernel
 def test_opcheck():
     x, weight = torch.randn(5, 8, device=DEVICE), torch.randn(8, device=DEVICE)
-    for residual, bias in ((None, weight), (x.double().float(), None)):
-        arguments = (x.half(), residual, weight, bias, 1e-5, torch.float16)
+    for residual, w, bias in ((None, weight, weight), (x.double().float(), weight, None), (x, None, None)):
+        arguments = (x.half(), residual, w, bias, 1e-5, torch.float16)
         torch.library.opcheck(torch.ops.ajepa.add_layer_norm_fwd.default, arguments)
     for dsum, x_dtype in ((None, torch.float32), (x, torch.float16)):
-        torch.library.opcheck(torch.ops.ajepa.add_layer_norm_bwd.default, (x, dsum, x, weight, True, 1e-5, x_dtype))
+        torch.library.opcheck(
+            torch.ops.ajepa.add_layer_norm_bwd.default, (x, dsum, x, weight, torch.float32, 1e-5, x_dtype)
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,6 +180,13 @@ def test_errors(arguments, message):
         add_layer_norm(*arguments)
 
 
+@needs_kernel
+def test_dtypes_without_a_kernel():
+    x, weight = torch.zeros(2, 4, device=DEVICE), torch.ones(4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"no kernel for torch\.float64, torch\.float8_e4m3fn"):
+        add_layer_norm(x.to(torch.float8_e4m3fn), None, weight.double(), impl="triton")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("C", [384, 768, 1024, 4096])
@@ -125,4 +198,16 @@ def test_large_and_repeatable(C):
     plain = run(lambda *t: add_layer_norm(*t, impl="reference"), tensors, upstream)
     got = run(lambda *t: add_layer_norm(*t, impl="triton"), tensors, upstream)
     assert_as_good(got, plain, want, torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(got, run(add_layer_norm, tensors, upstream), strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = run(add_layer_norm, tensors, upstream)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(add_layer_norm, tensors, upstream)
+    for t in captured:
+        t.detach().fill_(float("nan"))  # what the replay does not write stays so
+    graph.replay()
+    for other in (again, captured):
+        assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, needs_kernel, poison  # noqa: F401
+from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, assert_first_order, needs_kernel, poison  # noqa: F401
 
 from ajepa_kernels import bias_gelu, bias_gelu_reference
 
@@ -74,6 +74,23 @@ def test_compiles_whole(impl):
     function = lambda x, bias: bias_gelu(bias_gelu(x, bias, impl=impl), bias, approximate="tanh", impl=impl)  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(both_ways(compiled, x, bias, upstream), both_ways(function, x, bias, upstream))
+
+
+@needs_kernel
+def test_first_order():
+    bias = torch.randn(8, device=DEVICE)
+    assert_first_order(lambda x: bias_gelu(x, bias, impl="triton"), torch.randn(3, 8, device=DEVICE))
+
+
+def test_meta():
+    y = bias_gelu(torch.empty(2, 3, 8, device="meta"), torch.empty(8, device="meta"))
+    assert y.is_meta and y.shape == (2, 3, 8)
+
+
+def test_autocast_leaves_float64():
+    x = torch.randn(3, 8, device=DEVICE, dtype=torch.float64)
+    with torch.autocast(DEVICE, torch.float16):
+        assert bias_gelu(x, torch.zeros(8, device=DEVICE), impl="reference").dtype == torch.float64
 
 
 @needs_kernel

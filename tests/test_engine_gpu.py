@@ -15,8 +15,13 @@ def cuda():
     return torch.device("cuda")
 
 
-@pytest.mark.parametrize("step", [{}, {"parallel_encoders": True}, {"micro_batch": 8}, {"recompute": True}])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+STEPS = [{}, {"parallel_encoders": True}, {"micro_batch": 8}, {"recompute": True}, {"mlp": "bias-gelu"}]
+BF16 = [{"mlp": "epilogue"}, {"residual": "bf16"}, {"target_precision": "fp8"}]
+
+
+@pytest.mark.parametrize(
+    ("step", "precision"), [(step, p) for step in STEPS for p in ("bf16", "fp32")] + [(step, "bf16") for step in BF16]
+)
 def test_a_replayed_step_is_the_eager_step(cuda, step, precision, capsys):
     fixed = {"fixed_token_budget": True}
     eager, a = run(make({**step, "cuda_graph": False}, fixed, precision=precision), 8, 16, device=cuda)
@@ -32,3 +37,8 @@ def test_the_fused_curve_is_the_plain_one(cuda):
     fused, _ = run(cfg, 200, 64, device=cuda)
     plain, _ = run(make(precision="bf16", impl="reference"), 200, 64, device=cuda)
     assert fused == pytest.approx(plain, rel=0.05)
+
+
+def test_the_host_stays_two_steps_ahead_at_most(cuda):
+    _, engine = run(make(precision="bf16"), 6, 16, device=cuda)
+    assert len(engine.under_way) == 2

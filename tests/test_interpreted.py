@@ -14,7 +14,10 @@ import torch
 
 from ajepa_kernels._triton import triton
 
-TESTS = ["kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm", "bias_gelu", "fp8"]
+TESTS = [
+    *("kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm", "bias_gelu", "fp8"),
+    "engine_interpreted",
+]
 
 
 # A loop from or to a number that is not a constant raises there.

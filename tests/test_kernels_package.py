@@ -1,11 +1,13 @@
 """What holds for the package of operations as a whole."""
 
+import functools
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from aot import _specialise
 from oracle import CAN_LAUNCH, DEVICE, IMPLS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +34,7 @@ def test_auto_says_once_that_it_falls_back(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(_triton, "cannot_launch", lambda x: "")
-    _triton._announce.cache_clear()
+    monkeypatch.setattr(_triton, "_announced", set())
     with pytest.warns(
         UserWarning, match="ajepa_kernels.some_op runs as plain PyTorch on this GPU: no kernel for D = 3"
     ):
@@ -44,10 +46,88 @@ def test_auto_says_once_that_it_falls_back(monkeypatch):
         assert not _triton.use_triton("some_op", "auto", torch.empty(0))
 
 
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+def test_an_old_gpu_is_noticed_under_compile_too(monkeypatch):
+    """Without a graph break, auto falls back and says why, as it does eagerly."""
+
+    class OnGPU:
+        is_cuda = True
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(_triton, "_announced", set())
+    _triton._capability.cache_clear()
+    x, old = torch.zeros(2), OnGPU()
+    fork = torch.compile(
+        lambda x: x + 1 if _triton.use_triton("some_op", "auto", old) else x - 1, fullgraph=True, backend="eager"
+    )
+    try:
+        with pytest.warns(UserWarning, match="some_op runs as plain PyTorch on this GPU: the GPU is older") as said:
+            assert fork(x).tolist() == [-1, -1]
+        assert len(said) == 1
+    finally:
+        _triton._capability.cache_clear()
+
+
 @pytest.mark.skipif(not CAN_LAUNCH, reason="there is nothing to compile for")
 def test_warmup_runs_every_operation():
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    assert ajepa_kernels.warmup(device=DEVICE, dtype=dtype, heads=[(2, 32)], max_seqlens=[16, 33], widths=[32])
+    numbers = torch.get_rng_state()
+    assert ajepa_kernels.warmup(
+        device=DEVICE, dtype=dtype, heads=iter([(2, 32)]), max_seqlens=iter([16, 33]), widths=iter([32])
+    )
+    assert torch.equal(numbers, torch.get_rng_state())
+
+
+def training_step(adamw_params: int, graph: bool) -> None:
+    """What a model of width 64, 2 heads of 32 and sequences up to 30 launches."""
+    k, bf16 = ajepa_kernels, functools.partial(torch.ones, dtype=torch.bfloat16, requires_grad=True)
+    weight, stream = torch.ones(64, requires_grad=True), torch.ones(48, 64, requires_grad=True)
+    k.masked_attention(bf16(48, 3, 2, 32), cu_seqlens=torch.tensor([0, 30, 48]), max_seqlen=30).sum().backward()
+    dense, visible = bf16(2, 40, 3, 2, 32), torch.arange(30).expand(2, 30)
+    k.masked_attention(dense, visible=visible).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        normed, total = k.add_layer_norm(bf16(48, 64), stream, weight, weight)
+        (normed.sum() + total.sum()).backward()
+        k.add_layer_norm(bf16(48, 64), stream, weight, weight)[0].sum().backward()
+    k.bias_gelu(bf16(48, 256), torch.ones(256)).sum().backward()
+    k.latent_l2_loss(bf16(48, 64), bf16(64, 64), torch.arange(48)).backward()
+    with torch.no_grad():
+        k.latent_l2_loss(bf16(48, 64), bf16(64, 64), torch.arange(48))
+    schedules = torch.ones(4)  # side by side: three of them at no multiple of 16 bytes
+    scale, found_inf, lr, decay = schedules if graph else (*schedules[:2], 1e-3, 0.9)
+    params = [torch.nn.Parameter(torch.ones(64, 16)) for _ in range(adamw_params)] + [torch.nn.Parameter(torch.ones(5))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    emas = [(p, p.detach().clone()) for p in params]
+    optimizer = k.AdamWEMA(params, ema=emas, copies=[(p, p.detach().bfloat16()) for p in params], lr=lr)
+    optimizer.step(ema_decay=decay, grad_scale=scale, found_inf=found_inf)
+    k.AdamWEMA(params, lr=lr).step()
+    k.ema_update_([ema for _, ema in emas], params, decay)
+
+
+@pytest.mark.skipif(_triton.triton is None or _triton.INTERPRET, reason="kernels are not to be interpreted")
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_warmup_leaves_nothing_to_compile(graph, monkeypatch):
+    def variants(function, *args) -> set:
+        with _triton.record_launches(90) as launches:
+            function(*args)
+        return {
+            (kernel.__name__, repr(sorted(options.items())), *map(repr, _specialise(kernel, args, options)))
+            for kernel, args, options in launches
+        }
+
+    sizes = {"heads": ((h, 32) for h in (2,)), "max_seqlens": (s for s in (30,)), "widths": (c for c in (64,))}
+    warm = variants(
+        functools.partial(ajepa_kernels.warmup, device="cpu", offsets=[torch.int64], gathered=True, **sizes)
+    )
+    use = _triton.use_triton
+    for module in ("attention", "layer_norm", "bias_gelu", "latent_loss", "adamw_ema", "ema_update"):  # as on a GPU
+        monkeypatch.setattr(
+            sys.modules[f"ajepa_kernels.{module}"], "use_triton", lambda op, impl, *rest: use(op, "triton", *rest)
+        )
+    for n in (1, 5, 150):
+        assert variants(training_step, n, graph) <= warm
 
 
 class NoSync(TorchDispatchMode):
@@ -101,7 +181,8 @@ def no_wait_cases():
 
 @pytest.mark.parametrize("case", no_wait_cases())
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_host_never_waits(case, impl):
+def test_the_host_never_waits(case, impl, monkeypatch):
+    monkeypatch.setattr("ajepa_kernels.attention._is_free_to_read", lambda x: False)  # as on a GPU
     function, leaves = no_wait_cases()[case]
     leaves = [x.requires_grad_() for x in leaves]
     with NoSync():

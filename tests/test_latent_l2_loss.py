@@ -3,7 +3,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, needs_kernel, poison  # noqa: F401
+from functorch.compile import make_boxed_func
+from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, assert_first_order, needs_kernel, poison  # noqa: F401
+from torch._dynamo.backends.common import aot_autograd
 
 from ajepa_kernels import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.latent_loss import KINDS, REDUCTIONS
@@ -130,6 +132,47 @@ def test_second_backward_is_refused():
 
 
 @needs_kernel
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_first_order(reduction):
+    latents, index = torch.randn(9, 32, device=DEVICE), torch.arange(6, device=DEVICE)
+    function = partial(latent_l2_loss, latents_MC=latents, index_T=index, reduction=reduction, impl="triton")
+    assert_first_order(function, torch.randn(6, 32, device=DEVICE))
+
+
+@needs_kernel
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_compiled_backward_is_a_product(reduction, dtype):
+    """Compiled, the gradient is scaled by what can be fused with the next step, not by an operation of its own."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    latents, index = torch.randn(9, 32, device=DEVICE, dtype=dtype), torch.arange(6, device=DEVICE)
+    function = partial(latent_l2_loss, latents_MC=latents, index_T=index, reduction=reduction, impl="triton")
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    prediction = torch.randn(6, 32, device=DEVICE, dtype=dtype)
+    upstream = torch.tensor(70000.0) if reduction == "mean" else torch.linspace(-2, 2, 6)  # beyond float16's range
+    torch.testing.assert_close(both(compiled, prediction, upstream), both(function, prediction, upstream))
+    assert len(graphs) == 2 and "latent_l2_loss_fwd" in graphs[0] and "latent_l2_loss" not in graphs[1]
+
+
+@needs_kernel
+@pytest.mark.parametrize("T", [1, 200])
+def test_more_than_the_programs_scale_at_once(T):
+    """Gradients of several turns of the programs, as of one."""
+    prediction, latents = torch.randn(T, 768, device=DEVICE), torch.randn(T, 768, device=DEVICE)
+    for reduction, upstream in (("sum", torch.tensor(3.0)), ("none", torch.linspace(-1, 1, T))):
+        run = lambda impl: both(  # noqa: E731
+            lambda p: latent_l2_loss(p, latents, torch.arange(T, device=DEVICE), reduction=reduction, impl=impl),  # noqa: B023
+            prediction, upstream,  # noqa: B023
+        )  # fmt: skip
+        torch.testing.assert_close(run("triton"), run("reference"))
+
+
+@needs_kernel
 def test_float16_gradients_do_not_underflow():
     """Those of a mean over many elements would, unless the loss scale comes in before the division."""
     latents, index = torch.randn(8, 512, device=DEVICE).half(), torch.arange(8, device=DEVICE)
@@ -168,6 +211,12 @@ def test_errors(change, message):
     arguments = {"prediction_TC": torch.zeros(2, 4), "latents_MC": torch.zeros(3, 4), "index_T": torch.zeros(2).long()}
     with pytest.raises(ValueError, match=f"latent_l2_loss: .*{message}"):
         latent_l2_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("option", [{"kind": "l3"}, {"reduction": "max"}])
+def test_errors_of_the_reference(option):
+    with pytest.raises(ValueError, match=f"latent_l2_loss: {next(iter(option))} must be"):
+        latent_l2_loss_reference(torch.zeros(2, 4), torch.zeros(3, 4), torch.tensor([0, 1]), **option)
 
 
 def test_reference_is_mse_of_layer_norm():

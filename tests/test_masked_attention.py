@@ -2,7 +2,18 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from oracle import DEVICE, DTYPES, IMPLS, INTERPRET, assert_as_good, needs_kernel, poison, relative_error  # noqa: F401
+from oracle import (
+    DEVICE,
+    DTYPES,
+    IMPLS,
+    INTERPRET,
+    NoGradient,
+    assert_as_good,
+    assert_first_order,
+    needs_kernel,
+    poison,  # noqa: F401
+    relative_error,
+)
 
 from ajepa_kernels import _triton, masked_attention, masked_attention_reference
 from ajepa_kernels._attention_layout import dense_layout, packed_layout
@@ -63,27 +74,34 @@ def test_packed(lengths, head_dim, dtype, impl):
     )  # fmt: skip
 
 
+# arch: what of 128 tokens goes in tiles. Ampere's backward; Hopper's forward and backward up to 96 tokens; Blackwell's
+# backward. One launch each, and for Hopper's 97 tokens and more, one tile
 @needs_kernel
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU that is here decides")
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_tiles_of_ampere(head_dim, monkeypatch):
-    """There the backward of 128 tokens takes the queries in several tiles, in one launch."""
-    monkeypatch.setattr(_triton, "_recorded_arch", 80)
-    lengths = [70, 0, 128, 1]
-    spans, cu = packed_spans(lengths)
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "lengths", "forward", "backward"),
+    [
+        (80, 64, [70, 0, 128, 1], 64, 32), (80, 128, [70, 0, 128, 1], 64, 16), (80, 64, [65, 96, 3], 32, 32),
+        (90, 64, [65, 0, 96, 33], 64, 32), (90, 64, [97, 5], 128, 128), (100, 64, [90, 128], 128, 64),
+    ],
+)  # fmt: skip
+def test_tiles_of_queries(arch, head_dim, lengths, forward, backward, monkeypatch):
+    monkeypatch.setattr(_triton, "_recorded_arch", arch)
+    (spans, cu), T, S = packed_spans(lengths), sum(lengths), max(lengths)
     check(
-        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=128, impl="triton"),
-        lambda x: masked_attention_reference(x, cu, 128),
+        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="triton"),
+        lambda x: masked_attention_reference(x, cu, S),
         lambda x: oracle(*x.unbind(1), spans),
-        [torch.randn(199, 3, 1, head_dim)], torch.randn(199, 1, head_dim), torch.float16,
+        [torch.randn(T, 3, 1, head_dim)], torch.randn(T, 1, head_dim), torch.float16,
     )  # fmt: skip
-    arguments = (torch.empty(199, 3, 1, head_dim, dtype=torch.float16, device="meta"), None, None)
-    layout = packed_layout(arguments[0], cu.to("meta"), 128, None, None, None)
-    with _triton.record_launches(80) as launches:
+    arguments = (torch.empty(T, 3, 1, head_dim, dtype=torch.float16, device="meta"), None, None)
+    layout = packed_layout(arguments[0], cu.to("meta"), S, None, None, None)
+    with _triton.record_launches(arch) as launches:
         out, lse = _masked_attention_fwd(*arguments, *layout, 0.1, False)
         _masked_attention_bwd(out, *arguments, out, lse, *layout, 0.1, False)
-    assert len(launches) == 2 and not lse.numel()
+    tiles = [dict(zip(kernel.arg_names, args, strict=True))["BLOCK_Q"] for kernel, args, _ in launches]
+    assert tiles == [forward, backward] and not lse.numel()
 
 
 @pytest.mark.usefixtures("poison")
@@ -161,14 +179,70 @@ def test_invisible_rows_are_not_read(impl):
     assert (out[~mask.to(DEVICE)] == 0).all() and (qkv.grad[~mask.to(DEVICE)] == 0).all()
 
 
-def test_packed_key_mask():
-    """All tokens are queries, only the kept ones keys."""
-    spans, cu = packed_spans([4, 0, 6])
-    keep = torch.tensor([1, 0, 1, 0, 0, 0, 1, 1, 0, 1], dtype=torch.bool)
-    spans = [(q, [i for i in k if keep[i]]) for q, k in spans]
-    qkv = torch.randn(10, 3, 2, 32, dtype=torch.float64)
-    got = masked_attention(qkv, cu_seqlens=cu, max_seqlen=6, key_mask=keep)
-    torch.testing.assert_close(got, oracle(*qkv.unbind(1), spans))
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("lengths", [[4, 0, 6], [5, 140, 3]])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_key_mask(lengths, cross, impl):
+    """All tokens are queries, only the kept ones keys: of the queries' own sequences, or of others."""
+    spans, cu = packed_spans(lengths)
+    key_spans, cu_k = packed_spans([3, 5, 1] if cross else lengths)
+    keep = torch.rand(int(cu_k[-1])) < 0.5
+    keep[key_spans[2][0]] = False  # a sequence without keys
+    keep[key_spans[0][0][1]] = True
+    spans = [(q, [i for i in k if keep[i]]) for (q, _), (k, _) in zip(spans, key_spans, strict=True)]
+    leaves = [torch.randn(len(x), 2, 32) for x in (range(int(cu[-1])), keep, keep)]
+    kwargs = {"cu_seqlens_k": cu_k.to(DEVICE), "max_seqlen_k": 5} if cross else {}
+
+    def function(impl):
+        return lambda q, k, v: masked_attention(
+            q, k, v, cu_seqlens=cu.to(DEVICE), max_seqlen=max(lengths), key_mask=keep.to(DEVICE), impl=impl, **kwargs
+        )
+
+    upstream = torch.randn(int(cu[-1]), 2, 32)
+    check(function(impl), function("reference"), lambda *x: oracle(*x, spans), leaves, upstream, torch.float32)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("case", ["indices", "boolean scattered", "key_mask of other keys"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dense_separate(case, impl):
+    """q, k, v apart, with rows to gather."""
+    B, N, N_k = 2, 9, 5 if case == "key_mask of other keys" else 9
+    mask = torch.rand(B, N_k) < 0.5
+    mask[:, 3] = True
+    rows = [[(b * N_k + i) for i in range(N_k) if mask[b, i]] for b in range(B)]
+    queries, kept, kwargs = rows, None, {"visible": mask, "output": "scattered"}
+    if case == "indices":
+        index = torch.tensor([[8, 0, 3], [2, 1, 7]])
+        queries = rows = (index + N * torch.arange(B)[:, None]).tolist()
+        kept, kwargs = [*chain.from_iterable(rows)], {"visible": index}
+    elif N_k != N:
+        queries, kwargs = [[b * N + i for i in range(N)] for b in range(B)], {"key_mask": mask}
+    kwargs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    function = lambda impl: lambda *x: masked_attention(*x, impl=impl, **kwargs).reshape(-1, 2, 32)  # noqa: E731
+
+    def wanted(*x):
+        out = oracle(*(t.flatten(0, 1) for t in x), list(zip(queries, rows, strict=True)))
+        return out if kept is None else out[kept]
+
+    leaves = [torch.randn(B, n, 2, 32) for n in (N, N_k, N_k)]
+    upstream = torch.randn(B * N if kept is None else len(kept), 2, 32)
+    check(function(impl), function("reference"), wanted, leaves, upstream, torch.float32)
+
+
+@needs_kernel
+@pytest.mark.parametrize("S", [20, 70])
+def test_tf32(S):
+    """Products of rounded operands: 10 bits of mantissa, sums in float32. The interpreter does not round."""
+    cu = torch.tensor([0, S, S + 5], device=DEVICE)
+    qkv, upstream = torch.randn(S + 5, 3, 2, 32, device=DEVICE), torch.randn(S + 5, 2, 32, device=DEVICE)
+    run = lambda x, **kwargs: gradients(  # noqa: E731
+        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, **kwargs), [x.requires_grad_()], upstream
+    )
+    want = run(qkv.double(), impl="reference")
+    for i, (g, w) in enumerate(zip(run(qkv.clone(), impl="triton", tf32=True), want, strict=True)):
+        assert relative_error(g, w) < 2**-9, i
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -230,6 +304,39 @@ def test_opcheck(S):
         )
 
 
+@needs_kernel
+@pytest.mark.parametrize("S", [6, 40])  # with and without the output among what is saved
+def test_first_order(S):
+    cu = torch.tensor([0, 2, S], device=DEVICE)
+    function = lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="triton")  # noqa: E731
+    assert_first_order(function, torch.randn(S, 3, 2, 96, device=DEVICE))
+
+
+@needs_kernel
+def test_backward_without_a_gradient():
+    """A later function may give none, as torch's own operations take it."""
+    qkv = torch.randn(4, 3, 2, 32, device=DEVICE, requires_grad=True)
+    out = masked_attention(qkv, cu_seqlens=torch.tensor([0, 4], device=DEVICE), max_seqlen=4, impl="triton")
+    NoGradient.apply(out).sum().backward()
+    assert qkv.grad is None
+
+
+def test_meta():
+    """Shapes alone, as for a model that is built before its weights are read."""
+    qkv, cu = torch.empty(9, 3, 2, 32, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = masked_attention(qkv, cu_seqlens=cu, max_seqlen=5)
+        dense = masked_attention(qkv[None], visible=torch.empty(1, 4, dtype=torch.int64, device="meta"))
+    assert out.is_meta and out.dtype == torch.float32 and out.shape == (9, 2, 32) and dense.shape == (1, 4, 2, 32)
+
+
+def test_autocast_leaves_float64():
+    qkv = torch.randn(4, 3, 2, 32, device=DEVICE, dtype=torch.float64)
+    with torch.autocast(DEVICE, torch.float16):
+        out = masked_attention(qkv, cu_seqlens=torch.tensor([0, 4], device=DEVICE), max_seqlen=4, impl="reference")
+    assert out.dtype == torch.float64
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast(impl):
     qkv = torch.randn(4, 3, 2, 32, device=DEVICE, requires_grad=True)
@@ -246,28 +353,45 @@ def test_autocast(impl):
         ((4, 3, 2, 32), {}, r"qkv must be \[B, N, 3, H, D\]"),
         ((4, 3, 2, 32), {"cu_seqlens": [[0, 4]]}, "1-D integer"),
         ((4, 3, 2, 32), {"cu_seqlens": [0.0, 4.0]}, "1-D integer"),
+        ((4, 3, 2, 32), {"cu_seqlens": "0, 4"}, "cu_seqlens must be a tensor"),
+        ((4, 3, 2, 0), {"cu_seqlens": [0, 4]}, "head dim must be positive"),
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen": None}, "max_seqlen"),
-        ((4, 3, 2, 32), {"cu_seqlens": [0, 3, 2, 4], "check": True}, "never decrease"),
-        ((4, 3, 2, 32), {"cu_seqlens": [0, 3], "check": True}, "end at the number of tokens"),
-        ((4, 3, 2, 32), {"cu_seqlens": [0, 9], "check": True}, "not pass"),
-        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen": 2, "check": True}, "longer than max_seqlen"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen": 4.0}, "must be an int"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen": -1}, "must be an int of 0 or more"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen_k": 4}, "max_seqlen_k goes with cu_seqlens_k"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 3, 2, 4]}, "never decrease"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 3]}, "end at the number of tokens"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 9]}, "end at the number of tokens"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "max_seqlen": 2}, "longer than max_seqlen"),
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "output": "scattered"}, "dense"),
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "output": "sparse"}, "output must be"),
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "impl": "cuda"}, "impl must be"),
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "key_mask": [True]}, "key_mask must be boolean"),
-        ((2, 4, 3, 2, 32), {"visible": [[0, 4], [1, 1]], "check": True}, "out of range"),
-        ((2, 4, 3, 2, 32), {"visible": [[0, 3], [1, 1]], "check": True}, "twice"),
+        ((2, 4, 3, 2, 32), {"visible": [[0, 4], [1, 2]]}, "out of range"),
+        ((2, 4, 3, 2, 32), {"visible": [[0, 3], [1, -1]]}, "out of range"),
+        ((2, 4, 3, 2, 32), {"visible": [[0, 3], [1, 1]]}, "twice"),
+        ((2, 4, 3, 2, 32), {"visible": [0, 8], "cu_seqlens": [0, 1, 2]}, "out of range"),
+        ((2, 4, 3, 2, 32), {"visible": [3, 3], "cu_seqlens": [0, 1, 2]}, "twice"),
+        ((2, 4, 3, 2, 32), {"visible": [3, 2], "cu_seqlens": [0, 1]}, "end at the number of tokens, 2"),
+        ((1, 2, 3, 2, 32), {"visible": [[True, True]], "max_seqlen": 1}, "a sample of more than 1"),
         ((2, 4, 3, 2, 32), {"visible": [[True], [False]]}, "boolean visible must be"),
         ((2, 4, 3, 2, 32), {"visible": [[0]]}, "row for each sample"),
-        ((2, 4, 3, 2, 32), {"visible": [[0.5], [0.5]]}, "boolean or integer"),
+        ((2, 4, 3, 2, 32), {"visible": [[0.5], [0.5]]}, "boolean, or int32 or int64"),
+        (
+            (2, 4, 3, 2, 32),
+            {"visible": torch.ones(2, 4, dtype=torch.uint8)},
+            r"got torch.uint8; a mask: visible.bool\(\)",
+        ),
         ((2, 4, 3, 2, 32), {"visible": [0]}, "visible must be"),
     ],
 )
 def test_errors(shape, kwargs, message):
-    kwargs = {"max_seqlen": 4 if "cu_seqlens" in kwargs else None, **kwargs}
-    kwargs = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    """Contents are checked on the CPU unasked, and anywhere with `check`."""
+    kwargs = {"max_seqlen": 4 if "cu_seqlens" in kwargs else None, "check": DEVICE == "cuda", **kwargs}
+    dtype = kwargs.pop("dtype", None)
+    kwargs = {k: torch.tensor(v, device=DEVICE, dtype=dtype) if isinstance(v, list) else v for k, v in kwargs.items()}
     with pytest.raises(ValueError, match=f"masked_attention: .*{message}"):
-        masked_attention(torch.randn(shape), **kwargs)
+        masked_attention(torch.randn(shape, device=DEVICE), **kwargs)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="there is something to launch on")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa.config import PRESETS, SIZES, MaskConfig, ModelConfig
-from ajepa.layers import rotary_positions, rotate, sincos_positions
+from ajepa.layers import rotary_positions, rotate, sincos_positions, unique_rows
 from ajepa.masks import MaskSampler
 from ajepa.model import JEPA, Encoder, Predictor
 from ajepa_kernels import LogMelSpec
@@ -157,3 +157,12 @@ def test_top_layer_targets_are_the_mean_of_instance_normalised_outputs():
         encoder.targets(patches).view(2, SPEC.n_patches, 128), sum(normed) / 3, rtol=1e-4, atol=1e-5
     )
     assert encoder.encode(patches).shape == (2, SPEC.n_patches, 128)
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 2, 1], [2], []])
+def test_rows_taken_once_have_the_gradient_of_index_select(rows):
+    x, rows = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True), torch.tensor(rows, dtype=torch.int64)
+    torch.autograd.gradcheck(lambda x: unique_rows(x, rows), x)
+    upstream = torch.randn(len(rows), 3, 2, dtype=torch.float64)
+    (got,), (want,) = (torch.autograd.grad(f, x, upstream) for f in (unique_rows(x, rows), x.index_select(0, rows)))
+    assert torch.equal(got, want) and torch.equal(unique_rows(x, rows), x[rows])

@@ -53,6 +53,20 @@ def run(folder, *more) -> int:
     return report.main(["--results", str(folder), "--readme", str(folder / "R.md"), *more])
 
 
+def test_what_was_left_out_stands_in_the_results(folder):
+    path, why = folder / "cpu-x.json", {"fbank in a CUDA graph": "launched call by call"}
+    records.put_left_out(path, "benchmarks/bench_log_mel.py::test_log_mel[a-jepa]", why)
+    records.put_left_out(path, "benchmarks/bench_log_mel.py::test_log_mel[audio-jepa]", why)
+    assert run(folder) == 0
+    line = "- log_mel: fbank in a CUDA graph: launched call by call"
+    assert (folder / "README.md").read_text().count(line) == 1
+    records.put(path, "other", [timed("other")])
+    assert len(json.loads(path.read_text())["left_out"]) == 2, "another test's records leave it alone"
+    for name in ("a-jepa", "audio-jepa"):
+        records.put_left_out(path, f"benchmarks/bench_log_mel.py::test_log_mel[{name}]", {})
+    assert not json.loads(path.read_text())["left_out"]
+
+
 def test_readme_is_what_the_results_give():
     assert report.main(["--check"]) == 0, "run `python benchmarks/report.py`"
 

@@ -15,6 +15,7 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
+from ajepa import compare
 from ajepa.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_latest, read_verified, save_checkpoint
 from ajepa.config import PRESETS
 from ajepa.engine import Engine
@@ -305,6 +306,41 @@ def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys):
     out = capsys.readouterr().out
     assert "reference" in out and "compile" in out and "clips/s" in out
     assert not folder.exists()
+
+
+def test_the_comparison_takes_the_runs_micro_batches(small_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ajepa.train.compare", lambda cfg, device, batches, impls: seen.extend(batches) or {})
+    assert main([*small_run[0], "--compare", "--compare-steps", "2", "--micro-batch", "3"]) == 2  # nothing measured
+    assert [[part.clips for part in masks] for *_, masks in seen] == [[3, 1], [3, 1]]
+
+
+def test_engines_that_do_not_fit_together_are_timed_apart(monkeypatch):
+    cfg = PRESETS["tiny"]
+    together, calls = compare._time_together, []
+
+    def small_device(configs, *rest):
+        calls.append(list(configs))
+        if len(configs) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return together(configs, *rest)
+
+    monkeypatch.setattr(compare, "_time_together", small_device)
+    pcm, masks = (
+        torch.randint(-9, 9, (2, 32_000), dtype=torch.int16),
+        MaskSampler(cfg.mask, cfg.front_end.grid)(0, 9, 2),
+    )
+    batches = [(pcm, torch.full((2,), 32_000, dtype=torch.int32), masks)]
+    configs = {impl: replace(cfg, impl=impl) for impl in ("reference", "fused")}
+    timings = compare.time_engines(configs, torch.device("cpu"), batches)
+    assert calls == [["reference", "fused"], ["reference"], ["fused"]]
+    assert timings["fused"].losses == pytest.approx(timings["reference"].losses, rel=1e-3)
+
+
+def test_a_run_of_two_steps_knows_its_throughput(small_run):
+    argv, folder = small_run
+    assert main([*argv, "--steps", "2", "--warmup-steps", "1", "--compare-steps", "0"]) == 0
+    assert json.loads((folder / "summary.json").read_text())["clips_per_second"] > 0
 
 
 class TestCheckpoint:

@@ -89,7 +89,54 @@ def test_tune_keeps_what_is_right_and_faster(tune):
     time = lambda function: speeds[entries.get(key)]  # noqa: E731
     assert tune.fastest(key, [1, 2, 3, 4], run, entries, time) == (2, 0.5, 1.0)
     assert tune.fastest(key, [1, 3], run, entries, time) == (None, 1.0, 1.0)
+    assert tune.fastest(key, [1, 2], run, entries, time, deadline=0.0) == (None, 1.0, 1.0)  # no time for any
     assert not entries
+
+
+def test_tune_tries_what_is_shipped_and_little_else(tune):
+    """Candidates are pruned by arithmetic, which must not rule out what is known to compile well."""
+    shared = {"sm_80": 163, "sm_86": 99}
+    for name, table in _tuned._UNTIMED.items():
+        for key, config in table.items():
+            if isinstance(config, Rows):
+                assert config in tune.rows(*key), (name, key)
+            elif config is not None:
+                candidates = tune.tiles(*key, shared.get(name, 227) << 10)
+                assert config[:4] in [candidate[:4] for candidate in candidates], (name, key)
+    sizes = [("attention_fwd", 16, S, D) for S in (64, 96, 128) for D in (32, 64)]
+    sizes += [("attention_bwd", *size[1:]) for size in sizes]
+    assert sum(len(tune.tiles(*size, 227 << 10)) for size in sizes) < 250  # minutes of compiling
+
+
+def test_tune_takes_the_recipe_first(tune, monkeypatch):
+    monkeypatch.setattr(tune, "attention", lambda *size: [size])
+    monkeypatch.setattr(tune, "on_rows", lambda C: [C])
+    order = list(tune.cases())
+    recipe = [(16, 64, 64), (16, 64, 32), (16, 96, 64), (16, 96, 32), (16, 128, 64), (16, 128, 32), 768, 384]
+    assert order[:8] == recipe and len(set(order)) == len(order) == 36 + 3
+
+
+def test_tune_stops_in_time(tune, monkeypatch, capsys, tmp_path):
+    """What is found is written at once, each key is tuned once, and the clock decides when it ends."""
+    attention, norm, gelu = ("attention_fwd", 16, 64, 64), ("add_layer_norm_fwd", 1024), ("bias_gelu_fwd", 512)
+    table, seconds, found = tmp_path / "_tuned.py", iter(range(0, 600, 60)), []
+    table.write_text(Path(_tuned.__file__).read_text())
+
+    def fastest(key, candidates, run, entries, deadline):
+        found.append(key)
+        return (Tiles(64, 64, 4), 1.0, 2.0) if key == attention else (None, 1.0, 1.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name, value in {"model": lambda index: "H200", "TIMED": {}, "__file__": str(table)}.items():
+        monkeypatch.setattr(_tuned, name, value)
+    monkeypatch.setattr(tune, "cases", lambda: [(key, [], None) for key in (attention, norm, norm, gelu)])
+    monkeypatch.setattr(tune, "fastest", fastest)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--minutes", "2"])
+    assert tune.main() == 0 and found == [attention, norm]
+    assert f"2 minutes are over before {gelu}" in capsys.readouterr().out
+    assert f"{attention}: Tiles(64, 64, 4, 1, None)".replace("'", '"') in table.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")

@@ -4,7 +4,7 @@ from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
 from ajepa_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
-from ajepa_kernels.fp8 import fp8_linear, quantize_rows, quantize_rows_reference
+from ajepa_kernels.fp8 import Quantized, fp8_linear, norm_quantize_rows, quantize_rows, quantize_rows_reference
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
@@ -15,6 +15,7 @@ __all__ = [
     "LOG_MEL_PRESETS",
     "AdamWEMA",
     "LogMelSpec",
+    "Quantized",
     "add_layer_norm",
     "add_layer_norm_reference",
     "bias_gelu",
@@ -30,6 +31,7 @@ __all__ = [
     "log_mel_reference",
     "masked_attention",
     "masked_attention_reference",
+    "norm_quantize_rows",
     "quantize_rows",
     "quantize_rows_reference",
     "warmup",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from ajepa_kernels._tables import BLOCK, CHUNK, cached, is_aligned, load_pointer, load_size, table, tl_dtype, to_device
-from ajepa_kernels._triton import jit, launch, power_of_2, register, tl
+from ajepa_kernels._triton import jit, launch, register, tl
 
-# columns of a row: 0 first chunk, 1 param, 2 grad, 3 exp_avg, 4 exp_avg_sq, 5 remainder, 6 ema, 7 copy, 8 ema copy,
-# 9 step, 10 lr, 11 weight decay, 12 group, 13 size; of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 eps,
-# 5 lr, 6 weight decay (each for where the row has no pointer to one), 7 what gradients are multiplied by
+# columns of a row: 0 first chunk, 1 param, 2 exp_avg, 3 exp_avg_sq, 4 remainder, 5 ema, 6 copy, 7 ema copy, 8 step,
+# 9 lr, 10 weight decay, 11 group, 12 size; of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 eps, 5 lr,
+# 6 weight decay (each for where the row has no pointer to one), 7 what gradients are multiplied by.
+# Gradients, new tensors at each step, have a table of addresses of their own: the other one then lasts.
 
 
 @jit
@@ -24,36 +26,37 @@ def _rate(pointer_ptr, number_ptr):
 
 @jit
 def _adamw_ema_kernel(
-    table_ptr, chunk_row_ptr, hyper_ptr, grad_scale_ptr, found_inf_ptr, decay_ptr, decay, counter_ptr, rows,
+    table_ptr, grads_ptr, chunk_row_ptr, hyper_ptr, grad_scale_ptr, found_inf_ptr, decay_ptr, decay, done_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, EMA: tl.constexpr,
     COPY: tl.constexpr, EMA_COPY: tl.constexpr, REMAINDER: tl.constexpr, ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if found_inf_ptr is not None:  # noqa: SIM102 (the outer one is settled when compiling)
         if tl.load(found_inf_ptr) != 0.0:
             return
-    row_ptr = table_ptr + tl.load(chunk_row_ptr + pid) * COLUMNS
+    row = tl.load(chunk_row_ptr + pid)
+    row_ptr = table_ptr + row * COLUMNS
     param_ptr = load_pointer(row_ptr, 1, PARAM, ALIGNED)
-    has_grad = tl.load(row_ptr + 2) != 0
-    grad_ptr = load_pointer(row_ptr, 2, GRAD, ALIGNED)
-    exp_avg_ptr = load_pointer(row_ptr, 3, STATE, ALIGNED)
-    exp_avg_sq_ptr = load_pointer(row_ptr, 4, STATE, ALIGNED)
-    has_remainder = tl.load(row_ptr + 5) != 0
-    remainder_ptr = load_pointer(row_ptr, 5, tl.int16, ALIGNED)
-    has_ema = tl.load(row_ptr + 6) != 0
-    ema_ptr = load_pointer(row_ptr, 6, EMA, ALIGNED)
-    has_copy = tl.load(row_ptr + 7) != 0
-    copy_ptr = load_pointer(row_ptr, 7, COPY, ALIGNED)
-    has_ema_copy = tl.load(row_ptr + 8) != 0
-    ema_copy_ptr = load_pointer(row_ptr, 8, EMA_COPY, ALIGNED)
-    size = load_size(row_ptr + 13, ALIGNED)
+    grad_ptr = load_pointer(grads_ptr + row, 0, GRAD, ALIGNED)
+    exp_avg_ptr = load_pointer(row_ptr, 2, STATE, ALIGNED)
+    exp_avg_sq_ptr = load_pointer(row_ptr, 3, STATE, ALIGNED)
+    has_remainder = tl.load(row_ptr + 4) != 0
+    remainder_ptr = load_pointer(row_ptr, 4, tl.int16, ALIGNED)
+    has_ema = tl.load(row_ptr + 5) != 0
+    ema_ptr = load_pointer(row_ptr, 5, EMA, ALIGNED)
+    has_copy = tl.load(row_ptr + 6) != 0
+    copy_ptr = load_pointer(row_ptr, 6, COPY, ALIGNED)
+    has_ema_copy = tl.load(row_ptr + 7) != 0
+    ema_copy_ptr = load_pointer(row_ptr, 7, EMA_COPY, ALIGNED)
+    has_grad = tl.load(row_ptr + 8) != 0
+    size = load_size(row_ptr + 12, ALIGNED)
     start = (pid - tl.load(row_ptr)) * CHUNK
 
     if decay_ptr is not None:
         decay = tl.load(decay_ptr).to(tl.float32)
     # float64 scalars: 1 - beta2^step loses its digits in float32
-    hyper_ptr += tl.load(row_ptr + 12) * 8
+    hyper_ptr += tl.load(row_ptr + 11) * 8
     beta1, beta2 = tl.load(hyper_ptr), tl.load(hyper_ptr + 1)
     eps = tl.load(hyper_ptr + 4).to(tl.float32)
     inverse_scale = tl.load(hyper_ptr + 7).to(tl.float32)
@@ -61,11 +64,11 @@ def _adamw_ema_kernel(
         inverse_scale /= tl.load(grad_scale_ptr).to(tl.float32)
     step_size, shrink, root_correction = 0.0, 1.0, 1.0
     if has_grad:
-        step = tl.load(load_pointer(row_ptr, 9, tl.float32, False)).to(tl.float64) + 1.0
-        lr = _rate(row_ptr + 10, hyper_ptr + 5)
+        step = tl.load(load_pointer(row_ptr, 8, tl.float32, False)).to(tl.float64) + 1.0
+        lr = _rate(row_ptr + 9, hyper_ptr + 5)
         step_size = (lr.to(tl.float64) / (1.0 - tl.exp(step * tl.load(hyper_ptr + 2)))).to(tl.float32)
         root_correction = tl.sqrt(1.0 - tl.exp(step * tl.load(hyper_ptr + 3))).to(tl.float32)
-        shrink = 1.0 - lr * _rate(row_ptr + 11, hyper_ptr + 6)
+        shrink = 1.0 - lr * _rate(row_ptr + 10, hyper_ptr + 6)
     lerp1, keep2, lerp2 = (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32)
 
     for i in range(0, CHUNK, BLOCK):
@@ -88,11 +91,13 @@ def _adamw_ema_kernel(
             tl.store(exp_avg_ptr + offsets, exp_avg.to(STATE), mask=mask)
             tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq.to(STATE), mask=mask)
             if REMAINDER:
-                # the nearest bfloat16, halves away from zero, so that what is left fits in 16 signed bits
+                # the nearest bfloat16, halves away from zero, so that what is left fits in 16 signed bits; where that
+                # would carry a NaN past the largest number, its upper half made quiet
                 bits = param.to(tl.int32, bitcast=True)
-                high = (bits + 0x8000) >> 16
+                high = tl.where(param != param, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
+                low = tl.where(param != param, 0, bits - (high << 16))
                 tl.store(param_ptr + offsets, high.to(tl.int16).to(PARAM, bitcast=True), mask=mask)
-                tl.store(remainder_ptr + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
+                tl.store(remainder_ptr + offsets, low.to(tl.int16), mask=mask)
             else:
                 tl.store(param_ptr + offsets, param.to(PARAM), mask=mask)
         tl.store(copy_ptr + offsets, param.to(COPY), mask=mask & has_copy)
@@ -100,14 +105,15 @@ def _adamw_ema_kernel(
         tl.store(ema_ptr + offsets, ema.to(EMA), mask=mask & has_ema)
         tl.store(ema_copy_ptr + offsets, ema.to(EMA_COPY), mask=mask & has_ema_copy)
 
-    # every thread has read its step before this program counts as done; the last one moves them all
+    # every thread has read the step before this program counts as done; the row's last one moves it
     tl.debug_barrier()
-    if tl.atomic_add(counter_ptr, 1) == tl.num_programs(0) - 1:
-        row = tl.arange(0, ROWS)
-        steps = tl.load(table_ptr + row * COLUMNS + 9, mask=row < rows, other=0)
-        step_ptr = steps.to(tl.pointer_type(tl.float32))
-        tl.store(step_ptr, tl.load(step_ptr, mask=steps != 0, other=0.0) + 1.0, mask=steps != 0)
-        tl.store(counter_ptr, 0)
+    if has_grad:
+        row = tl.load(chunk_row_ptr + pid)  # read again, instead of holding registers through the loop
+        chunks = tl.maximum(tl.cdiv(tl.load(table_ptr + row * COLUMNS + 12), CHUNK), 1)
+        if tl.atomic_add(done_ptr + row, 1) == chunks - 1:
+            step_ptr = load_pointer(table_ptr + row * COLUMNS, 8, tl.float32, False)
+            tl.store(step_ptr, tl.load(step_ptr) + 1.0)
+            tl.store(done_ptr + row, 0)
 
 
 def _kind(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
@@ -118,6 +124,69 @@ def _kind(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
     own = (param, grad, exp_avg, ema, copy, ema_copy)
     dtypes = (u if x is None else x.dtype for x, u in zip(own, usual, strict=True))
     return *dtypes, remainder is not None, is_aligned(tensors)
+
+
+def updated_together(
+    params, grads, exp_avgs, exp_avg_sqs, remainders, emas, copies, ema_copies, places
+) -> list[tuple[torch.Tensor | None, ...]]:
+    """For each parameter what goes with it, element by element; arguments as of the operation."""
+    of = lambda tensors, i: tensors[i] if 0 <= i < len(tensors) else None  # noqa: E731
+    return [
+        (
+            param, of(grads, i), of(exp_avgs, i), of(exp_avg_sqs, i),
+            of(remainders, remainder), of(emas, ema), of(copies, copy), of(ema_copies, ema_copy),
+        )
+        for i, (param, remainder, ema, copy, ema_copy) in enumerate(
+            zip(params, places[0::5], places[1::5], places[2::5], places[3::5], strict=True)
+        )
+    ]  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Of one launch."""
+
+    rows: tuple[tuple[int, ...], ...]  # of its table
+    grads: tuple[int, ...]  # the place of each row's gradient, -1: it has none
+
+
+def launch_rows(together: list[tuple], steps, rates, places, groups) -> dict[tuple, Rows]:
+    """The rows of each kind of launch. `together`: of `updated_together`."""
+    address = lambda x: 0 if x is None else x.data_ptr()  # noqa: E731
+    rate = [0 if i < 0 else rates[i].data_ptr() for i in groups]
+    kinds: dict[tuple, list[tuple]] = {}
+    for i, ((param, grad, *others), group) in enumerate(zip(together, places[4::5], strict=True)):
+        has_grad = i < len(steps)
+        step = steps[i].data_ptr() if has_grad else 0
+        numbers = (rate[2 * group], rate[2 * group + 1], group, param.numel())
+        row = (param.data_ptr(), *map(address, others), step, *numbers)
+        kinds.setdefault(_kind((param, grad, *others)), []).append((row, i if has_grad else -1))
+    return {kind: Rows(*zip(*pairs, strict=True)) for kind, pairs in kinds.items()}
+
+
+def _array(values: list, dtype: torch.dtype, x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (to_device(torch.tensor(values, dtype=dtype), x),)
+
+
+def launch_adamw_ema(
+    kinds: dict[tuple, Rows], grads: list[int], x, hyper, grad_scale, found_inf, decay_tensor, decay
+) -> None:
+    """`kinds`: of `launch_rows`; `grads`: addresses; x: a tensor that is written; the others as of the operation."""
+    logarithms = lambda beta: math.log(beta) if beta else -math.inf  # noqa: E731
+    numbers = [
+        (b1, b2, logarithms(b1), logarithms(b2), *rest)
+        for b1, b2, *rest in (hyper[i : i + 6] for i in range(0, len(hyper), 6))
+    ]
+    (hyper,) = cached((x.device, "hyper", *hyper), partial(_array, numbers, torch.float64, x), x)
+    grads = [*grads, 0]  # at place -1
+    for kind, (rows, places) in kinds.items():
+        made = cached((x.device, rows), partial(table, rows, x), x)
+        addresses = [grads[i] for i in places]
+        (grad_table,) = cached((x.device, "grads", *addresses), partial(_array, addresses, torch.int64, x), x)
+        launch(
+            _adamw_ema_kernel, len(made.chunk_row), x,
+            made.rows, grad_table, made.chunk_row, hyper, grad_scale, found_inf, decay_tensor, decay, made.done,
+            *map(tl_dtype, kind[:6]), *kind[6:], made.rows.shape[1], CHUNK, BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 @register(
@@ -137,30 +206,9 @@ def _adamw_ema(
     groups: for each group the places in `rates` of its learning rate and weight decay, -1: the number in `hyper` holds.
     hyper: for each group beta1, beta2, eps, learning rate, weight decay, and 1 or, to maximise, -1.
     """
-    device, of = params[0].device, lambda tensors, i: tensors[i] if 0 <= i < len(tensors) else None
-    kinds: dict[tuple, list[tuple[int, ...]]] = {}
-    for i, param in enumerate(params):
-        remainder, ema, copy, ema_copy, group = places[5 * i : 5 * i + 5]
-        row = (
-            param, of(grads, i), of(exp_avgs, i), of(exp_avg_sqs, i),
-            of(remainders, remainder), of(emas, ema), of(copies, copy), of(ema_copies, ema_copy),
-        )  # fmt: skip
-        pointers = (*row, of(steps, i), of(rates, groups[2 * group]), of(rates, groups[2 * group + 1]))
-        addresses = [0 if x is None else x.data_ptr() for x in pointers]
-        kinds.setdefault(_kind(row), []).append((*addresses, group, param.numel()))
-    logarithms = lambda beta: math.log(beta) if beta else -math.inf  # noqa: E731
-    numbers = [
-        (b1, b2, logarithms(b1), logarithms(b2), *rest)
-        for b1, b2, *rest in (hyper[i : i + 6] for i in range(0, len(hyper), 6))
-    ]
-    (hyper,) = cached((device, *hyper), lambda: (to_device(numbers, torch.float64, device),), device)
-    for kind, rows in kinds.items():
-        made = cached((device, *rows), partial(table, rows, device), device)
-        launch(
-            _adamw_ema_kernel, len(made.chunk_row), params[0],
-            made.rows, made.chunk_row, hyper, grad_scale, found_inf, decay_tensor, decay, made.counter,
-            len(rows), *map(tl_dtype, kind[:6]), *kind[6:], made.rows.shape[1],
-            power_of_2(len(rows)), CHUNK, BLOCK, num_warps=4,
-        )  # fmt: skip
+    together = updated_together(params, grads, exp_avgs, exp_avg_sqs, remainders, emas, copies, ema_copies, places)
+    kinds = launch_rows(together, steps, rates, places, groups)
+    addresses = [grad.data_ptr() for grad in grads]
+    launch_adamw_ema(kinds, addresses, params[0], hyper, grad_scale, found_inf, decay_tensor, decay)
     for mutated in (params, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies):
         torch.autograd.graph.increment_version(mutated)

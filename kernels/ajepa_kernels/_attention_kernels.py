@@ -15,6 +15,11 @@ def _rows(rows_ptr, slot, valid):
 
 
 @jit
+def _span(start_ptr, end_ptr, r):
+    return tl.load(start_ptr + r).to(tl.int32), tl.load(end_ptr + r).to(tl.int32)
+
+
+@jit
 def _load(ptr, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = valid[:, None] if D == BLOCK_D else valid[:, None] & (d < D)
@@ -46,10 +51,12 @@ def _masked_attention_fwd_kernel(
     SCATTER: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # heads of one sequence run side by side: their rows are neighbours in memory
-    pid = tl.program_id(0)
-    h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
-    q_start, q_end = tl.load(q_start_ptr + r).to(tl.int32), tl.load(q_end_ptr + r).to(tl.int32)
-    k_start, k_end = tl.load(k_start_ptr + r).to(tl.int32), tl.load(k_end_ptr + r).to(tl.int32)
+    WHOLE: tl.constexpr = ONE_TILE and BLOCK_Q == BLOCK_K
+    h, r = tl.program_id(0) % H, tl.program_id(0) // H
+    tile = 0 if WHOLE else r % tiles
+    r = r if WHOLE else r // tiles
+    q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
+    k_start, k_end = (q_start, q_end) if k_start_ptr is None else _span(k_start_ptr, k_end_ptr, r)
     q_slot = q_start + tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_valid = q_slot < q_end
     if q_start + tile * BLOCK_Q >= q_end:
@@ -58,9 +65,11 @@ def _masked_attention_fwd_kernel(
     q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
     scale = scale * 1.4426950408889634  # exp2 is the hardware's own
     if ONE_TILE:
-        k_slot = k_start + tl.arange(0, BLOCK_K)
-        k_valid = k_slot < k_end
-        k_rows = _rows(k_rows_ptr, k_slot, k_valid)
+        k_valid, k_rows = q_valid, q_rows
+        if not WHOLE or k_start_ptr is not None:
+            k_slot = k_start + tl.arange(0, BLOCK_K)
+            k_valid = k_slot < k_end
+            k_rows = _rows(k_rows_ptr, k_slot, k_valid)
         k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
         v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
         s = tl.where(k_valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
@@ -103,11 +112,16 @@ def _masked_attention_bwd_kernel(
     """One sequence and head whole: the probabilities are recomputed, the forward's output and log-sum-exp not read."""
     pid = tl.program_id(0)
     h, r = pid % H, pid // H
-    q_start, q_end = tl.load(q_start_ptr + r).to(tl.int32), tl.load(q_end_ptr + r).to(tl.int32)
-    k_start, k_end = tl.load(k_start_ptr + r).to(tl.int32), tl.load(k_end_ptr + r).to(tl.int32)
-    q_slot, k_slot = q_start + tl.arange(0, BLOCK_Q), k_start + tl.arange(0, BLOCK_K)
-    q_valid, k_valid = q_slot < q_end, k_slot < k_end
-    q_rows, k_rows = _rows(q_rows_ptr, q_slot, q_valid), _rows(k_rows_ptr, k_slot, k_valid)
+    q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
+    k_start, k_end = (q_start, q_end) if k_start_ptr is None else _span(k_start_ptr, k_end_ptr, r)
+    q_slot = q_start + tl.arange(0, BLOCK_Q)
+    q_valid = q_slot < q_end
+    q_rows = _rows(q_rows_ptr, q_slot, q_valid)
+    k_valid, k_rows = q_valid, q_rows
+    if k_start_ptr is not None:
+        k_slot = k_start + tl.arange(0, BLOCK_K)
+        k_valid = k_slot < k_end
+        k_rows = _rows(k_rows_ptr, k_slot, k_valid)
     q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
     k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
     v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
@@ -138,8 +152,8 @@ def _masked_attention_tiled_bwd_kernel(
     """As above, for scores too many for the registers: all keys, some queries at a time, dk and dv kept in between."""
     pid = tl.program_id(0)
     h, r = pid % H, pid // H
-    q_start, q_end = tl.load(q_start_ptr + r).to(tl.int32), tl.load(q_end_ptr + r).to(tl.int32)
-    k_start, k_end = tl.load(k_start_ptr + r).to(tl.int32), tl.load(k_end_ptr + r).to(tl.int32)
+    q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
+    k_start, k_end = (q_start, q_end) if k_start_ptr is None else _span(k_start_ptr, k_end_ptr, r)
     k_slot = k_start + tl.arange(0, BLOCK_K)
     k_valid = k_slot < k_end
     k_rows = _rows(k_rows_ptr, k_slot, k_valid)
@@ -161,6 +175,7 @@ def _masked_attention_tiled_bwd_kernel(
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION)
         _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
+    k_rows = _rows(k_rows_ptr, k_slot, k_valid)  # read again: kept, they would take registers from the products
     _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
     _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
 
@@ -192,8 +207,8 @@ def _masked_attention_long_bwd_kernel(
     """One tile of keys against all queries (dk, dv), then one tile of queries against all keys (dq): no atomics."""
     pid = tl.program_id(0)
     h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
-    q_start, q_end = tl.load(q_start_ptr + r).to(tl.int32), tl.load(q_end_ptr + r).to(tl.int32)
-    k_start, k_end = tl.load(k_start_ptr + r).to(tl.int32), tl.load(k_end_ptr + r).to(tl.int32)
+    q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
+    k_start, k_end = _span(k_start_ptr, k_end_ptr, r)
     q_ptr += h * D
     k_ptr += h * D
     v_ptr += h * D

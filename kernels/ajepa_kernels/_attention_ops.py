@@ -12,6 +12,7 @@ from ajepa_kernels._attention_kernels import (
     _masked_attention_tiled_bwd_kernel,
 )
 from ajepa_kernels._attention_layout import Layout
+from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels._triton import launch, power_of_2, register
 from ajepa_kernels._tuned import LONG, Tiles, tuned
 
@@ -27,9 +28,24 @@ def _longest_tile(q: torch.Tensor) -> int:
 
 def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Tiles]:
     """(all keys in one tile?, the configuration) for this GPU, dtype and rounded size."""
-    tile = max(power_of_2(max(max_q, max_k)), 16)
-    one_tile = tile <= _longest_tile(q)
-    return one_tile, tuned(q, op, 8 * q.element_size(), tile if one_tile else LONG, power_of_2(q.shape[-1]))
+    longest, bits, D = max(max_q, max_k), 8 * q.element_size(), power_of_2(q.shape[-1])
+    tile = max(power_of_2(longest), 16)
+    if tile > _longest_tile(q):
+        return False, tuned(q, op, bits, LONG, D)
+    between = tuned(q, op, bits, 96, D) if 64 < longest <= 96 else None
+    return True, between or tuned(q, op, bits, tile, D)
+
+
+def _options(config: Tiles) -> dict[str, int | None]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
+
+
+def _keys(one_tile: bool, q_start, q_end, q_rows, k_start, k_end, k_rows):
+    """k_start None: the keys are those of the queries' slots. A kernel of one tile then reads the offsets once; one of
+    several tiles needs more registers where it knows that they are the same."""
+    if k_start is not None:
+        return k_start, k_end, k_rows
+    return (None, None, q_rows) if one_tile else (q_start, q_end, q_rows)
 
 
 def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
@@ -62,9 +78,8 @@ def _masked_attention_fwd(
     q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: q holds all three, `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is only written for long sequences."""
-    if k_start is None:
-        k_start, k_end, k_rows = q_start, q_end, q_rows
     one_tile, config = _config(q, max_q, max_k, "attention_fwd")
+    k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns are zero
     H, D = q.shape[-2:]
     out = allocate(q.shape[0] if scatter else slots, H, D, dtype=q.dtype, device=q.device)
@@ -76,7 +91,7 @@ def _masked_attention_fwd(
         q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows,
         q.stride(0), k.stride(0), v.stride(0), slots, scale, H, tiles,
         D, power_of_2(D), config.block_q, config.block_k, scatter, one_tile, "tf32" if tf32 else "ieee",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **_options(config),
     )  # fmt: skip
     return out, lse
 
@@ -98,9 +113,8 @@ def _masked_attention_bwd(
     do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
     """k None: dq holds all three. out and lse are only read for long sequences."""
-    if k_start is None:
-        k_start, k_end, k_rows = q_start, q_end, q_rows
     one_tile, config = _config(q, max_q, max_k, "attention_bwd")
+    k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     # where rows are gathered, those that no sequence owns have zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
     grads = [allocate(x, memory_format=torch.contiguous_format) for x in ([q] if k is None else [q, k, v])]
@@ -111,7 +125,7 @@ def _masked_attention_bwd(
     strides = [x.stride(0) for x in (q_, k_, v_, dq, dk, dv)]
     R, layout = q_start.shape[0], (q_start, q_end, q_rows, k_start, k_end, k_rows)
     consts = (D, power_of_2(D), config.block_q, config.block_k, scatter, "tf32" if tf32 else "ieee")
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = _options(config)
     if one_tile:
         whole = config.block_q == config.block_k
         launch(
@@ -133,20 +147,27 @@ def _masked_attention_bwd(
     return (*grads, q.new_empty(0), q.new_empty(0)) if k is None else tuple(grads)
 
 
-class MaskedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, scale, tf32, *layout):
-        out, lse = torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32)
-        ctx.scale, ctx.tf32, ctx.numbers = scale, tf32, layout[6:]
-        # short sequences recompute their probabilities from q and k alone
-        ctx.save_for_backward(q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6])
-        return out
+class MaskedAttention(Function):
+    """Gives the output, and the log-sum-exps that its backward may need."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
-        q, k, v, out, lse, *layout = ctx.saved_tensors
-        dq, dk, dv = torch.ops.ajepa.masked_attention_bwd(
-            do, q, k, v, out, lse, *layout, *ctx.numbers, ctx.scale, ctx.tf32
-        )
-        return dq, *((None, None) if k is None else (dk, dv)), *[None] * (2 + len(Layout._fields))
+    def forward(q, k, v, scale, tf32, *layout):
+        return torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, ctx.scale, ctx.tf32, *layout = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.numbers = layout[6:]
+        # short sequences recompute their probabilities from q and k alone
+        ctx.save_for_backward(q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, do, _):
+        grads = (None, None, None)
+        if do is not None:
+            grads = torch.ops.ajepa.masked_attention_bwd(do, *saved, *ctx.numbers, ctx.scale, ctx.tf32)
+        return grads[0], *((None, None) if saved[1] is None else grads[1:]), *[None] * (2 + len(Layout._fields))

@@ -25,17 +25,21 @@ library = torch.library.Library("ajepa", "FRAGMENT")
 
 _recorded: list[tuple[Any, tuple, dict]] | None = None  # see record_launches
 _recorded_arch = 90
+_announced: set[tuple[str, str]] = set()
 
 
 def jit(fn: Callable) -> Any:
     """`triton.jit`, or the function itself where there is no Triton and nothing will launch it.
 
-    Counts that change from step to step must not make it compile anew.
+    Counts that change from step to step must not make it compile anew, nor where in a buffer a scalar lies.
     """
     if triton is None:
         return fn
-    counts = {"T", "M", "slots", "tiles", "rows", "programs"} & inspect.signature(fn).parameters.keys()
-    return triton.jit(fn, do_not_specialize=sorted(counts))
+    names = inspect.signature(fn).parameters.keys()
+    counts, scalars = {"T", "M", "slots", "tiles", "rows", "programs"}, {"grad_scale_ptr", "found_inf_ptr", "decay_ptr"}
+    return triton.jit(
+        fn, do_not_specialize=sorted(counts & names), do_not_specialize_on_alignment=sorted(scalars & names)
+    )
 
 
 def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -64,7 +68,7 @@ def cannot_launch(x: torch.Tensor) -> str:
     if x.is_cuda:
         if torch.version.hip is not None:
             return "ROCm is not supported"
-        if not torch.compiler.is_compiling() and arch(x) < 80:
+        if arch(x) < 80:
             return "the GPU is older than compute capability 8.0"
         return ""
     if x.device.type == "cpu":
@@ -72,23 +76,29 @@ def cannot_launch(x: torch.Tensor) -> str:
     return f"the tensors are on {x.device.type}"
 
 
-def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bool:
-    """Resolves `impl` for `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
+def check_impl(op: str, impl: str) -> None:
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bool:
+    """Resolves `impl` for `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
+    check_impl(op, impl)
     if impl == "reference" or (impl == "auto" and not x.is_cuda):
         return False
     why_not = cannot_launch(x) or unsupported
     if impl == "triton" and why_not:
         raise ValueError(f"{op}: impl='triton' is impossible: {why_not}")
-    if why_not and not torch.compiler.is_compiling():
+    if why_not:
         _announce(op, why_not)
     return not why_not
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # under torch.compile said while tracing, which it does not break
 def _announce(op: str, why_not: str) -> None:
-    warnings.warn(f"ajepa_kernels.{op} runs as plain PyTorch on this GPU: {why_not}", stacklevel=4)
+    if (op, why_not) not in _announced:
+        _announced.add((op, why_not))
+        warnings.warn(f"ajepa_kernels.{op} runs as plain PyTorch on this GPU: {why_not}", stacklevel=4)
 
 
 # --- launching ----------------------------------------------------------------------------------------------------
@@ -123,9 +133,14 @@ def launch(kernel: Any, programs: int, x: torch.Tensor, *args: Any, **options: A
 
 
 @functools.cache
-def _device_arch(index: int) -> int:
+def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+@torch.compiler.assume_constant_result  # of which torch.compile could not trace what it asks
+def _device_arch(index: int) -> int:
+    return _capability(index)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ class Tiles(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None  # of a thread; with any bound the assembler issues all loads before it waits
 
 
 class Rows(NamedTuple):
@@ -30,13 +31,15 @@ class Rows(NamedTuple):
 
     rows: int
     num_warps: int
+    num_stages: int = 1  # of the loads of those that walk their rows
 
 
 LONG = 0  # stands for the lengths above those that one launch holds
 
-# (operation, bits of the dtype, rounded length, rounded head dim); None: not in one launch.
+# (operation, bits of the dtype, rounded length, rounded head dim); None: not in one launch. Lengths and head dims round
+# up to powers of two, lengths to 96 where there is an entry for it.
 # Of the operations on rows: (operation, channels of a program).
-_UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
+_UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "any": {
         **{
             (op, 16, S, D): Tiles(S, S, warps)
@@ -50,6 +53,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         },
         **{(op, 32, S, D): Tiles(S, S, 4) for op in ("attention_fwd", "attention_bwd")
            for S, D in ((16, 32), (16, 64), (16, 128), (32, 32), (32, 64))},
+        ("attention_bwd", 32, 16, 64): Tiles(16, 16, 4, 1, 80),  # in tf32 it spills to save a few
         **{("attention_fwd", 32, 64, D): Tiles(16, 64, 4) for D in (32, 64)},
         **{("attention_bwd", 32, 64, D): Tiles(16, 64, warps) for D, warps in ((32, 4), (64, 8))},
         **{("attention_fwd", 16, LONG, D): Tiles(64, 64, 4, 2) for D in (32, 64, 128)},
@@ -57,30 +61,44 @@ _UNTIMED: dict[str, dict[tuple, Tiles | None]] = {
         **{(op, 32, LONG, D): Tiles(32, 32, 8) for op in ("attention_fwd", "attention_bwd") for D in (32, 64, 128)},
     },
     "sm_80": {  # operands of the products in registers: whole 128 x 128 scores do not fit beside them
+        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 112),
+        ("attention_fwd", 16, 96, 64): Tiles(32, 128, 4, 1, 96),
         ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4),
         ("attention_fwd", 16, 128, 128): Tiles(64, 128, 4),
         ("attention_bwd", 16, 128, 64): Tiles(32, 128, 8),
         ("attention_bwd", 16, 128, 128): Tiles(16, 128, 8),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, 64, 32): Tiles(16, 64, 8),
+        ("add_layer_norm_bwd", 2048): Rows(1, 8, 2),
     },
     "sm_86": {  # as sm_80, but for a block's shared memory, 99 KiB
         ("attention_bwd", 16, 128, 128): None,
     },
     "sm_90": {
+        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 80),
+        ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 80),
+        ("attention_fwd", 16, 96, 64): Tiles(64, 128, 4),
+        ("attention_fwd", 16, 96, 128): Tiles(64, 128, 8, 1, 112),
         ("attention_fwd", 16, 32, 128): Tiles(32, 32, 2),
         ("attention_fwd", 16, LONG, 32): Tiles(128, 64, 8, 2),
         ("attention_fwd", 16, LONG, 64): Tiles(128, 64, 8, 2),
+        ("attention_bwd", 16, 96, 64): Tiles(32, 128, 4),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
     },
     "sm_100": {
+        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 72),
+        ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 72),
+        ("attention_fwd", 16, 128, 128): Tiles(128, 128, 8, 1, 128),
         ("attention_fwd", 16, 128, 64): Tiles(128, 128, 4),
+        ("attention_bwd", 16, 32, 32): Tiles(32, 32, 2, 1, 80),
         ("attention_bwd", 16, 128, 32): Tiles(64, 128, 8),
+        ("attention_bwd", 16, 128, 64): Tiles(64, 128, 8),
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),
         ("attention_bwd", 32, LONG, 128): Tiles(16, 32, 8),
+        ("add_layer_norm_bwd", 512): Rows(4, 8, 2),
     },
 }  # fmt: skip
 

@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import torch
 from torch.optim.adam import adam
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ajepa_kernels import _adamw_ema  # noqa: F401 (registers the operation)
+from ajepa_kernels._adamw_ema import Rows, launch_adamw_ema, launch_rows, updated_together
 from ajepa_kernels._tables import unsupported
-from ajepa_kernels._triton import register, use_triton
-from ajepa_kernels.ema_update import ema_update_reference_
+from ajepa_kernels._triton import check_impl, register, use_triton
+from ajepa_kernels.ema_update import checked_decay, ema_update_reference_, scalar
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+HOW = ("fused", "foreach", "capturable", "differentiable")  # of a group: how its step is computed, not what
 
 
 @register(
@@ -59,10 +61,33 @@ def join_remainder(param: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor
 
 
 def split_remainder(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 as the nearest bfloat16 (halves away from zero) and the int16 that `join_remainder` needs."""
-    bits = value.contiguous().view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    """float32 as the nearest bfloat16 (halves away from zero) and the int16 that `join_remainder` needs.
+
+    Of a NaN the upper half, made quiet, and zero: rounded, it might be carried past the largest number, to -0.
+    """
+    bits, nan = value.view(torch.int32), value.isnan()
+    high = torch.where(nan, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
+    low = (bits - (high << 16)).masked_fill(nan, 0)
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def _together(t: _Tensors) -> list[tuple[torch.Tensor | None, ...]]:
+    return updated_together(
+        t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.remainders, t.emas, t.copies, t.ema_copies, t.places
+    )
+
+
+class _Plan(NamedTuple):
+    """What a step launches."""
+
+    kinds: dict[tuple, Rows]
+    facts: list  # what `kinds` follows from: addresses rather than tensors, so that nothing outlives its owner
+    grads: list[int]  # addresses, which `kinds` leaves out
+    written: list[torch.Tensor]
+
+
+def _tensor_or_number(x: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
+    return (x, 0.0) if isinstance(x, torch.Tensor) else (None, x or 0.0)
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -70,15 +95,16 @@ class AdamWEMA(torch.optim.AdamW):
 
     p <- p (1 - lr weight_decay) - lr m^ / (sqrt(v^) + eps), where m and v average grad / grad_scale (arXiv 1711.05101);
     ema <- ema_decay ema + (1 - ema_decay) p. Param groups, hooks and closures are torch's. The state dict is AdamW's:
-    either loads the other's.
+    either loads the other's, and `fused`, `foreach`, `capturable` and `differentiable` stay as they were here.
 
     `torch.compile(fullgraph=True)` takes a function that calls `step`. Let the learning rate be a tensor there: each
     new number would be compiled anew.
 
-    On a GPU all parameters of equal dtypes are updated by one kernel, in float32. The learning rate, `ema_decay`,
-    `grad_scale`, `found_inf` and a group's weight decay may be scalars on the device, which a captured CUDA graph reads
-    again at each replay; numbers are frozen into the graph. Addresses that the capture is the first to see are copied
-    to the device at each replay. The kernel leaves `.grad` as it was; torch's fused AdamW divides it by the scale.
+    On a GPU all parameters of equal dtypes are updated by one kernel, in float32, whatever the order of their axes in
+    memory, where it is that of all that goes with them. The learning rate, `ema_decay`, `grad_scale`, `found_inf` and a
+    group's weight decay may be scalars on the device, which a captured CUDA graph reads again at each replay; numbers
+    are frozen into the graph. Addresses that the capture is the first to see are copied to the device at each replay.
+    The kernel leaves `.grad` as it was; torch's fused AdamW divides it by the scale.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
@@ -86,33 +112,52 @@ class AdamWEMA(torch.optim.AdamW):
             gradient are averaged all the same.
         copies: pairs (parameter or EMA tensor, low-precision tensor of its shape) that each step writes.
         remainder: keep bfloat16 parameters to float32 precision by 16 more bits in the state ("remainder"), beside
-            moments in float32. Such a state dict loads into AdamWEMA alone; AdamW's loads, with remainders of zero.
+            moments in float32. Without it, and in AdamW, such a state dict loads rounded; AdamW's loads with remainders
+            of zero.
         impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
         **kwargs: AdamW's own. `fused=True` is the default, and what the kernel stands in for.
 
     Raises:
-        ValueError: a pair's shapes or devices differ, or AdamW's own reasons.
+        ValueError: pairs or options that cannot be, or AdamW's own reasons.
 
     Example::
 
+        import copy
+        context_encoder = torch.nn.Linear(8, 8, device="cuda")
+        target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
         lr = torch.tensor(1e-3, device="cuda")
         ema = zip(context_encoder.parameters(), target_encoder.parameters())
         optimizer = AdamWEMA(context_encoder.parameters(), ema=ema, lr=lr, weight_decay=0.05)
-        loss.backward()
+        context_encoder(torch.randn(4, 8, device="cuda")).square().mean().backward()
         optimizer.step(ema_decay=0.999)
     """
 
+    _plan: _Plan | None = None  # of the last step, without its tensors
+
     def __init__(self, params, ema: Pairs = (), copies: Pairs = (), *, remainder=False, impl="auto", **kwargs):
-        ema, copies = list(ema), list(copies)
+        check_impl("AdamWEMA", impl)
+        super().__init__(params, **{"fused": True, **kwargs})
+        self.ema_sources: list[torch.Tensor] = []
+        self.ema_targets: list[torch.Tensor] = []
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.remainder, self.impl = remainder, impl
+        self.add_pairs(ema, copies)
+
+    def add_pairs(self, ema: Pairs = (), copies: Pairs = ()) -> None:
+        """Averages and copies beside those there are, as of a group that was added. Raises what `AdamWEMA` does."""
+        ema, copies = [*zip(self.ema_sources, self.ema_targets, strict=True), *ema], [*self.copies, *copies]
         for source, target in ema + copies:
             if source.shape != target.shape or source.device != target.device:
                 raise ValueError("AdamWEMA: the tensors of a pair must have equal shapes and devices")
+            if source is target or not target.is_floating_point():
+                raise ValueError("AdamWEMA: an average or a copy must be another tensor, of floating-point numbers")
         for pairs in (ema, copies):
             if len({source for source, _ in pairs}) < len(pairs):
                 raise ValueError("AdamWEMA: a tensor has two averages or two copies")
-        super().__init__(params, **{"fused": True, **kwargs})
+        if len({target for _, target in ema + copies}) < len(ema + copies):
+            raise ValueError("AdamWEMA: two pairs write one tensor")
         self.ema_sources, self.ema_targets = [p for p, _ in ema], [t for _, t in ema]
-        self.copies, self.remainder, self.impl = copies, remainder, impl
+        self.copies = copies
 
     @torch.no_grad()
     def step(
@@ -125,24 +170,57 @@ class AdamWEMA(torch.optim.AdamW):
     ):
         """One update. Gradients are divided by `grad_scale`; where `found_inf` is 1 nothing changes (both scalars).
 
-        Without `ema_decay` the averages stay as they are.
+        Without `ema_decay` the averages stay as they are. What a `GradScaler` brings comes on top: scales multiply.
+        ValueError, before anything changes: a decay outside [0, 1], no scalar, or one on another device.
         """
-        # GradScaler hands its tensors over as attributes
-        grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
-        found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
+        ema_decay, grad_scale, found_inf = self._scalars(ema_decay, grad_scale, found_inf)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tensors = _Tensors(*([] for _ in _Tensors._fields))
-        self._init_group(ema_decay is not None, *tensors)
-        if not tensors.params:
-            return loss
-        if use_triton("AdamWEMA", self.impl, tensors.params[0], self._unsupported(tensors)):
-            self._step_triton(tensors, ema_decay, grad_scale, found_inf)
-        else:
-            self._step_reference(tensors, ema_decay, grad_scale, found_inf)
+        # a dispatch mode is to see the operation
+        eager = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+        with_ema = ema_decay is not None
+        plan = self._recall(with_ema) if eager else None
+        if plan is None:
+            tensors = _Tensors(*([] for _ in _Tensors._fields))
+            self._init_group(with_ema, *tensors)
+            if not tensors.params:
+                return loss
+            together = _together(tensors)
+            if not use_triton("AdamWEMA", self.impl, tensors.params[0], self._unsupported(tensors, together)):
+                self._step_reference(tensors, ema_decay, grad_scale, found_inf)
+                return loss
+            if not eager:
+                self._step_operation(tensors, ema_decay, grad_scale, found_inf)
+                return loss
+            rates, groups, _ = self._rates()
+            plan = _Plan(launch_rows(together, tensors.steps, rates, tensors.places, groups), *self._found(with_ema))
+            self._plan = plan._replace(grads=[], written=[])
+        decay = _tensor_or_number(ema_decay)
+        launch_adamw_ema(plan.kinds, plan.grads, plan.written[0], self._rates()[2], grad_scale, found_inf, *decay)
+        torch.autograd.graph.increment_version(plan.written)
         return loss
+
+    def _scalars(self, ema_decay, grad_scale, found_inf):
+        """The arguments of a step, checked, with what GradScaler hands over as attributes."""
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        if device is None:
+            return ema_decay, grad_scale, found_inf
+        if ema_decay is not None:
+            ema_decay = checked_decay("AdamWEMA", ema_decay, device)
+        if grad_scale is not None:
+            grad_scale = scalar("AdamWEMA", "grad_scale", grad_scale, device)
+        if found_inf is not None:
+            found_inf = scalar("AdamWEMA", "found_inf", found_inf, device)
+        scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None:
+            scale = scale.reshape(()).to(device)
+            grad_scale = scale if grad_scale is None else grad_scale * scale
+        if inf is not None:
+            inf = inf.reshape(()).to(device)
+            found_inf = inf if found_inf is None else torch.maximum(found_inf, inf)
+        return ema_decay, grad_scale, found_inf
 
     def _init_group(self, with_ema: bool, *lists: list) -> None:
         """Fills the lists of `_Tensors` for all groups, creating what state is missing.
@@ -188,6 +266,8 @@ class AdamWEMA(torch.optim.AdamW):
     # --- plain definition ---
 
     def _step_reference(self, t: _Tensors, ema_decay, grad_scale, found_inf) -> None:
+        if not (grad_scale is None and found_inf is None) and not all(group["fused"] for group in self.param_groups):
+            raise ValueError("AdamWEMA: grad_scale and found_inf need fused=True")
         # float32 values of the parameters that have a remainder
         remainders = [t.remainders[i] if i >= 0 else None for i in t.places[0::5]]
         values = [p if r is None else join_remainder(p, r) for p, r in zip(t.params, remainders, strict=True)]
@@ -238,7 +318,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     # --- one launch ---
 
-    def _unsupported(self, t: _Tensors) -> str:
+    def _unsupported(self, t: _Tensors, together: list) -> str:
         for group in self.param_groups:
             if group["amsgrad"] or group["differentiable"] or not (group["fused"] or group["capturable"]):
                 return "no kernel for amsgrad, differentiable or fused=False"
@@ -247,9 +327,12 @@ class AdamWEMA(torch.optim.AdamW):
             for rate in (group["lr"], group["weight_decay"]):
                 if isinstance(rate, torch.Tensor) and (rate.dtype, rate.device) != (torch.float32, t.params[0].device):
                     return "learning rates and weight decays that are tensors must be float32 beside the parameters"
-        return unsupported([*t.params, *t.grads, *t.exp_avgs, *t.exp_avg_sqs, *t.emas, *t.copies, *t.ema_copies])
+        if any((step.dtype, step.device) != (torch.float32, t.params[0].device) for step in t.steps):
+            return "step counts must be float32 beside the parameters"
+        return unsupported(together)
 
-    def _step_triton(self, t: _Tensors, ema_decay, grad_scale, found_inf) -> None:
+    def _rates(self) -> tuple[list[torch.Tensor], list[int], list[float]]:
+        """rates, groups and hyper, as the operation takes them."""
         rates: list[torch.Tensor] = []
         groups: list[int] = []
         hyper: list[float] = []
@@ -262,29 +345,96 @@ class AdamWEMA(torch.optim.AdamW):
                 if is_tensor:
                     rates.append(rate)
             hyper.append(-1.0 if group["maximize"] else 1.0)
-        decay = ema_decay if isinstance(ema_decay, torch.Tensor) else None
+        return rates, groups, hyper
+
+    def _step_operation(self, t: _Tensors, ema_decay, grad_scale, found_inf) -> None:
+        rates, groups, hyper = self._rates()
         torch.ops.ajepa.adamw_ema_(
             t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.steps, t.remainders, t.emas, t.copies, t.ema_copies,
-            rates, t.places, groups, hyper, grad_scale, found_inf,
-            decay, 0.0 if ema_decay is None or decay is not None else float(ema_decay),
+            rates, t.places, groups, hyper, grad_scale, found_inf, *_tensor_or_number(ema_decay),
         )  # fmt: skip
+
+    # --- one launch as the last, for a quarter of the host's time ---
+
+    def _recall(self, with_ema: bool) -> _Plan | None:
+        """The last step's plan with this step's gradients, where it would be made again."""
+        if self._plan is None:
+            return None
+        try:
+            plan = _Plan(self._plan.kinds, *self._found(with_ema))
+        except (KeyError, RuntimeError):  # a state is yet to be made, or a gradient has no memory
+            return None
+        return plan if plan.facts == self._plan.facts else None
+
+    def _found(self, with_ema: bool) -> tuple[list, list[int], list[torch.Tensor]]:
+        """facts, grads and written of the plan of a step."""
+        facts: list = [self.impl, with_ema]
+        written: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        read = [*self.ema_sources, *(source for source, _ in self.copies)]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in params]
+            written += params
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                written += [state[name] for state in states]
+            written += [state["remainder"] for state in states if "remainder" in state]
+            grads += [p.grad for p in params]
+            rates = (group["lr"], group["weight_decay"])
+            read += [rate for rate in rates if isinstance(rate, torch.Tensor)]
+            facts += [len(params), *map(type, (*rates, *group["betas"])), *map(group.get, (*HOW, "amsgrad"))]
+        written += [*(self.ema_targets if with_ema else ()), *(target for _, target in self.copies)]
+        lasting = written + read
+        facts += map(torch.Tensor.data_ptr, lasting)
+        for tensors in (lasting, grads):
+            facts += [x.dtype for x in tensors]
+            facts += map(torch.Tensor.is_contiguous, tensors)
+        facts += [(x.shape, x.stride()) for x in grads]
+        addresses = [x.data_ptr() for x in grads]
+        facts += [address % 16 for address in addresses]
+        return facts, addresses, written
 
     # --- state ---
 
+    def __getstate__(self) -> dict:
+        own = ("ema_sources", "ema_targets", "copies", "remainder", "impl", "_step_supports_amp_scaling")
+        return super().__getstate__() | {name: self.__dict__[name] for name in own if name in self.__dict__}
+
     def load_state_dict(self, state_dict) -> None:
-        """torch's, but what it would round to the parameter's bfloat16 beside a remainder is restored."""
-        super().load_state_dict(state_dict)
-        if not self.remainder:
-            return
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
-            if p.dtype != torch.bfloat16 or i not in state_dict["state"]:
-                continue
-            state = state_dict["state"][i]
-            for name in ("exp_avg", "exp_avg_sq"):
-                self.state[p][name] = state[name].to(p.device, torch.float32, copy=True)
-            remainder = state.get("remainder")
-            self.state[p]["remainder"] = (
-                torch.zeros_like(p, dtype=torch.int16) if remainder is None else remainder.to(p.device, copy=True)
-            )
+        """torch's, but how a step is computed stays as it is (`fused` and the like), what it reads goes where that
+        needs it, and moments beside a remainder are not rounded to the parameter's bfloat16."""
+        how = [{name: group[name] for name in HOW} for group in self.param_groups]
+        given: list[dict] = []  # what the pre-hooks made of it
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, given_dict: given.append(given_dict)),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(how, given[0]), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore(self, how: list[dict], given: dict) -> None:
+        self._plan = None
+        for group, own, saved in zip(self.param_groups, how, given["param_groups"], strict=True):
+            group.update(own)
+            on_device = group["fused"] or group["capturable"]
+            for name in ("lr", "weight_decay"):
+                if on_device and group["params"] and isinstance(group[name], torch.Tensor):
+                    group[name] = group[name].to(group["params"][0].device, torch.float32)
+            for p, i in zip(group["params"], saved["params"], strict=True):
+                if not self.state.get(p):
+                    continue
+                state, saved_state = self.state[p], given["state"][i]
+                state["step"] = state["step"].to(p.device if on_device else "cpu", torch.float32)
+                state.pop("remainder", None)
+                if self.remainder and p.dtype == torch.bfloat16:
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = saved_state[name].to(p.device, torch.float32, copy=True)
+                    remainder = saved_state.get("remainder")
+                    state["remainder"] = (
+                        torch.zeros_like(p, dtype=torch.int16)
+                        if remainder is None
+                        else remainder.to(p.device, copy=True)
+                    )

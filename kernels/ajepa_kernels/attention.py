@@ -7,10 +7,13 @@ that token in memory: the same number, unless the layout gathers.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
-from ajepa_kernels._attention_layout import Layout, attention_reference, dense_layout, packed_layout
+from ajepa_kernels._attention_layout import attention_reference, dense_layout, packed_layout
 from ajepa_kernels._attention_ops import HEAD_DIMS, MaskedAttention
+from ajepa_kernels._autograd import autocast_dtype
 from ajepa_kernels._triton import use_triton
 
 
@@ -19,12 +22,16 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"masked_attention: {message}")
 
 
-def _is_index(x) -> bool:
-    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+def _is_count(n) -> bool:
+    integers: tuple = (numbers.Integral, torch.SymInt)
+    return isinstance(n, integers) and n >= 0
 
 
 def _check_arguments(q, k, v, packed, cu, max_seqlen, cu_k, max_seqlen_k, visible, key_mask, output) -> None:
     """What can be known without reading the device."""
+    named = {"cu_seqlens": cu, "cu_seqlens_k": cu_k, "visible": visible, "key_mask": key_mask}
+    for name, x in {"qkv": q, "k": k, "v": v, **named}.items():
+        _require(isinstance(x, torch.Tensor) or (x is None and name != "qkv"), f"{name} must be a tensor")
     lead, heads = (1, "T") if packed else (2, "B, N")
     if k is None:
         _require(v is None, "k and v must be given together")
@@ -36,14 +43,17 @@ def _check_arguments(q, k, v, packed, cu, max_seqlen, cu_k, max_seqlen_k, visibl
         _require(packed or q.shape[0] == k.shape[0], "q and k must share B")
         _require(q.dtype == k.dtype == v.dtype, f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
         _require(q.device == k.device == v.device, "q, k, v must share a device")
+    _require(q.shape[-1] > 0, f"head dim must be positive, got {list(q.shape)}")
     _require(q.is_floating_point(), f"floating point expected, got {q.dtype}")
-    for name, x in (("cu_seqlens", cu), ("cu_seqlens_k", cu_k), ("visible", visible), ("key_mask", key_mask)):
+    for name, x in named.items():
         _require(x is None or x.device == q.device, f"{name} must be on {q.device}")
     for name, x, bound in (("cu_seqlens", cu, max_seqlen), ("cu_seqlens_k", cu_k, max_seqlen_k)):
         if x is not None:
-            offsets = x.dim() == 1 and x.shape[0] >= 1 and _is_index(x)
-            _require(offsets, f"{name} must be a 1-D integer tensor of R + 1 offsets")
-            _require(bound is not None and bound >= 0, f"{name} needs its max_seqlen")
+            offsets = x.dim() == 1 and x.shape[0] >= 1 and x.dtype in (torch.int32, torch.int64)
+            _require(offsets, f"{name} must be a 1-D integer tensor of R + 1 offsets, int32 or int64")
+            _require(bound is not None, f"{name} needs its max_seqlen")
+        _require(bound is None or _is_count(bound), f"the max_seqlen of {name} must be an int of 0 or more")
+    _require(max_seqlen_k is None or cu_k is not None, "max_seqlen_k goes with cu_seqlens_k")
     _require(output in ("packed", "scattered"), f"output must be 'packed' or 'scattered', got {output!r}")
     if packed:
         _require(visible is None and output == "packed", "visible and output='scattered' are for dense inputs")
@@ -62,30 +72,41 @@ def _check_arguments(q, k, v, packed, cu, max_seqlen, cu_k, max_seqlen_k, visibl
         if visible.dtype == torch.bool:
             _require(visible.shape == q.shape[:2], f"a boolean visible must be {list(q.shape[:2])}")
         else:
-            _require(_is_index(visible), "visible must be boolean or integer")
+            index = visible.dtype in (torch.int32, torch.int64)
+            _require(index, f"visible must be boolean, or int32 or int64, got {visible.dtype}; a mask: visible.bool()")
             _require(visible.dim() == 1 or visible.shape[0] == q.shape[0], "visible must have a row for each sample")
     if key_mask is not None:
         want = (q if k is None else k).shape[:lead]
         _require(key_mask.dtype == torch.bool and key_mask.shape == want, f"key_mask must be boolean {list(want)}")
 
 
-def _check_contents(q, k, layout: Layout) -> None:
+def _check_contents(q, k, cu, max_seqlen, cu_k, max_seqlen_k, visible) -> None:
     """What only the device knows. Reads it, so waits for it."""
-    for name, start, end, rows, bound, held in (
-        ("cu_seqlens", layout.q_start, layout.q_end, layout.q_rows, layout.max_q, q.shape[0]),
-        ("cu_seqlens of the keys", *layout.keys(), layout.max_k, k.shape[0]),
+    flat = visible is not None and visible.dim() == 1
+    for name, offsets, bound, slots in (
+        ("cu_seqlens", cu, max_seqlen, len(visible) if flat else len(q)),
+        ("cu_seqlens_k", cu_k, max_seqlen_k, 0 if k is None else len(k)),
     ):
-        if not len(start):
-            continue
-        slots = held if rows is None else len(rows)
-        _require(int(start[0]) == 0 and bool((end >= start).all()), f"{name} must start at 0 and never decrease")
-        _require(int(end.max()) <= slots, f"{name} must not pass the {slots} tokens")
-        _require(int((end - start).max()) <= bound, f"{name} has a sequence longer than max_seqlen {bound}")
-        if rows is None:
-            _require(int(end[-1]) == slots, f"{name} must end at the number of tokens, {slots}")
-        elif len(rows):
-            _require(int(rows.min()) >= 0 and int(rows.max()) < held, "an index of visible is out of range")
-            _require(len(rows.unique()) == len(rows), "visible names a patch twice")
+        if offsets is not None:
+            lengths = offsets.diff()
+            _require(int(offsets[0]) == 0 and bool((lengths >= 0).all()), f"{name} must start at 0 and never decrease")
+            _require(int(offsets[-1]) == slots, f"{name} must end at the number of tokens, {slots}")
+            longest = int(lengths.max()) if len(lengths) else 0
+            _require(longest <= bound, f"{name} has a sequence longer than max_seqlen {bound}")
+    if visible is None or not visible.numel():
+        return
+    if visible.dtype == torch.bool:
+        longest = int(visible.sum(1).max())
+        _require(max_seqlen is None or longest <= max_seqlen, f"visible has a sample of more than {max_seqlen}")
+        return
+    rows = q.shape[0] * q.shape[1] if flat else q.shape[1]
+    _require(int(visible.min()) >= 0 and int(visible.max()) < rows, "an index of visible is out of range")
+    _require(bool((visible.sort().values.diff() > 0).all()), "visible names a patch twice")
+
+
+def _is_free_to_read(x: torch.Tensor) -> bool:
+    """On a CPU, with numbers in it: neither traced nor fake."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is torch.Tensor
 
 
 def masked_attention_reference(
@@ -137,7 +158,8 @@ def masked_attention(
             with "scattered", never wait.
         scale: of the scores; 1 / sqrt(D) by default.
         tf32: let float32 products round their operands to tf32. Otherwise they are true float32.
-        check: verify offsets and indices on the device and wait for the answer (ValueError). Otherwise trusted.
+        check: verify offsets and indices on the device and wait for the answer (ValueError). Otherwise they are
+            trusted, but on a CPU, where it costs nothing.
         impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
 
     Returns:
@@ -146,9 +168,11 @@ def masked_attention(
     Saved for backward: q, k, v alone up to 128 tokens (float32: 64, and 16 above head dim 64), whose backward is one
     launch; the output and `[H, T]` log-sum-exps beyond, and on GPUs with less shared memory than an A100 (L4, L40, RTX)
     above 64 tokens at head dims 96 and 128. The scheme for long sequences is FlashAttention-2's (arXiv 2307.08691).
+    `torch.func.grad` works, `torch.vmap` only with impl="reference".
 
     Raises:
         ValueError: shapes, dtypes, devices or options that cannot be, before any launch.
+        RuntimeError: differentiating the gradients again.
 
     Example::
 
@@ -163,9 +187,11 @@ def masked_attention(
     q = qkv
     packed = cu_seqlens is not None and visible is None
     _check_arguments(q, k, v, packed, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, visible, key_mask, output)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), None if k is None else k.to(dtype), None if v is None else v.to(dtype)
+    contents = cu_seqlens if visible is None else visible
+    if check or (contents is not None and _is_free_to_read(contents)):
+        _check_contents(q, k, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, visible)
+    dtype = autocast_dtype(q)
+    q, k, v = q.to(dtype), None if k is None else k.to(dtype), None if v is None else v.to(dtype)
     shape: tuple = ()
     if packed:
         layout = packed_layout(q, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, key_mask)
@@ -177,12 +203,6 @@ def masked_attention(
         elif visible.dim() == 2 and visible.dtype != torch.bool:
             shape = tuple(visible.shape)
         q, k, v = q.flatten(0, 1), None if k is None else k.flatten(0, 1), None if v is None else v.flatten(0, 1)
-    if check:
-        if visible is not None and visible.dim() == 2 and visible.numel() and visible.dtype != torch.bool:
-            _require(int(visible.min()) >= 0, "an index of visible is out of range")
-            _require(int(visible.max()) < qkv.shape[1], "an index of visible is out of range")
-        _check_contents(q, q if k is None else k, layout)
-
     unsupported = ""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         unsupported = f"no kernel for {q.dtype}"
@@ -190,7 +210,7 @@ def masked_attention(
         unsupported = f"no kernel for head dim {q.shape[-1]}, only {', '.join(map(str, HEAD_DIMS))}"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if use_triton("masked_attention", impl, q, unsupported):
-        out = MaskedAttention.apply(q, k, v, float(scale), tf32, *layout)
+        out, _ = MaskedAttention.apply(q, k, v, float(scale), tf32, *layout)
     else:
         q, k, v = q.unbind(1) if k is None else (q, k, v)
         out = attention_reference(q, k, v, layout, scale)

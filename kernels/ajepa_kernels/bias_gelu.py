@@ -8,16 +8,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._autograd import Function, autocast_dtype, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
 
-def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
-    """(channels, rows, warps) of a program: up to 1,024 channels, a divisor of C where there is one of 128 or more."""
+def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
+    """(channels, rows, warps, stages) of a program: up to 1,024 channels, if it can be a divisor of C from 128 up."""
     C = x.shape[1]
     divisor = min(C & -C, 1024)
     block_c = divisor if divisor >= 128 else min(power_of_2(C), 1024)
-    rows = Rows(max(1, min((2048 if op == "bias_gelu_bwd" else 4096) // block_c, 16)), 8)
+    back = op == "bias_gelu_bwd"
+    rows = Rows(max(1, min((2048 if back else 4096) // block_c, 16)), 8, 3 if back else 1)
     return block_c, *(tuned(x, op, block_c) or rows)
 
 
@@ -63,7 +65,7 @@ def _bias_gelu_fwd_kernel(
 def _bias_gelu_fwd(x, bias, tanh, dtype):
     """x `[M, C]`."""
     M, C = x.shape
-    block_c, rows, num_warps = _config(x, "bias_gelu_fwd")
+    block_c, rows, num_warps, _ = _config(x, "bias_gelu_fwd")
     y, tiles = torch.empty(M, C, dtype=dtype, device=x.device), -(-C // block_c)
     x = dense_rows(x)
     launch(
@@ -79,7 +81,7 @@ def _bias_gelu_fwd(x, bias, tanh, dtype):
 @jit
 def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, stride_dy, stride_x, M, tiles, programs,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TANH: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TANH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A fixed number of programs walks the rows of each tile of channels: few partial sums, in a set order."""
     pid = tl.program_id(0)
@@ -87,7 +89,7 @@ def _bias_gelu_bwd_kernel(
     c = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in range(first * ROWS, M, programs * ROWS):
+    for start in tl.range(first * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         mask = (row < M)[:, None] if C % BLOCK_C == 0 else (row < M)[:, None] & (c < C)
         row = row.to(tl.int64)[:, None]
@@ -110,7 +112,7 @@ def _bias_gelu_bwd_kernel(
 def _bias_gelu_bwd(dy, x, bias, tanh):
     """dx `[M, C]` and dbias `[C]` of dy `[M, C]`."""
     M, C = x.shape
-    block_c, rows, num_warps = _config(x, "bias_gelu_bwd")
+    block_c, rows, num_warps, stages = _config(x, "bias_gelu_bwd")
     tiles = -(-C // block_c)
     programs = min(max(1, 4 * multiprocessors(x) // tiles), -(-M // rows))
     dx = torch.empty(M, C, dtype=x.dtype, device=x.device)
@@ -119,22 +121,25 @@ def _bias_gelu_bwd(dy, x, bias, tanh):
     launch(
         _bias_gelu_bwd_kernel, programs * tiles, x,
         dy, x, bias.contiguous(), dx, dbias, dy.stride(0), x.stride(0), M, tiles, programs,
-        C, block_c, rows, tanh, num_warps=num_warps,
+        C, block_c, rows, tanh, stages, num_warps=num_warps,
     )  # fmt: skip
     return dx, dbias.sum(0).to(bias.dtype)
 
 
-class _BiasGelu(torch.autograd.Function):
+class _BiasGelu(Function):
     @staticmethod
-    def forward(ctx, x, bias, tanh, dtype):
-        ctx.save_for_backward(x, bias)
-        ctx.tanh = tanh
+    def forward(x, bias, tanh, dtype):
         return torch.ops.ajepa.bias_gelu_fwd(x, bias, tanh, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return *torch.ops.ajepa.bias_gelu_bwd(dy, *ctx.saved_tensors, ctx.tanh), None, None
+    def setup_context(ctx, inputs, output):
+        x, bias, ctx.tanh, _ = inputs
+        ctx.save_for_backward(x, bias)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, dy):
+        return *torch.ops.ajepa.bias_gelu_bwd(dy, *saved, ctx.tanh), None, None
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -164,9 +169,11 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none",
         The shape of x, in its dtype, or under autocast in autocast's.
 
     Saved for backward: x and bias; z is computed again. The bias' gradient is summed in a fixed order.
+    `torch.func.grad` works, `torch.vmap` only with impl="reference".
 
     Raises:
         ValueError: shapes, dtypes, devices or options that cannot be, before any launch.
+        RuntimeError: differentiating the gradients again.
 
     Example::
 
@@ -180,8 +187,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none",
         raise ValueError("bias_gelu: x and bias must be floating point and on one device")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"bias_gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    device, C = x.device.type, x.shape[-1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    C, dtype = x.shape[-1], autocast_dtype(x)
     unsupported = ""
     if not {x.dtype, bias.dtype} <= {torch.float32, torch.float16, torch.bfloat16}:
         unsupported = f"no kernel for {x.dtype} and {bias.dtype}"

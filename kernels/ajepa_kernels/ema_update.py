@@ -48,18 +48,41 @@ def _ema_update_kernel(
     lambda *args: None,
 )
 def _ema_update(targets, sources, decay_tensor, decay):
-    device = targets[0].device
+    x = targets[0]
     kinds: dict[tuple, list[tuple[int, ...]]] = {}
     for t, s in zip(targets, sources, strict=True):
         kinds.setdefault((t.dtype, s.dtype, is_aligned((t, s))), []).append((t.data_ptr(), s.data_ptr(), t.numel()))
     for (target, source, aligned), rows in kinds.items():
-        made = cached((device, *rows), partial(table, rows, device), device)
+        made = cached((x.device, *rows), partial(table, rows, x), x)
         launch(
-            _ema_update_kernel, len(made.chunk_row), targets[0],
+            _ema_update_kernel, len(made.chunk_row), x,
             made.rows, made.chunk_row, decay_tensor, decay,
             tl_dtype(target), tl_dtype(source), aligned, CHUNK, BLOCK, num_warps=4,
         )  # fmt: skip
     torch.autograd.graph.increment_version(targets)
+
+
+def scalar(op: str, name: str, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` without axes; a ValueError where it is no scalar on the device."""
+    if not isinstance(x, torch.Tensor) or x.numel() != 1 or x.device != device:
+        raise ValueError(f"{op}: {name} must be a scalar on {device}")
+    return x.reshape(())
+
+
+def checked_decay(op: str, decay: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
+    """A number in [0, 1], or a scalar on the device, whose value is not read."""
+    if isinstance(decay, torch.Tensor):
+        return scalar(op, "a decay tensor", decay, device)
+    if not 0.0 <= float(decay) <= 1.0:
+        raise ValueError(f"{op}: a decay must be in [0, 1], got {decay}")
+    return float(decay)
+
+
+def _split(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> tuple[list, list]:
+    """Pairs to average and pairs of integers, which are copied: an average of counters means nothing."""
+    pairs = list(zip(targets, sources, strict=True))
+    averages = [(t, s) for t, s in pairs if t.is_floating_point() or t.is_complex()]
+    return averages, [(t, s) for t, s in pairs if not (t.is_floating_point() or t.is_complex())]
 
 
 @torch.no_grad()
@@ -67,7 +90,12 @@ def ema_update_reference_(
     targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], decay: float | torch.Tensor
 ) -> None:
     """Plain PyTorch definition of `ema_update_`: torch's own foreach EMA."""
-    targets, sources = list(targets), [s.to(t.dtype) for t, s in zip(targets, sources, strict=True)]
+    averages, counters = _split(targets, sources)
+    for t, s in counters:
+        t.copy_(s)
+    if not averages:
+        return
+    targets, sources = [t for t, _ in averages], [s.to(t.dtype) for t, s in averages]
     if isinstance(decay, torch.Tensor) and decay.device.type == "cpu":
         torch._foreach_lerp_(targets, sources, [1 - decay] * len(targets))
     elif isinstance(decay, torch.Tensor):  # without a launch for each tensor, and without reading the decay back
@@ -87,33 +115,41 @@ def ema_update_(
 ) -> None:
     """target <- decay * target + (1 - decay) * source, in place, for all tensors at once.
 
-    On a GPU this is one launch for each pair of dtypes, computed in float32.
+    On a GPU this is one launch for each pair of dtypes, computed in float32. Integer and boolean targets (the
+    num_batches_tracked of a batch norm) are copies of their sources.
 
     Args:
-        targets: floating-point tensors, contiguous for the kernel.
+        targets: each once. The kernel takes tensors that are dense in memory and lie there as their sources do.
         sources: tensors of the same shapes and devices.
         decay: a number, or a scalar on the device, which a captured CUDA graph reads again at each replay.
         impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
 
     Raises:
-        ValueError: the two lists do not match.
+        ValueError: the two lists do not match, a target comes twice, or a decay outside [0, 1] or on another device.
 
     Example::
 
-        ema_update_(target_encoder.parameters(), context_encoder.parameters(), decay=0.999)
+        import copy
+        encoder = torch.nn.Linear(8, 8, device="cuda")
+        target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        ema_update_(target_encoder.parameters(), encoder.parameters(), decay=0.999)
     """
     targets, sources = list(targets), list(sources)
     if len(targets) != len(sources) or any(t.shape != s.shape for t, s in zip(targets, sources, strict=False)):
         raise ValueError("ema_update_: targets and sources must be equally many tensors of equal shapes")
     if any(t.device != s.device for t, s in zip(targets, sources, strict=True)):
         raise ValueError("ema_update_: a target and its source must share a device")
+    if len(set(targets)) < len(targets):
+        raise ValueError("ema_update_: a target comes twice")
     if not targets:
         return
-    if use_triton("ema_update_", impl, targets[0], unsupported(targets + sources)):
-        tensor = decay if isinstance(decay, torch.Tensor) else None
-        if tensor is not None and tensor.device != targets[0].device:
-            raise ValueError(f"ema_update_: a decay tensor must be on {targets[0].device}")
-        sources = [s.detach() for s in sources]
-        torch.ops.ajepa.ema_update_(targets, sources, tensor, 0.0 if tensor is not None else float(decay))
-    else:
+    decay = checked_decay("ema_update_", decay, targets[0].device)
+    averages, counters = _split(targets, sources)
+    if not use_triton("ema_update_", impl, targets[0], unsupported(averages)):
         ema_update_reference_(targets, sources, decay)
+        return
+    for t, s in counters:
+        t.copy_(s)
+    if averages:
+        tensor, number = (decay, 0.0) if isinstance(decay, torch.Tensor) else (None, decay)
+        torch.ops.ajepa.ema_update_([t for t, _ in averages], [s.detach() for _, s in averages], tensor, number)

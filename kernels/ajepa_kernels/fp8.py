@@ -1,29 +1,40 @@
 """8-bit floats with a scale a row: products for networks that need no gradient, such as an EMA target encoder.
 
+What feeds such a product, a layer norm or a GELU, is quantised where it is made: no pass of its own over memory.
 Shapes: M rows (all leading axes), K input and N output features.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 
 from ajepa_kernels._triton import arch, dense_rows, jit, launch, power_of_2, register, tl, use_triton
+from ajepa_kernels.bias_gelu import _gelu
 
 E4M3_MAX = 448.0
 LEAST = 1e-12  # largest magnitude of a row of zeros, instead of zero
 MAX_WIDTH = 8192
+MAX_NORM_WIDTH = 4096  # a row and its sum with the residual in registers
 LANES = 16  # `torch._scaled_mm` takes multiples of it
+GELUS = (None, "none", "tanh")  # as torch.nn.functional.gelu
+
+
+class Quantized(NamedTuple):
+    """values x scale."""
+
+    values: torch.Tensor  # float8_e4m3fn [..., K]
+    scale: torch.Tensor  # float32 [..., 1]
+
+    def rows(self, index: torch.Tensor) -> Quantized:
+        bits = self.values.view(torch.uint8).index_select(0, index)  # which torch has no float8 kernel for
+        return Quantized(bits.view(torch.float8_e4m3fn), self.scale.index_select(0, index))
 
 
 @jit
-def _quantize_rows_kernel(
-    x_ptr, out_ptr, scale_ptr, stride, M, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)[None, :]
-    valid = row < M
-    mask = valid[:, None] if K == BLOCK_K else valid[:, None] & (k < K)
-    x = tl.load(x_ptr + row[:, None] * stride + k, mask=mask, other=0.0).to(tl.float32)
+def _store_quantized(out_ptr, scale_ptr, x, row, k, valid, mask, K: tl.constexpr):
     scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) * (1.0 / 448.0)
     x = x * (1.0 / scale)[:, None]
     x = tl.minimum(tl.maximum(x, -448.0), 448.0)  # rounding may pass the largest number
@@ -31,65 +42,178 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + row, scale, mask=valid)
 
 
-def _quantize_rows_fake(x):
-    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
+@jit
+def _quantize_rows_kernel(
+    x_ptr, out_ptr, scale_ptr, stride, M, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, GELU: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    valid = row < M
+    mask = valid[:, None] if K == BLOCK_K else valid[:, None] & (k < K)
+    x = tl.load(x_ptr + row[:, None] * stride + k, mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        cdf, _ = _gelu(x, GELU == 2)
+        x = x * cdf
+    _store_quantized(out_ptr, scale_ptr, x, row, k, valid, mask, K)
 
 
-@register("quantize_rows(Tensor x) -> (Tensor values, Tensor scale)", _quantize_rows_fake)
-def _quantize_rows(x):
+def _quantized_like(x):
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format), x.new_empty(
+        len(x), 1, dtype=torch.float32
+    )
+
+
+def _rows(block_k: int) -> int:
+    return max(1, min(4096 // block_k, 16))
+
+
+@register("quantize_rows(Tensor x, int gelu) -> (Tensor values, Tensor scale)", lambda x, gelu: _quantized_like(x))
+def _quantize_rows(x, gelu):
+    """gelu: place in GELUS of what comes before."""
     M, K = x.shape
     block_k = power_of_2(K)
-    rows = max(1, min(4096 // block_k, 16))
-    values = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(M, 1, dtype=torch.float32, device=x.device)
+    rows = _rows(block_k)
+    values, scale = _quantized_like(x)
     x = dense_rows(x)
-    launch(_quantize_rows_kernel, -(-M // rows), x, x, values, scale, x.stride(0), M, K, block_k, rows, num_warps=8)
+    launch(
+        _quantize_rows_kernel, -(-M // rows), x,
+        x, values, scale, x.stride(0), M, K, block_k, rows, gelu, num_warps=8,
+    )  # fmt: skip
     return values, scale
 
 
-def quantize_rows_reference(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@jit
+def _norm_quantize_rows_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, scale_ptr, sum_ptr, stride_x, stride_r, M, eps,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)[None, :]
+    valid = row < M
+    mask = valid[:, None] if K == BLOCK_K else valid[:, None] & (k < K)
+    x = tl.load(x_ptr + row[:, None] * stride_x + k, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(residual_ptr + row[:, None] * stride_r + k, mask=mask, other=0.0).to(tl.float32)
+    rounded = x.to(sum_ptr.dtype.element_ty)  # as add_layer_norm: what is kept is what is normalised
+    tl.store(sum_ptr + row[:, None] * K + k, rounded, mask=mask)
+    x = rounded.to(tl.float32)
+    x = tl.where(mask, x - (tl.sum(x, 1) / K)[:, None], 0.0)
+    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + eps))[:, None]
+    x = x * tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    _store_quantized(out_ptr, scale_ptr, x, row, k, valid, mask, K)
+
+
+def _norm_quantize_rows_fake(x, residual, weight, bias, eps):
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return *_quantized_like(x), torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@register(
+    "norm_quantize_rows(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor values, Tensor scale, Tensor sum)",
+    _norm_quantize_rows_fake,
+)
+def _norm_quantize_rows(x, residual, weight, bias, eps):
+    M, K = x.shape
+    block_k = power_of_2(K)
+    rows = _rows(block_k)
+    values, scale, total = _norm_quantize_rows_fake(x, residual, weight, bias, eps)
+    x, residual = dense_rows(x), dense_rows(residual)
+    launch(
+        _norm_quantize_rows_kernel, -(-M // rows), x,
+        x, residual, weight.contiguous(), bias.contiguous(), values, scale, total,
+        x.stride(0), residual.stride(0), M, eps, K, block_k, rows, num_warps=8,
+    )  # fmt: skip
+    return values, scale, total
+
+
+# --- public -----------------------------------------------------------------------------------------------------------
+
+
+def quantize_rows_reference(x_MK: torch.Tensor, *, gelu: str | None = None) -> Quantized:
     """Plain PyTorch definition of `quantize_rows`."""
     x = x_MK.float()
+    x = x if gelu is None else F.gelu(x, approximate=gelu)
     scale = x.abs().amax(-1, keepdim=True).clamp_min(LEAST) * (1.0 / E4M3_MAX)
-    return (x * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    return Quantized((x * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale)
 
 
-def quantize_rows(x_MK: torch.Tensor, *, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
-    """scale = max |row| / 448; values = x / scale, rounded to float8 e4m3.
+def quantize_rows(x_MK: torch.Tensor, *, gelu: str | None = None, impl: str = "auto") -> Quantized:
+    """scale = max |row| / 448; values = x / scale, rounded to float8 e4m3; x, or gelu(x), computed in float32.
 
     Args:
         x_MK: `[M, K]` bfloat16, float16 or float32; K up to 8,192 has a kernel, on compute capability 8.9 and later.
+        gelu: None, or "none" or "tanh" as of `torch.nn.functional.gelu`: quantise gelu(x).
         impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
 
     Returns:
         `[M, K]` float8_e4m3fn and `[M, 1]` float32; a row of zeros has values of zero. No gradient.
 
     Raises:
-        ValueError: shapes or dtypes that cannot be, before any launch.
+        ValueError: shapes, dtypes or options that cannot be, before any launch.
     """
     if x_MK.dim() != 2 or not x_MK.is_floating_point():
         raise ValueError(f"quantize_rows: [M, K] floating point expected, got {list(x_MK.shape)} {x_MK.dtype}")
-    x, unsupported = x_MK.detach(), ""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        unsupported = f"no kernel for {x.dtype}"
-    elif not 1 <= x.shape[1] <= MAX_WIDTH:
-        unsupported = f"no kernel for width {x.shape[1]}, only up to {MAX_WIDTH}"
-    elif x.is_cuda and arch(x) < 89:
-        unsupported = "float8 needs compute capability 8.9"
-    if use_triton("quantize_rows", impl, x, unsupported):
-        return torch.ops.ajepa.quantize_rows(x)
-    return quantize_rows_reference(x)
+    if gelu not in GELUS:
+        raise ValueError(f"quantize_rows: gelu must be None, 'none' or 'tanh', got {gelu!r}")
+    x = x_MK.detach()
+    if use_triton("quantize_rows", impl, x, _unsupported((x,), MAX_WIDTH)):
+        return Quantized(*torch.ops.ajepa.quantize_rows(x, GELUS.index(gelu)))
+    return quantize_rows_reference(x, gelu=gelu)
+
+
+def norm_quantize_rows(
+    x_MK: torch.Tensor,
+    residual_MK: torch.Tensor,
+    weight_K: torch.Tensor,
+    bias_K: torch.Tensor,
+    eps: float = 1e-5,
+    *,
+    impl: str = "auto",
+) -> tuple[Quantized, torch.Tensor]:
+    """`add_layer_norm` whose normed output leaves as `quantize_rows` would give it; and the sum x + residual.
+
+    Args:
+        x_MK, residual_MK: `[M, K]` bfloat16, float16 or float32; K up to 4,096 has a kernel.
+        weight_K, bias_K, eps: of the layer norm.
+        impl: as of `quantize_rows`.
+
+    Raises:
+        ValueError: shapes or dtypes that cannot be, before any launch.
+    """
+    tensors = tuple(t.detach() for t in (x_MK, residual_MK, weight_K, bias_K))
+    x, residual, weight, bias = tensors
+    if x.dim() != 2 or residual.shape != x.shape or not weight.shape == bias.shape == x.shape[1:]:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors)
+        raise ValueError(f"norm_quantize_rows: x, residual [M, K] and weight, bias [K] expected, got {shapes}")
+    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
+        raise ValueError("norm_quantize_rows: all tensors must be floating point and on one device")
+    if use_triton("norm_quantize_rows", impl, x, _unsupported(tensors, MAX_NORM_WIDTH)):
+        values, scale, total = torch.ops.ajepa.norm_quantize_rows(x, residual, weight, bias, eps)
+        return Quantized(values, scale), total
+    total = x + residual
+    normed = F.layer_norm(total.float(), total.shape[-1:], weight.float(), bias.float(), eps)
+    return quantize_rows_reference(normed), total
+
+
+def _unsupported(tensors: tuple[torch.Tensor, ...], widest: int) -> str:
+    x = tensors[0]
+    if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in tensors):
+        return f"no kernel for {x.dtype}"
+    if not 1 <= x.shape[1] <= widest:
+        return f"no kernel for width {x.shape[1]}, only up to {widest}"
+    return "float8 needs compute capability 8.9" if x.is_cuda and arch(x) < 89 else ""
 
 
 def fp8_linear(
-    x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, impl: str = "auto"
+    x: torch.Tensor | Quantized, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, impl: str = "auto"
 ) -> torch.Tensor:
     """x W^T + b by one float8 product: rows of x and of W in e4m3 with a scale each, sums in float32.
 
     Forward only; relative error about 2 to 4 % of an output's standard deviation. torch's `_scaled_mm` multiplies.
 
     Args:
-        x: `[..., K]`; K and N are multiples of 16.
+        x: `[..., K]`, or `Quantized` already; K and N are multiples of 16.
         weight_NK, bias_N: as of `torch.nn.Linear`.
         impl: as of `quantize_rows`.
 
@@ -103,19 +227,21 @@ def fp8_linear(
 
         with torch.no_grad():
             y = fp8_linear(x, layer.weight, layer.bias)
+            z = fp8_linear(quantize_rows(y, gelu="none"), next_layer.weight, next_layer.bias)
     """
     N, K = weight_NK.shape
-    if K % LANES or N % LANES or x.shape[-1] != K:
+    shape = (x.values if isinstance(x, Quantized) else x).shape
+    if K % LANES or N % LANES or shape[-1] != K:
         raise ValueError(
             f"fp8_linear: x [..., K] and weight [N, K] with N and K multiples of {LANES} expected, "
-            f"got {list(x.shape)} and {list(weight_NK.shape)}"
+            f"got {list(shape)} and {list(weight_NK.shape)}"
         )
-    values, scale = quantize_rows(x.reshape(-1, K), impl=impl)
+    values, scale = x if isinstance(x, Quantized) else quantize_rows(x.reshape(-1, K), impl=impl)
     weight, weight_scale = quantize_rows(weight_NK, impl=impl)
     bias = None if bias_N is None else bias_N.detach().to(torch.bfloat16)
-    if x.is_cuda:
+    if values.is_cuda:
         y = torch._scaled_mm(values, weight.T, scale, weight_scale.T, bias=bias, out_dtype=torch.bfloat16)
     else:  # `_scaled_mm` has scales a row there from torch 2.12 on
         y = (values.float() @ weight.float().T * scale * weight_scale.T).to(torch.bfloat16)
         y = y if bias is None else y + bias
-    return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+    return y.unflatten(0, shape[:-1]) if len(shape) != 2 else y

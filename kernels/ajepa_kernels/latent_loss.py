@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._triton import dense_rows, jit, launch, power_of_2, register, tl, use_triton
+from ajepa_kernels._autograd import Function, first_order
+from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
 KINDS = ("l2", "smooth_l1", "cosine")
@@ -29,9 +30,10 @@ def _latent_l2_loss_fwd_kernel(
     c = tl.arange(0, BLOCK_C)[None, :]
     valid = row < T
     mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
+    p = tl.load(prediction_ptr + row.to(tl.int64)[:, None] * stride_p + c, mask=mask, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # waits for nothing, but holds the load above here: left alone it sinks below the sums over t
     index = tl.load(index_ptr + row, mask=valid, other=0).to(tl.int64)
     t = tl.load(latents_ptr + index[:, None] * stride_l + c, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(prediction_ptr + row.to(tl.int64)[:, None] * stride_p + c, mask=mask, other=0.0).to(tl.float32)
     if NORMALIZE:
         t = tl.where(mask, t - (tl.sum(t, 1) / C)[:, None], 0.0)
         t = t * (1.0 / tl.sqrt_rn(tl.sum(t * t, 1) / C + eps))[:, None]
@@ -85,10 +87,10 @@ def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_f
 
 
 def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
-    """(channels, rows, warps) of a program: 32 channels a thread or fewer, several rows where they are narrow."""
+    """(channels, rows, warps) of a program: 16 channels a thread, several rows where they are narrow."""
     block_c = power_of_2(x.shape[1])
-    rows = Rows(max(1, min(2048 // block_c, 8)), max(4, min(block_c // 512, 8)))
-    return block_c, *(tuned(x, op, block_c) or rows)
+    rows = Rows(max(1, min(1024 // block_c, 8)), max(2, min(block_c // 512, 8)))
+    return block_c, *(tuned(x, op, block_c) or rows)[:2]
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -96,18 +98,17 @@ def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
 
 @jit
 def _latent_l2_loss_bwd_kernel(
-    grad_ptr, upstream_ptr, factor, T, PER_TOKEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptr, upstream_ptr, factor, T, programs, PER_TOKEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """A fixed number of programs: without a loss scale the gradient is ready, and each has one number to read."""
     n = T.to(tl.int64) * C
-    if PER_TOKEN:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        scale = tl.load(upstream_ptr + offsets // C, mask=offsets < n, other=0.0).to(tl.float32) * factor
-        grad = tl.load(grad_ptr + offsets, mask=offsets < n, other=0.0).to(tl.float32)
-        tl.store(grad_ptr + offsets, (grad * scale).to(grad_ptr.dtype.element_ty), mask=offsets < n)
-    else:
-        scale = tl.load(upstream_ptr).to(tl.float32) * factor
-        if scale != 1.0:  # without a loss scale the gradient is ready: nothing is read or written
-            offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    common = 0.0 if PER_TOKEN else tl.load(upstream_ptr).to(tl.float32) * factor
+    if common != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, programs.to(tl.int64) * BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            scale = common
+            if PER_TOKEN:
+                scale = tl.load(upstream_ptr + offsets // C, mask=offsets < n, other=0.0).to(tl.float32) * factor
             grad = tl.load(grad_ptr + offsets, mask=offsets < n, other=0.0).to(tl.float32)
             tl.store(grad_ptr + offsets, (grad * scale).to(grad_ptr.dtype.element_ty), mask=offsets < n)
 
@@ -115,36 +116,61 @@ def _latent_l2_loss_bwd_kernel(
 @register("latent_l2_loss_bwd(Tensor(a!) grad, Tensor upstream, float factor) -> ()", lambda *args: None)
 def _latent_l2_loss_bwd(grad, upstream, factor):
     """grad `[T, C]` times factor times upstream (a scalar, or one for each token), in place."""
+    programs = min(8 * multiprocessors(grad), -(-grad.numel() // 4096))
     launch(
-        _latent_l2_loss_bwd_kernel, -(-grad.numel() // 4096), grad,
-        grad, upstream.contiguous(), factor, grad.shape[0], upstream.dim() == 1, grad.shape[1], 4096, num_warps=4,
+        _latent_l2_loss_bwd_kernel, programs, grad, grad, upstream.contiguous(), factor, grad.shape[0], programs,
+        upstream.dim() == 1, grad.shape[1], 4096, num_warps=4,
     )  # fmt: skip
     torch.autograd.graph.increment_version(grad)
 
 
-class _LatentL2Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, prediction, latents, index, kind, normalize, eps, reduction, with_grad):
-        mean = 1.0 / max(prediction.shape[0], 1) if reduction == "mean" else 1.0
-        # divided by millions of tokens a float16 gradient would underflow: the loss scale comes in before that division
-        late = prediction.dtype == torch.float16
-        loss, grad = torch.ops.ajepa.latent_l2_loss_fwd(
-            prediction, latents, index, kind, normalize, eps, 1.0 if late else mean, with_grad
-        )
-        ctx.factor = mean if late else 1.0
-        ctx.save_for_backward(grad)
-        return loss if reduction == "none" else loss.sum() * mean
+def _factors(prediction: torch.Tensor, reduction: str) -> tuple[float, float, float]:
+    """Of the loss, and of its gradient: in the forward pass and after it.
+
+    Divided by millions of tokens a float16 gradient would underflow: the loss scale comes in before that division.
+    """
+    mean = 1.0 / max(prediction.shape[0], 1) if reduction == "mean" else 1.0
+    return (mean, 1.0, mean) if prediction.dtype == torch.float16 else (mean, mean, 1.0)
+
+
+class _LatentL2Loss(Function):
+    """Gives the loss and the gradient that it saves: as an output, so that differentiating it is noticed."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        (grad,) = ctx.saved_tensors
-        # in place: autograd's version check refuses a second backward through the same graph
-        torch.ops.ajepa.latent_l2_loss_bwd(grad, upstream, ctx.factor)
+    def forward(prediction, latents, index, kind, normalize, eps, reduction, with_grad):
+        mean, factor, _ = _factors(prediction, reduction)
+        loss, grad = torch.ops.ajepa.latent_l2_loss_fwd(
+            prediction, latents, index, kind, normalize, eps, factor, with_grad
+        )
+        return loss if reduction == "none" else loss.sum() * mean, grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *_, ctx.factor = _factors(inputs[0], inputs[6])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, upstream, _):
+        (grad,) = saved
+        if upstream is None:
+            grad = None
+        elif torch.compiler.is_compiling():  # a product that fuses with what follows; the operation would be copied for
+            grad = (grad.float() * (upstream * ctx.factor)[..., None]).to(grad.dtype)
+        else:  # in place: autograd's version check refuses a second backward through the same graph
+            torch.ops.ajepa.latent_l2_loss_bwd(grad, upstream, ctx.factor)
         return grad, *[None] * 7
 
 
 # --- public ---------------------------------------------------------------------------------------------------------
+
+
+def _check_options(kind: str, reduction: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"latent_l2_loss: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"latent_l2_loss: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
 def latent_l2_loss_reference(
@@ -157,6 +183,7 @@ def latent_l2_loss_reference(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Plain PyTorch definition of `latent_l2_loss`, in float32 (float64 for float64 inputs)."""
+    _check_options(kind, reduction)
     dtype = torch.promote_types(prediction_TC.dtype, torch.float32)
     prediction, target = prediction_TC.to(dtype), latents_MC.detach().index_select(0, index_T).to(dtype)
     if normalize:
@@ -206,9 +233,11 @@ def latent_l2_loss(
 
     Saved for backward: the gradient `[T, C]`, computed in the forward pass, in the dtype of the prediction. Backward
     scales it in place, and does nothing where the incoming gradient is 1; a second backward needs a second forward.
+    `torch.func.grad` works, `torch.vmap` only with impl="reference".
 
     Raises:
         ValueError: shapes, dtypes or options that cannot be, before any launch.
+        RuntimeError: differentiating the gradient again.
 
     Example::
 
@@ -230,10 +259,7 @@ def latent_l2_loss(
         raise ValueError(f"latent_l2_loss: index must be int32 or int64, got {index_T.dtype}")
     if not prediction_TC.device == latents_MC.device == index_T.device:
         raise ValueError("latent_l2_loss: prediction, latents and index must share a device")
-    if kind not in KINDS:
-        raise ValueError(f"latent_l2_loss: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"latent_l2_loss: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    _check_options(kind, reduction)
     if check and len(index_T) and not 0 <= int(index_T.min()) <= int(index_T.max()) < len(latents_MC):
         raise ValueError(f"latent_l2_loss: an index is outside the {len(latents_MC)} rows of latents")
     unsupported = ""
@@ -245,5 +271,5 @@ def latent_l2_loss(
         with_grad = prediction_TC.requires_grad and torch.is_grad_enabled()
         return _LatentL2Loss.apply(
             prediction_TC, latents_MC.detach(), index_T, kind, normalize, eps, reduction, with_grad
-        )
+        )[0]
     return latent_l2_loss_reference(prediction_TC, latents_MC, index_T, kind, normalize, eps, reduction)

@@ -8,17 +8,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._autograd import Function, autocast_dtype, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
 MAX_WIDTH = 4096  # a row, its gradients and their sums in the registers of eight warps
 
 
-def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
-    """(channels, rows, warps) of a program: 16 channels a thread, or 8 where their sums are held as well."""
+def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
+    """(channels, rows, warps, stages) of a program: 16 channels a thread, or 8 where their sums are held as well."""
     block_c = power_of_2(x.shape[1])
-    if op == "add_layer_norm_bwd":
-        rows = Rows(max(1, min(2048 // block_c, 16)), 8 if block_c <= 2048 else 16)
+    if op == "add_layer_norm_bwd":  # stages: the next two steps are on their way, at 4,096 channels the next
+        rows = Rows(max(1, min(2048 // block_c, 16)), 8 if block_c <= 2048 else 16, 3 if block_c <= 2048 else 2)
     else:
         rows = Rows(max(1, min(4096 // block_c, 16)), 8)
     return block_c, *(tuned(x, op, block_c) or rows)
@@ -44,7 +45,8 @@ def _add_layer_norm_fwd_kernel(
         x = rounded.to(tl.float32)
     x = tl.where(mask, x - (tl.sum(x, 1) / C)[:, None], 0.0)
     x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + eps))[:, None]
-    x = x * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        x = x * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(normed_ptr + row[:, None] * C + c, x.to(normed_ptr.dtype.element_ty), mask=mask)
@@ -61,20 +63,21 @@ def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 
 @register(
-    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
+    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)"
     " -> (Tensor normed, Tensor sum)",
     _add_layer_norm_fwd_fake,
 )
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
     """x, residual `[M, C]`. Without a residual the sum is x itself and not returned."""
     M, C = x.shape
-    block_c, rows, num_warps = _config(x, "add_layer_norm_fwd")
+    block_c, rows, num_warps, _ = _config(x, "add_layer_norm_fwd")
     normed = torch.empty(M, C, dtype=dtype, device=x.device)
     total = x.new_empty(0) if residual is None else _sum_like(x, residual)
     x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     launch(
         _add_layer_norm_fwd_kernel, -(-M // rows), x,
-        x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), normed, total,
+        x, residual, weight, bias, normed, total,
         x.stride(0), 0 if residual is None else residual.stride(0), M, eps, C, block_c, rows, num_warps=num_warps,
     )  # fmt: skip
     return normed, total
@@ -87,15 +90,16 @@ def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
 def _add_layer_norm_bwd_kernel(
     sum_ptr, weight_ptr, dnormed_ptr, dsum_ptr, dtotal_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     stride_s, stride_dn, stride_ds, M, eps, programs,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A fixed number of programs walks the rows: few partial sums for weight and bias, in a set order."""
     pid = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)[None, :]
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in range(pid * ROWS, M, programs * ROWS):
+    for start in tl.range(pid * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < M
         mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
@@ -106,78 +110,89 @@ def _add_layer_norm_bwd_kernel(
         x = x * rstd[:, None]
         dweight += dy * x
         dbias += dy
-        dy = dy * weight
+        if weight_ptr is not None:
+            dy = dy * weight
         dx = (dy - (tl.sum(dy, 1) / C)[:, None] - x * (tl.sum(dy * x, 1) / C)[:, None]) * rstd[:, None]
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
         tl.store(dtotal_ptr + row[:, None] * C + c, dx.to(dtotal_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:
             tl.store(dx_ptr + row[:, None] * C + c, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(dweight_ptr + pid * C + c, tl.sum(dweight, 0)[None, :], mask=c < C)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + pid * C + c, tl.sum(dweight, 0)[None, :], mask=c < C)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + pid * C + c, tl.sum(dbias, 0)[None, :], mask=c < C)
 
 
-def _add_layer_norm_bwd_fake(dnormed, dsum, total, weight, with_bias, eps, x_dtype):
+def _add_layer_norm_bwd_fake(dnormed, dsum, total, weight, bias_dtype, eps, x_dtype):
     dtotal = torch.empty_like(total, memory_format=torch.contiguous_format)
     dx = dtotal.new_empty(0) if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
-    return dtotal, dx, torch.empty_like(weight), torch.empty_like(weight) if with_bias else weight.new_empty(0)
+    C = total.shape[1]
+    dweight = total.new_empty(0) if weight is None else weight.new_empty(C)
+    return dtotal, dx, dweight, total.new_empty(0) if bias_dtype is None else total.new_empty(C, dtype=bias_dtype)
 
 
 @register(
-    "add_layer_norm_bwd(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor weight, bool with_bias, float eps, "
+    "add_layer_norm_bwd(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor? weight, ScalarType? bias_dtype, float eps, "
     "ScalarType x_dtype) -> (Tensor dtotal, Tensor dx, Tensor dweight, Tensor dbias)",
     _add_layer_norm_bwd_fake,
 )
-def _add_layer_norm_bwd(dnormed, dsum, total, weight, with_bias, eps, x_dtype):
+def _add_layer_norm_bwd(dnormed, dsum, total, weight, bias_dtype, eps, x_dtype):
     """dtotal is the gradient of x and of the residual; dx the same in x's dtype, where that is another one."""
     M, C = total.shape
-    block_c, rows, num_warps = _config(total, "add_layer_norm_bwd")
+    block_c, rows, num_warps, stages = _config(total, "add_layer_norm_bwd")
     programs = min(2 * multiprocessors(total), -(-M // rows))
     dtotal = torch.empty(M, C, dtype=total.dtype, device=total.device)
     dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
-    dweight = torch.empty(programs, C, dtype=torch.float32, device=total.device)
-    dbias = torch.empty_like(dweight) if with_bias else None
+    partial = [
+        None if dtype is None else torch.empty(programs, C, dtype=torch.float32, device=total.device)
+        for dtype in (None if weight is None else weight.dtype, bias_dtype)
+    ]
     total, dnormed = dense_rows(total), dense_rows(dnormed)
     dsum = None if dsum is None else dense_rows(dsum)
     launch(
         _add_layer_norm_bwd_kernel, programs, total,
-        total, weight.contiguous(), dnormed, dsum, dtotal, dx, dweight, dbias,
+        total, None if weight is None else weight.contiguous(), dnormed, dsum, dtotal, dx, *partial,
         total.stride(0), dnormed.stride(0), 0 if dsum is None else dsum.stride(0), M, eps, programs,
-        C, block_c, rows, num_warps=num_warps,
+        C, block_c, rows, stages, num_warps=num_warps,
     )  # fmt: skip
-    dbias = weight.new_empty(0) if dbias is None else dbias.sum(0).to(weight.dtype)
-    return dtotal, dtotal.new_empty(0) if dx is None else dx, dweight.sum(0).to(weight.dtype), dbias
+    dweight, dbias = (
+        dtotal.new_empty(0) if sums is None else sums.sum(0).to(dtype)
+        for sums, dtype in zip(partial, (None if weight is None else weight.dtype, bias_dtype), strict=True)
+    )
+    return dtotal, dtotal.new_empty(0) if dx is None else dx, dweight, dbias
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, dtype):
+    def forward(x, residual, weight, bias, eps, dtype):
         normed, total = torch.ops.ajepa.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if residual is None else total, weight)
-        ctx.eps, ctx.x_dtype = eps, x.dtype
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return normed if residual is None else (normed, total)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dnormed, dsum=None):
-        total, weight = ctx.saved_tensors
-        if dnormed is None:
-            return dsum.to(ctx.x_dtype), dsum.to(ctx.residual_dtype), None, None, None, None
-        dtotal, dx, dweight, dbias = torch.ops.ajepa.add_layer_norm_bwd(
-            dnormed, dsum, total, weight, ctx.bias_dtype is not None, ctx.eps, ctx.x_dtype
-        )
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, bias, ctx.eps, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else output[1], weight)
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, bias)]
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, dnormed, dsum=None):
+        (total, weight), (x_dtype, residual_dtype, bias_dtype) = saved, ctx.dtypes
+        dx = dtotal = dsum
+        dweight = dbias = None
+        if dnormed is not None:
+            dtotal, dx, dweight, dbias = torch.ops.ajepa.add_layer_norm_bwd(
+                dnormed, dsum, total, weight, bias_dtype, ctx.eps, x_dtype
+            )
+            dx = dtotal if x_dtype == total.dtype else dx
+            dweight, dbias = None if weight is None else dweight, None if bias_dtype is None else dbias
         return (
-            dtotal if ctx.x_dtype == total.dtype else dx,
-            None if ctx.residual_dtype is None else dtotal.to(ctx.residual_dtype),
-            dweight,
-            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-            None,
-            None,
-        )
+            None if dx is None else dx.to(x_dtype),
+            None if dtotal is None or residual_dtype is None else dtotal.to(residual_dtype),
+            dweight, dbias, None, None,
+        )  # fmt: skip
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -186,23 +201,23 @@ class _AddLayerNorm(torch.autograd.Function):
 def add_layer_norm_reference(
     x: torch.Tensor,
     residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch definition of `add_layer_norm`: the norm in float32 (float64 for float64), rounded to `dtype`."""
     total = x if residual is None else x + residual
     compute = torch.promote_types(total.dtype, torch.float32)
-    bias = None if bias is None else bias.to(compute)
-    normed = F.layer_norm(total.to(compute), total.shape[-1:], weight.to(compute), bias, eps)
+    weight, bias = (None if p is None else p.to(compute) for p in (weight, bias))
+    normed = F.layer_norm(total.to(compute), total.shape[-1:], weight, bias, eps)
     return normed.to(x.dtype if dtype is None else dtype), total
 
 
 def add_layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     *,
@@ -216,7 +231,7 @@ def add_layer_norm(
     Args:
         x: `[..., C]`, floating point; C up to 4,096 and bfloat16, float16 or float32 have a kernel.
         residual: the shape of x; its dtype may be wider (a float32 stream beside bfloat16 halves). None: zero.
-        weight, bias: `[C]`; bias may be None.
+        weight, bias: `[C]`; None: 1 and 0.
         eps: added to the variance.
         impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
 
@@ -225,15 +240,18 @@ def add_layer_norm(
         itself where there is no residual). Computed in float32.
 
     Saved for backward: sum and weight. Weight and bias gradients are summed in a fixed order.
+    `torch.func.grad` works, `torch.vmap` only with impl="reference".
 
     Raises:
         ValueError: shapes or devices that cannot be, before any launch.
+        RuntimeError: differentiating the gradients again.
 
     Example::
 
-        x = attention(normed)
+        norm = torch.nn.LayerNorm(768, device="cuda")
+        stream = torch.randn(8, 64, 768, device="cuda")
+        x = torch.randn(8, 64, 768, device="cuda", dtype=torch.bfloat16)  # of attention or an MLP
         normed, stream = add_layer_norm(x, stream, norm.weight, norm.bias, norm.eps)
-        x = mlp(normed)
     """
     if x.dim() < 1 or (residual is not None and residual.shape != x.shape):
         raise ValueError(
@@ -246,11 +264,9 @@ def add_layer_norm(
     tensors = [t for t in (x, residual, weight, bias) if t is not None]
     if any(t.device != x.device or not t.is_floating_point() for t in tensors):
         raise ValueError("add_layer_norm: all tensors must be floating point and on one device")
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    unsupported, C = "", x.shape[-1]
-    if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in tensors):
-        unsupported = "no kernel for float64"
+    dtype, unsupported, C = autocast_dtype(x), "", x.shape[-1]
+    if others := {t.dtype for t in tensors} - {torch.float32, torch.float16, torch.bfloat16}:
+        unsupported = f"no kernel for {', '.join(sorted(map(str, others)))}"
     elif not 1 <= C <= MAX_WIDTH:
         unsupported = f"no kernel for width {C}, only up to {MAX_WIDTH}"
     if not use_triton("add_layer_norm", impl, x, unsupported):

@@ -1,6 +1,7 @@
 """Compilation of the kernels ahead of the first step."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -22,19 +23,25 @@ def warmup(
     max_seqlens: Iterable[int] = (64, 128),
     widths: Iterable[int] = (768,),
     kind: str = "l2",
+    offsets: Iterable[torch.dtype] = (torch.int32,),
+    gathered: bool = False,
 ) -> bool:
     """Compiles, forward and backward, what a model of these sizes will launch, by running each operation on a few rows.
 
-    Token counts are never compiled in, and lengths only through the tile that they round up to, so a handful of runs
-    covers a training run. Triton keeps what it compiled on disk.
+    Token counts are never compiled in, nor how many parameters there are, and lengths only through the tile that they
+    round up to, so a handful of runs covers a training run, eager or in CUDA graphs. Triton keeps what it compiled on
+    disk. Not among it: `key_mask`, and what `fp8_linear` launches.
 
     Args:
         device: where the model runs.
-        dtype: of the activations.
+        dtype: of the activations; residual streams of `add_layer_norm` have it or float32, and what backward leaves
+            out is left out once. Parameters and EMA are float32, copies have this dtype.
         heads: (heads, head dim) of each transformer.
         max_seqlens: bounds that `masked_attention` will be given.
         widths: of the layer norms, a quarter of those of the MLPs; the first is that of the latents.
         kind: of the loss.
+        offsets: dtypes of `cu_seqlens`.
+        gathered: compile attention on dense inputs with `visible` as well, indices int64, for both outputs.
 
     Returns:
         False where there is nothing to compile for: no GPU, or no Triton.
@@ -46,32 +53,41 @@ def warmup(
     device = torch.device(device)
     if (device.type == "cuda" and not torch.cuda.is_available()) or cannot_launch(torch.empty(0, device=device)):
         return False
-    activations = functools.partial(torch.randn, device=device, dtype=dtype)
-    for H, D in heads:
-        for S in max_seqlens:
-            qkv = activations(2 * S, 3, H, D, requires_grad=True)
-            cu_seqlens = torch.tensor([0, S, 2 * S], dtype=torch.int32, device=device)
+    heads, max_seqlens, widths, offsets = tuple(heads), tuple(max_seqlens), tuple(widths), tuple(offsets)
+    ones = functools.partial(torch.ones, device=device)  # no random numbers: the caller's are to come out as without
+    leaf = functools.partial(ones, dtype=dtype, requires_grad=True)
+    for (H, D), S in itertools.product(heads, max_seqlens):
+        for offset in offsets:
+            cu_seqlens = torch.tensor([0, S, 2 * S], dtype=offset, device=device)
+            qkv = leaf(2 * S, 3, H, D)
             masked_attention(qkv, cu_seqlens=cu_seqlens, max_seqlen=S, impl="triton").sum().backward()
+        for output in ("packed", "scattered") if gathered else ():
+            visible = torch.arange(S, device=device).expand(2, S)
+            masked_attention(leaf(2, S, 3, H, D), visible=visible, output=output, impl="triton").sum().backward()
     for C in widths:
-        x, stream = (activations(16, C, requires_grad=True) for _ in range(2))
-        weight, bias = (torch.ones(C, device=device, requires_grad=True) for _ in range(2))
-        for residual in (None, stream):
+        weight, bias = (ones(C, requires_grad=True) for _ in range(2))
+        streams = [leaf(16, C), ones(16, C, requires_grad=True)]
+        for residual, summed in ((None, False), *itertools.product(streams, (False, True))):
+            x = leaf(16, C)  # in autocast, its dtype is that of the output, whatever the stream's
             normed, total = add_layer_norm(x, residual, weight, bias, impl="triton")
-            (normed.sum() + total.sum()).backward()
+            (normed.sum() + total.sum() if summed else normed.sum()).backward()
         for approximate in ("none", "tanh"):
-            x = activations(16, 4 * C, requires_grad=True)
-            bias = torch.zeros(4 * C, device=device, requires_grad=True)
-            bias_gelu(x, bias, approximate=approximate, impl="triton").sum().backward()
-    C = next(iter(widths))
-    prediction = activations(16, C, requires_grad=True)
-    latents, index = activations(16, C), torch.arange(16, device=device)
+            bias_gelu(leaf(16, 4 * C), ones(4 * C), approximate=approximate, impl="triton").sum().backward()
+    C = widths[0]
+    prediction, latents, index = leaf(16, C), ones(16, C, dtype=dtype), torch.arange(16, device=device)
     latent_l2_loss(prediction, latents, index, kind=kind, impl="triton").backward()
-    p, ema = torch.nn.Parameter(torch.zeros(16, C, device=device)), torch.zeros(16, C, device=device)
-    p.grad = torch.zeros_like(p)
-    scalar = torch.ones((), device=device)
-    optimizer = AdamWEMA([p], ema=[(p, ema)], lr=scalar, impl="triton")
-    for grad_scale in (None, scalar):
-        for ema_decay in (0.5, scalar):
-            optimizer.step(ema_decay=ema_decay, grad_scale=grad_scale)
-    ema_update_([ema], [p], 0.5, impl="triton")
+    with torch.no_grad():
+        latent_l2_loss(prediction, latents, index, kind=kind, impl="triton")
+    scalar = ones(())
+    params = [torch.nn.Parameter(ones(shape)) for shape in ((16, C), (3,))]  # one without 16-byte accesses
+    emas = [p.detach().clone() for p in params]
+    copies = [] if dtype == torch.float32 else [(x, x.detach().to(dtype)) for x in (*params, *emas)]
+    optimizer = AdamWEMA(params, ema=zip(params, emas, strict=True), copies=copies, impl="triton")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for scales in ({}, {"grad_scale": scalar}, {"grad_scale": scalar, "found_inf": torch.zeros_like(scalar)}):
+        for decay in (0.5, scalar):
+            optimizer.step(ema_decay=decay, **scales)
+    for decay in (0.5, scalar):
+        ema_update_(emas, params, decay, impl="triton")
     return True
