@@ -11,7 +11,7 @@ from log_mel_cases import clips, quiet_about_empty_bands  # noqa: F401
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
-from ajepa_kernels.log_mel import _kernel_tables
+from ajepa_kernels.log_mel import _kernel_tables, _tables
 
 torchaudio = import_torchaudio()
 AUDIO_JEPA = LOG_MEL_PRESETS["audio-jepa"]
@@ -219,6 +219,21 @@ def test_tables_ignore_the_defaults_of_the_moment():
     with torch.device("meta"):
         second = [log_mel(pcm, specs[1], layout="spectrogram", impl=impl) for impl in ("auto", "reference")]
     torch.testing.assert_close(second[0], second[1], rtol=0, atol=1e-3)
+
+
+def test_tables_outlive_other_specs_on_a_device():
+    """CUDA graphs hold their addresses."""
+    device, specs = torch.device("meta"), [LogMelSpec(n_mels=30, hop_length=200 + i) for i in range(70)]
+    first = _kernel_tables(specs[0], device), _tables(specs[0], device, torch.float32)
+    for spec in specs:
+        _kernel_tables(spec, device), _tables(spec, device, torch.float32)
+    assert _kernel_tables(specs[0], device) is first[0] and _tables(specs[0], device, torch.float32) is first[1]
+
+
+def test_no_tables_are_made_in_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call log_mel once with it before"):
+        _kernel_tables(AUDIO_JEPA, torch.device("cuda", 7))
 
 
 def test_reference_ignores_autocast():

@@ -15,7 +15,7 @@ pytestmark = [
 FRONT_ENDS = ["audio-jepa", "audio-jepa-16k", "a-jepa"]
 
 
-@pytest.mark.parametrize("n_fft", [128, 256, 512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("n_fft", [128, 256, 400, 512, 1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("convention", ["kaldi", "torchaudio"])
 def test_every_size(n_fft, convention):
     spec = LogMelSpec(
@@ -68,6 +68,26 @@ def test_graph_and_side_stream(name):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, expected if x is pcm else expected.flip(0))
+
+
+def test_graph_outlives_the_tables_of_other_specs():
+    spec, pcm = LOG_MEL_PRESETS["a-jepa"], clips(160_000).cuda()
+    expected, graph = log_mel(pcm, spec, impl="fused"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = log_mel(pcm, spec, impl="fused")
+    for hop_length in range(150, 250):
+        log_mel(pcm, replace(spec, hop_length=hop_length), impl="fused")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_first_call_within_a_capture():
+    """Named, with its remedy; the device goes on."""
+    spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], hop_length=161), clips(160_000).cuda()
+    with pytest.raises(RuntimeError, match="once with it before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        log_mel(pcm, spec, impl="fused")
+    assert log_mel(pcm, spec, impl="fused").isfinite().all()
 
 
 def test_compiles_as_one_graph():

@@ -300,33 +300,55 @@ def _window(spec: LogMelSpec) -> torch.Tensor:
     return window.pow(0.85) if spec.window == "povey" else window
 
 
+def _make_tables(spec: LogMelSpec, dtype: torch.dtype) -> _Tables:
+    return _Tables(_window(spec).to(dtype), _mel_bank(spec).to(dtype))
+
+
+def _make_kernel_tables(spec: LogMelSpec) -> _KernelTables:
+    bank = torch.nn.functional.pad(_mel_bank(spec), (1, 1))
+    points, edges = _mel_edges(spec)
+    first_bins = torch.searchsorted(points, edges).clamp_max(len(points) - int(spec.convention == "kaldi")).tolist()
+    segments, weights, offsets = [], [], [0]
+    for interval, (start, stop) in enumerate(itertools.pairwise(first_bins)):
+        for first in range(start, stop, SEGMENT):
+            last = min(first + SEGMENT, stop)
+            segments.append((first, last - first))
+            weights.append(torch.zeros(SEGMENT, 2, dtype=torch.float32, device="cpu"))
+            weights[-1][: last - first] = bank[first:last, interval : interval + 2]
+        offsets.append(len(segments))
+    return _KernelTables(
+        _window(spec).to(torch.float32),
+        torch.stack(weights, 1) if weights else bank.new_zeros(SEGMENT, 0, 2),
+        torch.tensor(segments, dtype=torch.int32, device="cpu").view(-1, 2),
+        torch.tensor(offsets, dtype=torch.int32, device="cpu"),
+    )
+
+
 @lru_cache(maxsize=64)
-def _cached_tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> _Tables:
+def _on_cpu(make: Callable[..., Any], spec: LogMelSpec, *dtype: torch.dtype) -> Any:
     # Outside inference mode and fake tensors: what is cached must be plain tensors.
     with torch.inference_mode(False), _disable_current_modes():
-        return _Tables(_window(spec).to(device, dtype), _mel_bank(spec).to(device, dtype))
+        return make(spec, *dtype)
 
 
-@lru_cache(maxsize=64)
-def _cached_kernel_tables(spec: LogMelSpec, device: torch.device) -> _KernelTables:
-    with torch.inference_mode(False), _disable_current_modes():
-        bank = torch.nn.functional.pad(_mel_bank(spec), (1, 1))
-        points, edges = _mel_edges(spec)
-        first_bins = torch.searchsorted(points, edges).clamp_max(len(points) - int(spec.convention == "kaldi")).tolist()
-        segments, weights, offsets = [], [], [0]
-        for interval, (start, stop) in enumerate(itertools.pairwise(first_bins)):
-            for first in range(start, stop, SEGMENT):
-                last = min(first + SEGMENT, stop)
-                segments.append((first, last - first))
-                weights.append(torch.zeros(SEGMENT, 2, dtype=torch.float32, device="cpu"))
-                weights[-1][: last - first] = bank[first:last, interval : interval + 2]
-            offsets.append(len(segments))
-        return _KernelTables(
-            _window(spec).to(device, torch.float32),
-            torch.stack(weights, 1).to(device) if weights else bank.new_zeros(SEGMENT, 0, 2).to(device),
-            torch.tensor(segments, dtype=torch.int32, device=device).view(-1, 2),
-            torch.tensor(offsets, dtype=torch.int32, device=device),
-        )
+# Never emptied: CUDA graphs hold these addresses, and streams other than the one they were made on may be reading them.
+_on_device: dict[tuple, Any] = {}
+
+
+def _cached(make: Callable[..., Any], spec: LogMelSpec, device: torch.device, *dtype: torch.dtype) -> Any:
+    if device.type == "cpu":
+        return _on_cpu(make, spec, *dtype)
+    key = (make, spec, device, *dtype)
+    if key not in _on_device:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"log_mel: a CUDA graph is being captured, but the tables of this front end are not on {device} yet; "
+                "call log_mel once with it before"
+            )
+        tables = _on_cpu(make, spec, *dtype)
+        with torch.inference_mode(False), _disable_current_modes():
+            _on_device.setdefault(key, type(tables)(*(table.to(device) for table in tables)))
+    return _on_device[key]
 
 
 # torch.compile calls these while it traces. It can hand over constants alone: a spec's key is one, where its fields
@@ -344,24 +366,24 @@ def _constant(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 @torch.compiler.assume_constant_result
 def _constant_kernel_tables(device: torch.device, key: str) -> tuple[torch.Tensor, ...]:
-    return _constant(_cached_kernel_tables(_from_key(key), device))
+    return _constant(_cached(_make_kernel_tables, _from_key(key), device))
 
 
 @torch.compiler.assume_constant_result
 def _constant_tables(device: torch.device, dtype: torch.dtype, key: str) -> tuple[torch.Tensor, ...]:
-    return _constant(_cached_tables(_from_key(key), device, dtype))
+    return _constant(_cached(_make_tables, _from_key(key), device, dtype))
 
 
 def _kernel_tables(spec: LogMelSpec, device: torch.device) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_compiling():
         return _constant_kernel_tables(device, spec._key)
-    return _cached_kernel_tables(spec, device)
+    return _cached(_make_kernel_tables, spec, device)
 
 
 def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_compiling():
         return _constant_tables(device, dtype, spec._key)
-    return _cached_tables(spec, device, dtype)
+    return _cached(_make_tables, spec, device, dtype)
 
 
 def _mirror(index: torch.Tensor, length: torch.Tensor | int, repeat_edge: bool) -> torch.Tensor:
@@ -604,7 +626,7 @@ def log_mel(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device, or clips shorter than one window.
-        RuntimeError: `impl="fused"` where the kernel cannot run.
+        RuntimeError: `impl="fused"` where the kernel cannot run; a front end's first call within a CUDA graph.
     """
     _check(pcm, spec, lengths, dtype, layout)
     if impl not in ("auto", "fused", "reference"):
