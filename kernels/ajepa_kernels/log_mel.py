@@ -233,6 +233,7 @@ class _KernelTables(NamedTuple):
     weights: torch.Tensor  # float32 [SEGMENT, Q, 2]: of a segment's bin in the band it falls and rises in
     segments: torch.Tensor  # int32 [Q, 2]: first bin, number of bins (1 to SEGMENT)
     offsets: torch.Tensor  # int32 [M + 2]: interval i is segments offsets[i]:offsets[i + 1]
+    twiddles: torch.Tensor  # float32 [Q', 4]: of the CUDA transform's passes, w and w^4 as pairs of reals
 
 
 _SLANEY_HZ = 200.0 / 3  # a mel below 1 kHz; logarithmic above
@@ -304,6 +305,19 @@ def _make_tables(spec: LogMelSpec, dtype: torch.dtype) -> _Tables:
     return _Tables(_window(spec).to(dtype), _mel_bank(spec).to(dtype))
 
 
+def _twiddles(n_fft: int) -> torch.Tensor:
+    """Of the passes after the first, of radix 16 (20 for 400) and of what is left: exp(-2 pi i k / N) and its fourth
+    power, of the N points that are done after the pass."""
+    radix, done, rows = 20 if n_fft == 400 else 16, 20 if n_fft == 400 else 16, []
+    while done < n_fft:
+        last = done * radix > n_fft
+        k = torch.arange(n_fft // radix if last else done, dtype=torch.float64, device="cpu")
+        done = n_fft if last else done * radix
+        angles = torch.outer(k, torch.tensor([1.0, 4.0], dtype=torch.float64, device="cpu")) * (-2 * math.pi / done)
+        rows.append(torch.stack((angles.cos(), angles.sin()), -1).flatten(1))
+    return torch.cat(rows).to(torch.float32)
+
+
 def _make_kernel_tables(spec: LogMelSpec) -> _KernelTables:
     bank = torch.nn.functional.pad(_mel_bank(spec), (1, 1))
     points, edges = _mel_edges(spec)
@@ -321,6 +335,7 @@ def _make_kernel_tables(spec: LogMelSpec) -> _KernelTables:
         torch.stack(weights, 1) if weights else bank.new_zeros(SEGMENT, 0, 2),
         torch.tensor(segments, dtype=torch.int32, device="cpu").view(-1, 2),
         torch.tensor(offsets, dtype=torch.int32, device="cpu"),
+        _twiddles(spec.n_fft),
     )
 
 
