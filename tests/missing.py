@@ -1,6 +1,7 @@
 """Tests and benchmarks whose packages are not installed are left out, with the reason, instead of failing."""
 
 import re
+import traceback
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +10,7 @@ __all__ = ["pytest_make_collect_report", "pytest_runtest_call", "pytest_runtest_
 
 
 def _reason(message: str) -> str | None:
-    missing = re.search(r"No module named '([\w.]+)'$", message)
+    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'$", message, re.MULTILINE)
     if missing is None or missing[1].split(".")[0] in ("ajepa", "ajepa_kernels"):
         return None
     try:
@@ -22,8 +23,7 @@ def _reason(message: str) -> str | None:
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     report = yield
-    errors = re.findall(r"^E +(.+)", str(report.longrepr), re.MULTILINE) if report.failed else []
-    reason = _reason(errors[-1]) if errors else None
+    reason = _reason(str(report.longrepr)) if report.failed else None
     if reason:
         report.outcome, report.longrepr = "skipped", (str(collector.path), None, f"Skipped: {reason}")
     return report
@@ -32,8 +32,8 @@ def pytest_make_collect_report(collector):
 def _skip_missing(item):
     try:
         return (yield)
-    except ModuleNotFoundError as error:
-        reason = _reason(str(error))
+    except Exception as error:
+        reason = _reason("".join(traceback.format_exception(error)))  # a cause of it, or told by another process
         if reason:
             pytest.skip(reason)
         raise
