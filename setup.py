@@ -1,24 +1,26 @@
 """Packages are listed by hand: ajepa_kernels lives in kernels/, a folder that must never be a package itself.
 
-The extension `ajepa_kernels._C` is built where a C++ compiler is, with CUDA kernels where nvcc is; without a compiler
-the Python alone is installed. Environment (csrc/README.md): AJEPA_EXTENSION, AJEPA_CUDA, AJEPA_CUDA_ARCHS, AJEPA_NVCC,
-CUDA_HOME, CXX, MAX_JOBS.
+The extension `ajepa_kernels._C` is built where a C++ compiler is, with CUDA kernels where nvcc is. What does not
+compile is left out and said, unless it was asked for. The variables are in README.md.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 CSRC = Path("csrc")
 CXX = os.environ.get("CXX", "c++").split()
-KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
-                "-fno-trapping-math", "-Wno-psabi"]  # fmt: skip
+KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 CPU_KERNELS = {"portable": (4, "kPortableKernel", [])}  # lanes, symbol, flags
 if X86:
@@ -30,96 +32,169 @@ if X86:
     )
 
 
-def wanted(name: str, found: bool, what: str) -> bool:
-    """Whether to build a part: its variable is 0 (never), 1 (must) or auto (where its compiler is)."""
-    choice = os.environ.get(name, "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"{name} must be auto, 0 or 1, not {choice!r}")
-    if choice == "1" and not found:
-        raise SystemExit(f"{name}=1, but {what} was not found")
-    return choice != "0" and found
+class CudaError(CompileError):
+    """The CUDA kernels cannot be built, the others may."""
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + ["/usr/local/cuda"]
-    places = [os.environ.get("AJEPA_NVCC"), shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes)]
-    return next((place for place in places if place and os.access(place, os.X_OK)), None)
+def choice(name: str) -> str:
+    """0 (never), 1 (must) or auto (where it can be)."""
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 0 or 1, not {value!r}")
+    return value
 
 
-def cuda_gencode() -> list[str]:
-    archs = os.environ.get("AJEPA_CUDA_ARCHS", "80;90;100").replace(",", ";").split(";")
+def leave_out(name: str, what: str, why: object) -> None:
+    if choice(name) == "1":
+        raise SystemExit(f"{name}=1, but {why}")
+    print(f"ajepa: installing without {what}: {why} ({name}=1 makes this an error)", file=sys.stderr, flush=True)
+
+
+def first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    return next((line for line in lines if re.search(r"\b(error|fatal|unsupported)\b", line)), lines[-1])
+
+
+def query(command: list[str]) -> tuple[bool, str]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def find_nvcc() -> str:
+    named = os.environ.get("AJEPA_NVCC")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [*(f"{home}/bin/nvcc" for home in homes if home), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    for place in [named] if named else places:
+        if place and os.access(place, os.X_OK):
+            return place
+    raise CudaError(f"AJEPA_NVCC={named} is no program" if named else "nvcc was not found (AJEPA_NVCC, CUDA_HOME)")
+
+
+def gencode(nvcc: str) -> list[str]:
+    """Of AJEPA_CUDA_ARCHS, all of which nvcc must know; of the default, those that it knows."""
+    asked = [arch for arch in re.split(r"[;, ]+", os.environ.get("AJEPA_CUDA_ARCHS", "").replace(".", "")) if arch]
+    known = re.findall(r"compute_(\w+)", query([nvcc, "--list-gpu-arch"])[1])
+    if known and (unknown := [arch for arch in asked if arch not in known]):
+        raise SystemExit(f"AJEPA_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}, only {', '.join(known)}")
+    archs = asked or [arch for arch in ("80", "90", "100") if arch in known]
+    if not archs or not known:
+        raise CudaError(f"{nvcc} knows no architecture from 80 on, only {', '.join(known) or 'none'}")
     newest = max(archs, key=lambda arch: int(arch.rstrip("af")))  # its PTX serves later GPUs
     return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [
         f"-gencode=arch=compute_{newest},code=compute_{newest}"
     ]
 
 
+def host_compiler(nvcc: str) -> list[str]:
+    """The option that names a C++ compiler which this nvcc takes: neither too new nor too old for it."""
+    own = [f"-ccbin={CXX[0]}"] if "CXX" in os.environ and "NVCC_CCBIN" not in os.environ and len(CXX) == 1 else []
+    others = [found for version in range(16, 8, -1) if (found := shutil.which(f"g++-{version}"))]
+    errors = []
+    for option in [own, *([f"-ccbin={other}"] for other in others)]:
+        works, output = query([nvcc, *option, "-E", "-x", "cu", os.devnull, "-o", os.devnull])
+        if works:
+            return option
+        errors.append(first_error(output))
+    raise CudaError(f"{nvcc} takes no C++ compiler here, NVCC_CCBIN may name one: {errors[0]}")
+
+
 def find_cudart(nvcc: str) -> str:
-    homes = [Path(nvcc).resolve().parent.parent, os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    libs = ["lib64", "lib", f"targets/{platform.machine()}-linux/lib"]
-    places = [Path(home, lib, "libcudart_static.a") for home in homes if home for lib in libs]
-    found = next((str(place) for place in places if place.exists()), None)
-    if found is None:
-        raise SystemExit(f"libcudart_static.a is not beside {nvcc}: set CUDA_HOME, or AJEPA_CUDA=0 to build without it")
-    return found
+    top = re.search(r"#\$ TOP=(.*)", query([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull])[1])
+    homes = [top[1] if top else "", os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    target = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
+    for home in filter(None, homes):
+        for lib in ("lib64", "lib", f"targets/{target}-linux/lib"):
+            if (place := Path(home, lib, "libcudart_static.a")).exists():
+                return str(place)
+    raise CudaError(f"libcudart_static.a is not beside {nvcc}; CUDA_HOME names the folder that has both")
 
 
-def compile_object(command: list[str]) -> None:
+def compile_object(command: list[str]) -> str:
     """Runs the command, unless its last word, the object, is newer than every source and this command made it."""
     target, line = Path(command[-1]), " ".join(command)
     stamp = target.with_suffix(".command")
     newest = max(path.stat().st_mtime for path in CSRC.iterdir())
     if target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == line:
-        return
+        return str(target)
     print(line, flush=True)
-    if subprocess.run(command).returncode:
-        raise SystemExit(
-            f"{command[0]} failed: set AJEPA_CUDA=0 to build without CUDA, AJEPA_EXTENSION=0 without kernels"
-        )
+    stamp.unlink(missing_ok=True)
+    works, output = query(command)
+    print(output, end="", file=sys.stderr, flush=True)
+    if not works:
+        raise (CudaError if target.match("*.cu.o") else CompileError)(f"{command[0]} failed: {first_error(output)}")
     stamp.write_text(line)
+    return str(target)
+
+
+class Build(build_ext):
+    """Compiles each CPU kernel with its own flags and the CUDA sources with nvcc; setuptools links."""
+
+    def build_extensions(self):
+        try:
+            (extension,) = self.extensions
+            extension.extra_objects = self.objects()
+            extension.depends += extension.extra_objects  # another choice of parts is linked anew
+            super().build_extensions()
+        except (CompileError, LinkError) as error:
+            leave_out("AJEPA_EXTENSION", "kernels, the ops run in plain PyTorch", error)
+            self.extensions = []
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        if not self.extensions:  # an older build is not to be taken for this one
+            Path("kernels/ajepa_kernels/_C.abi3.so").unlink(missing_ok=True)
+
+    def objects(self) -> list[str]:
+        if choice("AJEPA_CUDA") != "0":
+            try:
+                nvcc = find_nvcc()
+                self.extensions[0].extra_link_args = ["-ldl", "-lrt", "-lpthread"]
+                return [*self.compile(nvcc), find_cudart(nvcc)]
+            except CudaError as error:
+                leave_out("AJEPA_CUDA", "CUDA kernels", error)
+        return self.compile()
+
+    def compile(self, nvcc: str | None = None) -> list[str]:
+        torch = find_spec("torch")  # its headers and libraries are wanted, not its import of seconds
+        if torch is None or torch.origin is None:
+            raise CompileError("torch is not installed")
+        home = Path(torch.origin).parent
+        self.extensions[0].library_dirs = [str(home / "lib")]
+        out = Path(self.build_temp)
+        out.mkdir(parents=True, exist_ok=True)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        cxx = [*CXX, "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+        includes = [f"-isystem{home / 'include'}", f"-isystem{home / 'include/torch/csrc/api/include'}"]
+        defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000"] + ["-DAJEPA_CUDA"] * bool(nvcc) + ["-DAJEPA_X86"] * X86
+        commands = []
+        if nvcc:
+            flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *host_compiler(nvcc), *gencode(nvcc)]
+            commands += [
+                [nvcc, *flags, f"--threads={jobs}", "-c", str(source), "-o", str(out / f"{source.stem}.cu.o")]
+                for source in sorted(CSRC.glob("*.cu"))
+            ]
+        commands += [
+            [*cxx, *KERNEL_FLAGS, *flags, f"-DAJEPA_LANES={lanes}", f"-DAJEPA_KERNEL={symbol}",
+             "-c", str(CSRC / "log_mel_cpu.cpp"), "-o", str(out / f"log_mel_{name}.o")]
+            for name, (lanes, symbol, flags) in reversed(CPU_KERNELS.items())
+        ]  # fmt: skip
+        commands += [
+            [*cxx, "-O2", *includes, *defines, "-c", str(CSRC / f"{name}.cpp"), "-o", str(out / f"{name}.o")]
+            for name in ("ops", "gelu_product")
+        ]
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(compile_object, commands))  # the longest first
 
 
 def extension() -> dict:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
-    nvcc = find_nvcc()
-    cuda = wanted("AJEPA_CUDA", nvcc is not None, "nvcc")
-
-    class Build(BuildExtension):
-        """Compiles each CPU kernel with its own flags and the CUDA sources with nvcc, then leaves the rest to torch."""
-
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{**kwargs, "use_ninja": False})
-
-        def build_extensions(self):
-            out = Path(self.build_temp)
-            out.mkdir(parents=True, exist_ok=True)
-            commands = [
-                [*CXX, *KERNEL_FLAGS, *flags, f"-DAJEPA_LANES={lanes}", f"-DAJEPA_KERNEL={symbol}",
-                 "-c", str(CSRC / "log_mel_cpu.cpp"), "-o", str(out / f"log_mel_{name}.o")]
-                for name, (lanes, symbol, flags) in CPU_KERNELS.items()
-            ]  # fmt: skip
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-            if cuda:
-                commands += [
-                    [nvcc, "-std=c++17", "-O3", f"--threads={jobs}", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                     *cuda_gencode(), "-c", str(source), "-o", str(out / f"{source.stem}.cu.o")]
-                    for source in sorted(CSRC.glob("*.cu"))
-                ]  # fmt: skip
-                self.extensions[0].extra_link_args += [find_cudart(nvcc), "-ldl", "-lrt", "-lpthread"]
-            with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(compile_object, reversed(commands)))  # the longest first
-            self.extensions[0].extra_objects += [command[-1] for command in commands]
-            super().build_extensions()
-
-    defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000"] + ["-DAJEPA_CUDA"] * cuda + ["-DAJEPA_X86"] * X86
     return {
         "ext_modules": [
-            CppExtension(
+            Extension(
                 "ajepa_kernels._C",
-                ["csrc/ops.cpp", "csrc/gelu_product.cpp"],
+                [],
                 depends=[str(path) for path in sorted(CSRC.iterdir())],
-                extra_compile_args={"cxx": ["-std=c++17", "-O2", "-fvisibility=hidden", *defines]},
+                libraries=["c10", "torch", "torch_cpu"],
+                language="c++",
                 py_limited_api=True,
             )
         ],
@@ -128,12 +203,10 @@ def extension() -> dict:
     }
 
 
-found = shutil.which(CXX[0]) is not None and os.name == "posix"
-build = wanted("AJEPA_EXTENSION", found, f"a C++ compiler ({CXX[0]})")
-if not found:
-    print(
-        f"ajepa: no C++ compiler ({CXX[0]}): installing without kernels, the ops run in plain PyTorch", file=sys.stderr
-    )
+build = choice("AJEPA_EXTENSION") != "0"
+if build and not (shutil.which(CXX[0]) and os.name == "posix"):
+    leave_out("AJEPA_EXTENSION", "kernels, the ops run in plain PyTorch", f"there is no C++ compiler ({CXX[0]})")
+    build = False
 
 setup(
     packages=["ajepa", "ajepa_kernels"],

@@ -11,9 +11,9 @@ cudaError_t launch(const LogMel& p, cudaStream_t stream) {
   const int64_t chunks = (int64_t(p.patches) * p.patch_frames + kChunk - 1) / kChunk;
   const int64_t bytes = shared_bytes(p, S::kTogether, S::kValues);
   const auto kernel = log_mel_fwd_kernel<Points, Sample>;
-  if (bytes > 48 << 10)
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
-      return error;
+  // Always: the static part counts towards the 48 KB that need no asking.
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
+    return error;
   kernel<<<unsigned(p.batch * chunks), S::kBlock, size_t(bytes), stream>>>(p);
   return cudaGetLastError();
 }

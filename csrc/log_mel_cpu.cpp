@@ -7,7 +7,7 @@
 #include <math.h>
 #include <string.h>
 
-#include <utility>  // index_sequence: types only
+#include <utility>  // integer_sequence: types only
 #if defined(__F16C__)
 #include <immintrin.h>  // every function of it is forced inline
 #endif
@@ -173,16 +173,21 @@ void power_spectrum(const Plan& plan, const vf* x, vf* power) {
 
 // ---- Frames in ----
 
-template <int H, size_t... I>
-inline void exchange(vf& a, vf& b, std::index_sequence<I...>) {
-  const vf low = __builtin_shufflevector(a, b, (I & H ? W + I - H : I)...);
-  b = __builtin_shufflevector(a, b, (I & H ? W + I : I + H)...);
+#if defined(__clang__) || __GNUC__ >= 12
+#define AJEPA_SHUFFLE __builtin_shufflevector
+#else
+#define AJEPA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+template <int H, int... I>
+inline void exchange(vf& a, vf& b, std::integer_sequence<int, I...>) {
+  const vf low = AJEPA_SHUFFLE(a, b, (I & H ? W + I - H : I)...);
+  b = AJEPA_SHUFFLE(a, b, (I & H ? W + I : I + H)...);
   a = low;
 }
 template <int H = W / 2>
 inline void transpose(vf (&rows)[W]) {
   for (int i = 0; i < W; ++i)
-    if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_index_sequence<W>{});
+    if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_integer_sequence<int, W>{});
   if constexpr (H > 1) transpose<H / 2>(rows);
 }
 
@@ -345,27 +350,29 @@ struct BFloat16 {
   uint16_t bits;
 };
 inline void store(float* out, vf x) { *reinterpret_cast<vf_unaligned*>(out) = x; }
-inline void store(Half* out, vf x) {
+template <class T>
+inline void store_low_halves(T* out, vi x) {
+  typedef int16_t vs __attribute__((vector_size(2 * W)));
+  const vs low = __builtin_convertvector(x, vs);
+  memcpy(out, &low, sizeof low);
+}
+inline void store(Half* out, vf x) {  // to nearest, ties to even
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(reinterpret_cast<__m512&>(x), 0));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(reinterpret_cast<__m256&>(x), 0));
-#else
-  typedef _Float16 vh __attribute__((vector_size(2 * W)));
-  const vh h = __builtin_convertvector(x, vh);
-  memcpy(out, &h, sizeof h);
+#else  // _Float16 needs GCC 12
+  const vi bits = reinterpret_cast<const vi&>(x), size = bits & 0x7fffffff;
+  const vf fixed = reinterpret_cast<const vf&>(size) + 0.5f;  // its last place is that of half's subnormals
+  const vi subnormal = reinterpret_cast<const vi&>(fixed) - 0x3f000000;
+  const vi normal = (size - (112 << 23) + 0xfff + (size >> 13 & 1)) >> 13;  // exponents are biased by 15, not 127
+  const vi infinite = size > 0x7f800000 ? vi{} + 0x7e00 : vi{} + 0x7c00;
+  store_low_halves(out, (size < 113 << 23 ? subnormal : size < 143 << 23 ? normal : infinite) | (bits >> 16 & 0x8000));
 #endif
-}
-template <size_t... I>
-inline void store_high_halves(BFloat16* out, vi x, std::index_sequence<I...>) {
-  typedef int16_t vs __attribute__((vector_size(4 * W), may_alias));
-  const vs all = reinterpret_cast<const vs&>(x);
-  const auto high = __builtin_shufflevector(all, all, (2 * I + 1)...);
-  memcpy(out, &high, sizeof high);
 }
 inline void store(BFloat16* out, vf x) {  // to nearest, ties to even
   const vi bits = reinterpret_cast<const vi&>(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
-  store_high_halves(out, x == x ? rounded : vi{} + 0x7fc00000, std::make_index_sequence<W>{});
+  store_low_halves(out, (x == x ? rounded : vi{} + 0x7fc00000) >> 16);
 }
 
 template <class T>

@@ -48,11 +48,6 @@ __device__ __forceinline__ float2 times_minus_i(float2 a) { return make_float2(a
 __device__ __forceinline__ float2 mul(float2 a, float2 b) {
   return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
 }
-__device__ __forceinline__ float2 turn(int numerator, int denominator) {  // exp(-2 pi i numerator / denominator)
-  float s, c;
-  sincospif(-2.0f * float(numerator) / float(denominator), &s, &c);  // the argument is exact where the denominator is 2^n
-  return make_float2(c, s);
-}
 __device__ __forceinline__ float2 sixteenth(int i) {  // exp(-2 pi i / 16)^i, folded where i is known
   constexpr float kCos[16] = {1.0f,  0.92387953251128674f,  0.70710678118654752f,  0.38268343236508977f,
                               0.0f,  -0.38268343236508977f, -0.70710678118654752f, -0.92387953251128674f,
@@ -143,34 +138,30 @@ __device__ __forceinline__ void dft<16>(float2* a) {
   }
 }
 
-// Keeps the compiler from computing what follows from `a` before the loop over pairs, in registers it has not got.
-__device__ __forceinline__ float2 fresh(float2 a) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+f"(a.x), "+f"(a.y));
-#endif
-  return a;
-}
-
-// a[q] *= w^q, from w and w^4: no power is more than three products deep.
+// a[q] *= w^q, from w and w^4. The rounding of w grows with the power and is alike for all frames: a chain of powers would
+// set an echo 100 dB below a loud bin.
 template <int R>
 __device__ __forceinline__ void twist(float2* a, float2 w, float2 w4) {
-  const float2 w2 = mul(w, w), w3 = mul(w2, w);
-  float2 high = w4;
-  a[1] = mul(a[1], w), a[2] = mul(a[2], w2), a[3] = mul(a[3], w3);
+  a[1] = mul(a[1], w);
+  if constexpr (R >= 4) {
+    const float2 w2 = mul(w, w), w3 = mul(w2, w);
+    float2 high = w4;
+    a[2] = mul(a[2], w2), a[3] = mul(a[3], w3);
 #pragma unroll
-  for (int q = 4; q < R; q += 4) {
-    a[q] = mul(a[q], high);
-    a[q + 1] = mul(a[q + 1], mul(high, w)), a[q + 2] = mul(a[q + 2], mul(high, w2));
-    a[q + 3] = mul(a[q + 3], mul(high, w3));
-    high = mul(high, w4);
+    for (int q = 4; q < R; q += 4) {
+      a[q] = mul(a[q], high);
+      a[q + 1] = mul(a[q + 1], mul(high, w)), a[q + 2] = mul(a[q + 2], mul(high, w2));
+      a[q + 3] = mul(a[q + 3], mul(high, w3));
+      high = mul(high, w4);
+    }
   }
 }
 
 // The transform of one pair: `a` holds inputs t + q N / kRadix; leaves the spectrum in `z`, natural order. Offsets are
-// split so that one register and immediates address all of a thread's values.
+// split so that one register and immediates address all of a thread's values. Twiddles of a pass: w and w^4 of its
+// threads, those of the next pass behind them.
 template <class S>
-__device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int t, const float2 (&turns)[2][2],
-                                          float2 last_turn) {
+__device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int t, const float4* twiddles) {
   constexpr int R = S::kRadix, T = S::kLanes;
   float2* const mine = z + S::padded(t);
   if (S::holds(t)) {
@@ -182,13 +173,16 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
 #pragma unroll
   for (int pass = 1, L = R; pass < S::kWide; ++pass, L *= R) {
     const int k = S::kPowerOfTwo ? t & (L - 1) : t;
+    float4 w = make_float4(1, 0, 1, 0);
     if (S::holds(t)) {
+      w = twiddles[k];
 #pragma unroll
       for (int q = 0; q < R; ++q) a[q] = mine[S::padded(q * T)];
     }
+    twiddles += L;
     __syncthreads();
     if (S::holds(t)) {
-      twist<R>(a, fresh(turns[pass - 1][0]), fresh(turns[pass - 1][1]));
+      twist<R>(a, make_float2(w.x, w.y), make_float2(w.z, w.w));
       dft<R>(a);
       float2* const to = z + (R + 1) * (t - k) + S::padded(k);
 #pragma unroll
@@ -197,7 +191,7 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
     __syncthreads();
   }
   if constexpr (S::kLast > 1) {
-    last_turn = fresh(last_turn);
+    const float4 first = twiddles[t];
     constexpr int Last = S::kLast, each = R / Last, L = S::N / Last;
 #pragma unroll
     for (int i = 0; i < each; ++i)
@@ -206,13 +200,8 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-      const float2 w = i ? mul(last_turn, sixteenth(i)) : last_turn;
-      float2 power = w;
-#pragma unroll
-      for (int q = 1; q < Last; ++q) {
-        a[i * Last + q] = mul(a[i * Last + q], power);
-        power = mul(power, w);
-      }
+      const float2 w = make_float2(first.x, first.y), w4 = make_float2(first.z, first.w);
+      twist<Last>(a + i * Last, i ? mul(w, sixteenth(i)) : w, i ? mul(w4, sixteenth(4 * i)) : w4);
       dft<Last>(a + i * Last);
 #pragma unroll
       for (int q = 0; q < Last; ++q) mine[S::padded(i * T + q * L)] = a[i * Last + q];
@@ -224,7 +213,18 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
 template <class T>
 struct Range {  // sum, least and greatest of a frame's samples
   T sum, low, high;
+  __device__ __forceinline__ void take(T x) { sum += x, low = min(low, x), high = max(high, x); }
+  __device__ __forceinline__ void take(T x, bool counts);
 };
+// A frame's first sample stands for those outside it. Of integers it is taken off the sum at the end, which costs less.
+template <>
+__device__ __forceinline__ void Range<int>::take(int x, bool) { take(x); }
+template <>
+__device__ __forceinline__ void Range<float>::take(float x, bool counts) {
+  sum += counts ? x : 0.0f, low = min(low, x), high = max(high, x);
+}
+__device__ __forceinline__ int surplus(int first, int outside) { return first * outside; }
+__device__ __forceinline__ float surplus(float, int) { return 0; }
 template <int Width, class T>
 __device__ __forceinline__ void merge_lanes(Range<T>& r) {
 #pragma unroll
@@ -251,25 +251,30 @@ __device__ __forceinline__ float as<float>(int bits) { return __int_as_float(bit
 __device__ __forceinline__ int bits_of(int x) { return x; }
 __device__ __forceinline__ int bits_of(float x) { return __float_as_int(x); }
 
-// Over the threads of a transform; every thread gets the result.
+// Both frames' ranges over the threads of a transform; every thread gets the result.
 template <int Threads, class T>
-__device__ __forceinline__ void merge_threads(Range<T>& r, int (*scratch)[3]) {
-  merge_lanes<(Threads < 32 ? Threads : 32)>(r);
-  if constexpr (Threads > 32) {
-    constexpr int warps = Threads / 32;
+__device__ __forceinline__ void merge_threads(Range<T> (&both)[2], int (*scratch)[6]) {
+  constexpr int warps = Threads / 32;
+#pragma unroll
+  for (int f = 0; f < 2; ++f) merge_lanes<(Threads < 32 ? Threads : 32)>(both[f]);
+  if constexpr (warps > 1) {
     const int warp = threadIdx.x / 32, first = warp / warps * warps;
-    __syncthreads();
     if (threadIdx.x % 32 == 0)
-      scratch[warp][0] = bits_of(r.sum), scratch[warp][1] = bits_of(r.low), scratch[warp][2] = bits_of(r.high);
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        int* const of = scratch[warp] + 3 * f;
+        of[0] = bits_of(both[f].sum), of[1] = bits_of(both[f].low), of[2] = bits_of(both[f].high);
+      }
     __syncthreads();
-    const int* of = scratch[first + threadIdx.x % warps];
-    r = {as<T>(of[0]), as<T>(of[1]), as<T>(of[2])};
-    merge_lanes<warps>(r);
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const int* of = scratch[first + threadIdx.x % warps] + 3 * f;
+      both[f] = {as<T>(of[0]), as<T>(of[1]), as<T>(of[2])};
+      merge_lanes<warps>(both[f]);
+    }
   }
 }
 
-// Frame `frame` of the clip into one half of `a`: (sample - offset), pre-emphasised and windowed. Returns a bound on the
-// magnitude of sample - offset.
 template <class Sample>
 struct Total {
   using type = float;
@@ -278,70 +283,159 @@ template <>
 struct Total<int16_t> {
   using type = int;  // exact
 };
-template <class S, int Half, class Sample>
-__device__ __forceinline__ float load_frame(const LogMel& p, const Sample* clip, int length, int frame, float mean,
-                                            int t, float2 (&a)[S::kRadix], int (*scratch)[3], float2* places) {
-  using Sum = typename Total<Sample>::type;
-  const int start = frame * p.hop_length + p.first_sample;
-  // Barriers stand outside these branches: transforms of one block may differ here.
-  const bool inside = start >= 0 && start + p.win_length <= length;
-  const Sample* const from = clip + start;
-  const auto mirrored = [&](int n) { return clip[p.mirror(start + n, length)]; };
-  const auto within = [&](int n) { return S::holds(t) && n < p.win_length; };
+__device__ __forceinline__ float mean_of(float sum, int count) { return sum / float(count); }
+__device__ __forceinline__ float mean_of(int sum, int count) {  // rounded once, though a sum may need 29 bits
+  const float whole = rintf(float(sum) / float(count));
+  return whole + float(sum - int(whole) * count) / float(count);
+}
 
-  const Sum any = inside ? from[0] : mirrored(0);
-  Range<Sum> range = {0, any, any};
+struct Chunk {  // of a block, in shared memory: registers are short
+  int clip, length, first, valid;  // first frame, frames that the clip has
+  float mean, gain;
+};
+
+// Two frames of the clip into `a`: (sample - offset), pre-emphasised and windowed. Rounding leaks from one frame of a
+// transform into the other, so the second is brought to the first's level, by a power of two, which is exact, and what
+// leaks into a silent frame is dropped. `gains`: of the frames' powers, or magnitudes, as they come from twice the spectrum.
+template <class S, class Sample>
+__device__ __forceinline__ void load_frames(const LogMel& p, const Chunk& chunk, int frame, int t, float2 (&a)[S::kRadix],
+                                            float* gains, int (*scratch)[6], float2* places) {
+  using Sum = typename Total<Sample>::type;
+  const int even = chunk.first + min(frame, chunk.valid - 1), odd = chunk.first + min(frame + 1, chunk.valid - 1);
+  const int x_start = even * p.hop_length + p.first_sample, y_start = odd * p.hop_length + p.first_sample;
+  const int length = chunk.length;
+  const Sample* const clip = static_cast<const Sample*>(p.pcm) + chunk.clip * p.samples;
+  // Barriers stand outside these branches: transforms of one block may differ here.
+  const bool inside = x_start >= 0 && y_start + p.win_length <= length;
+  const Sample *const x_from = clip + x_start + t, *const y_from = clip + y_start + t;
+  const auto mirrored = [&](int i) { return clip[p.mirror(i, length)]; };
+  const int left = S::holds(t) ? p.win_length - t : 0;  // a thread's samples are those at q kLanes < left
+
+  const Sum x_any = mirrored(x_start), y_any = mirrored(y_start);
+  Range<Sum> range[2] = {{0, x_any, x_any}, {0, y_any, y_any}};
   if (inside) {
 #pragma unroll
     for (int q = 0; q < S::kRadix; ++q) {
-      const int n = t + q * S::kLanes;
-      const bool in = within(n);
-      const Sum x = in ? Sum(from[n]) : any;
-      range.sum += in ? x : Sum(0), range.low = min(range.low, x), range.high = max(range.high, x);
+      const bool in = q * S::kLanes < left;
+      const Sum x = in ? Sum(x_from[q * S::kLanes]) : x_any, y = in ? Sum(y_from[q * S::kLanes]) : y_any;
+      range[0].take(x, in), range[1].take(y, in);
+      a[q] = make_float2(float(x), float(y));
     }
+    const int outside = S::kRadix - min(S::kRadix, (max(left, 0) + S::kLanes - 1) / S::kLanes);
+    range[0].sum -= surplus(x_any, outside), range[1].sum -= surplus(y_any, outside);
   } else {
 #pragma unroll 1
-    for (int n = t; n < p.win_length; n += S::kThreads) {
-      const Sum x = mirrored(n);
-      range.sum += x, range.low = min(range.low, x), range.high = max(range.high, x);
-    }
+    for (int n = t; n < p.win_length; n += S::kThreads)
+      range[0].take(mirrored(x_start + n)), range[1].take(mirrored(y_start + n));
   }
   merge_threads<S::kThreads>(range, scratch);
 
-  const float offset = p.remove_dc ? float(range.sum) / float(p.win_length) : mean;
+  const float x_offset = p.remove_dc ? mean_of(range[0].sum, p.win_length) : chunk.mean;
+  const float y_offset = p.remove_dc ? mean_of(range[1].sum, p.win_length) : chunk.mean;
+  const float x_loud = fmaxf(float(range[0].high) - x_offset, x_offset - float(range[0].low));
+  const float y_loud = fmaxf(float(range[1].high) - y_offset, y_offset - float(range[1].low));
+  int level = (__float_as_int(x_loud) >> 23) - (__float_as_int(y_loud) >> 23);
+  level = x_loud > 0 && y_loud > 0 ? max(-60, min(60, level)) : 0;
+  if (t == 0) {
+    const float lower = __int_as_float((127 - level) << 23), x_unit = 0.5f * chunk.gain, y_unit = x_unit * lower;
+    gains[0] = x_loud > 0 ? (p.power == 2 ? x_unit * x_unit : x_unit) : 0.0f;
+    gains[1] = y_loud > 0 ? (p.power == 2 ? y_unit * y_unit : y_unit) : 0.0f;
+  }
+  const float lift = __int_as_float((127 + level) << 23), y_lifted = y_offset * lift, c = p.preemphasis;
   if (inside) {
+    const float* const window = p.window + t;
+    if (c != 0) {
+#pragma unroll
+      for (int q = 0; q < S::kRadix; ++q) {
+        const bool in = q * S::kLanes < left && (q || t);  // none before the first: itself
+        const float x = in ? float(x_from[q * S::kLanes - 1]) : a[q].x, y = in ? float(y_from[q * S::kLanes - 1]) : a[q].y;
+        a[q].x = fmaf(-c, x - x_offset, a[q].x - x_offset);
+        a[q].y = fmaf(-c, fmaf(y, lift, -y_lifted), fmaf(a[q].y, lift, -y_lifted));
+      }
+    } else {
+#pragma unroll
+      for (int q = 0; q < S::kRadix; ++q) a[q] = make_float2(a[q].x - x_offset, fmaf(a[q].y, lift, -y_lifted));
+    }
 #pragma unroll
     for (int q = 0; q < S::kRadix; ++q) {
-      const int n = t + q * S::kLanes;
-      float y = 0;
-      if (within(n)) {
-        y = float(from[n]) - offset;
-        if (p.preemphasis != 0) y -= p.preemphasis * (float(from[n ? n - 1 : 0]) - offset);
-        y *= p.window[n];
-      }
-      (Half ? a[q].y : a[q].x) = y;
+      const float w = q * S::kLanes < left ? window[q * S::kLanes] : 0.0f;
+      a[q] = make_float2(a[q].x * w, a[q].y * w);
     }
   } else {  // rare: a loop, by way of the places in shared memory that this thread writes next
+    if (S::holds(t)) {
 #pragma unroll 1
-    for (int q = 0; q < S::kRadix; ++q) {
-      const int n = t + q * S::kLanes;
-      float y = 0;
-      if (within(n)) {
-        const float before = float(mirrored(n ? n - 1 : 0)) - offset;
-        y = (float(mirrored(n)) - offset - p.preemphasis * before) * p.window[n];
+      for (int q = 0; q < S::kRadix; ++q) {
+        const int n = t + q * S::kLanes, before = n ? n - 1 : 0;
+        float2 out = make_float2(0, 0);
+        if (n < p.win_length) {
+          out.x = fmaf(-c, float(mirrored(x_start + before)) - x_offset, float(mirrored(x_start + n)) - x_offset);
+          out.y = fmaf(-c, float(mirrored(y_start + before)) - y_offset, float(mirrored(y_start + n)) - y_offset);
+          out.x *= p.window[n], out.y *= p.window[n] * lift;
+        }
+        places[q] = out;
       }
-      if (S::holds(t)) places[q].x = y;
-    }
 #pragma unroll
-    for (int q = 0; q < S::kRadix; ++q) (Half ? a[q].y : a[q].x) = S::holds(t) ? places[q].x : 0.0f;
+      for (int q = 0; q < S::kRadix; ++q) a[q] = places[q];
+    }
   }
-  return fmaxf(float(range.high) - offset, offset - float(range.low));
 }
 
-__device__ __forceinline__ void store(const LogMel& p, int64_t at, float x) {
-  if (p.dtype == Out::kFloat) static_cast<float*>(p.out)[at] = x;
-  else if (p.dtype == Out::kHalf) static_cast<unsigned short*>(p.out)[at] = __half_as_ushort(__float2half_rn(x));
-  else static_cast<unsigned short*>(p.out)[at] = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+template <class Value>
+__device__ __forceinline__ Value rounded(float x);
+template <>
+__device__ __forceinline__ float rounded<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half rounded<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// 16 bytes of the result from consecutive values.
+__device__ __forceinline__ uint4 packed(const float* x, float) {
+  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+}
+__device__ __forceinline__ unsigned bits_of(__half2 x) { return reinterpret_cast<const unsigned&>(x); }
+__device__ __forceinline__ unsigned bits_of(__nv_bfloat162 x) { return reinterpret_cast<const unsigned&>(x); }
+__device__ __forceinline__ uint4 packed(const float* x, __half) {
+  return make_uint4(bits_of(__floats2half2_rn(x[0], x[1])), bits_of(__floats2half2_rn(x[2], x[3])),
+                    bits_of(__floats2half2_rn(x[4], x[5])), bits_of(__floats2half2_rn(x[6], x[7])));
+}
+__device__ __forceinline__ uint4 packed(const float* x, __nv_bfloat16) {
+  return make_uint4(bits_of(__floats2bfloat162_rn(x[0], x[1])), bits_of(__floats2bfloat162_rn(x[2], x[3])),
+                    bits_of(__floats2bfloat162_rn(x[4], x[5])), bits_of(__floats2bfloat162_rn(x[6], x[7])));
+}
+
+// Bands `mel`, mel + bands and so on, from `from` to `out`, `Frames` frames of each.
+template <int Frames, class Value>
+__device__ __forceinline__ void store_bands(const LogMel& p, int mel, int bands, const float* from, int64_t at) {
+  const int64_t skipped = (p.patches - 1) * int64_t(p.patch_mels) * p.patch_frames;
+#pragma unroll 1
+  for (; mel < p.n_mels; mel += bands, from += bands * kStageStride) {
+    Value* const to = static_cast<Value*>(p.out) + at + int64_t(mel) * p.patch_frames +
+                      (mel * p.patch_mels_inverse >> 16) * skipped;
+    if constexpr (Frames > 1) __stcg(reinterpret_cast<uint4*>(to), packed(from, Value()));  // a plain store is split
+    else *to = rounded<Value>(*from);
+  }
+}
+// The chunk from `first` on, in patch order, 16 bytes at once where frames that share a patch allow it.
+template <int Block>
+__device__ __forceinline__ void store_chunk(const LogMel& p, int64_t clip, int first, const float* stage) {
+  const int most = p.dtype == Out::kFloat ? 4 : 8;
+  const int frames = p.patch_frames % most == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 ? most : 1;
+  const int place = threadIdx.x * frames, frame = first + place % kChunk, patch = frame / p.patch_frames;
+  if (patch >= p.patches) return;
+  const int64_t at = ((clip * p.patch_rows * p.patches + patch) * p.patch_mels - patch) * p.patch_frames + frame;
+  const int mel = place / kChunk, bands = Block * frames / kChunk;
+  const float* const from = stage + mel * kStageStride + place % kChunk;
+  if (p.dtype == Out::kFloat) {
+    if (frames > 1) store_bands<4, float>(p, mel, bands, from, at);
+    else store_bands<1, float>(p, mel, bands, from, at);
+  } else if (p.dtype == Out::kHalf) {
+    if (frames > 1) store_bands<8, __half>(p, mel, bands, from, at);
+    else store_bands<1, __half>(p, mel, bands, from, at);
+  } else {
+    if (frames > 1) store_bands<8, __nv_bfloat16>(p, mel, bands, from, at);
+    else store_bands<1, __nv_bfloat16>(p, mel, bands, from, at);
+  }
 }
 __device__ __forceinline__ int ordered(float x) {  // integers in the order of floats
   const int bits = __float_as_int(x);
@@ -354,53 +448,49 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
   using S = Shape<Points>;
   constexpr int N = S::N, T = S::kThreads, R = S::kRadix;
   AJEPA_DYNAMIC_SHARED(float4, shared);
-  __shared__ int scratch[S::kBlock > 32 ? S::kBlock / 32 : 1][3];
+  __shared__ int scratch[S::kBlock > 32 ? S::kBlock / 32 : 1][6];
   const int group = threadIdx.x / T, t = threadIdx.x % T;
   float4* partials = shared + group * p.n_segments;  // of a segment: falling and rising sums of both frames
   float2* z = reinterpret_cast<float2*>(shared + S::kTogether * p.n_segments) + group * S::kValues;
   float* stage = reinterpret_cast<float*>(reinterpret_cast<float2*>(shared + S::kTogether * p.n_segments) +
                                           S::kTogether * S::kValues);
 
-  const int rows = p.patches * p.patch_frames, chunks = (rows + kChunk - 1) / kChunk;
-  const int64_t clip = blockIdx.x / chunks;
-  const int first = int(blockIdx.x % chunks) * kChunk;
-  const int length = int(p.length(clip));
-  const int valid = min(p.frames(length) - first, kChunk);
-  const float mean = p.stats ? p.stats[2 * clip] : 0.0f, gain = p.stats ? p.stats[2 * clip + 1] : p.scale;
-
-  const Sample* pcm = static_cast<const Sample*>(p.pcm) + clip * p.samples;
-
-  float2 turns[2][2] = {}, last_turn = make_float2(1.0f, 0.0f);
-#pragma unroll
-  for (int pass = 1, L = R; pass < S::kWide; ++pass, L *= R) {
-    const int k = S::kPowerOfTwo ? t & (L - 1) : t;
-    turns[pass - 1][0] = turn(k, R * L), turns[pass - 1][1] = turn(4 * k, R * L);
+  __shared__ Chunk chunk;
+  __shared__ float gains[S::kTogether][2];  // of a pair's frames
+  if (threadIdx.x == 0) {
+    const int chunks = (p.patches * p.patch_frames + kChunk - 1) / kChunk;
+    chunk.clip = blockIdx.x / chunks, chunk.first = int(blockIdx.x % chunks) * kChunk;
+    chunk.length = int(p.length(chunk.clip)), chunk.valid = min(p.frames(chunk.length) - chunk.first, kChunk);
+    chunk.mean = p.stats ? p.stats[2 * int64_t(chunk.clip)] : 0.0f;
+    chunk.gain = p.stats ? p.stats[2 * int64_t(chunk.clip) + 1] : p.scale;
   }
-  if constexpr (S::kLast > 1) last_turn = turn(t, N);
+  __syncthreads();
 
-  for (int round = 0; round < S::kRounds && 2 * S::kTogether * round < valid; ++round) {
+  for (int round = 0; round < S::kRounds && 2 * S::kTogether * round < chunk.valid; ++round) {
     const int pair = round * S::kTogether + group;
-    const int even = first + min(2 * pair, valid - 1), odd = first + min(2 * pair + 1, valid - 1);
     float2 a[R];
-    float loud[2];
-    loud[0] = load_frame<S, 0>(p, pcm, length, even, mean, t, a, scratch, z + (R + 1) * t);
-    loud[1] = load_frame<S, 1>(p, pcm, length, odd, mean, t, a, scratch, z + (R + 1) * t);
-    // Rounding leaks from one frame of a pair into the other, so the second is brought to the first's level, by a power
-    // of two, which is exact; a silent frame's share is dropped.
-    int level = (__float_as_int(loud[0]) >> 23) - (__float_as_int(loud[1]) >> 23);
-    level = loud[0] > 0 && loud[1] > 0 ? max(-60, min(60, level)) : 0;
-    const float lift = __int_as_float((127 + level) << 23), lower = __int_as_float((127 - level) << 23);
-#pragma unroll
-    for (int q = 0; q < R; ++q) a[q].y *= lift;
-    transform<S>(a, z, t, turns, last_turn);
+    load_frames<S, Sample>(p, chunk, 2 * pair, t, a, gains[group], scratch, z + (R + 1) * t);
+    transform<S>(a, z, t, reinterpret_cast<const float4*>(p.twiddles));
 
     // X = (Z[k] + conj Z[N - k]) / 2, Y = (Z[k] - conj Z[N - k]) / 2i; each bin pair has one reader, which is its writer.
-    for (int k = t; k <= N / 2; k += T) {
-      const float2 u = z[S::padded(k)], v = z[S::padded(S::kPowerOfTwo ? (N - k) & (N - 1) : k ? N - k : 0)];
-      const float2 x = make_float2(u.x + v.x, u.y - v.y), y = make_float2(u.y + v.y, v.x - u.x);
-      float2 power = make_float2(x.x * x.x + x.y * x.y, y.x * y.x + y.y * y.y);
-      if (p.power == 1) power = make_float2(sqrtf(power.x), sqrtf(power.y));
-      z[S::padded(k)] = power;
+    const auto split = [&](float2* at, float2 v) {
+      const float2 u = *at, x = make_float2(u.x + v.x, u.y - v.y), y = make_float2(u.y + v.y, v.x - u.x);
+      *at = make_float2(x.x * x.x + x.y * x.y, y.x * y.x + y.y * y.y);
+    };
+    if constexpr (S::kPowerOfTwo && T % R == 0) {
+      float2 *const up = z + S::padded(t), *const down = z + S::padded(N - t);
+#pragma unroll
+      for (int j = 0; j < N / 2 / T; ++j) split(up + S::padded(j * T), j || t ? down[-S::padded(j * T)] : z[0]);
+      if (t == 0) split(z + S::padded(N / 2), z[S::padded(N / 2)]);
+    } else {
+      for (int k = t; k <= N / 2; k += T) split(z + S::padded(k), z[S::padded(k ? N - k : 0)]);
+    }
+    if (p.power == 1) {
+#pragma unroll 1
+      for (int k = t; k <= N / 2; k += T) {
+        float2& power = z[S::padded(k)];
+        power = make_float2(sqrtf(power.x), sqrtf(power.y));
+      }
     }
     __syncthreads();
     for (int s = t; s < p.n_segments; s += T) {
@@ -414,31 +504,36 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
       partials[s] = sum;
     }
     __syncthreads();
-    const float unit = p.power == 2 ? 0.25f * gain * gain : 0.5f * gain;
-    const float gain_x = loud[0] > 0 ? unit : 0.0f;
-    const float gain_y = loud[1] > 0 ? (p.power == 2 ? unit * lower * lower : unit * lower) : 0.0f;
+    const float gain_x = gains[group][0], gain_y = gains[group][1], log_scale = p.log_scale * 0.69314718055994531f;
     for (int m = t; m < p.n_mels; m += T) {
       float x = 0, y = 0;
       const int begin = p.offsets[m], middle = p.offsets[m + 1], end = p.offsets[m + 2];
+#pragma unroll 1
       for (int s = begin; s < middle; ++s) x += partials[s].z, y += partials[s].w;
+#pragma unroll 1
       for (int s = middle; s < end; ++s) x += partials[s].x, y += partials[s].y;
       x *= gain_x, y *= gain_y;  // NaN stays NaN, in both frames of the pair
-      stage[m * kStageStride + 2 * pair] = logf(x < p.floor ? p.floor : x) * p.log_scale + p.log_shift;
-      stage[m * kStageStride + 2 * pair + 1] = logf(y < p.floor ? p.floor : y) * p.log_scale + p.log_shift;
+      x = __log2f(x < p.floor ? p.floor : x) * log_scale + p.log_shift;
+      y = __log2f(y < p.floor ? p.floor : y) * log_scale + p.log_shift;
+      stage[m * kStageStride + 2 * pair] = x, stage[m * kStageStride + 2 * pair + 1] = y;
     }
     __syncthreads();
   }
 
-  float peak = -INFINITY;
-  const int count = min(rows - first, kChunk);
-  for (int i = threadIdx.x; i < p.n_mels * kChunk; i += S::kBlock) {
-    const int mel = i / kChunk, frame = i % kChunk;
-    if (frame >= count) continue;
-    const float x = frame < valid ? stage[mel * kStageStride + frame] : p.log_shift;
-    if (frame < valid) peak = fmaxf(peak, x);
-    store(p, p.out_index(clip, mel, first + frame), x);
+  if (chunk.valid < kChunk) {  // rows of zeros after the clip's last frame
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.n_mels * kChunk; i += S::kBlock)
+      if (i % kChunk >= chunk.valid) stage[i / kChunk * kStageStride + i % kChunk] = p.log_shift;
+    __syncthreads();
   }
-  if (p.peaks && valid > 0) atomicMax(reinterpret_cast<int*>(p.peaks) + clip, ordered(peak));
+  store_chunk<S::kBlock>(p, chunk.clip, chunk.first, stage);
+  if (p.peaks && chunk.valid > 0) {
+    float peak = -INFINITY;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.n_mels * kChunk; i += S::kBlock)
+      if (i % kChunk < chunk.valid) peak = fmaxf(peak, stage[i / kChunk * kStageStride + i % kChunk]);
+    atomicMax(reinterpret_cast<int*>(p.peaks) + chunk.clip, ordered(peak));
+  }
 }
 
 constexpr int kStatsBlock = 1024;
@@ -483,9 +578,9 @@ __global__ void log_mel_limit_kernel(const LogMel p) {
   const int frames = p.frames(p.length(clip));
   const int key = reinterpret_cast<const int*>(p.peaks)[clip];
   const float cutoff = __int_as_float(key >= 0 ? key : key ^ 0x7fffffff) - p.top;
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.n_mels * frames; i += gridDim.x * blockDim.x) {
-    const int64_t at = p.out_index(clip, i / frames, i % frames);
-    if (float(static_cast<const Value*>(p.out)[at]) < cutoff) store(p, at, cutoff);
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < int64_t(p.n_mels) * frames; i += gridDim.x * blockDim.x) {
+    const int64_t at = p.out_index(clip, int(i / frames), int(i % frames));
+    if (float(static_cast<const Value*>(p.out)[at]) < cutoff) static_cast<Value*>(p.out)[at] = rounded<Value>(cutoff);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -45,8 +46,8 @@ void check_table(const Tensor& t, const Tensor& pcm, ScalarType type, int64_t le
 }
 
 LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const Tensor& window, const Tensor& weights,
-                const Tensor& segments, const Tensor& offsets, Tensor& out, int64_t n_fft, int64_t hop_length,
-                int64_t first_sample, int64_t edge, int64_t frame_bias, int64_t frame_add, int64_t min_samples,
+                const Tensor& segments, const Tensor& offsets, const Tensor& twiddles, Tensor& out, int64_t n_fft,
+                int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias, int64_t frame_add, int64_t min_samples,
                 int64_t n_frames, bool remove_dc, double preemphasis, int64_t waveform_norm, int64_t power, double floor,
                 double log_scale, double log_shift, double top) {
   STD_TORCH_CHECK(pcm.dim() == 2 && pcm.is_contiguous(), "log_mel_fwd: pcm must be contiguous [B, S]");
@@ -58,14 +59,25 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
                   "log_mel_fwd: out must be contiguous [B, F, T, patch mels, patch frames] on pcm's device");
   STD_TORCH_CHECK((n_fft >= 128 && n_fft <= 8192 && (n_fft & (n_fft - 1)) == 0) || n_fft == 400,
                   "log_mel_fwd: n_fft must be a power of two in 128..8192 or 400, got ", n_fft);
-  STD_TORCH_CHECK(hop_length > 0 && edge >= 0 && edge <= 2 && (power == 1 || power == 2) && waveform_norm >= 0 &&
-                      waveform_norm <= 2 && min_samples > 0 && pcm.size(1) < (int64_t(1) << 30),
+  // What the kernels compute with 32 bits stays below 2^31: the place of a frame is at most samples + frame_bias + first_sample.
+  const auto below = [](int64_t bits, std::initializer_list<int64_t> values) {
+    return std::all_of(values.begin(), values.end(), [=](int64_t x) { return x >> bits == 0 || x >> bits == -1; });
+  };
+  STD_TORCH_CHECK(hop_length > 0 && min_samples > 0 && below(30, {hop_length, min_samples, pcm.size(1)}) &&
+                      below(29, {first_sample, frame_bias}) && (frame_add == 0 || frame_add == 1) && edge >= 0 && edge <= 2 &&
+                      (power == 1 || power == 2) && waveform_norm >= 0 && waveform_norm <= 2,
                   "log_mel_fwd: an argument is out of range");
+  STD_TORCH_CHECK(below(30, {out.size(1), out.size(2), out.size(3), out.size(4)}) && below(30, {out.size(2) * out.size(4)}) &&
+                      out.size(3) > 0 && out.size(4) > 0,
+                  "log_mel_fwd: out has patches of no size, or 2^30 frames or more");
   const int64_t n_mels = out.size(1) * out.size(3), n_segments = segments.size(0);
+  STD_TORCH_CHECK(n_mels >= 1 && n_mels <= 256, "log_mel_fwd: out must hold 1 to 256 mel bands, got ", n_mels);
   check_table(window, pcm, ScalarType::Float, 2, "window");
   check_table(weights, pcm, ScalarType::Float, 2 * ajepa::kSegment * n_segments, "weights");
   check_table(segments, pcm, ScalarType::Int, 2 * n_segments, "segments");
   check_table(offsets, pcm, ScalarType::Int, n_mels + 2, "offsets");
+  check_table(twiddles, pcm, ScalarType::Float, 4 * ajepa::twiddle_rows(int(n_fft)), "twiddles");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(twiddles.data_ptr()) % 16 == 0, "log_mel_fwd: twiddles is not aligned");
   STD_TORCH_CHECK(window.numel() <= n_fft, "log_mel_fwd: the window is longer than n_fft");
   if (lengths) check_table(*lengths, pcm, ScalarType::Long, pcm.size(0), "lengths");
   STD_TORCH_CHECK(n_frames >= 0 && n_frames <= out.size(2) * out.size(4), "log_mel_fwd: out holds fewer than n_frames");
@@ -75,12 +87,14 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
   p.window = static_cast<const float*>(window.data_ptr()), p.weights = static_cast<const float*>(weights.data_ptr());
   p.segments = static_cast<const int32_t*>(segments.data_ptr());
   p.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+  p.twiddles = static_cast<const float*>(twiddles.data_ptr());
   p.out = out.data_ptr();
   p.batch = pcm.size(0), p.samples = pcm.size(1);
   p.n_fft = int(n_fft), p.win_length = int(window.numel()), p.hop_length = int(hop_length);
   p.first_sample = int(first_sample), p.frame_bias = int(frame_bias), p.frame_add = int(frame_add);
   p.min_samples = int(min_samples), p.n_mels = int(n_mels), p.n_segments = int(n_segments), p.n_frames = int(n_frames);
   p.patch_mels = int(out.size(3)), p.patch_frames = int(out.size(4)), p.patches = int(out.size(2));
+  p.patch_rows = int(out.size(1)), p.patch_mels_inverse = 65535 / p.patch_mels + 1;
   p.power = int(power), p.waveform_norm = int(waveform_norm);
   p.is_int16 = in == ScalarType::Short, p.remove_dc = remove_dc, p.edge = ajepa::Edge(edge);
   p.dtype = dtype == ScalarType::Float ? ajepa::Out::kFloat
@@ -159,11 +173,11 @@ void log_mel_cpu(const LogMel& described) {
 
 #define LOG_MEL_ARGS                                                                                                  \
   Tensor pcm, std::optional<Tensor> lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets,         \
-      Tensor out, int64_t n_fft, int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias,         \
+      Tensor twiddles, Tensor out, int64_t n_fft, int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias,         \
       int64_t frame_add, int64_t min_samples, int64_t n_frames, bool remove_dc, double preemphasis,                  \
       int64_t waveform_norm, int64_t power, double floor, double log_scale, double log_shift, double top
 #define LOG_MEL_DESCRIBE                                                                                              \
-  describe(pcm, lengths, window, weights, segments, offsets, out, n_fft, hop_length, first_sample, edge, frame_bias, \
+  describe(pcm, lengths, window, weights, segments, offsets, twiddles, out, n_fft, hop_length, first_sample, edge, frame_bias, \
            frame_add, min_samples, n_frames, remove_dc, preemphasis, waveform_norm, power, floor, log_scale,         \
            log_shift, top)
 
@@ -176,7 +190,9 @@ void log_mel_fwd_cpu(LOG_MEL_ARGS) {
 void log_mel_fwd_cuda(LOG_MEL_ARGS) {
   LogMel p = LOG_MEL_DESCRIBE;
   if (!p.batch || !out.numel()) return;
-  STD_TORCH_CHECK(p.batch <= 65535 || p.top < 0, "log_mel_fwd: top_db takes at most 65535 clips a call");
+  STD_TORCH_CHECK(p.batch <= 65535 || p.top < 0, "log_mel_fwd: top_db takes at most 65535 clips a call; split the batch");
+  STD_TORCH_CHECK(p.batch <= INT32_MAX / (out.size(2) * out.size(4) / 16 + 1),
+                  "log_mel_fwd: too many frames for one call; split the batch");
   const int32_t device = pcm.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   // From the caching allocator: also inside a CUDA graph.
@@ -237,7 +253,7 @@ bool has_gelu_product() { return ajepa::has_gelu_product(); }
 STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
   m.def(
       "log_mel_fwd(Tensor pcm, Tensor? lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets, "
-      "Tensor(a!) out, int n_fft, int hop_length, int first_sample, int edge, int frame_bias, int frame_add, "
+      "Tensor twiddles, Tensor(a!) out, int n_fft, int hop_length, int first_sample, int edge, int frame_bias, int frame_add, "
       "int min_samples, int n_frames, bool remove_dc, float preemphasis, int waveform_norm, int power, float floor, "
       "float log_scale, float log_shift, float top) -> ()");
   m.def(

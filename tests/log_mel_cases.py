@@ -1,12 +1,15 @@
 """Signals and tolerances shared by the tests of log_mel."""
 
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from ajepa_kernels import LogMelSpec, log_mel_reference
+from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel_reference
 
+AUDIO = (".wav", ".flac")
 NAT, DECIBEL = 2e-3, 1e-2  # largest error before the cast, against float64
 
 
@@ -23,6 +26,37 @@ def clips(samples: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
     t = torch.linspace(0, 1, samples)
     x = 0.2 * torch.randn(batch, samples, generator=g) * torch.exp(-4 * t) + 0.3 * torch.sin(2000 * t + 9000 * t * t)
     return (x.clamp(-1, 1) * 32767).round().to(torch.int16)
+
+
+SIGNALS = {
+    "silence": lambda n: torch.zeros(n),
+    "constant": lambda n: torch.full((n,), 12345.0),
+    "impulse": lambda n: torch.zeros(n).index_fill(0, torch.tensor([n // 3]), 32767.0),
+    "first sample": lambda n: torch.zeros(n).index_fill(0, torch.tensor([0]), -32768.0),
+    "full-scale square": lambda n: torch.where(torch.arange(n) % 50 < 25, 32767.0, -32768.0),
+    "full-scale sine": lambda n: 32767 * torch.sin(torch.arange(n) * 0.3),
+    "least noise": lambda n: torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(0)).float(),
+    "silence, then noise": lambda n: torch.where(torch.arange(n) < n // 2, 0.0, torch.randn(n) * 3000),
+}
+PRESETS = ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper"]
+
+
+def signal_case(name: str, signal: str) -> tuple[torch.Tensor, LogMelSpec]:
+    """A signal of some 20 frames, and the front end with a floor above the transform's rounding, which stands at 1e-14
+    of a full-scale frame's power; a constant keeps the front end's own floor."""
+    spec = replace(LOG_MEL_PRESETS[name], n_frames=None, patch=(16, 8))
+    if signal != "constant":
+        spec = replace(spec, floor=1e-7)
+    pcm = SIGNALS[signal](spec.n_fft + 20 * spec.hop_length)
+    return pcm.round().clamp(-32768, 32767).to(torch.int16)[None], spec
+
+
+def recordings(folder: Path, each: int) -> torch.Tensor:
+    """The beginnings of some recordings, one after another."""
+    soundfile = pytest.importorskip("soundfile")
+    files = [path for name in ("smoke", "fsdd") for path in sorted((folder / name).rglob("*.*"))[:20:6]]
+    found = [soundfile.read(path, dtype="int16", always_2d=True)[0][:each, 0] for path in files if path.suffix in AUDIO]
+    return torch.cat([torch.from_numpy(x.copy()) for x in found])[None]
 
 
 def assert_exact(out: torch.Tensor, pcm: torch.Tensor, spec: LogMelSpec, **arguments) -> None:

@@ -4,12 +4,14 @@ import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from log_mel_cases import clips, quiet_about_empty_bands  # noqa: F401
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+from ajepa_kernels.log_mel import _kernel_tables, _tables
 
 torchaudio = import_torchaudio()
 AUDIO_JEPA = LOG_MEL_PRESETS["audio-jepa"]
@@ -150,12 +152,104 @@ def test_ragged_lengths(name):
         ({"patch": (16,)}, "patch"), ({"convention": "htk"}, "convention"), ({"window": "kaiser"}, "window"),
         ({"convention": "torchaudio", "window": "povey"}, "povey"), ({"center": False}, "center"),
         ({"convention": "torchaudio", "snip_edges": False}, "snip_edges"), ({"mel_scale": "slaney"}, "mel_scale"),
+        ({"hop_length": 2**32}, "hop_length"), ({"hop_length": 2**30}, "hop_length"), ({"n_frames": 2**31}, "n_frames"),
+        ({"sample_rate": 2**40}, "sample_rate"), ({"patch": (16, 2**33)}, "patch"), ({"patch": 16}, "two sizes"),
+        ({"win_length": 400.5}, "win_length"), ({"hop_length": math.nan}, "hop_length"), ({"n_mels": None}, "n_mels"),
+        ({"n_frames": 10.5}, "n_frames"), ({"n_fft": "512"}, "n_fft"), ({"f_min": None}, "f_min"),
+        ({"std": "wide"}, "std"), ({"power": 1.5}, "power"), ({"patch": (16, 0.5)}, "patch"),
+        ({"log": "db", "top_db": math.inf}, "top_db"),
         ({"power": 3}, "power"), ({"sample_rate": 0}, "sample_rate"), ({"mel_norm": "slaney"}, "mel_norm"),
     ],
 )  # fmt: skip
 def test_impossible_specs(change, match):
     with pytest.raises(ValueError, match=match):
         LogMelSpec(**change)
+
+
+def test_whole_numbers_of_any_type():
+    """As torchaudio's `power=2.0`, or a patch read from JSON: stored as int, so that equal specs share their tables."""
+    spec = LogMelSpec(
+        power=2.0, hop_length=160.0, n_mels=np.int64(80), patch=[16, 8.0], n_frames=16.0, std=np.float32(2)
+    )
+    assert repr(spec) == repr(LogMelSpec(power=2, hop_length=160, n_mels=80, patch=(16, 8), n_frames=16, std=2.0))
+    assert log_mel(clips(4000), spec).shape == (2, 10, 128)
+
+
+def test_mel_bands_too_narrow_for_float32():
+    with pytest.raises(ValueError, match=r"mel bands.*too narrow"):
+        log_mel(clips(16000), LogMelSpec(f_min=1000.0, f_max=1000.01), impl="reference")
+
+
+def test_shortest_clip_has_a_frame():
+    """Also where the ends are mirrored and the hop is longer than the clip: round(S / hop) is 0 below half a hop."""
+    spec = LogMelSpec(win_length=400, hop_length=1001, snip_edges=False)
+    assert spec.min_samples == 501 and spec.frames(501) == 1 and spec.frames(500) == 0
+    for impl in ("auto", "reference"):
+        assert log_mel(clips(501), spec, layout="spectrogram", impl=impl).shape[2] == 1
+        with pytest.raises(ValueError, match="shorter than one window"):
+            log_mel(clips(500), spec, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["povey, mirrored ends", "audio-jepa-16k"])
+def test_lengths_out_of_range_and_strided(impl, name):
+    """Beyond the row: the row's end. Negative: no frame. Any strides."""
+    spec, pcm = replace((KALDI | TORCHAUDIO)[name], waveform_norm="peak"), clips(9000, batch=3)
+    expected = log_mel(pcm, spec, lengths=torch.tensor([9000, 0, 8000]), layout="spectrogram", impl=impl)
+    wild = torch.tensor([10**12, 7, -5, 7, 8000, 7])
+    out = log_mel(pcm, spec, lengths=wild[::2], layout="spectrogram", impl=impl)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    same = torch.tensor([8000]).expand(3)
+    out = log_mel(pcm, spec, lengths=same, layout="spectrogram", impl=impl)
+    torch.testing.assert_close(out[2], expected[2], rtol=0, atol=0)
+
+
+def test_tables_ignore_the_defaults_of_the_moment():
+    """The default dtype and device at a spec's first call do not stay in its tables."""
+    specs = [LogMelSpec(n_mels=n, hop_length=163) for n in (37, 38)]  # which no other test has cached
+    pcm = clips(4000)
+    torch.set_default_dtype(torch.float64)
+    try:
+        tables = _kernel_tables(specs[0], torch.device("cpu"))
+        first = [log_mel(pcm, specs[0], layout="spectrogram", impl=impl) for impl in ("auto", "reference")]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tables[0].dtype == tables[1].dtype == torch.float32
+    torch.testing.assert_close(first[0], first[1], rtol=0, atol=1e-3)
+    with torch.device("meta"):
+        second = [log_mel(pcm, specs[1], layout="spectrogram", impl=impl) for impl in ("auto", "reference")]
+    torch.testing.assert_close(second[0], second[1], rtol=0, atol=1e-3)
+
+
+def test_tables_outlive_other_specs_on_a_device():
+    """CUDA graphs hold their addresses."""
+    device, specs = torch.device("meta"), [LogMelSpec(n_mels=30, hop_length=200 + i) for i in range(70)]
+    first = _kernel_tables(specs[0], device), _tables(specs[0], device, torch.float32)
+    for spec in specs:
+        _kernel_tables(spec, device), _tables(spec, device, torch.float32)
+    assert _kernel_tables(specs[0], device) is first[0] and _tables(specs[0], device, torch.float32) is first[1]
+
+
+def test_no_tables_are_made_in_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call log_mel once with it before"):
+        _kernel_tables(AUDIO_JEPA, torch.device("cuda", 7))
+
+
+def test_reference_ignores_autocast():
+    pcm, spec = clips(8000), LogMelSpec(n_mels=40)
+    expected = log_mel_reference(pcm, spec, layout="spectrogram")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(log_mel_reference(pcm, spec, layout="spectrogram"), expected)
+
+
+def test_check_ignores_what_lies_beyond_a_clip():
+    x, lengths = clips(8000).float() / 32768, torch.tensor([4000, 8000])
+    x[0, 4000:] = torch.nan
+    log_mel(x, LogMelSpec(n_mels=32), lengths=lengths, check=True)
+    x[1, 7999] = torch.inf
+    with pytest.raises(ValueError, match="NaN"):
+        log_mel(x, LogMelSpec(n_mels=32), lengths=lengths, check=True)
 
 
 def test_bad_calls():

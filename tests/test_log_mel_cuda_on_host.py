@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+from log_mel_cases import (
+    PRESETS,
+    SIGNALS,
+    assert_exact,
+    clips,
+    quiet_about_empty_bands,  # noqa: F401
+    recordings,
+    signal_case,
+)
 
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.log_mel import _log_mel_fused
@@ -25,11 +34,12 @@ class LogMel(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("pcm", "lengths", "window", "weights", "segments", "offsets")),
-        *((name, ctypes.c_void_p) for name in ("stats", "peaks", "out")),
+        *((name, ctypes.c_void_p) for name in ("twiddles", "stats", "peaks", "out")),
         ("batch", ctypes.c_int64), ("samples", ctypes.c_int64),
         *((name, ctypes.c_int) for name in (
             "n_fft", "win_length", "hop_length", "first_sample", "frame_bias", "frame_add", "min_samples",
-            "n_mels", "n_segments", "n_frames", "patch_mels", "patch_frames", "patches", "power", "waveform_norm",
+            "n_mels", "n_segments", "n_frames", "patch_mels", "patch_frames", "patches", "patch_rows",
+            "patch_mels_inverse", "power", "waveform_norm",
         )),
         ("is_int16", ctypes.c_bool), ("remove_dc", ctypes.c_bool), ("edge", ctypes.c_int), ("dtype", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("preemphasis", "scale", "floor", "log_scale", "log_shift", "top")),
@@ -44,21 +54,24 @@ def kernel(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda_on_host") / "log_mel.so"
     source = ROOT / "tests/cuda_on_host/log_mel.cpp"
     command = [CXX, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", str(source)]
+    if platform.machine() == "x86_64":
+        command += ["-mfma", "-ffp-contract=fast"]  # it rounds as a GPU does
     subprocess.run([*command, "-o", str(library)], check=True)
     run = ctypes.CDLL(str(library)).log_mel_on_host
 
-    def op(pcm, lengths, window, weights, segments, offsets, out, **scalars):
-        batch, _, patches, patch_mels, patch_frames = out.shape
+    def op(pcm, lengths, window, weights, segments, offsets, twiddles, out, **scalars):
+        batch, patch_rows, patches, patch_mels, patch_frames = out.shape
         out.fill_(torch.nan)  # whatever is not written fails
         stats = torch.empty(batch, 2) if scalars["waveform_norm"] else None
         peaks = torch.empty(batch) if scalars["top"] >= 0 else None
         tensors = {"pcm": pcm, "lengths": lengths, "window": window, "weights": weights, "segments": segments,
-                   "offsets": offsets, "stats": stats, "peaks": peaks, "out": out}  # fmt: skip
+                   "offsets": offsets, "twiddles": twiddles, "stats": stats, "peaks": peaks, "out": out}  # fmt: skip
         described = LogMel(
             **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
-            **scalars, batch=batch, samples=pcm.shape[1], win_length=len(window), n_mels=out.shape[1] * patch_mels,
+            **scalars, batch=batch, samples=pcm.shape[1], win_length=len(window), n_mels=patch_rows * patch_mels,
             n_segments=len(segments), patch_mels=patch_mels, patch_frames=patch_frames, patches=patches,
-            is_int16=pcm.dtype == torch.int16, scale=1 / 32768 if pcm.dtype == torch.int16 else 1.0,
+            patch_rows=patch_rows, patch_mels_inverse=65535 // patch_mels + 1, is_int16=pcm.dtype == torch.int16,
+            scale=1 / 32768 if pcm.dtype == torch.int16 else 1.0,
             dtype=[torch.float32, torch.float16, torch.bfloat16].index(out.dtype),
         )  # fmt: skip
         assert run(ctypes.byref(described)) == 0
@@ -104,6 +117,19 @@ def test_front_ends(kernel, name, changes):
         torch.testing.assert_close(
             kernel(pcm, spec, lengths=lengths, dtype=dtype), kernel(pcm, spec, lengths=lengths).to(dtype)
         )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_signals(kernel, name, signal):
+    pcm, spec = signal_case(name, signal)
+    assert_exact(kernel(pcm, spec), pcm, spec)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recordings(kernel, audio_dir, name):
+    spec, pcm = replace(LOG_MEL_PRESETS[name], n_frames=None), recordings(audio_dir, each=6_000)
+    assert_exact(kernel(pcm, spec), pcm, spec)
 
 
 def test_quiet_frame_beside_a_loud_one(kernel):

@@ -15,7 +15,7 @@ pytestmark = [
 FRONT_ENDS = ["audio-jepa", "audio-jepa-16k", "a-jepa"]
 
 
-@pytest.mark.parametrize("n_fft", [128, 256, 512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("n_fft", [128, 256, 400, 512, 1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("convention", ["kaldi", "torchaudio"])
 def test_every_size(n_fft, convention):
     spec = LogMelSpec(
@@ -39,6 +39,15 @@ def test_equals_the_cpu_kernel(name, dtype):
     torch.testing.assert_close(out.cpu(), log_mel(pcm, spec, dtype=dtype), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(("n_fft", "n_mels"), [(1024, 108), (2048, 139), (4096, 160)])
+def test_shared_memory_just_below_48_kb(n_fft, n_mels):
+    """The dynamic part alone fits what needs no asking; with the static part it does not."""
+    spec = LogMelSpec(n_fft=n_fft, win_length=n_fft, hop_length=n_fft // 2, n_mels=n_mels, f_min=0.0, floor=1e-7)
+    pcm = clips(n_fft * 20)
+    out = log_mel(pcm.cuda(), spec, layout="spectrogram", impl="fused").cpu()
+    assert_exact(out, pcm, spec, layout="spectrogram")
+
+
 def test_top_db():
     spec = replace(LOG_MEL_PRESETS["audio-jepa-16k"], top_db=40.0)
     pcm = clips(160_000, batch=3)
@@ -59,6 +68,26 @@ def test_graph_and_side_stream(name):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, expected if x is pcm else expected.flip(0))
+
+
+def test_graph_outlives_the_tables_of_other_specs():
+    spec, pcm = LOG_MEL_PRESETS["a-jepa"], clips(160_000).cuda()
+    expected, graph = log_mel(pcm, spec, impl="fused"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = log_mel(pcm, spec, impl="fused")
+    for hop_length in range(150, 250):
+        log_mel(pcm, replace(spec, hop_length=hop_length), impl="fused")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_first_call_within_a_capture():
+    """Named, with its remedy; the device goes on."""
+    spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], hop_length=161), clips(160_000).cuda()
+    with pytest.raises(RuntimeError, match="once with it before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        log_mel(pcm, spec, impl="fused")
+    assert log_mel(pcm, spec, impl="fused").isfinite().all()
 
 
 def test_compiles_as_one_graph():

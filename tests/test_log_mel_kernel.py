@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+from log_mel_cases import (
+    PRESETS,
+    SIGNALS,
+    assert_exact,
+    clips,
+    quiet_about_empty_bands,  # noqa: F401
+    recordings,
+    signal_case,
+)
 
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
 from ajepa_kernels.log_mel import _kernel_tables
@@ -57,32 +65,31 @@ def test_random_specs(isa, seed):
     assert_exact(out, x, spec, lengths=lengths, layout=layout)
 
 
-SIGNALS = {
-    "silence": lambda n: torch.zeros(n),
-    "constant": lambda n: torch.full((n,), 12345.0),
-    "impulse": lambda n: torch.zeros(n).index_fill(0, torch.tensor([n // 3]), 32767.0),
-    "first sample": lambda n: torch.zeros(n).index_fill(0, torch.tensor([0]), -32768.0),
-    "full-scale square": lambda n: torch.where(torch.arange(n) % 50 < 25, 32767.0, -32768.0),
-    "full-scale sine": lambda n: 32767 * torch.sin(torch.arange(n) * 0.3),
-    "least noise": lambda n: torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(0)).float(),
-    "silence, then noise": lambda n: torch.where(torch.arange(n) < n // 2, 0.0, torch.randn(n) * 3000),
-}
-
-
-@pytest.mark.parametrize("name", ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper"])
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_signals(isa, name, signal):
-    # Rounding of the transform stands at 1e-14 of a full-scale frame's power; the floor stays above it.
-    spec = replace(LOG_MEL_PRESETS[name], n_frames=None, patch=(16, 8), floor=1e-7)
-    pcm = SIGNALS[signal](spec.n_fft + 20 * spec.hop_length).round().clamp(-32768, 32767).to(torch.int16)[None]
+    pcm, spec = signal_case(name, signal)
     assert_exact(log_mel(pcm, spec, impl="fused"), pcm, spec)
 
 
-def test_dtypes_and_strides():
-    spec, pcm = LOG_MEL_PRESETS["audio-jepa"], clips(60_000, batch=4)
+@pytest.mark.parametrize("name", PRESETS)
+def test_recordings(audio_dir, name):
+    spec, pcm = replace(LOG_MEL_PRESETS[name], n_frames=None), recordings(audio_dir, each=30_000)
+    assert_exact(log_mel(pcm, spec, impl="fused"), pcm, spec)
+
+
+@pytest.mark.parametrize("std", [1.0, 2e-4, 1e6])
+def test_dtypes(isa, std):
+    """Rounded as torch rounds: also what float16 holds as a subnormal number or not at all."""
+    spec, pcm = replace(LOG_MEL_PRESETS["audio-jepa"], std=std), clips(60_000, batch=4)
     expected = log_mel(pcm, spec, impl="fused")
     for dtype in (torch.float16, torch.bfloat16):
         torch.testing.assert_close(log_mel(pcm, spec, dtype=dtype, impl="fused"), expected.to(dtype), rtol=0, atol=0)
+
+
+def test_strides():
+    spec, pcm = LOG_MEL_PRESETS["audio-jepa"], clips(60_000, batch=4)
+    expected = log_mel(pcm, spec, impl="fused")
     torch.testing.assert_close(log_mel(pcm[::2], spec, impl="fused"), expected[::2], rtol=0, atol=0)
     torch.testing.assert_close(log_mel(pcm.T.contiguous().T, spec, impl="fused"), expected, rtol=0, atol=0)
     assert log_mel(pcm[:0], spec, impl="fused").shape == (0, 128, 256)
@@ -141,10 +148,15 @@ def test_op_refuses_what_it_cannot_take():
         (lambda: op(pcm, None, *tables, out.double(), **good), "float32, float16"),
         (lambda: op(pcm, None, *tables, out[:1], **good), "out must be"),
         (lambda: op(pcm, torch.tensor([1]), *tables, out, **good), "lengths"),
+        (lambda: op(pcm, None, *tables[:-1], tables.twiddles[:-1], out, **good), "twiddles"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "frame_add": 2}), "out of range"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 500}), "n_fft"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 256}), "longer than n_fft"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_frames": 17}), "n_frames"),
         (lambda: op(pcm, None, *tables, out, **{**good, "hop_length": 0}), "out of range"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "hop_length": 2**32}), "out of range"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "min_samples": 2**32 + 1}), "out of range"),
+        (lambda: op(pcm, None, *tables, out[:, :, :, :0], **good), "out"),
     ):
         with pytest.raises(RuntimeError, match=match):
             bad()
@@ -152,9 +164,24 @@ def test_op_refuses_what_it_cannot_take():
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 def test_compiles_as_one_graph(impl):
+    torch._dynamo.reset()
     spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=32), clips(8000)
     compiled = torch.compile(lambda x: 2 * log_mel(x, spec, impl=impl), fullgraph=True)
     torch.testing.assert_close(compiled(pcm), 2 * log_mel(pcm, spec, impl=impl), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_several_specs(impl, dynamic):
+    """One compiled function, whose argument the spec is: fields that change between calls become symbols."""
+    torch._dynamo.reset()  # its limit of recompilations counts those of the other cases
+    spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=None), clips(8000)
+    compiled = torch.compile(
+        lambda x, spec: log_mel(x, spec, impl=impl), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    for changes in ({}, {"hop_length": 200}, {"win_length": 320}, {"f_min": 50.0}, {"n_mels": 64, "std": 3.0}, {}):
+        changed = replace(spec, **changes)
+        torch.testing.assert_close(compiled(pcm, changed), log_mel(pcm, changed, impl=impl), rtol=0, atol=1e-3)
 
 
 def test_without_the_extension(monkeypatch):

@@ -135,9 +135,16 @@ def test_a_partial_run_renews_its_own_records_alone(tmp_path, monkeypatch):
 
 
 BENCHMARK = """
+import conftest
 import pytest
 import records
+import torch
 records.ceilings = lambda: {}
+
+def test_outside_graphs(interleave, monkeypatch):
+    monkeypatch.setattr(conftest, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert interleave({"on the CPU": lambda: None}, seconds=0, rounds=2, outside_graphs=["on the CPU"])
 
 @pytest.mark.parametrize("case", [0, 1])
 def test_case(case, interleave, record):
@@ -162,7 +169,7 @@ def test_a_failed_check_leaves_no_record(tmp_path, monkeypatch):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench_op.py"]
     env = {**os.environ, "AJEPA_BENCH_RESULTS": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     kept = {r["variant"]: r for r in records.read(path)}
     assert {r["shape"] for r in records.read(path)} == {"case 1"}, "case 0 failed, `another` is no more"
     assert kept["plain"]["ratio_to_best_peer"] == 1.0 and kept["ajepa op"]["mfu"] == 0.5

@@ -12,7 +12,7 @@ def _load() -> str:
     """Registers the ops of `_C` as `torch.ops.ajepa.*`; "" or why they are not there."""
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
-        return "it was installed without a C++ compiler"
+        return "it was installed without; AJEPA_EXTENSION=1 pip install -v shows why"
     if os.environ.get("AJEPA_EXTENSION") == "0":
         return "AJEPA_EXTENSION=0"
     try:

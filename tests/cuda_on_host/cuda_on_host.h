@@ -28,6 +28,10 @@ struct float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct dim3 {
@@ -150,6 +154,12 @@ using std::max;
 using std::min;
 inline int __float_as_int(float x) { return cuda_on_host::value<int>(cuda_on_host::word(x)); }
 inline float __int_as_float(int x) { return cuda_on_host::value<float>(cuda_on_host::word(x)); }
+inline unsigned __float_as_uint(float x) { return unsigned(__float_as_int(x)); }
+template <class T>
+void __stcg(T* at, T x) {
+  *at = x;
+}
+inline float __log2f(float x) { return std::log2(x); }
 inline void sincospif(float x, float* s, float* c) {
   *s = float(std::sin(M_PI * double(x))), *c = float(std::cos(M_PI * double(x)));
 }
@@ -159,7 +169,10 @@ struct __half {
   operator float() const { return float(x); }
 };
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
-inline unsigned short __half_as_ushort(__half x) { return (unsigned short)cuda_on_host::word(x); }
+struct __half2 {
+  __half x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 struct __nv_bfloat16 {
   unsigned short x;
   operator float() const { return __int_as_float(int(unsigned(x) << 16)); }
@@ -168,4 +181,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const unsigned bits = unsigned(__float_as_int(x));
   return {(unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.x; }
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }

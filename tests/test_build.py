@@ -1,0 +1,146 @@
+"""setup.py where compilers are absent, too old or broken: scripts stand in for them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = "kernels/ajepa_kernels/_C.abi3.so"
+# Writes what it is asked to compile or link, says so in $LOG; fails on arguments that $BROKEN is part of.
+CXX = """#!/bin/sh
+echo "$0 $*" >>"$LOG"
+case "$*" in *"${BROKEN:-none}"*) echo "$1: error: $BROKEN is broken" >&2; exit 1;; esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && echo >"$2"; shift; done
+"""
+NVCC = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) printf 'compute_%s\\n' $KNOWN; exit;;
+  *--dryrun*) echo "#\\$ TOP=$(dirname "$0")/.."; exit;;
+  *-ccbin=*) ;;
+  *) [ -z "$NEEDS_CCBIN" ] || { echo 'host_config.h:1: #error -- unsupported GNU version!' >&2; exit 1; };;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The sources, with an older build in place, `c++` and an nvcc in a CUDA folder."""
+    for name in ("csrc", "kernels", "ajepa"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / LIBRARY).write_text("older")
+    script(tmp_path / "bin/c++", CXX)
+    script(tmp_path / "cuda/bin/nvcc", NVCC + CXX.split("\n", 1)[1])
+    (tmp_path / "cuda/lib64").mkdir()
+    (tmp_path / "cuda/lib64/libcudart_static.a").touch()
+    for name in ("AJEPA_CUDA", "AJEPA_CUDA_ARCHS", "AJEPA_NVCC", "AJEPA_EXTENSION", "CUDA_PATH", "NVCC_CCBIN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "CXX": "c++", "CC": "c++", "LOG": tmp_path / "log",
+        "CUDA_HOME": tmp_path / "cuda", "KNOWN": "75 80 90 100",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    return tmp_path
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def build(checkout: Path, **environment: str) -> tuple[bool, str, str]:
+    """Whether it succeeds; what it says; the commands that ran."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True)
+    log = checkout / "log"
+    return done.returncode == 0, done.stderr, log.read_text() if log.exists() else ""
+
+
+def said(errors: str) -> list[str]:
+    return [line for line in errors.splitlines() if line.startswith("ajepa:")]
+
+
+@pytest.mark.parametrize("broken", ["ops.cpp", "kAvx2Kernel", "-shared"])
+def test_failed_compilation_leaves_the_python(checkout, broken):
+    if broken == "kAvx2Kernel" and os.uname().machine != "x86_64":
+        pytest.skip("x86 only")
+    works, errors, _ = build(checkout, BROKEN=broken)
+    assert works and not (checkout / LIBRARY).exists()  # the older library is gone, too
+    (line,) = said(errors)
+    assert "plain PyTorch" in line and "failed" in line and "AJEPA_EXTENSION=1" in line
+    works, errors, _ = build(checkout, BROKEN=broken, AJEPA_EXTENSION="1")
+    assert not works and "AJEPA_EXTENSION=1, but" in errors
+
+
+def test_no_compiler_and_no_nvcc(checkout):
+    (checkout / "bin/c++").unlink()
+    works, errors, _ = build(checkout, CXX="no-such-compiler", BROKEN="")
+    assert works and "there is no C++ compiler (no-such-compiler)" in errors
+    assert not build(checkout, CXX="no-such-compiler", AJEPA_EXTENSION="1")[0]
+    works, errors, _ = build(checkout, AJEPA_NVCC="/no/nvcc", AJEPA_CUDA="1")
+    assert not works and "AJEPA_NVCC=/no/nvcc" in errors
+
+
+def test_failed_nvcc_leaves_the_cpp(checkout):
+    works, errors, log = build(checkout, BROKEN="log_mel.cu")
+    (line,) = said(errors)
+    assert works and "without CUDA kernels" in line and "error: log_mel.cu is broken" in line
+    *_, ops, _ = (command for command in log.splitlines() if "ops.cpp" in command or "-shared" in command)
+    assert "-DAJEPA_CUDA" not in ops and "libcudart" not in log and (checkout / LIBRARY).read_text() != "older"
+    works, errors, _ = build(checkout, BROKEN="log_mel.cu", AJEPA_CUDA="1")
+    assert not works and "AJEPA_CUDA=1, but" in errors
+
+
+@pytest.mark.parametrize(
+    ("environment", "built"),
+    [
+        ({}, ["80,sm_80", "90,sm_90", "100,sm_100", "100,compute_100"]),
+        ({"KNOWN": "75 80 90"}, ["80,sm_80", "90,sm_90", "90,compute_90"]),
+        ({"AJEPA_CUDA_ARCHS": "8.0 9.0"}, ["80,sm_80", "90,sm_90", "90,compute_90"]),
+        ({"AJEPA_CUDA_ARCHS": "75"}, ["75,sm_75", "75,compute_75"]),
+    ],
+)
+def test_architectures(checkout, environment, built):
+    works, _, log = build(checkout, **environment)
+    codes = [word.split("compute_", 1)[1] for word in log.split() if word.startswith("-gencode")]
+    assert works and [code.replace("code=", "") for code in codes] == built
+    assert str(checkout / "cuda/lib64/libcudart_static.a") in log.replace("bin/../", "")
+
+
+def test_architectures_that_nvcc_does_not_know(checkout):
+    works, errors, _ = build(checkout, AJEPA_CUDA_ARCHS="90;999")
+    assert not works and "does not know 999, only 75, 80, 90, 100" in errors
+    works, errors, _ = build(checkout, KNOWN="60 75")
+    assert works and "no architecture from 80 on" in said(errors)[0]
+
+
+def test_host_compiler_that_nvcc_takes(checkout):
+    """Where the default one is too new, an older one beside it; where there is none, a word about it."""
+    works, errors, _ = build(checkout, NEEDS_CCBIN="1", CXX="env c++", AJEPA_CUDA="auto")
+    if not any(shutil.which(f"g++-{version}", path="/usr/bin:/bin") for version in range(9, 17)):
+        assert works and "unsupported GNU version" in said(errors)[0] and "NVCC_CCBIN" in said(errors)[0]
+    script(checkout / "bin/g++-16", CXX)
+    works, errors, log = build(checkout, NEEDS_CCBIN="1", CXX="env c++")
+    assert works and not said(errors) and f"-ccbin={checkout}/bin/g++-16" in log
+
+
+def test_cuda_path(checkout, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME")
+    works, _, log = build(checkout, CUDA_PATH=str(checkout / "cuda"), AJEPA_CUDA="1")
+    assert works and "log_mel.cu.o" in log
+
+
+def test_wheel_of_a_failed_compilation(checkout):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "out", "."],
+        check=True, cwd=checkout, env={**os.environ, "BROKEN": "ops.cpp"},
+    )  # fmt: skip
+    (wheel,) = (checkout / "out").glob("*.whl")
+    names = subprocess.check_output([sys.executable, "-m", "zipfile", "-l", wheel], text=True)
+    assert "ajepa_kernels/log_mel.py" in names and "_C" not in names
