@@ -56,6 +56,12 @@ def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def constant(fn: Callable) -> Any:
+    """`torch.compiler.assume_constant_result`, which would import torch._dynamo: a second and a half of every start."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 # --- which implementation -----------------------------------------------------------------------------------------
 
 
@@ -94,7 +100,7 @@ def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bo
     return not why_not
 
 
-@torch.compiler.assume_constant_result  # under torch.compile said while tracing, which it does not break
+@constant  # under torch.compile said while tracing, which it does not break
 def _announce(op: str, why_not: str) -> None:
     if (op, why_not) not in _announced:
         _announced.add((op, why_not))
@@ -138,7 +144,7 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
-@torch.compiler.assume_constant_result  # of which torch.compile could not trace what it asks
+@constant  # of which torch.compile could not trace what it asks
 def _device_arch(index: int) -> int:
     return _capability(index)
 

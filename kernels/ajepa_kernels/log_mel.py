@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ajepa_kernels import _extension
+from ajepa_kernels._triton import constant
 
 KALDI_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of mel power
 SEGMENT = 16  # most bins a thread of the CUDA kernel adds up; csrc/log_mel.h has the same
@@ -379,12 +380,12 @@ def _constant(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.nn.Parameter(table, requires_grad=False) for table in tables)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _constant_kernel_tables(device: torch.device, key: str) -> tuple[torch.Tensor, ...]:
     return _constant(_cached(_make_kernel_tables, _from_key(key), device))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _constant_tables(device: torch.device, dtype: torch.dtype, key: str) -> tuple[torch.Tensor, ...]:
     return _constant(_cached(_make_tables, _from_key(key), device, dtype))
 
