@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from ceilings import SECONDS, copy_bytes_per_ms, rotating
 from conftest import DEVICE, left_out

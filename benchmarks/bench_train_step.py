@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import torch._inductor.config
 from conftest import left_out
 from records import DEVICE, FULL
 

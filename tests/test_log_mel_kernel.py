@@ -164,7 +164,7 @@ def test_op_refuses_what_it_cannot_take():
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 def test_compiles_as_one_graph(impl):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=32), clips(8000)
     compiled = torch.compile(lambda x: 2 * log_mel(x, spec, impl=impl), fullgraph=True)
     torch.testing.assert_close(compiled(pcm), 2 * log_mel(pcm, spec, impl=impl), rtol=0, atol=1e-3)
@@ -174,7 +174,7 @@ def test_compiles_as_one_graph(impl):
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_for_several_specs(impl, dynamic):
     """One compiled function, whose argument the spec is: fields that change between calls become symbols."""
-    torch._dynamo.reset()  # its limit of recompilations counts those of the other cases
+    torch.compiler.reset()  # its limit of recompilations counts those of the other cases
     spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=None), clips(8000)
     compiled = torch.compile(
         lambda x, spec: log_mel(x, spec, impl=impl), fullgraph=True, dynamic=dynamic, backend="aot_eager"
