@@ -58,7 +58,7 @@ $(PASSED)/build:
 	$(call part,env AJEPA_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) -m pip install --no-build-isolation --no-deps -e .)
 
 $(PASSED)/tests-gpu:
-	$(call part,env AJEPA_TEST_MISSING=skip $(PYTHON) -m pytest -m gpu)
+	$(call part,env AJEPA_TEST_MISSING=skip $(PYTHON) -m pytest -m gpu $(PARALLEL))
 
 $(PASSED)/tests:
 	$(call part,env AJEPA_TEST_MISSING=skip $(PYTHON) -m pytest -m 'not gpu' $(PARALLEL))
