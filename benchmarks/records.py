@@ -46,9 +46,8 @@ def environment() -> dict:
             return ""
 
     changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!README.md")
-    commit = (git("rev-parse", "--short", "HEAD") or os.environ.get("AJEPA_COMMIT", "unknown")) + (
-        "-dirty" if changed else ""
-    )
+    commit = (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    commit = os.environ.get("AJEPA_COMMIT", commit)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in ("triton", "torchaudio"):
         try:

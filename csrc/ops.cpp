@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -21,8 +23,6 @@
 #ifdef AJEPA_CUDA
 #include "log_mel_cuda.h"
 #endif
-// Defined in libtorch_cuda alone: weak, so that this library also loads beside a CPU build of torch.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace {
 
@@ -30,10 +30,16 @@ using ajepa::LogMel;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// From libtorch_cuda, which a CPU build of torch has not. A weak symbol would stay unresolved: torch loads its libraries
+// for itself alone.
 void* current_stream(int32_t device) {
+  static const auto get = [] {
+    void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    void* const found = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<int32_t (*)(int32_t, void**)>(found);
+  }();
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-                  "ajepa: no current CUDA stream");
+  STD_TORCH_CHECK(get && get(device, &stream) == 0, "ajepa: no current CUDA stream");
   return stream;
 }
 

@@ -272,8 +272,8 @@ def test_a_remembered_step_notices(change):
             optimizer.step(ema_decay=decay)
         updated = [p for group in optimizer.param_groups for p in group["params"]]
         states = [x for p in updated for x in optimizer.state[p].values()]
-        copies = [target.float() for _, target in optimizer.copies]
-        made.append([*params, *updated, *states, *optimizer.ema_targets, *copies])
+        assert all(torch.equal(target, source.to(target.dtype)) for source, target in optimizer.copies)
+        made.append([*params, *updated, *states, *optimizer.ema_targets])
     for got, want in zip(*made, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
@@ -768,7 +768,8 @@ def test_bfloat16_without_a_remainder():
         torch.testing.assert_close(p, q, rtol=2**-7, atol=1e-3)  # two neighbours
         torch.testing.assert_close(e.bfloat16(), p.detach(), rtol=2**-8, atol=0)  # of the value before rounding
         for name, x in optimizer.state[p].items():
-            torch.testing.assert_close(x, reference.state[q][name], rtol=2**-6, atol=1e-6)
+            one_step = 2**-8 * x.abs().max().item() if x.numel() else 0.0  # that sums which cancel may be apart
+            torch.testing.assert_close(x, reference.state[q][name], rtol=2**-6, atol=one_step)
 
 
 @pytest.mark.gpu
@@ -863,6 +864,8 @@ def test_captured_step_follows_its_schedules():
         scale.fill_(i + 1.0)
         graph.replay()
         eager.param_groups[0]["lr"].copy_(lr)
+        for p in plain:
+            p.grad = torch.ones_like(p)  # torch's fused step has divided the last ones in place
         eager.step(ema_decay=decay, grad_scale=scale)
     for a, b in zip([*captured, *emas], [*plain, *plain_emas], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -231,7 +231,8 @@ def test_graph_and_repeats():
     prediction = torch.randn(65536, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     latents = torch.randn(131072, 768, device="cuda", dtype=torch.bfloat16)
     index = torch.randperm(131072, device="cuda")[:65536]
-    run = lambda: both(lambda p: latent_l2_loss(p, latents, index), prediction, torch.ones(()))  # noqa: E731
+    upstream = torch.ones((), device="cuda")
+    run = lambda: both(lambda p: latent_l2_loss(p, latents, index), prediction, upstream)  # noqa: E731
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

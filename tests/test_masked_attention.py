@@ -379,7 +379,7 @@ def test_autocast(impl):
         ((2, 4, 3, 2, 32), {"visible": [[0.5], [0.5]]}, "boolean, or int32 or int64"),
         (
             (2, 4, 3, 2, 32),
-            {"visible": torch.ones(2, 4, dtype=torch.uint8)},
+            {"visible": [[1] * 4] * 2, "dtype": torch.uint8},
             r"got torch.uint8; a mask: visible.bool\(\)",
         ),
         ((2, 4, 3, 2, 32), {"visible": [0]}, "visible must be"),

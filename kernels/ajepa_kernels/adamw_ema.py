@@ -86,6 +86,11 @@ class _Plan(NamedTuple):
     written: list[torch.Tensor]
 
 
+def _like(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """`grad` in the dtype and memory order of `p`: torch's fused step on a GPU takes no other."""
+    return grad.to(p.dtype) if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+
+
 def _tensor_or_number(x: float | torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
     return (x, 0.0) if isinstance(x, torch.Tensor) else (None, x or 0.0)
 
@@ -283,7 +288,7 @@ class AdamWEMA(torch.optim.AdamW):
                 torch._foreach_mul_(params, shrink if found_inf is None else torch.where(found_inf > 0, 1.0, shrink))
                 weight_decay = 0.0
             tensors = (
-                params, [g.to(p.dtype) for p, g in zip(params, t.grads[start:end], strict=True)],
+                params, [_like(p, g) for p, g in zip(params, t.grads[start:end], strict=True)],
                 t.exp_avgs[start:end], t.exp_avg_sqs[start:end], t.max_exp_avg_sqs[start_max:end_max],
                 t.steps[start:end],
             )  # fmt: skip
