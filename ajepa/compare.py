@@ -54,10 +54,10 @@ def time_engines(
 
 
 def _time_together(configs, device, batches: list[Batch], warm_up: int, split_steps: int) -> dict[str, Timing]:
-    release(device)
     engines: dict[str, Engine] = {}
     timings = {name: Timing() for name in configs}
     for name, timing in timings.items():
+        release(device)  # what another engine has freed is not to serve this one uncounted
         before = _reserved(device)
         engine = engines[name] = Engine(configs[name], device)
         for step in range(warm_up):

@@ -65,8 +65,9 @@ def prune(head: str, rows: list[list[str]]) -> str:
 def kernel_rows(records: list[dict]) -> list[list[str]]:
     return [
         [
-            f"`{r['benchmark']}`", r["shape"], number(r["median_ms"]), number(r["floor_share"], ".0%"),
-            number(r["ratio_to_plain"], ".2f"), number(r["ratio_to_best_peer"], ".2f"), r["best_peer"] or "-",
+            f"`{r['variant'].removeprefix('ajepa ')}`", r["shape"], number(r["median_ms"]),
+            number(r["floor_share"], ".0%"), number(r["ratio_to_plain"], ".2f"),
+            number(r["ratio_to_best_peer"], ".2f"), r["best_peer"] or "-",
         ]
         for r in records if is_ours(r)
     ]  # fmt: skip

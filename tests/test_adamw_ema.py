@@ -87,15 +87,8 @@ def test_found_inf_changes_nothing(impl):
     assert all(s["step"].item() == 0 for s in optimizer.state.values())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("direction", ["from torch", "to torch"])
-def test_state_dicts_interchange_with_torch(impl, direction):
-    ours = lambda params: AdamWEMA(params, lr=1e-2, impl=impl)  # noqa: E731
-    torchs = lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True)  # noqa: E731
-    first, second = (torchs, ours) if direction == "from torch" else (ours, torchs)
-    params = parameters()
-    optimizer, straight = first(params), parameters()
-    reference = torchs(straight)
+def change_over(optimizer, second, reference, params, straight):
+    """Four steps, after two of which an optimizer of `second` takes over, which is returned; `reference` goes on."""
     for step in range(4):
         if step == 2:
             saved = copy.deepcopy(optimizer.state_dict())
@@ -105,6 +98,19 @@ def test_state_dicts_interchange_with_torch(impl, direction):
             set_gradients(p, step)
         optimizer.step()
         reference.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("direction", ["from torch", "to torch"])
+def test_state_dicts_interchange_with_torch(impl, direction):
+    ours = lambda params: AdamWEMA(params, lr=1e-2, impl=impl)  # noqa: E731
+    torchs = lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True)  # noqa: E731
+    first, second = (torchs, ours) if direction == "from torch" else (ours, torchs)
+    params = parameters()
+    optimizer, straight = first(params), parameters()
+    reference = torchs(straight)
+    change_over(optimizer, second, reference, params, straight)
     for p, q in zip(params, straight, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -126,15 +132,7 @@ def test_state_dicts_of_a_default_adamw(impl, direction, tensors):
     torch.set_default_dtype(torch.float64)
     try:
         optimizer, reference = first(params), torchs(straight)
-        for step in range(4):
-            if step == 2:
-                saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = second(params)
-                optimizer.load_state_dict(saved)
-            for p in (params, straight):
-                set_gradients(p, step)
-            optimizer.step()
-            reference.step()
+        optimizer = change_over(optimizer, second, reference, params, straight)
     finally:
         torch.set_default_dtype(torch.float32)
     for p, q in zip(params, straight, strict=True):
