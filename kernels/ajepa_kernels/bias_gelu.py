@@ -19,7 +19,7 @@ def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
     divisor = min(C & -C, 1024)
     block_c = divisor if divisor >= 128 else min(power_of_2(C), 1024)
     back = op == "bias_gelu_bwd"
-    rows = Rows(max(1, min((2048 if back else 4096) // block_c, 16)), 8, 3 if back else 1)
+    rows = Rows(max(1, min(4096 // block_c, 16)), 8, 3 if back else 1)
     return block_c, *(tuned(x, op, block_c) or rows)
 
 
@@ -30,15 +30,26 @@ def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
 def _gelu(x, TANH: tl.constexpr):
     """gelu(x) / x, and the derivative of that: what value and gradient are made of.
 
-    With the tanh, (1 + tanh u) / 2 is the logistic function of 2u.
+    With the tanh, (1 + tanh u) / 2 is the logistic function of 2u. Else Phi(-|x|) = 2^P(|x|), where P is the polynomial
+    whose largest error in Phi and in x Phi is least (1.4e-8, so less than float32 rounds): a third of erff's
+    instructions, which would take longer than memory does.
     """
     if TANH:
         u2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         cdf = tl.sigmoid(u2)
         slope = cdf * (1.0 - cdf) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     else:
-        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-        slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        a = tl.abs(x)
+        p = -2.27586005e-06 * a + 3.29678748e-05
+        p = p * a - 1.57278103e-04
+        p = p * a - 2.02480618e-04
+        p = p * a + 7.14278409e-03
+        p = p * a - 5.25464377e-02
+        p = p * a - 4.59193057e-01
+        p = p * a - 1.15110694e00
+        q = tl.exp2(p * a - 0.999999959)
+        cdf = tl.where(x < 0, q, 1.0 - q)
+        slope = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)
     return cdf, slope
 
 
