@@ -621,8 +621,8 @@ def log_mel(
     also the frame that shares a transform with them), and with a waveform norm the clip (where every frame's own mean
     is subtracted, too, norm "mean" may leave the other frames as they are).
 
-    Computed in float32. Within 2e-3 nat (0.01 dB) of float64 on recordings; a band 100 dB below its frame's loudest
-    bin, as beside a pure tone or under a constant that stays in, is rounding noise to any float32 transform.
+    Computed in float32. Within 2e-3 nat (0.01 dB) of float64, except in bands over 90 dB below their frame's loudest
+    one: there an error of 2^-24 of its amplitude is more, and any float32 transform, torchaudio's too, makes it.
 
     Args:
         pcm: `[B, S]` int16 (scaled by 1/32768) or float32 in [-1, 1].
