@@ -64,12 +64,12 @@ def tiles(op: str, bits: int, S: int, D: int, shared: int) -> list[Tiles]:
 
 
 def rows(op: str, block: int) -> list[Rows]:
-    """Candidates of 4 to 32 channels a thread, 16 in a backward, which holds their sums as well."""
+    """Candidates of 4 to 32 channels a thread; 16 in the backward of GELU, which holds their sums as well."""
     back = op in ("add_layer_norm_bwd", "bias_gelu_bwd")
     return [
         Rows(n, warps, stages)
         for n in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8)
-        if 4 <= n * block / (32 * warps) <= (16 if back else 32)
+        if 4 <= n * block / (32 * warps) <= (16 if op == "bias_gelu_bwd" else 32)
         for stages in ((1, 2, 3) if back else (1,))
     ]  # fmt: skip
 

@@ -193,8 +193,8 @@ def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype, affine: bool = T
 
     x, residual = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, C, dtype=stream, **META)
     weight, bias_dtype = (torch.empty(C, **META), torch.float32) if affine else (None, None)
-    normed, total = _add_layer_norm_fwd(x, residual, weight, weight, 1e-5, dtype)
-    _add_layer_norm_bwd(normed, total, total, weight, bias_dtype, 1e-5, dtype)
+    normed, total, mean, rstd = _add_layer_norm_fwd(x, residual, weight, weight, 1e-5, dtype)
+    _add_layer_norm_bwd(normed, total, total, mean, rstd, weight, bias_dtype, dtype)
 
 
 def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:

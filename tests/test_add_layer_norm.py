@@ -159,9 +159,10 @@ def test_opcheck():
     for residual, w, bias in ((None, weight, weight), (x.double().float(), weight, None), (x, None, None)):
         arguments = (x.half(), residual, w, bias, 1e-5, torch.float16)
         torch.library.opcheck(torch.ops.ajepa.add_layer_norm_fwd.default, arguments)
+    rows = torch.randn(5, device=DEVICE), torch.rand(5, device=DEVICE)
     for dsum, x_dtype in ((None, torch.float32), (x, torch.float16)):
         torch.library.opcheck(
-            torch.ops.ajepa.add_layer_norm_bwd.default, (x, dsum, x, weight, torch.float32, 1e-5, x_dtype)
+            torch.ops.ajepa.add_layer_norm_bwd.default, (x, dsum, x, *rows, weight, torch.float32, x_dtype)
         )
 
 

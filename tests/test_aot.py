@@ -41,7 +41,12 @@ def check(name: str, arch: int, reports: list, share: float = 1.0) -> None:
             assert in_flight >= share * BYTES_IN_FLIGHT[arch], f"{name}: {in_flight} bytes in flight, sm_{arch}: {r}"
         elif r.kernel in STREAMING:
             assert r.wide, f"{name}: no 16-byte load on sm_{arch}: {r}"
-            assert r.blocks * r.threads >= 512, f"{name}: too few threads on sm_{arch}: {r}"
+            if (
+                r.kernel == "_add_layer_norm_bwd_kernel"
+            ):  # two programs, whose next rows are on their way to shared memory
+                assert min(2, r.blocks) * r.shared >= BYTES_IN_FLIGHT[arch], f"{name}: too little on its way: {r}"
+            else:
+                assert r.blocks * r.threads >= 512, f"{name}: too few threads on sm_{arch}: {r}"
             if re.fullmatch("_(add_layer_norm|bias_gelu)_bwd_kernel", r.kernel) and "1000" not in name:  # aligned rows
                 assert "a" in r.order, f"{name}: the next rows are not prefetched on sm_{arch}: {r}"
             if r.kernel == "_latent_l2_loss_fwd_kernel":

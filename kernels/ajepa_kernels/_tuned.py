@@ -68,7 +68,6 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, 128, 64): Tiles(32, 128, 8),
         ("attention_bwd", 16, 128, 128): Tiles(16, 128, 8),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
-        ("add_layer_norm_bwd", 2048): Rows(1, 8, 2),
     },
     "sm_86": {  # as sm_80, but for a block's shared memory, 99 KiB
         ("attention_bwd", 16, 128, 128): None,
@@ -97,7 +96,6 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),
         ("attention_bwd", 32, LONG, 128): Tiles(16, 32, 8),
-        ("add_layer_norm_bwd", 512): Rows(4, 8, 2),
     },
 }  # fmt: skip
 

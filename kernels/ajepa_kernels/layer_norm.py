@@ -5,6 +5,8 @@ Shapes: M rows (all leading axes), C width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -15,46 +17,94 @@ from ajepa_kernels._tuned import Rows, tuned
 MAX_WIDTH = 4096  # a row, its gradients and their sums in the registers of eight warps
 
 
-def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
-    """(channels, rows, warps, stages) of a program: 16 channels a thread, or 8 where their sums are held as well."""
-    block_c = power_of_2(x.shape[1])
-    if op == "add_layer_norm_bwd":  # stages: the next two steps are on their way, at 4,096 channels the next
-        rows = Rows(max(1, min(2048 // block_c, 16)), 8 if block_c <= 2048 else 16, 3 if block_c <= 2048 else 2)
-    else:
-        rows = Rows(max(1, min(4096 // block_c, 16)), 8)
-    return block_c, *(tuned(x, op, block_c) or rows)
+class Chunks(NamedTuple):
+    """A row is `count` chunks of `width` channels; of each a thread has `vector` neighbours."""
+
+    width: int
+    count: int
+    vector: int
+
+
+def _config(op: str, *tensors: torch.Tensor | None) -> tuple[Chunks, Rows]:
+    """How a program takes rows of `tensors`. A warp holds up to 768 channels, 24 a thread: then sums along a row need
+    no barrier. Chunks leave no threads idle, where a whole row of 768 would take 1,024; and of every tensor a thread
+    has the same channels, 16 bytes of the widest, so that none change threads."""
+    present = [t for t in tensors if t is not None]
+    C, vector = present[0].shape[1], 16 // max(t.element_size() for t in present)
+    apart = power_of_2(-(-C // 768))  # warps of a row
+    rows = tuned(present[0], op, power_of_2(C)) or Rows(max(1, 4 // apart), max(4, apart), 3 if C <= 2048 else 2)
+    width = min(32 * vector * max(1, rows.num_warps // rows.rows), power_of_2(C))
+    return Chunks(width, -(-C // width), min(vector, width)), rows
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
 @jit
+def _row(ptr, c, C: tl.constexpr, ROWS: tl.constexpr):
+    """Channels c of a vector, each row's threads for themselves: one row of them would come in a layout of its own."""
+    wide = tl.broadcast_to(c, [ROWS, c.shape[1]])
+    return tl.load(ptr + wide, mask=wide < C, other=0.0).to(tl.float32)
+
+
+@jit
 def _add_layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, sum_ptr, stride_x, stride_r, M, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, sum_ptr, mean_ptr, rstd_ptr, stride_x, stride_r, M, eps,
+    C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK_C)[None, :]
     valid = row < M
-    mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
-    x = tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + row[:, None] * stride_r + c, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(sum_ptr.dtype.element_ty)  # what backward reads is what is normalised
-        tl.store(sum_ptr + row[:, None] * C + c, rounded, mask=mask)
-        x = rounded.to(tl.float32)
-    x = tl.where(mask, x - (tl.sum(x, 1) / C)[:, None], 0.0)
-    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + eps))[:, None]
-    if weight_ptr is not None:
-        x = x * tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row[:, None] * C + c, x.to(normed_ptr.dtype.element_ty), mask=mask)
+    first = tl.max_contiguous(tl.arange(0, WIDTH), VECTOR)[None, :]
+    loaded = ()
+    for i in tl.static_range(COUNT):  # all of them on their way before a store stands in between
+        c = i * WIDTH + first
+        mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+        loaded += (tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0),)
+        if residual_ptr is not None:
+            loaded += (tl.load(residual_ptr + row[:, None] * stride_r + c, mask=mask, other=0.0),)
+    chunks = ()
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i in tl.static_range(COUNT):
+        if residual_ptr is None:
+            x = loaded[i].to(tl.float32)
+        else:
+            c = i * WIDTH + first
+            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            x = loaded[2 * i].to(tl.float32) + loaded[2 * i + 1].to(tl.float32)
+            rounded = x.to(sum_ptr.dtype.element_ty)  # what backward reads is what is normalised
+            tl.store(sum_ptr + row[:, None] * C + c, rounded, mask=mask)
+            x = rounded.to(tl.float32)
+        chunks += (x,)
+        total += x
+    mean = tl.sum(total, 1) / C
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i in tl.static_range(COUNT):
+        x = chunks[i] - mean[:, None]
+        if (i + 1) * WIDTH > C:
+            x = tl.where(i * WIDTH + first < C, x, 0.0)
+        total += x * x
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / C + eps)
+    tl.store(mean_ptr + row[:, None], mean[:, None], mask=valid[:, None])
+    tl.store(rstd_ptr + row[:, None], rstd[:, None], mask=valid[:, None])
+    normed = ()
+    for i in tl.static_range(COUNT):
+        c = i * WIDTH + first
+        x = (chunks[i] - mean[:, None]) * rstd[:, None]
+        if weight_ptr is not None:
+            x = x * _row(weight_ptr, c, C, ROWS)
+        if bias_ptr is not None:
+            x += _row(bias_ptr, c, C, ROWS)
+        normed += (x.to(normed_ptr.dtype.element_ty),)
+    for i in tl.static_range(COUNT):
+        c = i * WIDTH + first
+        mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+        tl.store(normed_ptr + row[:, None] * C + c, normed[i], mask=mask)
 
 
 def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, dtype):
     total = x.new_empty(0) if residual is None else _sum_like(x, residual)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), total
+    normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return normed, total, *(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
 
 
 def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -64,23 +114,23 @@ def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 @register(
     "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)"
-    " -> (Tensor normed, Tensor sum)",
+    " -> (Tensor normed, Tensor sum, Tensor mean, Tensor rstd)",
     _add_layer_norm_fwd_fake,
 )
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
-    """x, residual `[M, C]`. Without a residual the sum is x itself and not returned."""
+    """x, residual `[M, C]`; mean, rstd float32 `[M]`. Without a residual the sum is x itself and not returned."""
     M, C = x.shape
-    block_c, rows, num_warps, _ = _config(x, "add_layer_norm_fwd")
-    normed = torch.empty(M, C, dtype=dtype, device=x.device)
-    total = x.new_empty(0) if residual is None else _sum_like(x, residual)
+    chunks, config = _config("add_layer_norm_fwd", x, residual)
+    normed, total, mean, rstd = _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, dtype)
     x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     launch(
-        _add_layer_norm_fwd_kernel, -(-M // rows), x,
-        x, residual, weight, bias, normed, total,
-        x.stride(0), 0 if residual is None else residual.stride(0), M, eps, C, block_c, rows, num_warps=num_warps,
+        _add_layer_norm_fwd_kernel, -(-M // config.rows), x,
+        x, residual, weight, bias, normed, total, mean, rstd,
+        x.stride(0), 0 if residual is None else residual.stride(0), M, eps, C, *chunks, config.rows,
+        num_warps=config.num_warps,
     )  # fmt: skip
-    return normed, total
+    return normed, total, mean, rstd
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -88,43 +138,81 @@ def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
 
 @jit
 def _add_layer_norm_bwd_kernel(
-    sum_ptr, weight_ptr, dnormed_ptr, dsum_ptr, dtotal_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    stride_s, stride_dn, stride_ds, M, eps, programs,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    sum_ptr, mean_ptr, rstd_ptr, weight_ptr, dnormed_ptr, dsum_ptr, dtotal_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    stride_s, stride_dn, stride_ds, M, programs,
+    C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A fixed number of programs walks the rows: few partial sums for weight and bias, in a set order."""
     pid = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)[None, :]
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    first = tl.max_contiguous(tl.arange(0, WIDTH), VECTOR)[None, :]
+    weights = ()
+    dweights = ()
+    dbiases = ()
+    for i in tl.static_range(COUNT):
+        c = i * WIDTH + first
+        if weight_ptr is not None:
+            weights += (_row(weight_ptr, c, C, ROWS),)
+        dweights += (tl.zeros([ROWS, WIDTH], tl.float32),)
+        dbiases += (tl.zeros([ROWS, WIDTH], tl.float32),)
     for start in tl.range(pid * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < M
-        mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
-        x = tl.load(sum_ptr + row[:, None] * stride_s + c, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dnormed_ptr + row[:, None] * stride_dn + c, mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(mask, x - (tl.sum(x, 1) / C)[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + eps)
-        x = x * rstd[:, None]
-        dweight += dy * x
-        dbias += dy
-        if weight_ptr is not None:
-            dy = dy * weight
-        dx = (dy - (tl.sum(dy, 1) / C)[:, None] - x * (tl.sum(dy * x, 1) / C)[:, None]) * rstd[:, None]
-        if dsum_ptr is not None:
-            dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dtotal_ptr + row[:, None] * C + c, dx.to(dtotal_ptr.dtype.element_ty), mask=mask)
-        if dx_ptr is not None:
-            tl.store(dx_ptr + row[:, None] * C + c, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + pid * C + c, tl.sum(dweight, 0)[None, :], mask=c < C)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + pid * C + c, tl.sum(dbias, 0)[None, :], mask=c < C)
+        mean = tl.load(mean_ptr + row, mask=valid, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)
+        along = tl.zeros([ROWS, WIDTH], tl.float32)
+        level = tl.zeros([ROWS, WIDTH], tl.float32)
+        xs = ()
+        dys = ()
+        dws = ()
+        dbs = ()
+        for i in tl.static_range(COUNT):
+            c = i * WIDTH + first
+            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            x = tl.load(sum_ptr + row[:, None] * stride_s + c, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dnormed_ptr + row[:, None] * stride_dn + c, mask=mask, other=0.0).to(tl.float32)
+            x = (x - mean[:, None]) * rstd[:, None]
+            dws += (dweights[i] + dy * x,)
+            dbs += (dbiases[i] + dy,)
+            if weight_ptr is not None:
+                dy = dy * weights[i]
+            along += dy * x
+            level += dy
+            xs += (x,)
+            dys += (dy,)
+        dweights = dws
+        dbiases = dbs
+        along, level = tl.reduce((along, level), 1, _add_pairs)
+        along = along / C
+        level = level / C
+        dxs = ()
+        for i in tl.static_range(COUNT):
+            c = i * WIDTH + first
+            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            dx = (dys[i] - level[:, None] - xs[i] * along[:, None]) * rstd[:, None]
+            if dsum_ptr is not None:
+                dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
+            dxs += (dx,)
+        for i in tl.static_range(COUNT):
+            c = i * WIDTH + first
+            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            tl.store(dtotal_ptr + row[:, None] * C + c, dxs[i].to(dtotal_ptr.dtype.element_ty), mask=mask)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + row[:, None] * C + c, dxs[i].to(dx_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(COUNT):
+        c = i * WIDTH + first
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + pid * C + c, tl.sum(dweights[i], 0)[None, :], mask=c < C)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + pid * C + c, tl.sum(dbiases[i], 0)[None, :], mask=c < C)
 
 
-def _add_layer_norm_bwd_fake(dnormed, dsum, total, weight, bias_dtype, eps, x_dtype):
+@jit
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+def _add_layer_norm_bwd_fake(dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype):
     dtotal = torch.empty_like(total, memory_format=torch.contiguous_format)
     dx = dtotal.new_empty(0) if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
     C = total.shape[1]
@@ -133,15 +221,15 @@ def _add_layer_norm_bwd_fake(dnormed, dsum, total, weight, bias_dtype, eps, x_dt
 
 
 @register(
-    "add_layer_norm_bwd(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor? weight, ScalarType? bias_dtype, float eps, "
-    "ScalarType x_dtype) -> (Tensor dtotal, Tensor dx, Tensor dweight, Tensor dbias)",
+    "add_layer_norm_bwd(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor mean, Tensor rstd, Tensor? weight, "
+    "ScalarType? bias_dtype, ScalarType x_dtype) -> (Tensor dtotal, Tensor dx, Tensor dweight, Tensor dbias)",
     _add_layer_norm_bwd_fake,
 )
-def _add_layer_norm_bwd(dnormed, dsum, total, weight, bias_dtype, eps, x_dtype):
+def _add_layer_norm_bwd(dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype):
     """dtotal is the gradient of x and of the residual; dx the same in x's dtype, where that is another one."""
     M, C = total.shape
-    block_c, rows, num_warps, stages = _config(total, "add_layer_norm_bwd")
-    programs = min(2 * multiprocessors(total), -(-M // rows))
+    chunks, config = _config("add_layer_norm_bwd", total, dnormed, dsum)
+    programs = min(2 * multiprocessors(total), -(-M // config.rows))
     dtotal = torch.empty(M, C, dtype=total.dtype, device=total.device)
     dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
     partial = [
@@ -152,9 +240,9 @@ def _add_layer_norm_bwd(dnormed, dsum, total, weight, bias_dtype, eps, x_dtype):
     dsum = None if dsum is None else dense_rows(dsum)
     launch(
         _add_layer_norm_bwd_kernel, programs, total,
-        total, None if weight is None else weight.contiguous(), dnormed, dsum, dtotal, dx, *partial,
-        total.stride(0), dnormed.stride(0), 0 if dsum is None else dsum.stride(0), M, eps, programs,
-        C, block_c, rows, stages, num_warps=num_warps,
+        total, mean, rstd, None if weight is None else weight.contiguous(), dnormed, dsum, dtotal, dx, *partial,
+        total.stride(0), dnormed.stride(0), 0 if dsum is None else dsum.stride(0), M, programs,
+        C, *chunks, config.rows, config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     dweight, dbias = (
         dtotal.new_empty(0) if sums is None else sums.sum(0).to(dtype)
@@ -166,25 +254,27 @@ def _add_layer_norm_bwd(dnormed, dsum, total, weight, bias_dtype, eps, x_dtype):
 class _AddLayerNorm(Function):
     @staticmethod
     def forward(x, residual, weight, bias, eps, dtype):
-        normed, total = torch.ops.ajepa.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
-        return normed if residual is None else (normed, total)
+        normed, total, mean, rstd = torch.ops.ajepa.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        return (normed, mean, rstd) if residual is None else (normed, mean, rstd, total)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, ctx.eps, _ = inputs
+        x, residual, weight, bias, *_ = inputs
+        _, mean, rstd, *total = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if residual is None else output[1], weight)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x if residual is None else total[0], mean, rstd, weight)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, bias)]
 
     @staticmethod
     @first_order
-    def backward(ctx, saved, dnormed, dsum=None):
-        (total, weight), (x_dtype, residual_dtype, bias_dtype) = saved, ctx.dtypes
+    def backward(ctx, saved, dnormed, _mean, _rstd, dsum=None):
+        (total, mean, rstd, weight), (x_dtype, residual_dtype, bias_dtype) = saved, ctx.dtypes
         dx = dtotal = dsum
         dweight = dbias = None
         if dnormed is not None:
             dtotal, dx, dweight, dbias = torch.ops.ajepa.add_layer_norm_bwd(
-                dnormed, dsum, total, weight, bias_dtype, ctx.eps, x_dtype
+                dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype
             )
             dx = dtotal if x_dtype == total.dtype else dx
             dweight, dbias = None if weight is None else dweight, None if bias_dtype is None else dbias
@@ -239,7 +329,8 @@ def add_layer_norm(
         normed, in the dtype of x, or under autocast in autocast's; and sum, in the wider dtype of x and residual (x
         itself where there is no residual). Computed in float32.
 
-    Saved for backward: sum and weight. Weight and bias gradients are summed in a fixed order.
+    Saved for backward: sum, weight, and the mean and 1 / deviation of each row. Weight and bias gradients are summed in
+    a fixed order.
     `torch.func.grad` works, `torch.vmap` only with impl="reference".
 
     Raises:
@@ -272,6 +363,6 @@ def add_layer_norm(
     if not use_triton("add_layer_norm", impl, x, unsupported):
         return add_layer_norm_reference(x, residual, weight, bias, eps, dtype)
     if residual is None:
-        return _AddLayerNorm.apply(x.reshape(-1, C), None, weight, bias, eps, dtype).view(x.shape), x
-    normed, total = _AddLayerNorm.apply(x.reshape(-1, C), residual.reshape(-1, C), weight, bias, eps, dtype)
+        return _AddLayerNorm.apply(x.reshape(-1, C), None, weight, bias, eps, dtype)[0].view(x.shape), x
+    normed, _, _, total = _AddLayerNorm.apply(x.reshape(-1, C), residual.reshape(-1, C), weight, bias, eps, dtype)
     return normed.view(x.shape), total.view(x.shape)
