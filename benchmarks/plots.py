@@ -42,9 +42,11 @@ def floor(result: dict):
     for y, group in enumerate(cases):
         ours = next(r for r in group if is_ours(r))
         axes.barh(y, 100 * ours["floor_share"], color=COLOURS["fused"], height=0.62, label="ajepa" if y == 0 else None)
-        axes.text(100 * ours["floor_share"] + 1, y, f"{ours['floor_share']:.0%}", va="center", fontsize=8)
         plain = [r for r in group if r["ratio_to_plain"] == 1.0 and r is not ours]
         peer = [r for r in group if r["variant"] == r["best_peer"]]
+        share = ours["floor_share"]
+        clear = max(r["floor_share"] for r in (ours, *plain, *peer) if r["floor_share"] < share + 0.06)
+        axes.text(100 * clear + 1, y, f"{share:.0%}", va="center", fontsize=8)
         for r in plain:
             axes.scatter(100 * r["floor_share"], y, **marks["plain PyTorch"], zorder=3)
         for r in peer:
