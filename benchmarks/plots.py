@@ -39,14 +39,15 @@ def floor(result: dict):
         "best peer": {"marker": "D", "s": 22, "color": "#d9822b"},
     }
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.3 * len(cases)), layout="constrained")
+    widest = max((r["floor_share"] for group in cases for r in group), default=1.0)
     for y, group in enumerate(cases):
         ours = next(r for r in group if is_ours(r))
         axes.barh(y, 100 * ours["floor_share"], color=COLOURS["fused"], height=0.62, label="ajepa" if y == 0 else None)
         plain = [r for r in group if r["ratio_to_plain"] == 1.0 and r is not ours]
         peer = [r for r in group if r["variant"] == r["best_peer"]]
         share = ours["floor_share"]
-        clear = max(r["floor_share"] for r in (ours, *plain, *peer) if r["floor_share"] < share + 0.06)
-        axes.text(100 * clear + 1, y, f"{share:.0%}", va="center", fontsize=8)
+        clear = max(r["floor_share"] for r in (ours, *plain, *peer) if r["floor_share"] < share + 0.07 * widest)
+        axes.text(100 * clear + 1.2 * widest, y, f"{share:.0%}", va="center", fontsize=8)
         for r in plain:
             axes.scatter(100 * r["floor_share"], y, **marks["plain PyTorch"], zorder=3)
         for r in peer:
