@@ -33,12 +33,12 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def assert_as_good(got, plain, want, dtype, names=None) -> None:
-    """Each of `got` errs from float64 at most thrice as much as the plain definition in its dtype and one rounding."""
+    """Each of `got` errs from float64 at most twice as much as the plain definition in its dtype and one rounding."""
     rounding = torch.finfo(dtype).eps
     for i, (g, p, w) in enumerate(zip(got, plain, want, strict=True)):
         name = names[i] if names else i
         assert g.shape == w.shape, f"{name}: {list(g.shape)} instead of {list(w.shape)}"
-        error, allowed = relative_error(g, w), 3 * (relative_error(p, w) + rounding)
+        error, allowed = relative_error(g, w), 2 * (relative_error(p, w) + rounding)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 

@@ -32,14 +32,16 @@ def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
 def _gelu(x, TANH: tl.constexpr):
     """gelu(x) / x, and the derivative of that: what value and gradient are made of.
 
-    With the tanh, (1 + tanh u) / 2 is the logistic function of 2u. Else Phi(-|x|) = 2^P(|x|), where P is the polynomial
-    whose largest error in Phi and in x Phi is least (1.4e-8, so less than float32 rounds): a third of erff's
-    instructions, which would take longer than memory does.
+    With the tanh, (1 + tanh u) / 2 is the logistic function of 2u, from exp(-|2u|): exact in both tails. Else
+    Phi(-|x|) = 2^P(|x|), where P is the polynomial whose largest error in Phi and in x Phi is least (1.4e-8, so less
+    than float32 rounds): a third of erff's instructions, which would take longer than memory does.
     """
     if TANH:
-        u2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        cdf = tl.sigmoid(u2)
-        slope = cdf * (1.0 - cdf) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        x2 = x * x
+        q = tl.exp2(tl.abs(x) * (-2.302208198144325 - 0.1029432395800235 * x2))
+        p = 1.0 / (1.0 + q)
+        cdf = tl.where(x < 0, q * p, p)
+        slope = q * p * p * (1.5957691216057308 + 0.2140644488178007 * x2)
     else:
         a = tl.abs(x)
         p = -2.27586005e-06 * a + 3.29678748e-05
