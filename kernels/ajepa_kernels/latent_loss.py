@@ -3,18 +3,20 @@
 Shapes: T masked tokens, M rows of latents, C width.
 """
 
+# Kernels grow tuples.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
 from ajepa_kernels._autograd import Function, first_order
-from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
-from ajepa_kernels._tuned import Rows, tuned
+from ajepa_kernels._chunks import MAX_WIDTH, channels, chunk, row_chunks
+from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, register, tl, use_triton
 
 KINDS = ("l2", "smooth_l1", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
-MAX_WIDTH = 4096  # two rows of float32 in the registers of eight warps
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -23,41 +25,82 @@ MAX_WIDTH = 4096  # two rows of float32 in the registers of eight warps
 @jit
 def _latent_l2_loss_fwd_kernel(
     prediction_ptr, latents_ptr, index_ptr, loss_ptr, grad_ptr, stride_p, stride_l, T, grad_factor, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Distance of each token and its gradient times `grad_factor`; the gathered, normalised target stays on chip."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK_C)[None, :]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < T
-    mask = valid[:, None] if C == BLOCK_C else valid[:, None] & (c < C)
-    p = tl.load(prediction_ptr + row.to(tl.int64)[:, None] * stride_p + c, mask=mask, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # waits for nothing, but holds the load above here: left alone it sinks below the sums over t
     index = tl.load(index_ptr + row, mask=valid, other=0).to(tl.int64)
-    t = tl.load(latents_ptr + index[:, None] * stride_l + c, mask=mask, other=0.0).to(tl.float32)
+    predictions = ()
+    for i in tl.static_range(COUNT):
+        c, mask = chunk(i, valid, C, WIDTH, VECTOR)
+        predictions += (tl.load(prediction_ptr + row[:, None] * stride_p + c, mask=mask, other=0.0),)
+    tl.debug_barrier()  # waits for nothing, but holds the loads above here: left alone they sink below the sums over t
+    targets = ()
+    for i in tl.static_range(COUNT):
+        c, mask = chunk(i, valid, C, WIDTH, VECTOR)
+        targets += (tl.load(latents_ptr + index[:, None] * stride_l + c, mask=mask, other=0.0).to(tl.float32),)
+    zeros = tl.zeros([ROWS, WIDTH], tl.float32)
     if NORMALIZE:
-        t = tl.where(mask, t - (tl.sum(t, 1) / C)[:, None], 0.0)
-        t = t * (1.0 / tl.sqrt_rn(tl.sum(t * t, 1) / C + eps))[:, None]
+        total = zeros
+        for i in tl.static_range(COUNT):
+            total += targets[i]
+        mean = tl.sum(total, 1) / C
+        total = zeros
+        centred = ()
+        for i in tl.static_range(COUNT):
+            t = targets[i] - mean[:, None]
+            if (i + 1) * WIDTH > C:
+                t = tl.where(channels(i, WIDTH, VECTOR) < C, t, 0.0)
+            total += t * t
+            centred += (t,)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / C + eps)
+        targets = ()
+        for i in tl.static_range(COUNT):
+            targets += (centred[i] * rstd[:, None],)
+    grads = ()
     if KIND == "cosine":
-        dot = tl.sum(p * t, 1)
-        norm_p, norm_t = tl.sqrt_rn(tl.sum(p * p, 1)), tl.sqrt_rn(tl.sum(t * t, 1))
+        dots = zeros
+        squares_p = zeros
+        squares_t = zeros
+        for i in tl.static_range(COUNT):
+            p = predictions[i].to(tl.float32)
+            dots += p * targets[i]
+            squares_p += p * p
+            squares_t += targets[i] * targets[i]
+        dot, square_p, square_t = tl.reduce((dots, squares_p, squares_t), 1, _add_triples)
+        norm_p, norm_t = tl.sqrt_rn(square_p), tl.sqrt_rn(square_t)
         length_p, length_t = tl.maximum(norm_p, eps), tl.maximum(norm_t, eps)
         cosine = dot / (length_p * length_t)
         loss = 2.0 - 2.0 * cosine
         # below eps the length is a constant, so the second term goes
-        along = tl.where(norm_p > eps, cosine / (length_p * length_p), 0.0)
-        grad = -2.0 * (t / (length_p * length_t)[:, None] - p * along[:, None])
-    elif KIND == "smooth_l1":
-        d = p - t
-        loss = tl.sum(tl.where(tl.abs(d) < 1.0, 0.5 * d * d, tl.abs(d) - 0.5), 1) / C
-        grad = tl.minimum(tl.maximum(d, -1.0), 1.0) / C
+        along = tl.where(norm_p > eps, cosine / (length_p * length_p), 0.0) * (2.0 * grad_factor)
+        across = (-2.0 * grad_factor) / (length_p * length_t)
+        for i in tl.static_range(COUNT):
+            grads += (targets[i] * across[:, None] + predictions[i].to(tl.float32) * along[:, None],)
     else:
-        d = p - t
-        loss = tl.sum(d * d, 1) / C
-        grad = d * (2.0 / C)
+        total = zeros
+        for i in tl.static_range(COUNT):
+            d = predictions[i].to(tl.float32) - targets[i]
+            if KIND == "smooth_l1":
+                clipped = tl.minimum(tl.maximum(d, -1.0), 1.0)
+                total += clipped * (d - 0.5 * clipped)
+                grads += (clipped * (grad_factor / C),)
+            else:
+                total += d * d
+                grads += (d * (2.0 * grad_factor / C),)
+        loss = tl.sum(total, 1) / C
     tl.store(loss_ptr + row, loss, mask=valid)
     if grad_ptr is not None:
-        grad = (grad * grad_factor).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + row.to(tl.int64)[:, None] * C + c, grad, mask=mask)
+        for i in tl.static_range(COUNT):
+            c, mask = chunk(i, valid, C, WIDTH, VECTOR)
+            tl.store(grad_ptr + row[:, None] * C + c, grads[i].to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _add_triples(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
 
 
 def _latent_l2_loss_fwd_fake(prediction, latents, index, kind, normalize, eps, grad_factor, with_grad):
@@ -76,21 +119,14 @@ def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_f
     prediction, latents = dense_rows(prediction), dense_rows(latents)
     loss = torch.empty(T, dtype=torch.float32, device=prediction.device)
     grad = torch.empty(T if with_grad else 0, C, dtype=prediction.dtype, device=prediction.device)
-    block_c, rows, num_warps = _config(prediction, "latent_l2_loss_fwd")
+    chunks, config = row_chunks("latent_l2_loss_fwd", prediction, latents)
     launch(
-        _latent_l2_loss_fwd_kernel, -(-T // rows), prediction,
+        _latent_l2_loss_fwd_kernel, -(-T // config.rows), prediction,
         prediction, latents, index.contiguous(), loss, grad if with_grad else None,
-        prediction.stride(0), latents.stride(0), T, grad_factor, eps, C, block_c, rows, kind, normalize,
-        num_warps=num_warps,
+        prediction.stride(0), latents.stride(0), T, grad_factor, eps, C, *chunks, config.rows, kind, normalize,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return loss, grad
-
-
-def _config(x: torch.Tensor, op: str) -> tuple[int, int, int]:
-    """(channels, rows, warps) of a program: 16 channels a thread, several rows where they are narrow."""
-    block_c = power_of_2(x.shape[1])
-    rows = Rows(max(1, min(1024 // block_c, 8)), max(2, min(block_c // 512, 8)))
-    return block_c, *(tuned(x, op, block_c) or rows)[:2]
 
 
 # --- backward -------------------------------------------------------------------------------------------------------

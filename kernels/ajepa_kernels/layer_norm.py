@@ -8,46 +8,14 @@ Shapes: M rows (all leading axes), C width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
 from ajepa_kernels._autograd import Function, autocast_dtype, first_order
-from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
-from ajepa_kernels._tuned import Rows, tuned
-
-MAX_WIDTH = 4096  # a row, its gradients and their sums in the registers of eight warps
-
-
-class Chunks(NamedTuple):
-    """A row is `count` chunks of `width` channels; of each a thread has `vector` neighbours."""
-
-    width: int
-    count: int
-    vector: int
-
-
-def _config(op: str, *tensors: torch.Tensor | None) -> tuple[Chunks, Rows]:
-    """How a program takes rows of `tensors`. A warp holds up to 768 channels, 24 a thread: then sums along a row need
-    no barrier. Chunks leave no threads idle, where a whole row of 768 would take 1,024; and of every tensor a thread
-    has the same channels, 16 bytes of the widest, so that none change threads."""
-    present = [t for t in tensors if t is not None]
-    C, vector = present[0].shape[1], 16 // max(t.element_size() for t in present)
-    apart = power_of_2(-(-C // 768))  # warps of a row
-    rows = tuned(present[0], op, power_of_2(C)) or Rows(max(1, 4 // apart), max(4, apart), 3 if C <= 2048 else 2)
-    width = min(32 * vector * max(1, rows.num_warps // rows.rows), power_of_2(C))
-    return Chunks(width, -(-C // width), min(vector, width)), rows
-
+from ajepa_kernels._chunks import MAX_WIDTH, channels, chunk, load_vector, row_chunks
+from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, register, tl, use_triton
 
 # --- forward ----------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _row(ptr, c, C: tl.constexpr, ROWS: tl.constexpr):
-    """Channels c of a vector, each row's threads for themselves: one row of them would come in a layout of its own."""
-    wide = tl.broadcast_to(c, [ROWS, c.shape[1]])
-    return tl.load(ptr + wide, mask=wide < C, other=0.0).to(tl.float32)
 
 
 @jit
@@ -57,11 +25,9 @@ def _add_layer_norm_fwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
-    first = tl.max_contiguous(tl.arange(0, WIDTH), VECTOR)[None, :]
     loaded = ()
     for i in tl.static_range(COUNT):  # all of them on their way before a store stands in between
-        c = i * WIDTH + first
-        mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+        c, mask = chunk(i, valid, C, WIDTH, VECTOR)
         loaded += (tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0),)
         if residual_ptr is not None:
             loaded += (tl.load(residual_ptr + row[:, None] * stride_r + c, mask=mask, other=0.0),)
@@ -71,8 +37,7 @@ def _add_layer_norm_fwd_kernel(
         if residual_ptr is None:
             x = loaded[i].to(tl.float32)
         else:
-            c = i * WIDTH + first
-            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             x = loaded[2 * i].to(tl.float32) + loaded[2 * i + 1].to(tl.float32)
             rounded = x.to(sum_ptr.dtype.element_ty)  # what backward reads is what is normalised
             tl.store(sum_ptr + row[:, None] * C + c, rounded, mask=mask)
@@ -84,23 +49,22 @@ def _add_layer_norm_fwd_kernel(
     for i in tl.static_range(COUNT):
         x = chunks[i] - mean[:, None]
         if (i + 1) * WIDTH > C:
-            x = tl.where(i * WIDTH + first < C, x, 0.0)
+            x = tl.where(chunk(i, valid, C, WIDTH, VECTOR)[1], x, 0.0)
         total += x * x
     rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / C + eps)
     tl.store(mean_ptr + row[:, None], mean[:, None], mask=valid[:, None])
     tl.store(rstd_ptr + row[:, None], rstd[:, None], mask=valid[:, None])
     normed = ()
     for i in tl.static_range(COUNT):
-        c = i * WIDTH + first
+        c = channels(i, WIDTH, VECTOR)
         x = (chunks[i] - mean[:, None]) * rstd[:, None]
         if weight_ptr is not None:
-            x = x * _row(weight_ptr, c, C, ROWS)
+            x = x * load_vector(weight_ptr, c, C, ROWS)
         if bias_ptr is not None:
-            x += _row(bias_ptr, c, C, ROWS)
+            x += load_vector(bias_ptr, c, C, ROWS)
         normed += (x.to(normed_ptr.dtype.element_ty),)
     for i in tl.static_range(COUNT):
-        c = i * WIDTH + first
-        mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+        c, mask = chunk(i, valid, C, WIDTH, VECTOR)
         tl.store(normed_ptr + row[:, None] * C + c, normed[i], mask=mask)
 
 
@@ -123,7 +87,7 @@ def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
     """x, residual `[M, C]`; mean, rstd float32 `[M]`. Without a residual the sum is x itself and not returned."""
     M, C = x.shape
-    chunks, config = _config("add_layer_norm_fwd", x, residual)
+    chunks, config = row_chunks("add_layer_norm_fwd", x, residual)
     normed, total, mean, rstd = _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, dtype)
     x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
@@ -148,14 +112,13 @@ def _add_layer_norm_bwd_kernel(
 ):  # fmt: skip
     """A fixed number of programs walks the rows: few partial sums for weight and bias, in a set order."""
     pid = tl.program_id(0)
-    first = tl.max_contiguous(tl.arange(0, WIDTH), VECTOR)[None, :]
     weights = ()
     dweights = ()
     dbiases = ()
     for i in tl.static_range(COUNT):
-        c = i * WIDTH + first
+        c = channels(i, WIDTH, VECTOR)
         if weight_ptr is not None:
-            weights += (_row(weight_ptr, c, C, ROWS),)
+            weights += (load_vector(weight_ptr, c, C, ROWS),)
         dweights += (tl.zeros([ROWS, WIDTH], tl.float32),)
         dbiases += (tl.zeros([ROWS, WIDTH], tl.float32),)
     for start in tl.range(pid * ROWS, M, programs * ROWS, num_stages=STAGES):
@@ -170,8 +133,7 @@ def _add_layer_norm_bwd_kernel(
         dws = ()
         dbs = ()
         for i in tl.static_range(COUNT):
-            c = i * WIDTH + first
-            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             x = tl.load(sum_ptr + row[:, None] * stride_s + c, mask=mask, other=0.0).to(tl.float32)
             dy = tl.load(dnormed_ptr + row[:, None] * stride_dn + c, mask=mask, other=0.0).to(tl.float32)
             x = (x - mean[:, None]) * rstd[:, None]
@@ -190,20 +152,18 @@ def _add_layer_norm_bwd_kernel(
         level = level / C
         dxs = ()
         for i in tl.static_range(COUNT):
-            c = i * WIDTH + first
-            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             dx = (dys[i] - level[:, None] - xs[i] * along[:, None]) * rstd[:, None]
             if dsum_ptr is not None:
                 dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
             dxs += (dx,)
         for i in tl.static_range(COUNT):
-            c = i * WIDTH + first
-            mask = valid[:, None] if (i + 1) * WIDTH <= C else valid[:, None] & (c < C)
+            c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             tl.store(dtotal_ptr + row[:, None] * C + c, dxs[i].to(dtotal_ptr.dtype.element_ty), mask=mask)
             if dx_ptr is not None:
                 tl.store(dx_ptr + row[:, None] * C + c, dxs[i].to(dx_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(COUNT):
-        c = i * WIDTH + first
+        c = channels(i, WIDTH, VECTOR)
         if dweight_ptr is not None:
             tl.store(dweight_ptr + pid * C + c, tl.sum(dweights[i], 0)[None, :], mask=c < C)
         if dbias_ptr is not None:
@@ -231,7 +191,7 @@ def _add_layer_norm_bwd_fake(dnormed, dsum, total, mean, rstd, weight, bias_dtyp
 def _add_layer_norm_bwd(dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype):
     """dtotal is the gradient of x and of the residual; dx the same in x's dtype, where that is another one."""
     M, C = total.shape
-    chunks, config = _config("add_layer_norm_bwd", total, dnormed, dsum)
+    chunks, config = row_chunks("add_layer_norm_bwd", total, dnormed, dsum)
     programs = min(2 * multiprocessors(total), -(-M // config.rows))
     dtotal = torch.empty(M, C, dtype=total.dtype, device=total.device)
     dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
