@@ -4,6 +4,9 @@ What feeds such a product, a layer norm or a GELU, is quantised where it is made
 Shapes: M rows (all leading axes), K input and N output features.
 """
 
+# Kernels grow tuples.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -11,13 +14,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._triton import arch, dense_rows, jit, launch, power_of_2, register, tl, use_triton
+from ajepa_kernels._chunks import MAX_WIDTH as MAX_NORM_WIDTH
+from ajepa_kernels._chunks import channels, chunk, load_vector, row_chunks
+from ajepa_kernels._triton import arch, dense_rows, jit, launch, register, tl, use_triton
 from ajepa_kernels.bias_gelu import _gelu
 
 E4M3_MAX = 448.0
 LEAST = 1e-12  # largest magnitude of a row of zeros, instead of zero
 MAX_WIDTH = 8192
-MAX_NORM_WIDTH = 4096  # a row and its sum with the residual in registers
 LANES = 16  # `torch._scaled_mm` takes multiples of it
 GELUS = (None, "none", "tanh")  # as torch.nn.functional.gelu
 
@@ -34,27 +38,43 @@ class Quantized(NamedTuple):
 
 
 @jit
-def _store_quantized(out_ptr, scale_ptr, x, row, k, valid, mask, K: tl.constexpr):
-    scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) * (1.0 / 448.0)
-    x = x * (1.0 / scale)[:, None]
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)  # rounding may pass the largest number
-    tl.store(out_ptr + row[:, None] * K + k, x.to(tl.float8e4nv), mask=mask)
+def _store_quantized(
+    out_ptr, scale_ptr, chunks, row, valid,
+    K: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """`chunks` of rows, zero where there are no channels."""
+    largest = tl.abs(chunks[0])
+    for i in tl.static_range(1, COUNT):
+        largest = tl.maximum(largest, tl.abs(chunks[i]))
+    scale = tl.maximum(tl.max(largest, 1), 1e-12) * (1.0 / 448.0)
+    inverse = (1.0 / scale)[:, None]
+    for i in tl.static_range(COUNT):
+        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
+        x = tl.minimum(tl.maximum(chunks[i] * inverse, -448.0), 448.0)  # rounding may pass the largest number
+        tl.store(out_ptr + row[:, None] * K + k, x.to(tl.float8e4nv), mask=mask)
     tl.store(scale_ptr + row, scale, mask=valid)
 
 
 @jit
 def _quantize_rows_kernel(
-    x_ptr, out_ptr, scale_ptr, stride, M, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, GELU: tl.constexpr
-):
+    x_ptr, out_ptr, scale_ptr, stride, M,
+    K: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    GELU: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)[None, :]
     valid = row < M
-    mask = valid[:, None] if K == BLOCK_K else valid[:, None] & (k < K)
-    x = tl.load(x_ptr + row[:, None] * stride + k, mask=mask, other=0.0).to(tl.float32)
-    if GELU:
-        cdf, _ = _gelu(x, GELU == 2)
-        x = x * cdf
-    _store_quantized(out_ptr, scale_ptr, x, row, k, valid, mask, K)
+    loaded = ()
+    for i in tl.static_range(COUNT):
+        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
+        loaded += (tl.load(x_ptr + row[:, None] * stride + k, mask=mask, other=0.0).to(tl.float32),)
+    chunks = ()
+    for i in tl.static_range(COUNT):
+        x = loaded[i]
+        if GELU:
+            cdf, _ = _gelu(x, GELU == 2)
+            x = x * cdf
+        chunks += (x,)
+    _store_quantized(out_ptr, scale_ptr, chunks, row, valid, K, WIDTH, COUNT, VECTOR)
 
 
 def _quantized_like(x):
@@ -63,21 +83,16 @@ def _quantized_like(x):
     )
 
 
-def _rows(block_k: int) -> int:
-    return max(1, min(4096 // block_k, 16))
-
-
 @register("quantize_rows(Tensor x, int gelu) -> (Tensor values, Tensor scale)", lambda x, gelu: _quantized_like(x))
 def _quantize_rows(x, gelu):
     """gelu: place in GELUS of what comes before."""
     M, K = x.shape
-    block_k = power_of_2(K)
-    rows = _rows(block_k)
+    chunks, config = row_chunks("quantize_rows", x)
     values, scale = _quantized_like(x)
     x = dense_rows(x)
     launch(
-        _quantize_rows_kernel, -(-M // rows), x,
-        x, values, scale, x.stride(0), M, K, block_k, rows, gelu, num_warps=8,
+        _quantize_rows_kernel, -(-M // config.rows), x,
+        x, values, scale, x.stride(0), M, K, *chunks, config.rows, gelu, num_warps=config.num_warps,
     )  # fmt: skip
     return values, scale
 
@@ -85,22 +100,40 @@ def _quantize_rows(x, gelu):
 @jit
 def _norm_quantize_rows_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, scale_ptr, sum_ptr, stride_x, stride_r, M, eps,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)[None, :]
     valid = row < M
-    mask = valid[:, None] if K == BLOCK_K else valid[:, None] & (k < K)
-    x = tl.load(x_ptr + row[:, None] * stride_x + k, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(residual_ptr + row[:, None] * stride_r + k, mask=mask, other=0.0).to(tl.float32)
-    rounded = x.to(sum_ptr.dtype.element_ty)  # as add_layer_norm: what is kept is what is normalised
-    tl.store(sum_ptr + row[:, None] * K + k, rounded, mask=mask)
-    x = rounded.to(tl.float32)
-    x = tl.where(mask, x - (tl.sum(x, 1) / K)[:, None], 0.0)
-    x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + eps))[:, None]
-    x = x * tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    x += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    _store_quantized(out_ptr, scale_ptr, x, row, k, valid, mask, K)
+    loaded = ()
+    for i in tl.static_range(COUNT):  # all of them on their way before a store stands in between
+        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
+        loaded += (tl.load(x_ptr + row[:, None] * stride_x + k, mask=mask, other=0.0),)
+        loaded += (tl.load(residual_ptr + row[:, None] * stride_r + k, mask=mask, other=0.0),)
+    sums = ()
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i in tl.static_range(COUNT):
+        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
+        rounded = (loaded[2 * i].to(tl.float32) + loaded[2 * i + 1].to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row[:, None] * K + k, rounded, mask=mask)  # as add_layer_norm: what is kept is normalised
+        x = rounded.to(tl.float32)
+        sums += (x,)
+        total += x
+    mean = tl.sum(total, 1) / K
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    centred = ()
+    for i in tl.static_range(COUNT):
+        x = sums[i] - mean[:, None]
+        if (i + 1) * WIDTH > K:
+            x = tl.where(channels(i, WIDTH, VECTOR) < K, x, 0.0)
+        centred += (x,)
+        total += x * x
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / K + eps)
+    chunks = ()
+    for i in tl.static_range(COUNT):
+        k = channels(i, WIDTH, VECTOR)
+        weight, bias = load_vector(weight_ptr, k, K, ROWS), load_vector(bias_ptr, k, K, ROWS)
+        chunks += (centred[i] * rstd[:, None] * weight + bias,)
+    _store_quantized(out_ptr, scale_ptr, chunks, row, valid, K, WIDTH, COUNT, VECTOR)
 
 
 def _norm_quantize_rows_fake(x, residual, weight, bias, eps):
@@ -115,14 +148,14 @@ def _norm_quantize_rows_fake(x, residual, weight, bias, eps):
 )
 def _norm_quantize_rows(x, residual, weight, bias, eps):
     M, K = x.shape
-    block_k = power_of_2(K)
-    rows = _rows(block_k)
+    chunks, config = row_chunks("norm_quantize_rows", x, residual)
     values, scale, total = _norm_quantize_rows_fake(x, residual, weight, bias, eps)
     x, residual = dense_rows(x), dense_rows(residual)
     launch(
-        _norm_quantize_rows_kernel, -(-M // rows), x,
+        _norm_quantize_rows_kernel, -(-M // config.rows), x,
         x, residual, weight.contiguous(), bias.contiguous(), values, scale, total,
-        x.stride(0), residual.stride(0), M, eps, K, block_k, rows, num_warps=8,
+        x.stride(0), residual.stride(0), M, eps, K, *chunks, config.rows,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return values, scale, total
 
