@@ -1,5 +1,8 @@
 """Rows in the registers of a warp, or of several where they are wide: what the operations along a row share."""
 
+# Kernels grow tuples.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -50,3 +53,21 @@ def load_vector(ptr, c, C: tl.constexpr, ROWS: tl.constexpr):
     """Channels c of a vector, each row's threads for themselves: one row of them would come in a layout of its own."""
     wide = tl.broadcast_to(c, [ROWS, c.shape[1]])
     return tl.load(ptr + wide, mask=wide < C, other=0.0).to(tl.float32)
+
+
+@jit
+def centre(chunks, eps, C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr):
+    """Chunks less their row's mean, zero where there are no channels; the mean; and 1 / sqrt(variance + eps)."""
+    total = chunks[0]
+    for i in tl.static_range(1, COUNT):
+        total += chunks[i]
+    mean = tl.sum(total, 1) / C
+    total = tl.zeros_like(total)
+    centred = ()
+    for i in tl.static_range(COUNT):
+        x = chunks[i] - mean[:, None]
+        if (i + 1) * WIDTH > C:
+            x = tl.where(channels(i, WIDTH, VECTOR) < C, x, 0.0)
+        centred += (x,)
+        total += x * x
+    return centred, mean, 1.0 / tl.sqrt_rn(tl.sum(total, 1) / C + eps)

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels._chunks import MAX_WIDTH as MAX_NORM_WIDTH
-from ajepa_kernels._chunks import channels, chunk, load_vector, row_chunks
+from ajepa_kernels._chunks import centre, channels, chunk, load_vector, row_chunks
 from ajepa_kernels._triton import arch, dense_rows, jit, launch, register, tl, use_triton
 from ajepa_kernels.bias_gelu import _gelu
+from ajepa_kernels.layer_norm import sum_rows
 
 E4M3_MAX = 448.0
 LEAST = 1e-12  # largest magnitude of a row of zeros, instead of zero
@@ -63,13 +64,10 @@ def _quantize_rows_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
-    loaded = ()
-    for i in tl.static_range(COUNT):
-        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
-        loaded += (tl.load(x_ptr + row[:, None] * stride + k, mask=mask, other=0.0).to(tl.float32),)
     chunks = ()
     for i in tl.static_range(COUNT):
-        x = loaded[i]
+        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
+        x = tl.load(x_ptr + row[:, None] * stride + k, mask=mask, other=0.0).to(tl.float32)
         if GELU:
             cdf, _ = _gelu(x, GELU == 2)
             x = x * cdf
@@ -104,30 +102,8 @@ def _norm_quantize_rows_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
-    loaded = ()
-    for i in tl.static_range(COUNT):  # all of them on their way before a store stands in between
-        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
-        loaded += (tl.load(x_ptr + row[:, None] * stride_x + k, mask=mask, other=0.0),)
-        loaded += (tl.load(residual_ptr + row[:, None] * stride_r + k, mask=mask, other=0.0),)
-    sums = ()
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in tl.static_range(COUNT):
-        k, mask = chunk(i, valid, K, WIDTH, VECTOR)
-        rounded = (loaded[2 * i].to(tl.float32) + loaded[2 * i + 1].to(tl.float32)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + row[:, None] * K + k, rounded, mask=mask)  # as add_layer_norm: what is kept is normalised
-        x = rounded.to(tl.float32)
-        sums += (x,)
-        total += x
-    mean = tl.sum(total, 1) / K
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    centred = ()
-    for i in tl.static_range(COUNT):
-        x = sums[i] - mean[:, None]
-        if (i + 1) * WIDTH > K:
-            x = tl.where(channels(i, WIDTH, VECTOR) < K, x, 0.0)
-        centred += (x,)
-        total += x * x
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / K + eps)
+    sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, valid, K, WIDTH, COUNT, VECTOR)
+    centred, _, rstd = centre(sums, eps, K, WIDTH, COUNT, VECTOR)
     chunks = ()
     for i in tl.static_range(COUNT):
         k = channels(i, WIDTH, VECTOR)

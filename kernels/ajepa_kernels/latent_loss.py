@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels._autograd import Function, first_order
-from ajepa_kernels._chunks import MAX_WIDTH, channels, chunk, row_chunks
+from ajepa_kernels._chunks import MAX_WIDTH, centre, chunk, row_chunks
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, register, tl, use_triton
 
 KINDS = ("l2", "smooth_l1", "cosine")
@@ -41,24 +41,12 @@ def _latent_l2_loss_fwd_kernel(
     for i in tl.static_range(COUNT):
         c, mask = chunk(i, valid, C, WIDTH, VECTOR)
         targets += (tl.load(latents_ptr + index[:, None] * stride_l + c, mask=mask, other=0.0).to(tl.float32),)
-    zeros = tl.zeros([ROWS, WIDTH], tl.float32)
     if NORMALIZE:
-        total = zeros
-        for i in tl.static_range(COUNT):
-            total += targets[i]
-        mean = tl.sum(total, 1) / C
-        total = zeros
-        centred = ()
-        for i in tl.static_range(COUNT):
-            t = targets[i] - mean[:, None]
-            if (i + 1) * WIDTH > C:
-                t = tl.where(channels(i, WIDTH, VECTOR) < C, t, 0.0)
-            total += t * t
-            centred += (t,)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / C + eps)
+        centred, _, rstd = centre(targets, eps, C, WIDTH, COUNT, VECTOR)
         targets = ()
         for i in tl.static_range(COUNT):
             targets += (centred[i] * rstd[:, None],)
+    zeros = tl.zeros([ROWS, WIDTH], tl.float32)
     grads = ()
     if KIND == "cosine":
         dots = zeros

@@ -12,10 +12,34 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels._autograd import Function, autocast_dtype, first_order
-from ajepa_kernels._chunks import MAX_WIDTH, channels, chunk, load_vector, row_chunks
+from ajepa_kernels._chunks import MAX_WIDTH, centre, channels, chunk, load_vector, row_chunks
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, register, tl, use_triton
 
 # --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def sum_rows(
+    x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, valid,
+    C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Float32 chunks of x + residual as stored, so that what backward reads is what is normalised; or of x alone."""
+    loaded = ()
+    for i in tl.static_range(COUNT):  # all of them on their way before a store stands in between
+        c, mask = chunk(i, valid, C, WIDTH, VECTOR)
+        loaded += (tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0),)
+        if residual_ptr is not None:
+            loaded += (tl.load(residual_ptr + row[:, None] * stride_r + c, mask=mask, other=0.0),)
+    sums = ()
+    for i in tl.static_range(COUNT):
+        if residual_ptr is None:
+            sums += (loaded[i].to(tl.float32),)
+        else:
+            c, mask = chunk(i, valid, C, WIDTH, VECTOR)
+            rounded = (loaded[2 * i].to(tl.float32) + loaded[2 * i + 1].to(tl.float32)).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + row[:, None] * C + c, rounded, mask=mask)
+            sums += (rounded.to(tl.float32),)
+    return sums
 
 
 @jit
@@ -25,39 +49,14 @@ def _add_layer_norm_fwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
-    loaded = ()
-    for i in tl.static_range(COUNT):  # all of them on their way before a store stands in between
-        c, mask = chunk(i, valid, C, WIDTH, VECTOR)
-        loaded += (tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0),)
-        if residual_ptr is not None:
-            loaded += (tl.load(residual_ptr + row[:, None] * stride_r + c, mask=mask, other=0.0),)
-    chunks = ()
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in tl.static_range(COUNT):
-        if residual_ptr is None:
-            x = loaded[i].to(tl.float32)
-        else:
-            c, mask = chunk(i, valid, C, WIDTH, VECTOR)
-            x = loaded[2 * i].to(tl.float32) + loaded[2 * i + 1].to(tl.float32)
-            rounded = x.to(sum_ptr.dtype.element_ty)  # what backward reads is what is normalised
-            tl.store(sum_ptr + row[:, None] * C + c, rounded, mask=mask)
-            x = rounded.to(tl.float32)
-        chunks += (x,)
-        total += x
-    mean = tl.sum(total, 1) / C
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in tl.static_range(COUNT):
-        x = chunks[i] - mean[:, None]
-        if (i + 1) * WIDTH > C:
-            x = tl.where(chunk(i, valid, C, WIDTH, VECTOR)[1], x, 0.0)
-        total += x * x
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / C + eps)
+    sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, valid, C, WIDTH, COUNT, VECTOR)
+    centred, mean, rstd = centre(sums, eps, C, WIDTH, COUNT, VECTOR)
     tl.store(mean_ptr + row[:, None], mean[:, None], mask=valid[:, None])
     tl.store(rstd_ptr + row[:, None], rstd[:, None], mask=valid[:, None])
     normed = ()
     for i in tl.static_range(COUNT):
         c = channels(i, WIDTH, VECTOR)
-        x = (chunks[i] - mean[:, None]) * rstd[:, None]
+        x = centred[i] * rstd[:, None]
         if weight_ptr is not None:
             x = x * load_vector(weight_ptr, c, C, ROWS)
         if bias_ptr is not None:
