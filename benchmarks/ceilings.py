@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Callable
 
-from conftest import DEVICE
+from records import DEVICE, QUICK
 
 from ajepa import ceilings
 
-SECONDS = 3.0 if DEVICE == "cuda" else 1.0  # of timing a shape: CPUs run the plain definitions, to see that all works
+# Seconds of timing a shape. A CPU runs the plain definitions, which only shows that everything works.
+SECONDS = (0.6 if QUICK else 3.0) if DEVICE == "cuda" else (0.05 if QUICK else 1.0)
 CACHE_BYTES = 180 << 20 if DEVICE == "cuda" else 64 << 20
 
 

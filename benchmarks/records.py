@@ -20,7 +20,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(os.environ.get("AJEPA_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FULL = os.environ.get("AJEPA_BENCH", "") == "full"  # also what takes minutes
+MODE = os.environ.get("AJEPA_BENCH", "")
+FULL = MODE == "full"  # also measure what takes minutes
+QUICK = MODE == "quick"  # few repetitions and no compiled peers, for a run with a time budget
 
 
 @functools.cache
