@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import records
+import result_files
 import torch
-from records import DEVICE
+from records import DEVICE, QUICK
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from missing import *  # noqa: F403
@@ -63,15 +64,16 @@ def left_out(reasons: dict[str, str]) -> None:
 def interleave() -> Callable[..., Times]:
     """interleave({name: function}, seconds=3.0, rounds=7) -> times: every function once a round, in a new order.
 
-    Stops after `seconds` and at least `rounds` rounds. On a GPU, pass functions that rotate through their inputs. What
-    cannot run here is left out with its reason, what cannot be in a CUDA graph is launched; ours must do both.
+    Stops after `seconds` and at least `rounds` rounds; a quick run asks for fewer rounds, 5 on a GPU and 2 on a CPU. On
+    a GPU, pass functions that rotate through their inputs. What cannot run here is left out with its reason, what
+    cannot be in a CUDA graph is launched; ours must do both.
     `outside_graphs` names what a graph would not hold, though it can be captured: work on the CPU or on other streams.
     """
 
     def run(
         variants: dict[str, Callable[[], object]],
         seconds: float = 3.0,
-        rounds: int = 7,
+        rounds: int = 7 if not QUICK else 2 if DEVICE == "cpu" else 5,
         outside_graphs: Iterable[str] = (),
     ) -> Times:
         ready = {}
@@ -111,7 +113,7 @@ def interleave() -> Callable[..., Times]:
 
 @pytest.fixture
 def record(request) -> Callable[..., list[dict]]:
-    """record(benchmark, shape, times, plain=, peers=, floor_ms=, more=) -> the records it wrote and printed.
+    """record(benchmark, shape, times, plain=, peers=, floor_ms=, more=) -> records, which are kept if the test passes.
 
     Args:
         benchmark, shape: what was timed.
@@ -122,6 +124,7 @@ def record(request) -> Callable[..., list[dict]]:
         more: further fields of a variant's record, such as `clips_per_second` and `mfu`.
     """
     written: list[dict] = []
+    request.node.user_properties.append(("records", written))
 
     def write(
         benchmark: str,
@@ -152,7 +155,6 @@ def record(request) -> Callable[..., list[dict]]:
             for name, values in times.items()
         ]
         written.extend(new)
-        records.put(records.results_path(), request.node.nodeid, written)
         columns = ("median ms", "p20", "p80", "of floor", "x plain")
         print(f"\n{benchmark} {shape:<{max(0, 35 - len(benchmark))}}", *(f"{c:>10}" for c in columns), file=sys.stderr)
         for r in sorted(new, key=lambda r: r["median_ms"]):
@@ -166,16 +168,24 @@ def record(request) -> Callable[..., list[dict]]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
+    """The records of a test that passed go into the results file; in a run of gpu.py, worker.py takes them."""
+    if call.when == "call":
+        item.user_properties.append(("left_out", LEFT_OUT.get(item.nodeid, {})))
     report = yield
+    if records.JOURNAL:
+        return report
     if report.failed:
         records.put(records.results_path(), item.nodeid, [])
     elif report.when == "call":
-        records.put_left_out(records.results_path(), item.nodeid, LEFT_OUT.get(item.nodeid, {}))
+        kept = dict(item.user_properties)
+        if report.passed and kept.get("records"):
+            records.put(records.results_path(), item.nodeid, kept["records"])
+        records.put_left_out(records.results_path(), item.nodeid, kept["left_out"])
     return report
 
 
 def pytest_terminal_summary(terminalreporter):
-    lines = records.left_out_lines(LEFT_OUT)
+    lines = result_files.left_out_lines(LEFT_OUT)
     if lines:
         terminalreporter.section("left out on this machine")
     for line in lines:
@@ -183,6 +193,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_sessionfinish(session):
+    if records.JOURNAL:
+        return
     option = session.config.option
     everything = not (option.keyword or option.markexpr or option.collectonly or session.testsfailed)
     if everything and all(Path(argument).is_dir() for argument in session.config.args):

@@ -1,12 +1,6 @@
-"""The results file of a device: what was measured where, as flat records that later runs replace test by test.
-
-`results/<device>.json` holds the device, the versions and commit of the last run, the ceilings it measured, and
-`records`. Each record keeps the test, the commit and the day it was measured at, so that a run of one file renews its
-own records and leaves the others as they are. `left_out` says of each test what it did not measure here, and why.
-"""
+"""What this machine is, what it can do at most, and where a benchmark's records go: its device's results file."""
 
 import functools
-import json
 import os
 import platform
 import re
@@ -15,14 +9,16 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import result_files
 import torch
+from result_files import ROOT
+from sources import fingerprint
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(os.environ.get("AJEPA_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODE = os.environ.get("AJEPA_BENCH", "")
 FULL = MODE == "full"  # also measure what takes minutes
 QUICK = MODE == "quick"  # few repetitions and no compiled peers, for a run with a time budget
+JOURNAL = os.environ.get("AJEPA_JOURNAL", "")  # that of the run of gpu.py which this is a part of: it takes the records
 
 
 @functools.cache
@@ -35,7 +31,7 @@ def device_name() -> str:
 
 
 def results_path() -> Path:
-    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device_name().lower()).strip('-')}.json"
+    return result_files.path_of(device_name())
 
 
 @functools.cache
@@ -77,64 +73,38 @@ def ceilings() -> dict[str, float]:
     return {"copy_gb_per_s": copy_bytes_per_ms(DEVICE) / 1e6, **products}
 
 
-def merge(kept: list[dict], test: str, new: list[dict]) -> list[dict]:
-    """`kept` without what `test` gave before and without other records of the same benchmark and shape, and `new`."""
-    shapes = {(r["benchmark"], r["shape"]) for r in new}
-    rest = [r for r in kept if r.get("test") != test and (r["benchmark"], r["shape"]) not in shapes]
-    return sorted(rest + new, key=lambda r: (r["benchmark"], _natural(r["shape"])))
-
-
 def read(path: Path) -> list[dict]:
-    return _load(path).get("records", [])
-
-
-def _load(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return result_files.load(path).get("records", [])
 
 
 def write(path: Path, records: list[dict], left_out: dict[str, dict[str, str]] | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".tmp")
-    left_out = _load(path).get("left_out", {}) if left_out is None else left_out
-    kept = {"ceilings": ceilings(), "left_out": left_out, "records": records}
-    half.write_text(json.dumps({**environment(), **kept}, indent=1) + "\n")
-    os.replace(half, path)
-
-
-def put_left_out(path: Path, test: str, reasons: dict[str, str]) -> None:
-    """Make `reasons`, of what was not measured, those of `test`."""
-    stored = _load(path)
-    before = stored.get("left_out", {})
-    after = {**{name: why for name, why in before.items() if name != test}, **({test: reasons} if reasons else {})}
-    if stored and after != before:
-        write(path, stored["records"], dict(sorted(after.items())))
+    before = result_files.load(path)
+    left_out = before.get("left_out", {}) if left_out is None else left_out
+    result_files.save(
+        path, {**before, **environment(), "ceilings": ceilings(), "left_out": left_out, "records": records}
+    )
 
 
 def put(path: Path, test: str, new: list[dict]) -> None:
     """Make `new` the records of `test`; none where its check failed: a speed-up stands only while its check passes."""
     kept = read(path)
-    mark = {"test": test, "commit": environment()["commit"], "date": environment()["date"]}
-    merged = merge(kept, test, [{**record, **mark} for record in new])
+    mark = {"test": test, **{name: environment()[name] for name in ("commit", "date")}, "sources": fingerprint(test)}
+    merged = result_files.merge(kept, test, [{**record, **mark} for record in new])
     if merged != kept:
         write(path, merged)
 
 
-def left_out_lines(left_out: dict[str, dict[str, str]]) -> list[str]:
-    """`left_out` to read, each thing once."""
-    named = {test: re.sub(r".*bench_(\w+)\.py.*", r"\1", test) for test in left_out}
-    return list(
-        dict.fromkeys(f"{named[test]}: {what}: {why}" for test in left_out for what, why in left_out[test].items())
-    )
+def put_left_out(path: Path, test: str, reasons: dict[str, str]) -> None:
+    """Make `reasons`, of what was not measured, those of `test`."""
+    stored = result_files.load(path)
+    after = result_files.with_reasons(stored.get("left_out", {}), test, reasons)
+    if stored and after != stored.get("left_out", {}):
+        write(path, stored["records"], after)
 
 
 def forget_others(path: Path, tests: set[str]) -> None:
     """Drop records of tests that are no more: after a run of all benchmarks."""
-    kept = read(path)
-    living = [r for r in kept if r.get("test") in tests]
-    if living != kept:
-        write(path, living, {name: why for name, why in _load(path).get("left_out", {}).items() if name in tests})
-
-
-def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """Sorts 64 before 256."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
+    stored = result_files.load(path)
+    living = [r for r in stored.get("records", []) if r.get("test") in tests]
+    if living != stored.get("records", []):
+        write(path, living, {name: why for name, why in stored.get("left_out", {}).items() if name in tests})

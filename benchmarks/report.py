@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from records import left_out_lines
-from selection import WHOLE, groups, is_ours, kernels, load, number, of, plots_of, when
+from result_files import left_out_lines
+from selection import WHOLE, groups, is_old, is_ours, kernels, load, measured, number, of, plots_of, when
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,7 +41,7 @@ def whole_rows(records: list[dict]) -> list[list[str]]:
         [
             r["shape"], r["variant"], number(r["median_ms"]), f"{number(r['p20_ms'])} - {number(r['p80_ms'])}",
             number(r.get("clips_per_second")), number(r["ratio_to_plain"], ".2f"), number(r.get("mfu"), ".0%"),
-            gib(r), number(r.get("data_wait_share"), ".0%"),
+            gib(r), number(r.get("data_wait_share"), ".0%"), measured(r),
         ]
         for r in records
     ]  # fmt: skip
@@ -51,8 +51,8 @@ ON_A_CPU = (
     "On a CPU `log_mel` alone has a kernel; its floor is a bare rfft of the same frames, which does less. The other "
     "ops\nare their plain definitions there, which torch.compile may beat."
 )
-WHOLE_HEAD = "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data"
-KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer"
+WHOLE_HEAD = "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | measured"
+KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer | measured"
 
 
 def prune(head: str, rows: list[list[str]]) -> str:
@@ -67,7 +67,7 @@ def kernel_rows(records: list[dict]) -> list[list[str]]:
         [
             f"`{r['variant'].removeprefix('ajepa ')}`", r["shape"], number(r["median_ms"]),
             number(r["floor_share"], ".0%"), number(r["ratio_to_plain"], ".2f"),
-            number(r["ratio_to_best_peer"], ".2f"), r["best_peer"] or "-",
+            number(r["ratio_to_best_peer"], ".2f"), r["best_peer"] or "-", measured(r),
         ]
         for r in records if is_ours(r)
     ]  # fmt: skip
@@ -86,12 +86,34 @@ def side_by_side(records: list[dict]) -> str:
         row = [group[0]["shape"], *(number(ms.get(variant)) for variant in variants)]
         row += [number(fused.get("clips_per_second")), *(number(ratio, ".2f") for ratio in ratios)]
         row += [number(fused.get("mfu"), ".0%"), *(gib(r) for r in map(of_variant.get, ("eager", "fused")))]
-        rows.append([*row, number(fused.get("data_wait_share"), ".0%")])
-    return prune(" | ".join([*head, "eager GiB", "fused GiB", "waiting for data"]), rows)
+        rows.append([*row, number(fused.get("data_wait_share"), ".0%"), measured(fused or group[0])])
+    return prune(" | ".join([*head, "eager GiB", "fused GiB", "waiting for data", "measured"]), rows)
 
 
 def gib(r: dict | None) -> str:
     return number(r["peak_bytes"] / 2**30, ".1f") if r and r.get("peak_bytes") else "-"
+
+
+def profile_table(r: dict) -> str:
+    """Where the time of a step goes: by kind, then the kernels that take most of it."""
+    kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in r["kinds"].items())
+    rows = [
+        [
+            f"`{k['name'][:70]}`",
+            k["kind"],
+            number(k["ms"], ",.2f"),
+            number(k["calls"], ",.0f"),
+            number(k["share"], ".1%"),
+        ]
+        for k in r["kernels"]
+    ]
+    return f"{r['shape']}, {measured(r)}: {kinds}.\n\n" + table("kernel | kind | ms a step | calls | share", rows)
+
+
+def tests_text(tested: dict) -> str:
+    text = f"{tested['passed']:,} passed, {len(tested['failed'])} failed, {tested['skipped']:,} skipped "
+    text += f"({', '.join(tested['dates'])}, at {', '.join(tested['commits'])})."
+    return "\n".join([text, *(f"- {test}: {reason}" for test, reason in tested["failed"].items())])
 
 
 def largest(records: list[dict]) -> list[dict]:
@@ -107,8 +129,9 @@ def largest(records: list[dict]) -> list[dict]:
 def readme_section(results: list[dict]) -> str:
     parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
     for result in results:
-        parts.append(f"**{result['device']}** ({when(result)})")
-        parts += [side_by_side(steps) for name in ("train_step", "end_to_end") if (steps := of(result, name))]
+        old = " Figures *before a rebuild* are of code that has changed since." * any(map(is_old, result["records"]))
+        parts.append(f"**{result['device']}** ({when(result)}).{old}")
+        parts += [side_by_side(steps) for name in ("step", "train_step", "end_to_end") if (steps := of(result, name))]
         if ops := kernel_rows(largest(kernels(result))):
             parts += [table(KERNEL_HEAD, ops)] + [ON_A_CPU] * (not result["gpu"])
     plots = "[all cases and plots](benchmarks/results/README.md)"
@@ -120,7 +143,7 @@ def results_page(results: list[dict]) -> str:
     parts = ["# Benchmark results", "Written by `benchmarks/report.py` from the JSON files beside it. "
              "Ratios above 1: faster than plain PyTorch, or than the best peer, in the same run. The floor of an op is "
              "the time of its least bytes at the copy rate measured then; MFU is the share of the matrix product rate "
-             "measured then."]  # fmt: skip
+             "measured then. A figure *before a rebuild* is of code that has changed since."]  # fmt: skip
     if not any(result["gpu"] for result in results):
         parts.append(UNMEASURED)
     for result in results:
@@ -133,11 +156,16 @@ def results_page(results: list[dict]) -> str:
         if ops := kernels(result):
             parts += ["### Ops", table(KERNEL_HEAD, kernel_rows(ops))] + [ON_A_CPU] * (not result["gpu"])
             parts += [f"![Share of the floor by op](plots/{path})" for path in plots_of(result, "floor")]
-        others = [r for r in result["records"] if r["benchmark"] not in WHOLE and not r.get("floor_share")]
+        told = (*WHOLE, "step_profile")
+        others = [r for r in result["records"] if r["benchmark"] not in told and not r.get("floor_share")]
         if others:
             rows = [[f"`{r['benchmark']}`", r["shape"], r["variant"], number(r["median_ms"]),
                      number(r["ratio_to_plain"], ".2f")] for r in others]  # fmt: skip
             parts += ["### Others", table("benchmark | case | variant | ms | x plain", rows)]
+        if kernel_table := of(result, "step_profile"):
+            parts += ["### The kernels of a step", profile_table(kernel_table[0])]
+        if tested := result.get("tests"):
+            parts += ["### Tests on this device", tests_text(tested)]
         if lines := left_out_lines(result.get("left_out", {})):
             parts += ["### Left out", "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join(parts) + "\n"
@@ -157,12 +185,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--no-readme", action="store_true", help="the page and plots of --results alone")
     options = parser.parse_args(argv)
     results = load(options.results)
-    pages = {
-        options.readme: replaced(options.readme.read_text(), readme_section(results)),
-        options.results / "README.md": results_page(results),
-    }
+    pages = {options.results / "README.md": results_page(results)}
+    if not options.no_readme:
+        pages[options.readme] = replaced(options.readme.read_text(), readme_section(results))
     if options.check:
         old = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
         for path in old:

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+from sources import fingerprint
+
 WHOLE = {
+    "step": "Our training step alone",
     "train_step": "Training step",
     "end_to_end": "From files to updated weights",
     "scaling": "As the work grows",
@@ -57,6 +60,17 @@ def when(result: dict, records: list[dict] | None = None) -> str:
     return f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}, at {shown}" if dates else "nothing"
 
 
+def measured(r: dict) -> str:
+    """The day and commit of a record; and whether the code that it measured has changed since."""
+    at = f"{r.get('date', 'undated')}, {r.get('commit', 'unknown')}"
+    return at + ", before a rebuild" * is_old(r)
+
+
+def is_old(r: dict) -> bool:
+    """Was the code measured other code than today's? Only ours is told: others' does not change here."""
+    return is_ours(r) and r.get("sources") not in (None, fingerprint(r.get("test", "")))
+
+
 def number(value: float | None, form: str = ",.3g") -> str:
     """Three digits that matter, no exponent."""
     if value is None:
@@ -67,6 +81,7 @@ def number(value: float | None, form: str = ",.3g") -> str:
 def plots_of(result: dict, name: str) -> list[str]:
     """The plots that the results of `name` give."""
     given = {
+        "step": [],
         "train_step": [("phases", any(r.get("phases_ms") for r in of(result, "train_step")))],
         "scaling": [("scaling", bool(of(result, "scaling")))],
         "end_to_end": [],

@@ -156,7 +156,7 @@ def test_case(case, interleave, record):
 
 def test_a_failed_check_leaves_no_record(tmp_path, monkeypatch):
     """In a process of its own: pytest with the benchmarks' conftest."""
-    for name in ("conftest.py", "records.py"):
+    for name in ("conftest.py", "records.py", "result_files.py", "sources.py"):
         shutil.copy(BENCHMARKS / name, tmp_path / name)
     (tmp_path / "bench_op.py").write_text(BENCHMARK)
     ini = f"[pytest]\npython_files = bench_*.py\npythonpath = . {Path(__file__).parent}\n"

@@ -1,0 +1,35 @@
+"""The device before anything else: versions and clocks, and the ceilings that all floors are computed from."""
+
+import shutil
+import subprocess
+
+import torch
+from records import DEVICE, ceilings
+
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
+
+
+def clocks() -> dict[str, str]:
+    """What nvidia-smi reads of the first GPU; empty where there is none."""
+    smi = shutil.which("nvidia-smi")
+    if DEVICE == "cpu" or smi is None:
+        return {}
+    command = [smi, f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    return dict(zip(CLOCKS.split(","), done.stdout.strip().split(", "), strict=False))
+
+
+def test_device(request):
+    """Rates of a large copy and of large matrix products, and the clocks right after a second of products."""
+    facts: dict = {"ceilings": ceilings()}
+    if DEVICE == "cuda":
+        a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+        for _ in range(700):
+            a @ a
+        facts["clocks"] = clocks()  # asked while they run
+        torch.cuda.synchronize()
+        properties = torch.cuda.get_device_properties(0)
+        facts["memory_bytes"], facts["multiprocessors"] = properties.total_memory, properties.multi_processor_count
+    request.node.user_properties.append(("facts", facts))
+    assert facts["ceilings"]["copy_gb_per_s"] > 0
+    print(", ".join(f"{name} {value:,.4g}" for name, value in facts["ceilings"].items()), facts.get("clocks", ""))

@@ -1,0 +1,221 @@
+"""Parts of work under one clock: each has an expected and a largest duration, and together they keep to a budget.
+
+A part runs in processes of its own, which are killed where its time is over: a part that hangs, crashes or eats all
+memory costs its own time and nothing else. A part that no longer fits is skipped and named, and the next one that fits
+runs. What the parts measure is in the journal, line by line; a later run goes on with what is missing there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from journal import LOST, Journal, Key, settled, tried
+from sources import inputs
+
+TICK = 0.05  # seconds between looks at a part's processes
+GRACE = 3.0  # seconds that killed processes are waited for: one in the driver's hands may not go at once
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part runs, and for how long."""
+
+    name: str
+    about: str
+    items: tuple[str, ...]  # arguments of pytest: files, node ids, options
+    expected: float  # seconds; a part is begun where as much is left
+    limit: float  # seconds after which it is killed
+    mode: str = ""  # AJEPA_BENCH
+    processes: int = 1  # which share the items
+    retry: bool = False  # whether items that did not pass before are tried again
+
+
+class Process(Protocol):
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+
+
+class Worker:
+    """A process that has imported torch and waits for the part to run: the next part's is made while one runs.
+
+    Its output goes into the log. Where that cannot be written, what it measures is not to end with it.
+    """
+
+    def __init__(self, log: Path, environment: dict[str, str], say: Callable[[str], None]):
+        command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        threading.Thread(target=self._copy, args=(log, say), daemon=True).start()
+
+    def _copy(self, log: Path, say: Callable[[str], None]) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with contextlib.suppress(OSError), open(log, "ab") as file:
+                file.write(line)
+            if LOST.encode() in line:  # a measurement that the journal could not take
+                say(line.decode().strip())
+
+    def begin(self, work: dict[str, Any]) -> "Worker":
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died while it waited, which `poll` tells
+            self.process.stdin.write((json.dumps(work) + "\n").encode())
+            self.process.stdin.close()
+        return self
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Workers:
+    """Starts the processes of a part, the first of them from the one that waits."""
+
+    def __init__(self, journal: Path, log: Path, environment: dict[str, str], say: Callable[[str], None] = print):
+        self.journal, self.make = journal, lambda: Worker(log, environment, say)
+        self.spare = self.make()
+
+    def start(self, part: Part) -> list[Worker]:
+        work = {"part": part.name, "items": part.items, "mode": part.mode, "retry": part.retry}
+        work["journal"] = str(self.journal)
+        spares = [self.spare, *(self.make() for _ in range(part.processes - 1))]
+        begun = [worker.begin({**work, "share": [i, part.processes]}) for i, worker in enumerate(spares)]
+        self.spare = self.make()
+        return begun
+
+    def close(self) -> None:
+        self.spare.kill()
+
+
+class Progress(NamedTuple):
+    """How far a part was in earlier runs, counted against the sources as they are now."""
+
+    items: int
+    missing: set[Key]
+    ended_well: bool  # its last run reached its end: one that was killed may not have got to all its items
+
+    @property
+    def complete(self) -> bool:
+        return self.ended_well and not self.missing
+
+
+def progress(part: Part, lines: Sequence[dict]) -> Progress | None:
+    """None for a part that has not run yet with these items."""
+    of_part = [line for line in lines if line.get("part") == part.name]
+    known = [line for line in of_part if "collected" in line]
+    if not known or known[-1]["of"] != list(part.items):
+        return None
+    items = {(item, part.mode, inputs(item)) for item in known[-1]["collected"]}
+    ends = [line["ended"] for line in of_part if line.get("ended", "skipped") != "skipped"]
+    return Progress(len(items), items - settled(lines), bool(ends) and ends[-1] == "passed")
+
+
+def passes(parts: Sequence[Part], lines: Sequence[dict]) -> list[Part]:
+    """`parts` in order, without the items that were tried before and failed or were killed; those come after all."""
+    before = [(part, progress(part, lines)) for part in parts]
+    stuck = {part.name: done.missing & tried(lines) for part, done in before if done is not None}
+    first = [part for part, done in before if done is None or not stuck[part.name] or done.missing - stuck[part.name]]
+    return first + [dataclasses.replace(part, retry=True) for part in parts if stuck.get(part.name)]
+
+
+def run(
+    parts: Sequence[Part],
+    budget: float,
+    journal: Journal,
+    start: Callable[[Part], Sequence[Process]],
+    *,
+    begin: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    say: Callable[[str], None] = print,
+    watch: Callable[[dict], None] = lambda line: None,
+) -> dict[str, str]:
+    """Run `parts` in order within `budget` seconds of `begin`. Returns {part: how it ended}.
+
+    start: starts a part's processes; each exits with pytest's status.
+    watch: is given every new line of the journal.
+    """
+    begin = clock() if begin is None else begin
+    ended = {}
+    journal.news()
+    for part in passes(parts, journal.read()):
+        before = progress(part, journal.read())
+        if before is not None and before.complete:
+            ended[part.name] = "passed"
+            say(f"{part.name}: all of it is there already")
+            continue
+        remaining = budget - (clock() - begin)
+        expected = part.expected * (len(before.missing) / max(before.items, 1) if before is not None else 1)
+        tick = clock()
+        if expected > remaining:
+            how, note = "skipped", f"needs about {expected:.0f} s, and {max(remaining, 0):.0f} s are left"
+        else:
+            say(f"{part.name}: {part.about} (at {tick - begin:.0f} s)")
+            how, note = _run_one(part, min(part.limit, remaining), journal, start, clock, sleep, watch)
+        seconds = clock() - tick
+        say(f"{part.name}: {how}{f' after {seconds:.0f} s' * (how != 'skipped')}{': ' * bool(note)}{note}")
+        journal.append({"part": part.name, "ended": how, "seconds": round(seconds, 1), "note": note})
+        ended[part.name] = how
+    return ended
+
+
+def _run_one(part: Part, seconds: float, journal, start, clock, sleep, watch) -> tuple[str, str]:
+    """How the part ended, and why. Its processes are gone afterwards, whatever they did."""
+    end = clock() + seconds
+    processes = list(start(part))
+    under_way: dict[int, str] = {}
+    counts: Counter[str] = Counter()
+
+    def look() -> None:
+        for line in journal.news():
+            if "started" in line:
+                under_way[line.get("process", 0)] = line["started"]
+            elif "item" in line:
+                under_way.pop(line.get("process", 0), None)
+                counts[line["outcome"]] += 1
+            watch(line)
+
+    def told(why: str = "") -> str:
+        at = f" in {', '.join(under_way.values())}" if why and under_way else ""
+        return ", ".join([*([why + at] if why else []), *(f"{n} {outcome}" for outcome, n in counts.items())])
+
+    try:
+        while any(process.poll() is None for process in processes):
+            look()
+            if clock() >= end:
+                for process in processes:
+                    process.kill()
+                _wait_for(processes, clock, sleep)
+                look()
+                return "killed", told(f"its {seconds:.0f} s were over")
+            sleep(TICK)
+        look()
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # and with it the children that it has left
+    if all(code in (0, 5) for code in codes):  # 5: all its items were there already
+        return "passed", told()
+    crashed = [code for code in codes if code not in (0, 1, 5)]
+    return "failed", told(f"a process ended with status {crashed[0]}" if crashed else "")
+
+
+def _wait_for(processes: Sequence[Process], clock, sleep) -> None:
+    end = clock() + GRACE
+    while clock() < end and any(process.poll() is None for process in processes):
+        sleep(TICK)

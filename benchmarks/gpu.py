@@ -1,0 +1,220 @@
+"""`make gpu`: what a GPU has to say, the most important first, within a budget of time.
+
+    python benchmarks/gpu.py [--budget 540] [--out build/gpu]    measure; a second call goes on with what is missing
+    python benchmarks/gpu.py --device cpu --budget 60            rehearse every part on a CPU, with small sizes
+    python benchmarks/gpu.py --report [--out build/gpu]          result files, tables and plots from the lines
+
+Every measurement is a line of <out>/gpu.jsonl the moment it exists (`journal.py`); the parts run under one clock
+(`budget.py`). At the end the lines renew benchmarks/results/<device>.json, the README's tables and the plots; those of
+a rehearsal stay in <out>/results. `--report` does the same later, or on another machine.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import budget
+import prebuilt
+import result_files
+from budget import Part
+from journal import Journal
+
+ROOT = Path(__file__).parent.parent
+FOR_THE_REPORT = 15.0  # seconds of the budget that tables and plots may take
+
+REBUILT = (  # the kernels that were written anew since a GPU last ran them, at the step's own widths
+    "large_and_repeatable or graph_and_repeats or (value_and_gradient and dtype2 and 768)"
+    " or (where_it_is_made and 768) or test_linear or equals_the_cpu_kernel"
+    " or (every_size and (400 or 1024 or 2048 or 4096)) or (replayed and (step0-bf16 or step8 or step11 or step12))"
+)
+KERNEL_TESTS = ("add_layer_norm", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu")
+STEP_KERNELS = ("layer_norm", "attention", "bias_gelu", "latent_loss", "adamw_ema", "log_mel")
+
+
+def benches(*names: str) -> tuple[str, ...]:
+    return tuple(f"benchmarks/bench_{name}.py" for name in names)
+
+
+def tests(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names)
+
+
+# Expected and largest seconds are those of an H200; in the order of what is asked first.
+GPU = (
+    Part("device", "versions, clocks and ceilings", benches("device"), 10, 40),
+    Part("step", "our step at 1,024 and 256 clips, its switches and its kernels", benches("step"), 90, 150, "quick"),
+    Part("correctness", "kernels and the replayed step that no GPU has run yet",
+         (*tests(*KERNEL_TESTS), "-k", REBUILT), 60, 100, processes=3),
+    Part("kernels", "every kernel at the shapes of the step", benches(*STEP_KERNELS), 60, 100, "quick"),
+    Part("files", "from shards to updated weights", benches("end_to_end"), 60, 100, "quick"),
+    Part("training", "the same curve as plain PyTorch's in bf16",
+         (*tests("same_training"), "-k", "on_a_gpu and bf16"), 60, 120),
+    Part("peers", "the step beside plain PyTorch, torch.compile and max-autotune", benches("train_step"), 60, 3600),
+    Part("benchmarks", "all benchmarks", ("benchmarks",), 60, 7200),
+    Part("tests", "all tests", ("tests",), 60, 3600, processes=6),
+)  # fmt: skip
+# The same parts on a CPU of two cores. What a GPU alone can run is skipped there, with its reason.
+CPU = (
+    Part("device", "versions and ceilings", benches("device"), 2, 20),
+    Part("step", "our step, tiny", benches("step"), 5, 60, "quick"),
+    Part("correctness", "a few tests of the kernels", (*tests(*KERNEL_TESTS), "-k", f"{REBUILT} or test_first_order"),
+         4, 60, processes=2),
+    Part("kernels", "the kernels' plain definitions at small sizes", benches(*STEP_KERNELS), 8, 60, "quick"),
+    Part("files", "from shards to updated weights", benches("end_to_end"), 5, 60, "quick"),
+    Part("training", "the same curve as plain PyTorch's", (*tests("same_training"), "-k", "rehearsal"), 5, 60),
+    Part("peers", "the step beside plain PyTorch and torch.compile", benches("train_step"), 10, 90, "quick"),
+    Part("benchmarks", "some other benchmarks", benches("masks", "fp8", "levers", "scaling", "loader"), 8, 60, "quick"),
+    Part("tests", "some other tests", tests("masks", "report"), 4, 60, processes=2),
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu: a rehearsal")
+    parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="never exceeded (540)")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of lines, log and results")
+    parser.add_argument("--earlier", type=Path, action="append", default=[], metavar="FILE",
+                        help="lines of an earlier call that lie elsewhere; they count as there")  # fmt: skip
+    parser.add_argument("--parts", default="", help="only these, as in step,kernels")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there already")
+    parser.add_argument("--prebuilt", type=Path, default=ROOT / "prebuilt", help="folder that `make prebuilt` wrote")
+    parser.add_argument("--report", action="store_true", help="measure nothing: result files, tables and plots")
+    args = parser.parse_args(argv)
+    for file in args.earlier:
+        if not file.is_file():
+            parser.error(f"--earlier {file}: there is no such file")
+    on_gpu = has_gpu() if args.device == "auto" else args.device == "cuda"
+    parts = choose(GPU if on_gpu else CPU, args.parts, parser)
+    journal = Journal(args.out / "gpu.jsonl")
+    if args.report:
+        return report(journal, args.out, parser)
+    if args.device == "auto" and not on_gpu:
+        parser.error("there is no GPU here (no /dev/nvidia0); --device cpu rehearses the run")
+    signal.signal(signal.SIGTERM, _terminated)
+
+    places = (ROOT, ROOT / "kernels", ROOT / "benchmarks", args.out / "site", os.environ.get("PYTHONPATH"))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(place) for place in places if place),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(args.out / "triton"),
+        "AJEPA_TEST_MISSING": "skip",
+    } | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    environment.pop("AJEPA_BENCH_RESULTS", None)
+    (args.out / "site").mkdir(parents=True, exist_ok=True)
+    workers = budget.Workers(journal.path, args.out / "gpu.log", environment, say)  # the first imports torch already
+    try:
+        earlier(journal, args.earlier, args.again)
+        for line in prebuilt.unpack(args.prebuilt, args.out, capability() if on_gpu else None):
+            say(f"prepared {line['what']} in {line['seconds']:.1f} s{': ' * bool(line['note'])}{line['note']}")
+            journal.append({"prepared": line["what"], **line})
+        ended = budget.run(
+            parts, args.budget - FOR_THE_REPORT * on_gpu, journal, workers.start, begin=begin, say=say, watch=tell
+        )
+    except KeyboardInterrupt as interrupt:
+        say(f"interrupted; {journal.path} has what was measured, and the same command goes on")
+        return 143 if interrupt.args else 130
+    finally:
+        workers.close()
+    write_results(journal, args.out, on_gpu, args.budget - (time.monotonic() - begin))
+    bad = {name: how for name, how in ended.items() if how != "passed"}
+    say(f"{time.monotonic() - begin:.0f} s of {args.budget:.0f}: " + (
+        f"{', '.join(f'{name} {how}' for name, how in bad.items())}; see {args.out / 'gpu.log'}, and run it again for"
+        " what is missing" if bad else "all parts passed"))  # fmt: skip
+    return 1 if bad else 0
+
+
+def _terminated(*_) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def has_gpu() -> bool:
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidia0").exists()
+
+
+def capability() -> str | None:
+    """9.0 of a Hopper GPU; asked without torch, which is still being imported."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def choose(parts: tuple[Part, ...], names: str, parser: argparse.ArgumentParser) -> list[Part]:
+    wanted = [name for name in names.split(",") if name]
+    unknown = set(wanted) - {part.name for part in parts}
+    if unknown:
+        parser.error(f"--parts {', '.join(sorted(unknown))}: choose from {', '.join(part.name for part in parts)}")
+    return [part for part in parts if not wanted or part.name in wanted]
+
+
+def earlier(journal: Journal, files: list[Path], again: bool) -> None:
+    """Put lines of earlier calls first; or, to measure anew, all lines aside."""
+    if again and journal.path.exists():
+        journal.path.rename(journal.path.with_suffix(f".{int(time.time())}.jsonl"))
+    there = {str(line) for line in journal.read()}
+    for file in files:
+        for line in Journal(file).read():
+            if str(line) not in there:
+                journal.append(line)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def tell(line: dict) -> None:
+    """What has just been measured, in a line a record; and what failed."""
+    if line.get("outcome") == "failed" or (line.get("outcome") == "skipped" and "::" not in line["item"]):
+        say(f"  {line['outcome']}: {line['item']}: {line['reason']}")
+    for r in line.get("records", []):
+        more = [f"{r[key]:,.4g} {unit}" for key, unit in (("clips_per_second", "clips/s"),) if r.get(key)]
+        more += [
+            f"{r[key]:.0%} {unit}" for key, unit in (("mfu", "MFU"), ("floor_share", "of the floor")) if r.get(key)
+        ]
+        more += [f"{r[key]:.2f} x {unit}" for key, unit in (("ratio_to_best_peer", r.get("best_peer")),) if r.get(key)]
+        say(
+            f"  {r['benchmark']}: {r['shape']}: {r['variant']}: {r['median_ms']:,.4g} ms"
+            + "".join(f", {m}" for m in more)
+        )
+
+
+def write_results(journal: Journal, out: Path, on_gpu: bool, left: float) -> None:
+    """Result files from all lines; tables and plots too, where there is time for them."""
+    folder = result_files.RESULTS if on_gpu else out / "results"
+    try:
+        for path in result_files.from_journal(journal.read(), folder):
+            if on_gpu:
+                shutil.copy(path, out)
+    except OSError as error:
+        say(f"no result files: {error.strerror or error}; `make gpu-report` makes them from {journal.path}")
+        return
+    if left < FOR_THE_REPORT / 2:
+        say("no time is left for tables and plots: `make gpu-report` makes them")
+        return
+    import report as pages
+
+    pages.main(["--results", str(folder), *([] if on_gpu else ["--no-readme"])])
+
+
+def report(journal: Journal, out: Path, parser: argparse.ArgumentParser) -> int:
+    lines = journal.read()
+    if not any("run" in line for line in lines):
+        parser.error(f"{journal.path} holds no measurements; `make gpu` writes them, and OUT names its folder")
+    on_gpu = any(line["run"]["versions"]["cuda"] for line in lines if "run" in line)
+    write_results(journal, out, on_gpu, float("inf"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Lines of JSON that outlive whatever ends the program: every measurement is appended the moment it exists.
+
+A line is written whole or not at all. Lines that a crash has torn are passed over when read. Several processes may
+append to one file. The lines of a run of `gpu.py`:
+
+    {"run": {device, versions, commit, date, budget}}       the run begins
+    {"prepared": what, "seconds": s, "note": why}           what was unpacked or had to be built
+    {"part": name, "collected": [[item, mode, inputs]]}     a part has begun and knows its items
+    {"part": name, "started": item, "mode", "inputs"}       an item has begun; without an outcome below: it was killed
+    {"part": name, "item": item, "mode", "inputs": hash, "outcome": passed | failed | skipped, "reason", "seconds",
+     "device", "commit", "date", "sources": hash, "records": [...], "left_out": {...}, "facts": {...}}
+    {"part": name, "ended": passed | failed | killed | skipped, "seconds": s, "note": why}
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+LOST = "; the line is: "  # before a line that could not be written, where it is printed instead
+
+
+class Journal:
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.read_to = 0  # bytes that `news` has given
+
+    def append(self, line: dict) -> None:
+        """Append `line`. Where the disk is full it goes to standard error, whose text can be read as a journal, too."""
+        data = (json.dumps(line) + "\n").encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                end = os.fstat(file.fileno()).st_size
+                if end and not self._ends_a_line():
+                    data = b"\n" + data  # a crash has left half a line
+                self._write(file, data, end)
+        except OSError as error:
+            lost = data.decode().strip()
+            print(f"{self.path} cannot be written ({error.strerror or error}){LOST}{lost}", file=sys.stderr, flush=True)
+
+    def _ends_a_line(self) -> bool:
+        with open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+    @staticmethod
+    def _write(file, data: bytes, end: int) -> None:
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+    def read(self) -> list[dict]:
+        """All lines that are whole."""
+        return _parse(self.path.read_bytes().splitlines()) if self.path.exists() else []
+
+    def news(self) -> list[dict]:
+        """The lines that were written since the last call."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.read_to)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.read_to += len(whole)
+        return _parse(whole.splitlines())
+
+
+def _parse(lines: Iterable[bytes]) -> list[dict]:
+    parsed = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            value = json.loads(line.partition(LOST.encode())[2] or line)
+            if isinstance(value, dict):
+                parsed.append(value)
+    return parsed
+
+
+Key = tuple[str, str, str]  # item, mode, inputs: what makes a measurement the same one
+
+
+def settled(lines: Iterable[dict]) -> set[Key]:
+    """What need not run again: it passed, or was skipped with its reason."""
+    return {_key(line, line["item"]) for line in lines if line.get("outcome") in ("passed", "skipped")}
+
+
+def tried(lines: Iterable[dict]) -> set[Key]:
+    """What began, whether it passed, failed or was killed."""
+    return {_key(line, line["started"]) for line in lines if "started" in line}
+
+
+def _key(line: dict, item: str) -> Key:
+    return item, line.get("mode", ""), line.get("inputs", "")

@@ -1,0 +1,204 @@
+"""Which code a measurement is of: a hash of the sources that it runs, so that a figure from before a rebuild is told.
+
+The hash covers a benchmark's root modules, the modules of this project that they import, and the C++ and CUDA sources
+behind them. Comments, docstrings, imports, whitespace and file names do not count: a reworded or moved file is the same
+code.
+"""
+
+import ast
+import fnmatch
+import functools
+import hashlib
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"ajepa": "ajepa", "ajepa_kernels": "kernels/ajepa_kernels"}
+# C++ and CUDA sources of a module's ops, which no import names.
+NATIVE = {
+    "ajepa_kernels.log_mel": ("csrc/log_mel*",),
+    "ajepa_kernels.mlp": ("csrc/gelu_product*", "csrc/cublaslt.h"),
+}
+# Settings, files, and what chooses between a kernel and its plain definition: a new flag is no new kernel.
+NOT_TIMED = {"ajepa.config", "ajepa.files", "ajepa.distributed", "ajepa_kernels._extension", "ajepa_kernels._triton"}
+STEP, LOADER = ("ajepa.engine",), ("ajepa.data", "ajepa.resident")
+BENCHMARKS = {  # the root modules of each file of benchmarks
+    "bench_adamw_ema": ("ajepa_kernels.adamw_ema",),
+    "bench_attention": ("ajepa_kernels.attention",),
+    "bench_bias_gelu": ("ajepa_kernels.bias_gelu",),
+    "bench_device": (),
+    "bench_end_to_end": (*STEP, *LOADER),
+    "bench_fp8": ("ajepa_kernels.fp8", "ajepa_kernels.layer_norm"),
+    "bench_gelu_mlp": ("ajepa_kernels.mlp", "ajepa_kernels.bias_gelu"),
+    "bench_latent_loss": ("ajepa_kernels.latent_loss",),
+    "bench_layer_norm": ("ajepa_kernels.layer_norm",),
+    "bench_levers": STEP,
+    "bench_loader": LOADER,
+    "bench_log_mel": ("ajepa_kernels.log_mel",),
+    "bench_masks": ("ajepa.masks",),
+    "bench_scaling": STEP,
+    "bench_step": STEP,
+    "bench_train_step": STEP,
+}
+
+
+class Tree(NamedTuple):
+    """The project's files, as they lie here or as they were at a commit."""
+
+    files: tuple[str, ...]
+    read: Callable[[str], str]
+
+
+@functools.cache
+def working_tree() -> Tree:
+    patterns = ("ajepa/**/*.py", "kernels/**/*.py", "csrc/*", "benchmarks/*.py", "tests/**/*.py", "setup.py")
+    files = [path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)]
+    return Tree(tuple(sorted(files)), lambda path: (ROOT / path).read_text())
+
+
+@functools.cache
+def tree_at(commit: str) -> Tree:
+    """The tree of a commit in this repository. Raises subprocess.CalledProcessError for one that is not there."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    files = git("ls-tree", "-r", "--name-only", commit).splitlines()
+    return Tree(tuple(files), functools.cache(lambda path: git("show", f"{commit}:{path}")))
+
+
+def bench_of(item: str) -> str:
+    """`bench_step` of `benchmarks/bench_step.py::test_step[...]`."""
+    return Path(item.partition("::")[0]).stem
+
+
+def fingerprint(item: str, tree: Tree | None = None) -> str:
+    """The hash of the code that a pytest item measures; of a test, or an unknown benchmark, of all code there is."""
+    return _fingerprint(bench_of(item), tree or working_tree())
+
+
+def inputs(item: str) -> str:
+    """The hash of what decides an item's outcome here: the code it measures, and its own file."""
+    return _inputs(item.partition("::")[0])
+
+
+@functools.cache
+def _inputs(own: str) -> str:
+    tree = working_tree()
+    text = _plain(own, tree.read(own)) if own in tree.files else ""
+    return _digest([_fingerprint(bench_of(own), tree), text])
+
+
+@functools.cache
+def _fingerprint(bench: str, tree: Tree) -> str:
+    if bench in BENCHMARKS:
+        modules = _reached(BENCHMARKS[bench], tree)
+        native = [pattern for module in modules for pattern in NATIVE.get(module, ())]
+        paths = [modules[module] for module in modules if module not in NOT_TIMED]
+        paths += [path for path in tree.files if any(fnmatch.fnmatch(path, pattern) for pattern in native)]
+    else:
+        paths = [path for path in tree.files if path.startswith((*(f"{p}/" for p in PACKAGES.values()), "csrc/"))]
+    texts = {path: _plain(path, tree.read(path)) for path in paths if not path.endswith(".md")}
+    return _digest(_digest([_entries(path, texts)]) for path in texts)
+
+
+def _entries(path: str, texts: dict[str, str]) -> str:
+    """A file's code; of the table of launch configurations only the entries of operations that the other files name."""
+    if not path.endswith("/_tuned.py"):
+        return texts[path]
+    others = " ".join(text for other, text in texts.items() if other != path)
+    foreign = [op for op in set(re.findall(r'\("(\w+_(?:fwd|bwd))", ', texts[path])) if f'"{op}"' not in others]
+    return (
+        re.sub(rf"\(\"(?:{'|'.join(foreign)})\", [^()]*\): \w+(?:\([^()]*\))?, ?", "", texts[path])
+        if foreign
+        else texts[path]
+    )
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16]
+
+
+# --- which modules --------------------------------------------------------------------------------------------------
+
+
+def _reached(roots: Iterable[str], tree: Tree) -> dict[str, str]:
+    """{module: path} of the roots and of everything of this project that they import, one after the other."""
+    found: dict[str, str] = {}
+    waiting = list(roots)
+    while waiting:
+        module = waiting.pop()
+        path = _path(module, tree)
+        if path is None or module in found:
+            continue
+        found[module] = path
+        if module not in NOT_TIMED:
+            waiting += _imports(path, tree)
+    return found
+
+
+def _path(module: str, tree: Tree) -> str | None:
+    package, _, rest = module.partition(".")
+    if package not in PACKAGES:
+        return None
+    place = "/".join([PACKAGES[package], *rest.split(".")] if rest else [PACKAGES[package]])
+    return next((path for path in (f"{place}.py", f"{place}/__init__.py") if path in tree.files), None)
+
+
+def _imports(path: str, tree: Tree) -> list[str]:
+    """Modules of this project named by the imports of a file. A name that a package passes on is its own module's."""
+    modules: list[str] = []
+    for node in ast.walk(ast.parse(tree.read(path))):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names if "." in alias.name]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            home = _path(node.module, tree)
+            if home is not None and home.endswith("__init__.py"):
+                modules += [_home_of(node.module, alias.name, home, tree) for alias in node.names]
+            else:
+                modules.append(node.module)
+    return modules
+
+
+def _home_of(package: str, name: str, init: str, tree: Tree) -> str:
+    if _path(f"{package}.{name}", tree):
+        return f"{package}.{name}"
+    for node in ast.walk(ast.parse(tree.read(init))):
+        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
+            return node.module
+    return package
+
+
+# --- what of a file -------------------------------------------------------------------------------------------------
+
+
+def _plain(path: str, text: str) -> str:
+    """A file's code alone: the same in every version of Python, unlike a dump of its syntax tree."""
+    if path.endswith(".py"):
+        text = _without_words(text)
+    elif path.startswith("csrc/"):
+        text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", text, flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+def _without_words(text: str) -> str:
+    """Python without comments, docstrings and imports."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        held = list(getattr(node, "body", [])) if not isinstance(node, ast.Lambda | ast.IfExp) else []
+        for statement in held:
+            is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            if is_docstring or isinstance(statement, ast.Import | ast.ImportFrom):
+                for row in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
+                    lines[row - 1] = ""
+    return "\n".join(lines)
