@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -54,7 +55,8 @@ class StepProfile:
                 self.profile.stop()
                 self.profile.export_chrome_trace(str(self.path))
                 total = sum(flops() for flops in self.flops)
-                self.say(report(self.profile, self.device, seconds, self.steps, total, peak))
+                found = breakdown(self.profile, self.device, seconds, self.steps)
+                self.say(report(found, seconds, self.steps, total, peak))
                 self.say(f"trace written to {self.path}")
                 self.profile = None
 
@@ -73,29 +75,61 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def report(profiled: profile, device: torch.device, seconds: float, steps: int, flops: float, peak) -> str:
-    """Share of the wall time by kind, and the dearest kernels (GPU) or operators (CPU). Idle: none of them ran. Kernels
-    of several streams may run at once, so that the shares add up to more than the rest."""
+class Kernel(NamedTuple):
+    """A kernel (GPU) or an operator (CPU), and what it took of the profiled time."""
+
+    name: str
+    kind: str  # of KINDS
+    ms: float  # a step
+    calls: float  # a step
+    share: float  # of the wall time
+
+
+class Breakdown(NamedTuple):
+    """Where the wall time of some steps went."""
+
+    kinds: dict[str, float]  # share of the wall time of each of KINDS, and of "idle", when no kernel ran
+    kernels: list[Kernel]  # the dearest first
+
+
+def breakdown(profiled: profile, device: torch.device, seconds: float, steps: int) -> Breakdown:
+    """What `steps` profiled steps of together `seconds` spent their time on.
+
+    Kernels of several streams may run at once, so that the shares may add up to more than 1.
+    """
     on_gpu = device.type == "cuda"
-    times: dict[str, tuple[float, int]] = {}
+    kernels = []
     for event in profiled.key_averages():
-        if (event.device_type == DeviceType.CUDA) != on_gpu:
+        if not _counts(event, on_gpu):
             continue
-        us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        times[event.key] = (us / 1e6, event.count)
-    shares = dict.fromkeys(KINDS, 0.0)
-    for name, (spent, _) in times.items():
-        shares[kind_of(name)] += spent / seconds
+        spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        share = spent / seconds
+        kernels.append(Kernel(event.key, kind_of(event.key), 1e3 * spent / steps, event.count / steps, share))
+    kernels.sort(key=lambda kernel: -kernel.ms)
+    kinds = dict.fromkeys(KINDS, 0.0)
+    for kernel in kernels:
+        kinds[kernel.kind] += kernel.share
+    busy = sum(kinds.values())
+    if on_gpu:
+        spans = [(e.time_range.start, e.time_range.end) for e in profiled.events() if _counts(e, on_gpu)]
+        busy = union(spans) / 1e6 / seconds
+    return Breakdown({**kinds, "idle": max(0.0, 1 - busy)}, kernels)
+
+
+def _counts(event, on_gpu: bool) -> bool:
+    """Whether a profiler's event is a kernel (on a GPU; an annotation only spans kernels) or an operator (on a CPU)."""
+    if on_gpu:
+        return event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    return event.device_type != DeviceType.CUDA
+
+
+def report(found: Breakdown, seconds: float, steps: int, flops: float, peak: float | None) -> str:
+    """`found` as text: the share of each kind, and the dearest kernels. `flops`: of all steps; `peak`: FLOP/s."""
     lines = [f"profile of {steps} steps, {1e3 * seconds / steps:.1f} ms each, {flops / seconds / 1e12:.3g} TFLOP/s"]
     lines[0] += f", MFU {flops / seconds / peak:.1%}" if peak else ""
-    lines += [f"  {kind:<26}{share:>7.1%}" for kind, share in shares.items()]
-    busy = sum(shares.values())
-    if on_gpu:
-        spans = [(e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type == DeviceType.CUDA]
-        busy = union(spans) / 1e6 / seconds
-    lines.append(f"  {'idle':<26}{max(0.0, 1 - busy):>7.1%}")
+    lines += [f"  {kind:<26}{share:>7.1%}" for kind, share in found.kinds.items()]
     lines.append(f"  {'dearest':<60}{'ms a step':>10}{'calls':>8}{'share':>8}")
-    for name, (spent, calls) in sorted(times.items(), key=lambda item: -item[1][0])[:12]:
-        shown = name if len(name) <= 58 else name[:55] + "..."
-        lines.append(f"  {shown:<60}{1e3 * spent / steps:>10.2f}{calls / steps:>8.1f}{spent / seconds:>8.1%}")
+    for kernel in found.kernels[:12]:
+        name = kernel.name if len(kernel.name) <= 58 else kernel.name[:55] + "..."
+        lines.append(f"  {name:<60}{kernel.ms:>10.2f}{kernel.calls:>8.1f}{kernel.share:>8.1%}")
     return "\n".join(lines)

@@ -7,11 +7,12 @@ of p written) over the measured copy rate.
 import pytest
 import torch
 from ceilings import SECONDS, copy_bytes_per_ms
-from conftest import DEVICE, left_out
+from conftest import left_out
+from records import DEVICE, QUICK
 
 from ajepa_kernels import AdamWEMA
 
-WIDTH, DEPTH = (768, 12) if DEVICE == "cuda" else (384, 4)
+WIDTH, DEPTH = (768, 12) if DEVICE == "cuda" else (128, 2) if QUICK else (384, 4)
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -69,6 +70,7 @@ def test_adamw_ema(interleave, record):
         left_out({"the kernel": "needs a GPU: AdamWEMA runs torch's own operations here"})
 
 
+@pytest.mark.skipif(QUICK, reason="not the step's own: left out of a quick run")
 @pytest.mark.skipif(DEVICE != "cuda", reason="the remainder is for the GPU's bfloat16 weights")
 def test_remainder(interleave, record):
     """bfloat16 weights with a 16-bit remainder: the compute copy is the weight, 34 bytes a parameter."""

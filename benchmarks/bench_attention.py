@@ -1,8 +1,11 @@
 """masked_attention over packed visible patches against varlen attention, SDPA, FlexAttention and jagged SDPA.
 
-Milliseconds a call, 12 heads of 64 channels (ViT-B), bfloat16 on a GPU, float32 on a CPU: forward, backward of a graph
-that is built beforehand, and both. The floor is the bytes that must move over the copy rate measured in the same run:
-q, k, v, out forward; q, k, v, dO, dq, dk, dv backward.
+Milliseconds a call, 12 heads, bfloat16 on a GPU, float32 on a CPU: forward, backward of a graph that is built
+beforehand, and both. The floor is the bytes that must move over the copy rate measured in the same run: q, k, v, out
+forward; q, k, v, dO, dq, dk, dv backward.
+
+The first cases are those of a step of `audio-jepa`: 51 to 77 visible patches a clip in the context encoder, all 128 in
+the target encoder (both of head dim 64) and in the predictor (head dim 32).
 """
 
 import functools
@@ -11,25 +14,30 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
-from ceilings import SECONDS, copy_bytes_per_ms, rotating
-from conftest import DEVICE, left_out
+from ceilings import SECONDS, alone_backward, copy_bytes_per_ms, rotating
+from conftest import left_out
+from records import DEVICE, QUICK
 
 from ajepa_kernels import masked_attention
 
-torch._functorch.config.donated_buffer = False  # what torch.compile saves is read by one backward after another
-H, D = 12, 64
+H = 12
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-BATCHES = [64, 256, 1024] if DEVICE == "cuda" else [16]
+STEP_BATCH = 1024 if DEVICE == "cuda" else 2 if QUICK else 16
+STEP = [("64", 64), ("128", 32), ("128", 64), ("51-77", 64), ("77", 64), ("96", 64), ("64", 32), ("77", 32), ("96", 32)]
+CASES = [(STEP_BATCH, tokens, D, way) for tokens, D in STEP for way in ("forward", "backward")]
+if not QUICK:
+    batches, ways = [64, 256, 1024] if DEVICE == "cuda" else [16], ["forward", "backward", "forward + backward"]
+    CASES += [(batch, tokens, 64, way) for batch in batches for tokens in ("64", "32-96") for way in ways]
+FLEX = {("64", 64), ("32-96", 64)}  # tokens and head dim of the cases that FlexAttention is compiled for
 
 
-def lengths(batch: int, ragged: bool) -> torch.Tensor:
-    """64 visible patches a clip; ragged: between 32 and 96, adding up to the same budget."""
-    if not ragged:
-        return torch.full((batch,), 64)
-    half = torch.randint(-32, 33, (batch // 2,), generator=torch.Generator().manual_seed(0))
-    return 64 + torch.cat([half, -half])
+def lengths(batch: int, tokens: str) -> torch.Tensor:
+    """Tokens of each clip: "64", or "32-96" for a ragged batch whose mean is the middle of that span."""
+    low, high = int(tokens.split("-")[0]), int(tokens.split("-")[-1])
+    spread = (high - low) // 2
+    half = torch.randint(-spread, spread + 1, (batch // 2,), generator=torch.Generator().manual_seed(0))
+    return (low + high) // 2 + torch.cat([half, -half])
 
 
 def padded(backend, n: torch.Tensor) -> Callable:
@@ -76,8 +84,8 @@ def flex(n: torch.Tensor) -> Callable:
     return lambda qkv: compiled(*(x.transpose(0, 1)[None] for x in qkv.unbind(1)), block_mask=block_mask)
 
 
-def variants(n: torch.Tensor, backward: bool) -> tuple[dict[str, tuple[Callable, int]], dict[str, str]]:
-    """{name: (function of qkv, rows of qkv)} and what cannot run here."""
+def variants(n: torch.Tensor, backward: bool, flexible: bool) -> tuple[dict[str, tuple[Callable, int]], dict[str, str]]:
+    """{name: (function of qkv, rows of qkv)}, and what is left out here with its reason."""
     T, S = int(n.sum()), int(n.max())
     cu = F.pad(n.cumsum(0), (1, 0)).to(DEVICE, torch.int32)
     run = {"ajepa masked_attention": (lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S), T)}
@@ -91,7 +99,7 @@ def variants(n: torch.Tensor, backward: bool) -> tuple[dict[str, tuple[Callable,
             run["varlen_attn"] = (lambda x: varlen_attn(*x.unbind(1), cu, cu, S, S), T)
         except ImportError as error:
             out["varlen_attn"] = str(error)
-        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+        for name in () if QUICK else ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             if int(n.min()) == S or name != "FLASH_ATTENTION":
                 backend = getattr(torch.nn.attention.SDPBackend, name)
                 run[f"padded SDPA {name.split('_')[0].lower()}"] = (padded(backend, n), len(n) * S)
@@ -101,8 +109,14 @@ def variants(n: torch.Tensor, backward: bool) -> tuple[dict[str, tuple[Callable,
         out["the kernel"] = "needs a GPU: masked_attention is its plain definition here"
         out["varlen_attn"] = "CUDA only"
         run["padded SDPA"] = (padded(None, n), len(n) * S)
+    if QUICK:
+        out["FlexAttention"] = "compiled peers are left out of a quick run"
+        out["padded SDPA by backend, jagged SDPA, flash-attn"] = "slow peers are left out of a quick run"
+        return run, out
     run["jagged SDPA"] = (jagged(n), T)
-    if DEVICE == "cuda" or not backward:
+    if not flexible:
+        out["FlexAttention"] = "compiled for 64 and 32-96 tokens of head dim 64 alone"
+    elif DEVICE == "cuda" or not backward:
         run["FlexAttention"] = (flex(n), T)
     else:
         out["FlexAttention"] = "no backward on a CPU"
@@ -115,17 +129,12 @@ def variants(n: torch.Tensor, backward: bool) -> tuple[dict[str, tuple[Callable,
     return run, out
 
 
-def check(function: Callable, rows: int, n: torch.Tensor, backward: bool) -> None:
-    """Output and gradient of `function`, of packed or of padded tokens, against plain float64."""
+def checker(n: torch.Tensor, D: int, backward: bool) -> Callable[[Callable, int], None]:
+    """check(function, rows): output and gradient of `function`, on packed or padded tokens, against plain float64."""
     T, S = int(n.sum()), int(n.max())
     cu = F.pad(n.cumsum(0), (1, 0)).to(DEVICE)
     places = (torch.arange(S) < n[:, None]).flatten().nonzero().squeeze(1).to(DEVICE)  # of the tokens among padded ones
     qkv, upstream = (torch.randn(T, *shape, H, D, device=DEVICE, dtype=DTYPE) for shape in ((3,), ()))
-
-    def packed(x):
-        out = function(x)
-        out = out.transpose(1, 2).flatten(0, 1) if out.dim() == 4 else out
-        return out if rows == T else out[places]
 
     def run(attend, x):
         x = x.detach().requires_grad_(backward)
@@ -134,10 +143,19 @@ def check(function: Callable, rows: int, n: torch.Tensor, backward: bool) -> Non
 
     plain = lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="reference")  # noqa: E731
     want = run(plain, qkv.double())
-    given = qkv if rows == T else qkv.new_zeros(rows, 3, H, D).index_copy(0, places, qkv)
-    for got, right in zip(run(packed, given), want, strict=True):
-        got = got if len(got) == T else got[places]
-        assert (got.double() - right).norm() < 4 * torch.finfo(DTYPE).eps * right.norm()
+
+    def check(function: Callable, rows: int) -> None:
+        def packed(x):
+            out = function(x)
+            out = out.transpose(1, 2).flatten(0, 1) if out.dim() == 4 else out
+            return out if rows == T else out[places]
+
+        given = qkv if rows == T else qkv.new_zeros(rows, 3, H, D).index_copy(0, places, qkv)
+        for got, right in zip(run(packed, given), want, strict=True):
+            got = got if len(got) == T else got[places]
+            assert (got.double() - right).norm() < 4 * torch.finfo(DTYPE).eps * right.norm()
+
+    return check
 
 
 def both_ways(function: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -145,52 +163,39 @@ def both_ways(function: Callable, x: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(out, x, out.detach())[0]
 
 
-def alone_backward(function: Callable, make: Callable[[], torch.Tensor], bytes_each: int) -> Callable[[], object]:
-    """The backward pass of graphs built on the stream that asks for it: autograd runs it where they were built."""
-    ready: dict[object, Callable[[], object]] = {}
-
-    def build():
-        x = make()
-        out = function(x)
-        return out, x, torch.randn_like(out)
-
-    def run():
-        stream = torch.cuda.current_stream() if DEVICE == "cuda" else None
-        if stream not in ready:
-            ready.clear()
-            again = lambda out, x, upstream: torch.autograd.grad(out, x, upstream, retain_graph=True)  # noqa: E731
-            ready[stream] = rotating(again, build, bytes_each)
-        return ready[stream]()
-
-    return run
-
-
-@pytest.mark.parametrize("way", ["forward", "backward", "forward + backward"])
-@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_attention(batch, ragged, way, interleave, record):
-    n, backward = lengths(batch, ragged), way != "forward"
+@pytest.mark.parametrize(("batch", "tokens", "D", "way"), dict.fromkeys(CASES))
+def test_attention(batch, tokens, D, way, interleave, record):
+    n, backward = lengths(batch, tokens), way != "forward"
     T, size = int(n.sum()), torch.finfo(DTYPE).bits // 8
-    functions, missing = variants(n, backward)
+    functions, missing = variants(n, backward, flexible=(tokens, D) in FLEX)
+    check = checker(n, D, backward)
     timed = {}
     for name, (function, rows) in functions.items():
         try:
-            check(function, rows, n, backward)
+            check(function, rows)
         except RuntimeError as error:
             if name.startswith("ajepa"):
                 raise
             missing[name] = str(error).strip().splitlines()[0]
             continue
-        make = lambda rows=rows: torch.randn(rows, 3, H, D, device=DEVICE, dtype=DTYPE).requires_grad_(backward)  # noqa: E731
+
+        def make(rows=rows):
+            return (torch.randn(rows, 3, H, D, device=DEVICE, dtype=DTYPE).requires_grad_(backward),)
+
+        def build(function=function, make=make):
+            (x,) = make()
+            out = function(x)
+            return out, x, torch.randn_like(out)
+
         if way == "backward":
-            timed[name] = alone_backward(function, make, 2 * rows * 4 * H * D * size)
+            timed[name] = alone_backward(build, 2 * rows * 4 * H * D * size)
         else:
             call = functools.partial(both_ways, function) if backward else function
-            timed[name] = rotating(call, lambda make=make: (make(),), rows * 3 * H * D * size)
+            timed[name] = rotating(call, make, rows * 3 * H * D * size)
     tensors = {"forward": 4, "backward": 7, "forward + backward": 11}[way]
     floor = T * H * D * size * tensors / copy_bytes_per_ms()
     plain = "plain PyTorch" if "plain PyTorch" in timed else "ajepa masked_attention"
-    shape = f"{batch} x {'32-96' if ragged else 64} visible, {way}"
+    shape = f"{batch} x {tokens} tokens, head dim {D}, {way}"
     peers = [name for name in timed if name not in (plain, "ajepa masked_attention")]
     record("masked_attention", shape, interleave(timed, SECONDS), plain=plain, peers=peers, floor_ms=floor)
     left_out(missing)

@@ -1,7 +1,8 @@
 """bias_gelu against F.gelu(x + bias), eager and compiled.
 
-Milliseconds a call, both ways, with the gradients of x and bias. The floor is the bytes that must move over the
-measured copy rate: x and y forward; dy, x and dx backward.
+Milliseconds a call: both ways, with the gradients of x and bias, and forward alone without a gradient, as the target
+encoder needs it. The bias is a float32 parameter, as in the step. The floor is the bytes that must move over the copy
+rate measured in the same run: x and y forward; dy, x and dx backward.
 """
 
 import functools
@@ -10,44 +11,78 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ceilings import SECONDS, copy_bytes_per_ms, rotating
-from conftest import DEVICE, left_out
+from conftest import left_out
+from records import DEVICE, QUICK
 
 from ajepa_kernels import bias_gelu
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# the hidden layers of a step of 1,024 clips: context encoder and predictor, and the target encoder
+SIZES = [(65536, 3072), (131072, 1536)] if DEVICE == "cuda" else [(256, 64)] if QUICK else [(2048, 3072)]
+TARGETS = (131072, 3072) if DEVICE == "cuda" else (256, 64) if QUICK else (2048, 3072)
+CHECKED = 8192  # rows that are compared with float64
+
+
+def draw(M, C):
+    return torch.randn(M, C, device=DEVICE, dtype=DTYPE)
+
+
+def check(functions, want, *inputs):
+    """The results of all functions against those of `want` in float64."""
+    rights = want(*(t.detach().double().requires_grad_(t.requires_grad) for t in inputs))
+    for name, function in functions.items():
+        for got, right in zip(function(*inputs), rights, strict=True):
+            bound = (4 if got.dim() == 2 else 64) * torch.finfo(DTYPE).eps  # a vector is a sum over the rows
+            assert (got.double() - right).norm() < bound * right.norm(), name
 
 
 def both_ways(function, x, bias, upstream):
-    return torch.autograd.grad(function(x, bias), (x, bias), upstream)
+    y = function(x, bias)
+    return y, *torch.autograd.grad(y, (x, bias), upstream)
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize(("M", "C"), [(65536, 3072), (131072, 1536)] if DEVICE == "cuda" else [(2048, 3072)])
+@pytest.mark.parametrize("approximate", ["none"] if QUICK else ["none", "tanh"])
+@pytest.mark.parametrize(("M", "C"), SIZES)
 def test_bias_gelu(M, C, approximate, interleave, record):
-    def make():
-        x, upstream = (torch.randn(M, C, device=DEVICE, dtype=DTYPE) for _ in range(2))
-        return x.requires_grad_(), torch.randn(C, device=DEVICE, dtype=DTYPE).requires_grad_(), upstream
+    def make(rows=M):
+        bias = torch.randn(C, device=DEVICE)
+        return draw(rows, C).requires_grad_(), bias.requires_grad_(), draw(rows, C)
 
-    plain = lambda x, bias: F.gelu(x + bias, approximate=approximate)  # noqa: E731
-    functions = {
-        "ajepa bias_gelu": functools.partial(bias_gelu, approximate=approximate),
-        "plain PyTorch": plain,
-        "torch.compile": torch.compile(plain),
-    }
-    inputs = make()
-    want = both_ways(plain, *(t.detach().double().requires_grad_(t.requires_grad) for t in inputs))
-    for name, function in functions.items():
-        for got, right in zip(both_ways(function, *inputs), want, strict=True):
-            assert (got.double() - right).norm() < 64 * torch.finfo(DTYPE).eps * right.norm(), name
-    size = inputs[0].element_size()
-    timed = {
-        name: rotating(functools.partial(both_ways, function), make, 2 * M * C * size)
-        for name, function in functions.items()
-    }
-    floor = 5 * M * C * size / copy_bytes_per_ms()
-    shape = f"{M} x {C}, {approximate}, forward + backward"
-    record(
-        "bias_gelu", shape, interleave(timed, SECONDS), plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor
-    )
+    def plain(x, bias):
+        return F.gelu(x + bias.to(x.dtype), approximate=approximate)
+
+    functions = {"ajepa bias_gelu": functools.partial(bias_gelu, approximate=approximate), "plain PyTorch": plain}
+    if QUICK:
+        left_out({"torch.compile": "compiled peers are left out of a quick run"})
+    else:
+        torch.compiler.reset()  # with dynamic=False: each case is compiled for its own shapes
+        functions["torch.compile"] = torch.compile(plain, dynamic=False)
+    calls = {name: functools.partial(both_ways, function) for name, function in functions.items()}
+    check(calls, functools.partial(both_ways, plain), *make(min(M, CHECKED)))
+    nbytes = M * C * torch.finfo(DTYPE).bits // 8  # of a tensor
+    times = interleave({name: rotating(call, make, 2 * nbytes) for name, call in calls.items()}, SECONDS)
+    shape, floor = f"{M} x {C}, {approximate}, forward + backward", 5 * nbytes / copy_bytes_per_ms()
+    record("bias_gelu", shape, times, plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor)
+    say_what_runs()
+
+
+@torch.no_grad()
+def test_without_gradient(interleave, record):
+    """torch's F.gelu does not add the bias: in the target encoder the product before it does."""
+    M, C = TARGETS
+
+    def make(rows=M):
+        return draw(rows, C), torch.zeros(C, device=DEVICE)  # zeros: both compute the same
+
+    calls = {"ajepa bias_gelu": lambda x, bias: (bias_gelu(x, bias),), "plain PyTorch": lambda x, bias: (F.gelu(x),)}
+    check(calls, calls["plain PyTorch"], *make(min(M, CHECKED)))
+    nbytes = M * C * torch.finfo(DTYPE).bits // 8
+    times = interleave({name: rotating(call, make, nbytes) for name, call in calls.items()}, SECONDS)
+    floor = 2 * nbytes / copy_bytes_per_ms()
+    record("bias_gelu", f"{M} x {C}, none, forward without gradient", times, plain="plain PyTorch", floor_ms=floor)
+    say_what_runs()
+
+
+def say_what_runs():
     if DEVICE == "cpu":
         left_out({"the kernel": "needs a GPU: bias_gelu is its plain definition here"})

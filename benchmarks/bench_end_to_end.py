@@ -1,48 +1,84 @@
-"""Recordings on disk to updated weights: the loader and the whole step, fused beside plain PyTorch.
+"""Recordings on disk to updated weights: the loader and the whole step.
 
-Milliseconds a step on the trainer's own path, waiting for data included: the loader copies ahead, masks are drawn
-beside the step, the host waits for the device at the end of a turn alone. `data_wait_share` is the part of it that the
-step stood still. `eager` is the plain step behind the same loader. `published` is how the published code is built:
-torch's DataLoader, whose workers read with soundfile and compute the log-mel with torchaudio, the plain step on their
-patches, and the EMA one tensor after the other. `resident` shards lie in the device's memory.
-The engines' losses are checked against each other in bench_train_step.py's way, on the loader's first batches.
+All cases time milliseconds a step on the trainer's own path, waiting for data included. The loader copies ahead,
+masks are drawn on the device beside the step, and the host waits for the device only at the end of a turn.
+`data_wait_share` is the share of that time for which the host waited for a batch.
+
+`test_from_shards` asks how much of the step's speed is left when its audio comes from files. Shards of int16 noise are
+read by the trainer's loader, and the same engine runs on batches that lie on the device already ("step alone"), in
+alternation; `of_the_step` is the first throughput over the second. Both draw the same masks at each step. The masked
+shares are the middles of six equal slices of the recipe's range, in turn (see bench_step.py), so that every timed step
+replays a CUDA graph.
+
+`test_end_to_end` compares engines on WAV, FLAC and shards. `eager` is the plain step behind the same loader.
+`published` is how the published code is built: torch's DataLoader, whose workers read with soundfile and compute the
+log-mel with torchaudio, the plain step on their patches, and the EMA one tensor after the other. `resident` shards lie
+in the device's memory. The engines' losses are checked against each other in bench_train_step.py's way, on the loader's
+first batches.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import bench_step
 import pytest
-import soundfile
 import torch
+from bench_step import rehearsal  # noqa: F401 (a fixture of every test here)
 from conftest import left_out
-from records import DEVICE
+from records import DEVICE, QUICK
 
-from ajepa import pack
 from ajepa.ceilings import product_flops_per_ms
+from ajepa.compare import release
 from ajepa.config import PRESETS
 from ajepa.data import AudioLoader
-from ajepa.engine import Engine, wait
+from ajepa.engine import Engine, StepResult, wait
 from ajepa.frontend import FrontEnd
-from ajepa.index import build_index
+from ajepa.index import Index, build_index
 from ajepa.masks import MaskSampler
 from ajepa.resident import ResidentLoader
-from ajepa.synthetic import make_synthetic
+from ajepa.shards import SUFFIX, Clip, ShardWriter, block_crcs
 
 PRESET, BATCH, CLIPS = ("tiny", 16, 220) if DEVICE == "cpu" else ("audio-jepa", 256, 512)
 CFG = dataclasses.replace(PRESETS[PRESET], mask=dataclasses.replace(PRESETS[PRESET].mask, fixed_token_budget=True))
 ROUNDS, STEPS = (4, 5) if DEVICE == "cpu" else (5, 20)
 KINDS = ["WAV", "FLAC", "shards", "resident"]
 RATE, SAMPLES = CFG.front_end.sample_rate, round(CFG.data.clip_seconds * CFG.front_end.sample_rate)
+# Of `test_from_shards`. A turn is long beside the batches that the loader holds ready when it begins.
+SHARD_CLIPS = 16 if DEVICE == "cpu" else 1024
+TURNS, TURN_ROUNDS = (2, 1) if DEVICE == "cpu" else (3, 3) if QUICK else (4, 6)  # rounds of the six slices
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[Path, torch.Tensor]:
+    """A folder with one shard of noise, and the noise, int16 `[clips, S]`."""
+    folder = tmp_path_factory.mktemp("shards")
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    noise = torch.randint(-9999, 9999, (SHARD_CLIPS, SAMPLES), dtype=torch.int16, device=DEVICE, generator=draw).cpu()
+    with open(folder / f"{0:09d}{SUFFIX}", "wb") as file:
+        writer = ShardWriter(file, [])
+        for row, pcm in enumerate(noise.numpy()):
+            payload, digest = pcm.tobytes(), row.to_bytes(16, "little")  # no two clips are alike
+            clip = Clip(payload, SAMPLES, RATE, 1, digest, block_crcs(payload))
+            writer.add(row, f"{row:06d}", None, [], clip)
+        writer.finish("pcm", RATE, 0, SHARD_CLIPS, SHARD_CLIPS, bytes(16))
+    return folder, noise
 
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
     """{format: folder of the same recordings}"""
+    import soundfile  # here, as pack and synthetic, which need it and tyro: noise in shards does not
+
+    from ajepa import pack
+    from ajepa.synthetic import make_synthetic
+
     root = tmp_path_factory.mktemp("recordings")
     wav = make_synthetic(root / "made", n_clips=CLIPS, seconds=CFG.data.clip_seconds, sample_rate=RATE).parent
     flac = root / "flac"
@@ -65,6 +101,8 @@ class Patches(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> torch.Tensor:
+        import soundfile
+
         pcm, _ = soundfile.read(self.paths[i], dtype="int16")
         clip = torch.zeros(SAMPLES, dtype=torch.int16)
         clip[: len(pcm)] = torch.from_numpy(pcm[:SAMPLES])
@@ -84,13 +122,18 @@ class Published(Engine):
             target.data = decay * target.data + (1 - decay) * source.data
 
 
-def ours(index, kind: str, device: torch.device):
-    """Batches (pcm, lengths) of the trainer's loader."""
-    loader = ResidentLoader if kind == "resident" else AudioLoader
-    options = {"sample_rate": RATE, "clip_samples": SAMPLES, "batch_size": BATCH, "seed": 0, "pad": CFG.data.pad}
-    with contextlib.closing(loader(index, device=device, **options)) as batches:
-        for batch in batches:
-            yield batch.pcm, batch.lengths
+def loader(index: Index, kind: str, batch: int) -> AudioLoader:
+    """The trainer's loader."""
+    of_kind = ResidentLoader if kind == "resident" else AudioLoader
+    options = {"sample_rate": RATE, "clip_samples": SAMPLES, "batch_size": batch, "seed": 0, "pad": CFG.data.pad}
+    return of_kind(index, device=torch.device(DEVICE), **options)
+
+
+def ours(index: Index, kind: str, batch: int):
+    """Batches (pcm, lengths) of a fresh loader, which is closed with the generator."""
+    with loader(index, kind, batch) as batches:
+        for made in batches:
+            yield made.pcm, made.lengths
 
 
 def published(folder: Path):
@@ -107,27 +150,74 @@ def published(folder: Path):
         yield patches, lengths
 
 
-def run(engine: Engine, batches, sampler: MaskSampler) -> tuple[float, float, list[torch.Tensor]]:
-    """Seconds and seconds waited of a step, mean of STEPS after two that fill the pipeline; losses of all."""
-    losses, waited = [], 0.0
-    for step in range(STEPS + 2):
+def run(
+    engine: Engine, batches: Iterator, samplers: list[MaskSampler], batch: int, steps: int
+) -> tuple[float, float, list[StepResult]]:
+    """Seconds and seconds waited of a step, mean of `steps` after two that fill the pipeline; results of all."""
+    results, waited = [], 0.0
+    for step in range(steps + 2):
         if step == 2:
             wait(engine.device)
             begin, waited = time.perf_counter(), 0.0
         tick = time.perf_counter()
         data, lengths = (t.to(engine.device, non_blocking=True) for t in next(batches))
         waited += time.perf_counter() - tick
-        masks = engine.masks(sampler, step, BATCH)
-        losses.append(engine.step(data, lengths, masks, CFG.optim.warmup_steps + step).loss)
+        masks = engine.masks(samplers[step % len(samplers)], step, batch)
+        results.append(engine.step(data, lengths, masks, CFG.optim.warmup_steps + step))
     wait(engine.device)
-    return (time.perf_counter() - begin) / STEPS, waited / STEPS, losses
+    return (time.perf_counter() - begin) / steps, waited / steps, results
 
 
+@pytest.mark.parametrize("batch", bench_step.BATCHES)
+def test_from_shards(batch, shards, record):
+    cfg, device, (folder, noise) = bench_step.config(), torch.device(DEVICE), shards
+    rate = product_flops_per_ms(bench_step.DTYPE, DEVICE)
+    samplers = [MaskSampler(mask, cfg.front_end.grid) for mask in bench_step.slices(cfg.mask)]
+    index = build_index(folder, decode=False, progress=False)
+    release(device)
+    with loader(index, "shards", batch) as made:
+        first, second = next(made), next(made)
+    assert torch.equal(first.pcm.cpu(), noise[first.items]), "the loader gives other samples than the shard holds"
+    held = [(first.pcm, first.lengths), (second.pcm, second.lengths)]
+
+    engine = Engine(cfg, device)
+    run(engine, itertools.cycle(held), samplers, batch, bench_step.WARM_UP * len(samplers))
+    seconds, waits = {"fused": [], "step alone": []}, {"fused": [], "step alone": []}
+    for _ in range(TURNS):
+        for name in seconds:
+            source = ours(index, "shards", batch) if name == "fused" else (pair for pair in itertools.cycle(held))
+            with contextlib.closing(source) as batches:
+                took, waited, results = run(engine, batches, samplers, batch, TURN_ROUNDS * len(samplers))
+            bench_step.losses(results)
+            seconds[name].append(took)
+            waits[name].append(waited)
+    flops = statistics.mean(engine.flops(engine.masks(sampler, 0, batch)) for sampler in samplers)
+    del engine, held, first, second, results
+    release(device)
+
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    more = {
+        name: {
+            "model": bench_step.MODEL,
+            "batch": batch,
+            "clips_per_second": batch / median,
+            "mfu": flops / rate / (1e3 * median),
+            "data_wait_share": sum(waits[name]) / sum(seconds[name]),
+            "of_the_step": medians["step alone"] / median,
+        }
+        for name, median in medians.items()
+    }
+    times = {name: [1e3 * s for s in values] for name, values in seconds.items()}
+    shape = f"{bench_step.MODEL}, batch {batch}, int16 shards, {os.cpu_count()} cores, masks as drawn"
+    record("end_to_end", shape, times, floor_ms=flops / rate, more=more)
+
+
+@pytest.mark.skipif(QUICK, reason="engines on recordings that are made first: minutes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_end_to_end(kind, recordings, record):
     if kind == "FLAC":
         pytest.importorskip("nvidia.dali", reason="FLAC is decoded by DALI, which is not installed")
-    device, sampler = torch.device(DEVICE), MaskSampler(CFG.mask, CFG.front_end.grid)
+    device, samplers = torch.device(DEVICE), [MaskSampler(CFG.mask, CFG.front_end.grid)]
     index = build_index(recordings[kind], decode=False, progress=False)
     plain = dataclasses.replace(CFG, impl="reference")
     engines = {"fused": Engine(CFG, device), "eager": Engine(plain, device)}
@@ -137,19 +227,19 @@ def test_end_to_end(kind, recordings, record):
     losses = {}
     for turn in range(ROUNDS + 1):  # in turns, each with the machine to itself; the first compiles and fills caches
         for name, engine in engines.items():
-            source = published(recordings[kind]) if name == "published" else ours(index, kind, device)
+            source = published(recordings[kind]) if name == "published" else ours(index, kind, BATCH)
             with contextlib.closing(source) as batches:
-                took, waited, last = run(engine, batches, sampler)
+                took, waited, results = run(engine, batches, samplers, BATCH, STEPS)
             if turn:
                 seconds[name].append(took)
                 waits[name].append(waited)
-            losses[name] = torch.stack(last).tolist()
+            losses[name] = torch.stack([result.loss for result in results]).tolist()
     assert losses["fused"] == pytest.approx(losses["eager"], rel=3e-2 if DEVICE == "cuda" else 5e-3)
     if "published" in losses:
         assert losses["published"] == pytest.approx(losses["eager"], rel=0.2), "another order of the same recordings"
 
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    floor_ms = engines["fused"].flops(sampler(0, CFG.optim.steps, BATCH)) / product_flops_per_ms(dtype, DEVICE)
+    floor_ms = engines["fused"].flops(samplers[0](0, CFG.optim.steps, BATCH)) / product_flops_per_ms(dtype, DEVICE)
     more = {
         name: {
             "model": PRESET,

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from records import DEVICE
+from ceilings import SECONDS
+from records import DEVICE, QUICK
 
 from ajepa_kernels import add_layer_norm, fp8_linear, norm_quantize_rows, quantize_rows
 
-M = 256 if DEVICE == "cpu" else 131_072
+M = 131_072 if DEVICE == "cuda" else 64 if QUICK else 256
 SHAPES = [(768, 2304), (768, 3072), (3072, 768)]
+TIME = SECONDS if QUICK else 1.0
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="float8 needs sm_89")
-@pytest.mark.parametrize(("K", "N"), SHAPES if DEVICE == "cuda" else SHAPES[:1])
+@pytest.mark.parametrize(("K", "N"), SHAPES if DEVICE == "cuda" and not QUICK else SHAPES[:1])
 def test_fp8_linear(K, N, interleave, record):
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
     weight, bias = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) / K**0.5, torch.zeros(N, device=DEVICE)
@@ -23,7 +25,7 @@ def test_fp8_linear(K, N, interleave, record):
         "ajepa quantize_rows alone": lambda: quantize_rows(x),
         "bf16 linear": lambda: torch.nn.functional.linear(x, weight, bias),
     }
-    times = interleave(variants, seconds=1.0)
+    times = interleave(variants, TIME)
     record("fp8_linear", f"{M} x {K} to {N}", times, plain="bf16 linear", peers=["bf16 linear"])
 
 
@@ -45,5 +47,5 @@ def test_quantised_where_it_is_made(interleave, record):
 
     for got, want in zip(fp8(), bf16(), strict=True):
         assert (got.float() - want.float()).std() < 0.06 * want.float().std()
-    times = interleave({"ajepa fp8": fp8, "bf16": bf16}, seconds=1.0)
+    times = interleave({"ajepa fp8": fp8, "bf16": bf16}, TIME)
     record("fp8_mlp", f"{M} x {C}, norm, product; GELU, product", times, plain="bf16", peers=["bf16"])

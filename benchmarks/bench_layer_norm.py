@@ -1,55 +1,95 @@
 """add_layer_norm against an addition and torch's layer norm, compiled and not.
 
-Milliseconds a call, both ways. The floor is the bytes that must move over the measured copy rate: x, residual,
-sum and normed forward; sum, two incoming gradients and one outgoing backward.
-"""
+Milliseconds a call. The step adds a bfloat16 half `x` to a float32 residual stream, with float32 weight and bias, and
+asks for a bfloat16 `normed`: "fp32 stream" in the names of the cases. The floor is the bytes that must move over the
+copy rate measured in the same run. Bytes of an element of that case:
 
-import functools
+    forward   12: reads x 2, residual 4; writes sum 4, normed 2
+    backward  16: reads sum 4, the gradients of normed 2 and of sum 4; writes those of x 2 and of residual 4
+
+Where all tensors have one dtype, x and residual share one gradient: 4 tensors move forward, and 4 backward.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ceilings import SECONDS, copy_bytes_per_ms, rotating
-from conftest import DEVICE, left_out
+from ceilings import SECONDS, alone_backward, copy_bytes_per_ms, rotating
+from conftest import left_out
+from records import DEVICE, QUICK
 
 from ajepa_kernels import add_layer_norm
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+SIZES = [(65536, 768), (131072, 384)] if DEVICE == "cuda" else [(256, 64)] if QUICK else [(4096, 768), (8192, 384)]
+CHECKED = 8192  # rows that are compared with float64
+BYTES = {"forward": 12, "backward": 16}  # of an element, with a float32 stream
 
 
 def plain(x, residual, weight, bias):
     total = x + residual
-    return F.layer_norm(total, total.shape[-1:], weight, bias), total
+    return F.layer_norm(total, total.shape[-1:], weight, bias).to(x.dtype), total
 
 
-def both_ways(function, x, residual, weight, bias, upstream):
-    outputs = function(x, residual, weight, bias)
-    return torch.autograd.grad(outputs, (x, residual, weight, bias), (upstream, upstream))
+def both_ways(function, leaves, upstream):
+    """The outputs, and the gradients of x, residual, weight and bias."""
+    outputs = function(*leaves)
+    return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
 
 
-@pytest.mark.parametrize(("M", "C"), [(65536, 768), (131072, 384)] if DEVICE == "cuda" else [(4096, 768), (8192, 384)])
-def test_layer_norm(M, C, interleave, record):
-    def make():
-        x, residual, upstream = (torch.randn(M, C, device=DEVICE, dtype=DTYPE) for _ in range(3))
-        weight, bias = (torch.randn(C, device=DEVICE, dtype=DTYPE).requires_grad_() for _ in range(2))
-        return x.requires_grad_(), residual.requires_grad_(), weight, bias, upstream
+def compare(shape, M, C, half, stream, way, bytes_each, interleave, record):
+    """Check and time `way` on M rows of C channels; half: dtype of x; stream: of the residual and the parameters."""
 
-    functions = {"ajepa add_layer_norm": add_layer_norm, "plain PyTorch": plain, "torch.compile": torch.compile(plain)}
-    inputs = make()
-    want = both_ways(plain, *(t.detach().double().requires_grad_(t.requires_grad) for t in inputs))
+    def make(rows=M):
+        def draw(dtype, *size):
+            return torch.randn(*size, device=DEVICE, dtype=dtype)
+
+        leaves = draw(half, rows, C), draw(stream, rows, C), draw(stream, C), draw(stream, C)
+        upstream = draw(half, rows, C), draw(stream, rows, C)
+        return tuple(t.requires_grad_() for t in leaves), upstream
+
+    functions = {"ajepa add_layer_norm": add_layer_norm, "plain PyTorch": plain}
+    if QUICK:
+        left_out({"torch.compile": "compiled peers are left out of a quick run"})
+    else:
+        torch.compiler.reset()  # with dynamic=False: each case is compiled for its own shapes
+        functions["torch.compile"] = torch.compile(plain, dynamic=False)
+    leaves, upstream = make(min(M, CHECKED))
+    doubles = tuple(t.detach().double().requires_grad_() for t in leaves), tuple(t.double() for t in upstream)
+    want = both_ways(plain, *doubles)
     for name, function in functions.items():
-        for got, right in zip(both_ways(function, *inputs), want, strict=True):
-            assert (got.double() - right).norm() < 64 * torch.finfo(DTYPE).eps * right.norm(), name
-    size = inputs[0].element_size()
-    timed = {
-        name: rotating(functools.partial(both_ways, function), make, 3 * M * C * size)
-        for name, function in functions.items()
-    }
-    times = interleave(timed, SECONDS)
-    floor = 8 * M * C * size / copy_bytes_per_ms()
-    peers = ["torch.compile"]
-    record(
-        "add_layer_norm", f"{M} x {C}, forward + backward", times, plain="plain PyTorch", peers=peers, floor_ms=floor
-    )
+        for got, right in zip(both_ways(function, leaves, upstream), want, strict=True):
+            bound = (4 if got.dim() == 2 else 64) * torch.finfo(half).eps  # a vector is a sum over the rows
+            assert (got.double() - right).norm() < bound * right.norm(), name
+
+    def timed(function):
+        def build():
+            leaves, upstream = make()
+            return function(*leaves), leaves, upstream
+
+        if way == "backward":
+            return alone_backward(build, bytes_each)
+        if way == "forward":
+            return rotating(lambda leaves, upstream: function(*leaves), make, bytes_each)
+        return rotating(lambda leaves, upstream: both_ways(function, leaves, upstream), make, bytes_each)
+
+    times = interleave({name: timed(function) for name, function in functions.items()}, SECONDS)
+    floor = bytes_each / copy_bytes_per_ms()
+    record("add_layer_norm", shape, times, plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor)
     if DEVICE == "cpu":
         left_out({"the kernel": "needs a GPU: add_layer_norm is its plain definition here"})
+
+
+@pytest.mark.parametrize("way", BYTES)
+@pytest.mark.parametrize(("M", "C"), SIZES)
+def test_fp32_stream(M, C, way, interleave, record):
+    """As the step runs it."""
+    shape = f"{M} x {C}, fp32 stream, {way}"
+    compare(shape, M, C, torch.bfloat16, torch.float32, way, BYTES[way] * M * C, interleave, record)
+
+
+@pytest.mark.skipif(QUICK, reason="not the step's own: left out of a quick run")
+@pytest.mark.parametrize(("M", "C"), SIZES)
+def test_layer_norm(M, C, interleave, record):
+    """All tensors in one dtype."""
+    way, size = "forward + backward", torch.finfo(DTYPE).bits // 8
+    compare(f"{M} x {C}, {way}", M, C, DTYPE, DTYPE, way, 8 * M * C * size, interleave, record)

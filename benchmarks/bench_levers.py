@@ -1,20 +1,24 @@
 """The levers of the fused step that are switches, each thrown alone, beside the step as it is shipped.
 
-Every variant must train as the shipped one does, step after step, before its time counts. Prediction, measurement and
-verdict of each lever: NOTES.md.
+Both run the same batches in turn, and a time is one step that the host waits for. A variant must train as the shipped
+step does, loss after loss, before its time counts. NOTES.md has the prediction, measurement and verdict of each lever.
 """
 
 import dataclasses
 
 import pytest
 import torch
+from bench_step import rehearsal  # noqa: F401 (a fixture of every test here)
 from bench_train_step import STEPS, WARM_UP, time_configs
 from conftest import left_out
-from records import DEVICE
+from records import DEVICE, QUICK
 
 from ajepa.config import PRESETS
 
-PRESET, BATCHES = ("tiny", (16,)) if DEVICE == "cpu" else ("audio-jepa", (64, 256))
+if DEVICE == "cpu":
+    PRESET, SIZE, BATCHES = ("tiny", "tiny x 1", (8,)) if QUICK else ("tiny", "tiny", (16,))
+else:
+    PRESET, SIZE, BATCHES = "audio-jepa", "B", (256,) if QUICK else (64, 256)
 SHIPPED = "as shipped"
 LEVERS = {
     "bias_gelu": {"mlp": "bias-gelu"},
@@ -33,7 +37,7 @@ ON_A_CPU = ("bias_gelu", "GELU epilogues", "recompute")
 def test_levers(lever, batch, record):
     cfg = PRESETS[PRESET]
     # Targets of the last layer, as published: where the dead work is left out.
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target_layers=1))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, size=SIZE, target_layers=1))
     changed = dataclasses.replace(cfg, step=dataclasses.replace(cfg.step, **LEVERS[lever]))
     try:
         times, more, floor_ms = time_configs({SHIPPED: cfg, lever: changed}, batch, STEPS, 0, WARM_UP)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from records import QUICK
 
 from ajepa import pack
 from ajepa.audiofile import read_into
@@ -23,7 +24,7 @@ from ajepa.shards import Shard
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from make_audio import noise, write
 
-RATE, SAMPLES, FILES, BATCH = 32_000, 320_000, 32, 16
+RATE, SAMPLES, FILES, BATCH = 32_000, 320_000, 8 if QUICK else 32, 16
 PEER = "soundfile + DataLoader, "
 WORKERS = len(os.sched_getaffinity(0))
 
@@ -80,10 +81,12 @@ def test_loader(tmp_path, monkeypatch, interleave, record):
 
     clips = {"shards": 1024, "shards, checksums left out": 1024, "wav": 256, "flac": 128}
     clips |= {PEER + "wav": 256, PEER + "flac": 128}
+    if QUICK:
+        clips = {name: count // 4 for name, count in clips.items()}
     variants = {PEER + kind: peer(kind) for kind in ("wav", "flac")}
     variants |= {kind: ours(kind) for kind in indexes}
     variants["shards, checksums left out"] = without_checksums
-    raw = interleave(variants, seconds=10.0, rounds=4)
+    raw = interleave(variants, *((0.5, 2) if QUICK else (10.0, 4)))
     times = {name: [1e3 * t / clips[name] for t in raw[name]] for name in raw}
     for kind in ("wav", "flac"):
         beside = {name: times[name] for name in times if name.endswith(kind) or name.startswith("shards")}

@@ -5,6 +5,7 @@ no framing, window, mel or logarithm. On a GPU it is the greater of the memory's
 """
 
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from ceilings import copy_bytes_per_ms
+from ceilings import SECONDS, copy_bytes_per_ms
 from conftest import left_out
+from records import DEVICE, QUICK
 
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel
@@ -22,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from log_mel_cases import assert_exact, clips
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 8 if DEVICE == "cpu" else 256
-THREADS = sorted({1, torch.get_num_threads()}) if DEVICE == "cpu" else [1]
-CASES = {name: LOG_MEL_PRESETS[name] for name in ("audio-jepa", "audio-jepa-16k", "a-jepa")} | {
+BATCH = 256 if DEVICE == "cuda" else 2 if QUICK else 8
+THREADS = sorted({1, torch.get_num_threads()}) if DEVICE == "cpu" and not QUICK else [1]
+RECIPES = ["audio-jepa", "a-jepa"]
+CASES = {name: LOG_MEL_PRESETS[name] for name in (*RECIPES, "audio-jepa-16k")} | {
     "1024 points": LogMelSpec(  # the front end of PANNs (arXiv 1912.10211)
         sample_rate=32000, n_fft=1024, win_length=1024, hop_length=320, n_mels=64, f_min=50.0, f_max=14000.0,
         convention="torchaudio", mel_scale="slaney", mel_norm="slaney", log="db",
@@ -129,27 +131,31 @@ def floor_ms(spec: LogMelSpec, samples: int) -> float | None:
 
 
 @pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RECIPES if QUICK else CASES)
 def test_log_mel(name, threads, interleave, record):
     spec, before = CASES[name], torch.get_num_threads()
-    pcm = clips(10 * spec.sample_rate, batch=BATCH).to(DEVICE)
+    few = min(BATCH, 8)  # clips to draw: on a CPU, so all of a GPU's would take seconds
+    pcm = clips(10 * spec.sample_rate, batch=few).to(DEVICE).repeat(BATCH // few, 1)
     x, dtype = pcm.float() / 32768, torch.float32 if DEVICE == "cpu" else torch.bfloat16
     kaldi, fused = spec.convention == "kaldi", "ajepa log_mel"
-    frames = torch.randn(BATCH, spec.frames(pcm.shape[1]), spec.n_fft, device=DEVICE)
     variants: dict[str, Callable[[], Any]] = {
         fused: lambda: log_mel(pcm, spec, dtype=dtype, impl="fused"),
         "plain PyTorch": lambda: log_mel(pcm, spec, dtype=dtype, impl="reference"),
         "torchaudio MelSpectrogram": mel_spectrogram(x, spec),
-        "bare rfft": lambda: torch.fft.rfft(frames),
     }
     single = log_mel(pcm[:2], spec, impl="fused")  # against float64; then what is timed, against that, to the bit
     assert_exact(single.cpu(), pcm[:2].cpu(), spec)
     assert torch.equal(variants[fused]()[:2], single.to(dtype))
-    optional = {"librosa": librosa_mel}
-    if kaldi:
-        variants["torchaudio kaldi.fbank"] = torchaudio_fbank(x, spec)
-        optional["kaldi_native_fbank"] = kaldi_native
-    optional["nvidia.dali"] = dali_mel
+    optional = {}
+    if QUICK:
+        left_out({"bare rfft, librosa, kaldi's fbanks, nvidia.dali": "slow peers are left out of a quick run"})
+    else:
+        frames = torch.randn(BATCH, spec.frames(pcm.shape[1]), spec.n_fft, device=DEVICE)
+        variants["bare rfft"] = lambda: torch.fft.rfft(frames)
+        optional = {"librosa": librosa_mel, "nvidia.dali": dali_mel}
+        if kaldi:
+            variants["torchaudio kaldi.fbank"] = torchaudio_fbank(x, spec)
+            optional["kaldi_native_fbank"] = kaldi_native
     try:
         torch.set_num_threads(threads)
         for package, make in optional.items():
@@ -157,9 +163,10 @@ def test_log_mel(name, threads, interleave, record):
                 variants[package] = make(x, spec)
             except Exception as error:
                 left_out({f"{package}, {name}": str(error)})
-        times = interleave(variants, outside_graphs=OUTSIDE_GRAPHS)
+        times = interleave(variants, SECONDS if QUICK else 3.0, outside_graphs=OUTSIDE_GRAPHS)
         bound = floor_ms(spec, pcm.shape[1])
-        bound = sorted(times["bare rfft"])[len(times["bare rfft"]) // 2] if bound is None else bound
+        if DEVICE == "cpu" and "bare rfft" in times:
+            bound = statistics.median(times["bare rfft"])
         shape = f"{name}, {BATCH} x 10 s" + (f", {threads} thread{'s' * (threads > 1)}" if DEVICE == "cpu" else "")
         peers = [variant for variant in variants if variant not in (fused, "plain PyTorch", "bare rfft")]
         record("log_mel", shape, times, plain="plain PyTorch", peers=peers, floor_ms=bound)

@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
-from records import DEVICE
+from records import DEVICE, QUICK
 
 from ajepa.config import PRESETS
 from ajepa.masks import MaskSampler
 
-BATCHES = [64] if DEVICE == "cpu" else [64, 256, 1024]
+BATCHES = [64] if DEVICE == "cpu" else [1024] if QUICK else [64, 256, 1024]
+ROUNDS = 3 if QUICK else 7
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -30,7 +31,7 @@ def test_masks(preset, fixed, batch, record):
     devices = dict.fromkeys(["cpu", DEVICE])
     assert all(torch.equal(draw(device).cpu(), draw("cpu")) for device in devices)
     # not as a CUDA graph: the counts must come to the host
-    times = {f"on the {device.upper()}": [timed(draw, device) for _ in range(7)] for device in devices}
+    times = {f"on the {device.upper()}": [timed(draw, device) for _ in range(ROUNDS)] for device in devices}
     record("masks", f"{preset}, {batch} clips{', fixed budget' * fixed}", times)
 
 

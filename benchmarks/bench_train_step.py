@@ -2,113 +2,188 @@
 
 The engines must agree before their times count: the same losses, step after step. The floor is the FLOPs of the step,
 over its ragged masks, at the rate of a matrix product measured in the same run; a variant's share of it is its MFU.
-Shapes recur: random masks have their mean ratio in every clip, so that plain PyTorch needs no padding, other families a
-fixed number of tokens. The phases are timed apart, with a wait after each and outside CUDA graphs. Peak memory is what
-an engine reserved for weights, moments and its first steps.
+Every step is timed with a wait after it. The phases are timed apart, with a wait after each and outside CUDA graphs.
+Peak memory is what an engine reserved for weights, moments and its first steps.
+
+A case is one of these kinds:
+
+    eager           fused and eager; in every clip the mean of the recipe's masked shares, so that shapes recur (mask
+                    families other than random: a fixed number of tokens)
+    drawn           the same with masks as training draws them: batches at the middles of six equal slices of the range
+                    of masked shares, in turn (see bench_step.py); a time is the mean step of the six
+    compile         fused, eager and torch.compile, masked as the kind eager
+    max-autotune    fused and torch.compile that searches its matrix products' kernels (`max_autotune`) and takes the
+                    SDPA backend that is fastest at the step's shapes, which its name tells
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import statistics
 import sys
 
 import pytest
 import torch
-import torch._inductor.config
+from bench_step import DTYPE, SLICES, TOLERANCE, noise, rehearsal, slices  # noqa: F401 (rehearsal: a fixture)
 from conftest import left_out
-from records import DEVICE, FULL
+from records import DEVICE, FULL, QUICK
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from ajepa.ceilings import product_flops_per_ms
-from ajepa.compare import time_engines
-from ajepa.config import PRESETS, Config
+from ajepa.ceilings import best_ms, product_flops_per_ms
+from ajepa.compare import Batch, release, time_engines
+from ajepa.config import PRESETS, SIZES, Config, MaskConfig
 from ajepa.masks import MaskSampler
 
 NAMES = {"reference": "eager", "compile": "compile", "fused": "fused"}
 EAGER, ALL = ("reference", "fused"), ("reference", "compile", "fused")
-# (preset, encoder size, batch, engines): what a CPU does in seconds, the published sizes on a GPU.
+KINDS = {"eager": EAGER, "drawn": EAGER, "compile": ALL, "max-autotune": ("fused", "compile")}
+# (preset, encoder size, batch, kind): what a CPU does in seconds, the published sizes on a GPU.
 if DEVICE == "cpu":
-    CASES = [("tiny", "tiny", 64, ALL), ("audio-jepa", "S", 2, EAGER), ("a-jepa", "S", 1, EAGER)]
+    OTHERS = [("audio-jepa", "S", 2, "eager"), ("a-jepa", "S", 1, "eager")]
+    CASES = [("tiny", "tiny", 64, kind) for kind in ("compile", "drawn")] + OTHERS
+    CASES = [("tiny", "tiny x 1", 8, kind) for kind in KINDS] if QUICK else CASES
     LEFT_OUT = {"ViT-B and L, larger batches": "seconds to minutes a step on a CPU", "peak memory": "CUDA only"}
-    STEPS, WARM_UP, SPLIT = 4, 1, 1
+    STEPS, WARM_UP, SPLIT, ROUNDS = (2, 1, 1, 1) if QUICK else (4, 1, 1, 1)
 else:
-    CASES = [("audio-jepa", "B", 1024, ALL), ("audio-jepa", "B", 256, ALL), ("audio-jepa", "B", 64, EAGER)]
-    CASES += [("audio-jepa", size, batch, EAGER) for size in ("S", "L") for batch in (64, 256, 1024)]
-    CASES += [("a-jepa", size, batch, EAGER) for size, batch in (("B", 64), ("B", 256), ("S", 256), ("L", 64))]
+    OTHERS = [("audio-jepa", "B", 64, "eager")]
+    OTHERS += [("audio-jepa", size, batch, "eager") for size in ("S", "L") for batch in (64, 256, 1024)]
+    OTHERS += [("a-jepa", size, batch, "eager") for size, batch in (("B", 64), ("B", 256), ("S", 256), ("L", 64))]
+    CASES = [("audio-jepa", "B", batch, kind) for batch in (1024, 256) for kind in ("eager", "drawn")]
+    CASES += [("audio-jepa", "B", batch, kind) for kind in ("compile", "max-autotune") for batch in (1024, 256)]
+    CASES += OTHERS
     LEFT_OUT = {}
-    STEPS, WARM_UP, SPLIT = 10, 3, 3  # a graph is replayed from the third step of its shapes
+    # A graph is replayed from the third step of its shapes.
+    STEPS, WARM_UP, SPLIT, ROUNDS = (6, 3, 1, 2) if QUICK else (10, 3, 3, 3)
 if FULL:
-    CASES = [(*case[:3], ALL) for case in CASES]
-    torch._inductor.config.max_autotune = True
+    CASES = [(*case[:3], "compile") if case in OTHERS else case for case in CASES]
 else:
-    LEFT_OUT["compile at the other sizes, and with max-autotune"] = (
-        "minutes of compilation: AJEPA_BENCH=full times them"
-    )
+    LEFT_OUT["compile at the other sizes"] = "minutes of compilation: AJEPA_BENCH=full times it"
 
 
-def batches(cfg: Config, batch: int, count: int):
-    device = torch.device(DEVICE)
-    generator = torch.Generator().manual_seed(0)
-    samples = round(cfg.data.clip_seconds * cfg.front_end.sample_rate)
-    sampler = MaskSampler(cfg.mask, cfg.front_end.grid)
-    lengths = torch.full((batch,), samples, dtype=torch.int32, device=device)
-    pcm = [torch.randint(-9999, 9999, (batch, samples), dtype=torch.int16, generator=generator) for _ in range(2)]
-    pcm = [x.to(device) for x in pcm]  # two for all steps: the memory is the engines'
-    for step in range(count):
-        yield pcm[step % 2], lengths, sampler(step, cfg.optim.steps, batch).to(device)
+def batches(cfg: Config, batch: int, count: int, masks: list[MaskConfig]) -> list[Batch]:
+    """`count` batches on the device, with each of `masks` in turn. The audio of two serves all, to save memory."""
+    samplers = [MaskSampler(mask, cfg.front_end.grid) for mask in masks]
+    made: list[Batch] = []
+    for step, (pcm, lengths) in zip(range(count), itertools.cycle(noise(cfg, batch)), strict=False):
+        with torch.device(DEVICE):
+            drawn = samplers[step % len(samplers)](step, cfg.optim.steps, batch)
+        made.append((pcm, lengths, drawn))
+    return made
 
 
-def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: int = 0):
+def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: int = 0, drawn: bool = False):
     """(milliseconds by variant, further fields by variant, floor in milliseconds) of engines that agree."""
     # Each batch may compile anew, until the bounds on lengths are taken for variables.
     warm_up = steps if "compile" in impls else WARM_UP
     configs = {NAMES[impl]: dataclasses.replace(cfg, impl=impl) for impl in impls}
-    return time_configs(configs, batch, steps, split_steps, warm_up)
+    return time_configs(configs, batch, steps, split_steps, warm_up, drawn)
 
 
-def time_configs(configs: dict[str, Config], batch: int, steps: int, split_steps: int, warm_up: int):
-    """The same of any configurations; all must train as the first does."""
+def time_configs(
+    configs: dict[str, Config], batch: int, steps: int, split_steps: int, warm_up: int, drawn: bool = False
+):
+    """The same of any configurations; all must train as the first does. `drawn`: ROUNDS of the six slices of the range
+    of masked shares, after `warm_up` rounds, in place of `steps` steps at its mean."""
     for name, cfg in configs.items():
         optim = dataclasses.replace(cfg.optim, warmup_steps=50)  # so that the weights move while it is checked
         mean, is_random = sum(cfg.mask.mask_ratio) / 2, cfg.mask.mask == "random"
-        mask = dataclasses.replace(cfg.mask, mask_ratio=(mean, mean), fixed_token_budget=not is_random)
-        configs[name] = dataclasses.replace(cfg, mask=mask, optim=optim)
-    bf16, device = DEVICE == "cuda", torch.device(DEVICE)
+        mask = dataclasses.replace(cfg.mask, fixed_token_budget=not is_random)
+        masks = slices(mask) if drawn else [dataclasses.replace(mask, mask_ratio=(mean, mean))]
+        configs[name] = dataclasses.replace(cfg, optim=optim)
+    if drawn:
+        steps, warm_up, split_steps = ROUNDS * SLICES, warm_up * SLICES, SLICES
+    device = torch.device(DEVICE)
     first = next(iter(configs))
-    work = list(batches(configs[first], batch, steps))
+    rate = product_flops_per_ms(DTYPE, DEVICE)
+    work = batches(configs[first], batch, steps, masks)
     torch.compiler.reset()  # what was compiled for other sizes counts against the recompilation limit
     timings = time_engines(configs, device, work, warm_up, split_steps)
     for name, timing in timings.items():
-        wanted = pytest.approx(timings[first].losses, rel=3e-2 if bf16 else 2e-3)
+        wanted = pytest.approx(timings[first].losses, rel=TOLERANCE)
         assert timing.losses == wanted, f"{name} trains otherwise than {first}"
 
-    floor_ms = timings[first].flops / product_flops_per_ms(torch.bfloat16 if bf16 else torch.float32, DEVICE)
-    more = {}
+    floor_ms = timings[first].flops / rate
+    times, more = {}, {}
     for name, timing in timings.items():
-        median = statistics.median(timing.seconds)
+        rounds = [timing.seconds[i : i + len(masks)] for i in range(0, steps, len(masks))]
+        times[name] = [1e3 * statistics.mean(seconds) for seconds in rounds]
+        median = statistics.median(times[name])
         more[name] = {
             "batch": batch,
-            "clips_per_second": batch / median,
-            "mfu": floor_ms / (1e3 * median),
+            "clips_per_second": 1e3 * batch / median,
+            "mfu": floor_ms / median,
             "peak_bytes": timing.peak_bytes,
             "phases_ms": {phase: 1e3 * seconds for phase, seconds in timing.phases.items()},
         }
-    return {name: [1e3 * s for s in timing.seconds] for name, timing in timings.items()}, more, floor_ms
+    return times, more, floor_ms
 
 
-@pytest.mark.parametrize(
-    ("preset", "size", "batch", "impls"), CASES, ids=lambda x: "-".join(x) if x in (ALL, EAGER) else None
-)
-def test_train_step(preset, size, batch, impls, record):
+def attention_times(cfg: Config, batch: int) -> dict[SDPBackend, float]:
+    """Milliseconds of the SDPA calls of a step under each backend that can run them: all layers, half of the patches
+    visible, and the backward where there is one."""
+    width, depth, heads = SIZES[cfg.model.size]
+    model, tokens = cfg.model, cfg.front_end.n_patches
+    calls = [  # layers, tokens, heads, head dim, whether there is a backward
+        (depth, tokens // 2, heads, width // heads, True),
+        (depth, tokens, heads, width // heads, False),
+        (model.predictor_depth, tokens, model.predictor_heads, model.predictor_width // model.predictor_heads, True),
+    ]
+    cudnn, efficient = SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    found = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, cudnn, efficient, SDPBackend.MATH):
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
+            found[backend] = sum(layers * attention_ms(batch, *call) for layers, *call in calls)
+    return found
+
+
+def attention_ms(batch: int, tokens: int, heads: int, head_dim: int, backward: bool) -> float:
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=DEVICE, dtype=DTYPE, requires_grad=backward)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+
+    def run() -> None:
+        out = scaled_dot_product_attention(q, k, v)
+        if backward:
+            torch.autograd.grad(out, (q, k, v), out)
+
+    return best_ms(run, DEVICE, repeats=5)
+
+
+@contextlib.contextmanager
+def tuned(cfg: Config, batch: int, monkeypatch):
+    """torch.compile as fast as its options make it; the name of the attention backend that it takes."""
+    found = attention_times(cfg, batch)
+    order = sorted(found, key=lambda backend: found[backend])
+    search = functools.partial(torch.compile, options={"max_autotune": True})
+    with sdpa_kernel(order, set_priority=True), monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", search)
+        yield order[0].name.removesuffix("_ATTENTION").lower()
+    release(torch.device(DEVICE))
+
+
+@pytest.mark.parametrize(("preset", "size", "batch", "kind"), CASES)
+def test_train_step(preset, size, batch, kind, record, monkeypatch):
     cfg = PRESETS[preset]
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, size=size))
-    model = preset if preset == size else f"{preset} ViT-{size}"
+    model = size if size.startswith(preset) else f"{preset} ViT-{size}"
+    shape = f"{model}, batch {batch}"
     try:
-        times, more, floor_ms = time_steps(cfg, batch, impls, split_steps=SPLIT)
+        if kind == "max-autotune":
+            with tuned(cfg, batch, monkeypatch) as backend:
+                times, more, floor_ms = time_steps(cfg, batch, KINDS[kind], split_steps=SPLIT)
+            for fields in (times, more):
+                fields[f"compile max-autotune, {backend}"] = fields.pop("compile")
+        else:
+            times, more, floor_ms = time_steps(cfg, batch, KINDS[kind], split_steps=SPLIT, drawn=kind == "drawn")
     except torch.cuda.OutOfMemoryError:
-        pytest.skip(f"{model} at batch {batch}: the engines do not fit into this GPU's memory side by side")
+        pytest.skip(f"{model} at batch {batch}: the engines do not fit into this GPU's memory")
+    release(torch.device(DEVICE))
+    shape += {"drawn": ", masks as drawn", "max-autotune": ", max-autotune"}.get(kind, "")
     for fields in more.values():
         fields["model"] = model
-    shape = f"{model}, batch {batch}"
-    record("train_step", shape, times, plain="eager", peers=["eager", "compile"], floor_ms=floor_ms, more=more)
+    peers = [name for name in times if name != "fused"]
+    record("train_step", shape, times, plain="eager", peers=peers, floor_ms=floor_ms, more=more)
     for name, fields in more.items():
         phases = ", ".join(f"{phase} {ms:.3g} ms" for phase, ms in fields["phases_ms"].items())
         peak = f", peak {fields['peak_bytes'] / 2**30:.1f} GiB" if fields["peak_bytes"] else ""

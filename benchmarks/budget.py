@@ -86,13 +86,14 @@ class Worker:
 class Workers:
     """Starts the processes of a part, the first of them from the one that waits."""
 
-    def __init__(self, journal: Path, log: Path, environment: dict[str, str], say: Callable[[str], None] = print):
-        self.journal, self.make = journal, lambda: Worker(log, environment, say)
+    def __init__(self, journal: Path, log: Path, environment: dict[str, str], on_gpu: bool, say: Callable[[str], None]):
+        self.journal, self.on_gpu, self.make = journal, on_gpu, lambda: Worker(log, environment, say)
+        self.more: dict[str, str] = {}  # of the environment, known only once the first process is there
         self.spare = self.make()
 
     def start(self, part: Part) -> list[Worker]:
         work = {"part": part.name, "items": part.items, "mode": part.mode, "retry": part.retry}
-        work["journal"] = str(self.journal)
+        work |= {"journal": str(self.journal), "environment": self.more, "on_gpu": self.on_gpu}
         spares = [self.spare, *(self.make() for _ in range(part.processes - 1))]
         begun = [worker.begin({**work, "share": [i, part.processes]}) for i, worker in enumerate(spares)]
         self.spare = self.make()

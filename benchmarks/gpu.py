@@ -23,8 +23,10 @@ import prebuilt
 import result_files
 from budget import Part
 from journal import Journal
+from selection import is_ours
 
 ROOT = Path(__file__).parent.parent
+UNPACKED = ROOT / "build" / "unpacked"  # packages and Triton's cache
 FOR_THE_REPORT = 15.0  # seconds of the budget that tables and plots may take
 
 REBUILT = (  # the kernels that were written anew since a GPU last ran them, at the step's own widths
@@ -34,6 +36,12 @@ REBUILT = (  # the kernels that were written anew since a GPU last ran them, at 
 )
 KERNEL_TESTS = ("add_layer_norm", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu")
 STEP_KERNELS = ("layer_norm", "attention", "bias_gelu", "latent_loss", "adamw_ema", "log_mel")
+
+
+TOLD = {  # of a record, while the run goes on
+    "clips_per_second": "{:,.4g} clips/s", "mfu": "{:.0%} MFU", "floor_share": "{:.0%} of the floor",
+    "ratio_to_best_peer": "{:.2f} x {peer}",
+}  # fmt: skip
 
 
 def benches(*names: str) -> tuple[str, ...]:
@@ -47,11 +55,11 @@ def tests(*names: str) -> tuple[str, ...]:
 # Expected and largest seconds are those of an H200; in the order of what is asked first.
 GPU = (
     Part("device", "versions, clocks and ceilings", benches("device"), 10, 40),
-    Part("step", "our step at 1,024 and 256 clips, its switches and its kernels", benches("step"), 90, 150, "quick"),
+    Part("step", "our step at 1,024 and 256 clips, its switches and its kernels", benches("step"), 110, 200, "quick"),
     Part("correctness", "kernels and the replayed step that no GPU has run yet",
          (*tests(*KERNEL_TESTS), "-k", REBUILT), 60, 100, processes=3),
     Part("kernels", "every kernel at the shapes of the step", benches(*STEP_KERNELS), 60, 100, "quick"),
-    Part("files", "from shards to updated weights", benches("end_to_end"), 60, 100, "quick"),
+    Part("files", "from shards to updated weights", benches("end_to_end"), 50, 100, "quick"),
     Part("training", "the same curve as plain PyTorch's in bf16",
          (*tests("same_training"), "-k", "on_a_gpu and bf16"), 60, 120),
     Part("peers", "the step beside plain PyTorch, torch.compile and max-autotune", benches("train_step"), 60, 3600),
@@ -93,30 +101,26 @@ def main(argv: list[str] | None = None) -> int:
     parts = choose(GPU if on_gpu else CPU, args.parts, parser)
     journal = Journal(args.out / "gpu.jsonl")
     if args.report:
+        earlier(journal, args.earlier, again=False)
         return report(journal, args.out, parser)
     if args.device == "auto" and not on_gpu:
-        parser.error("there is no GPU here (no /dev/nvidia0); --device cpu rehearses the run")
+        parser.error("there is no GPU here; --device cpu rehearses the run")
     signal.signal(signal.SIGTERM, _terminated)
 
-    places = (ROOT, ROOT / "kernels", ROOT / "benchmarks", args.out / "site", os.environ.get("PYTHONPATH"))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(str(place) for place in places if place),
-        "PYTHONUNBUFFERED": "1",
-        "TRITON_CACHE_DIR": str(args.out / "triton"),
-        "AJEPA_TEST_MISSING": "skip",
-    } | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    environment.pop("AJEPA_BENCH_RESULTS", None)
-    (args.out / "site").mkdir(parents=True, exist_ok=True)
-    workers = budget.Workers(journal.path, args.out / "gpu.log", environment, say)  # the first imports torch already
+    # The first process imports torch while the rest is put in place.
+    workers = budget.Workers(journal.path, args.out / "gpu.log", environment(on_gpu), on_gpu, say)
     try:
         earlier(journal, args.earlier, args.again)
-        for line in prebuilt.unpack(args.prebuilt, args.out, capability() if on_gpu else None):
-            say(f"prepared {line['what']} in {line['seconds']:.1f} s{': ' * bool(line['note'])}{line['note']}")
-            journal.append({"prepared": line["what"], **line})
+        for step in prebuilt.unpack(args.prebuilt, UNPACKED, capability() if on_gpu else None):
+            workers.more |= {name: value for name, value in step.pop("environment").items() if name != "PYTHONPATH"}
+            say(f"{step['what']}, {step['seconds']:.1f} s: {step['note']}")
+            journal.append({"prepared": step})
         ended = budget.run(
             parts, args.budget - FOR_THE_REPORT * on_gpu, journal, workers.start, begin=begin, say=say, watch=tell
         )
+        compiled = prebuilt.new_entries(UNPACKED)
+        say(f"{len(compiled)} kernels and modules were compiled here")
+        journal.append({"compiled": compiled})
     except KeyboardInterrupt as interrupt:
         say(f"interrupted; {journal.path} has what was measured, and the same command goes on")
         return 143 if interrupt.args else 130
@@ -134,19 +138,36 @@ def _terminated(*_) -> None:
     raise KeyboardInterrupt("SIGTERM")
 
 
+def environment(on_gpu: bool) -> dict[str, str]:
+    """Of the parts' processes. The project need not be installed."""
+    (UNPACKED / "site").mkdir(parents=True, exist_ok=True)
+    places = [
+        ROOT,
+        ROOT / "kernels",
+        ROOT / "benchmarks",
+        UNPACKED / "site",
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+    own = {"PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONUNBUFFERED": "1", "AJEPA_TEST_MISSING": "skip"}
+    kept = {name: value for name, value in os.environ.items() if name != "AJEPA_BENCH_RESULTS"}
+    return {**kept, **own, **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"})}
+
+
 def has_gpu() -> bool:
-    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidia0").exists()
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and (
+        any(Path("/dev").glob("nvidia[0-9]*")) or capability() is not None
+    )
 
 
-def capability() -> str | None:
-    """9.0 of a Hopper GPU; asked without torch, which is still being imported."""
+def capability() -> int | None:
+    """90 of a Hopper GPU, as nvidia-smi knows it: torch is still being imported."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return None
     command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
+        return int(subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.replace(".", ""))
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
 
 
@@ -177,16 +198,12 @@ def tell(line: dict) -> None:
     """What has just been measured, in a line a record; and what failed."""
     if line.get("outcome") == "failed" or (line.get("outcome") == "skipped" and "::" not in line["item"]):
         say(f"  {line['outcome']}: {line['item']}: {line['reason']}")
-    for r in line.get("records", []):
-        more = [f"{r[key]:,.4g} {unit}" for key, unit in (("clips_per_second", "clips/s"),) if r.get(key)]
-        more += [
-            f"{r[key]:.0%} {unit}" for key, unit in (("mfu", "MFU"), ("floor_share", "of the floor")) if r.get(key)
-        ]
-        more += [f"{r[key]:.2f} x {unit}" for key, unit in (("ratio_to_best_peer", r.get("best_peer")),) if r.get(key)]
-        say(
-            f"  {r['benchmark']}: {r['shape']}: {r['variant']}: {r['median_ms']:,.4g} ms"
-            + "".join(f", {m}" for m in more)
-        )
+    for r in filter(is_ours, line.get("records", [])):
+        said = [f"{r['benchmark']}: {r['shape']}: {r['variant'].removeprefix('ajepa ')}: {r['median_ms']:,.4g} ms"]
+        for key, form in TOLD.items():
+            if r.get(key):
+                said.append(form.format(r[key], peer=r["best_peer"]))
+        say(f"  {', '.join(said)}")
 
 
 def write_results(journal: Journal, out: Path, on_gpu: bool, left: float) -> None:

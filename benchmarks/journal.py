@@ -4,7 +4,7 @@ A line is written whole or not at all. Lines that a crash has torn are passed ov
 append to one file. The lines of a run of `gpu.py`:
 
     {"run": {device, versions, commit, date, budget}}       the run begins
-    {"prepared": what, "seconds": s, "note": why}           what was unpacked or had to be built
+    {"prepared": {what, seconds, note}}                     what was unpacked or had to be built
     {"part": name, "collected": [[item, mode, inputs]]}     a part has begun and knows its items
     {"part": name, "started": item, "mode", "inputs"}       an item has begun; without an outcome below: it was killed
     {"part": name, "item": item, "mode", "inputs": hash, "outcome": passed | failed | skipped, "reason", "seconds",

@@ -84,15 +84,23 @@ def fingerprint(item: str, tree: Tree | None = None) -> str:
 
 
 def inputs(item: str) -> str:
-    """The hash of what decides an item's outcome here: the code it measures, and its own file."""
+    """The hash of what decides an item's outcome here: the code it measures, its own file, and those it builds on."""
     return _inputs(item.partition("::")[0])
 
 
 @functools.cache
 def _inputs(own: str) -> str:
     tree = working_tree()
-    text = _plain(own, tree.read(own)) if own in tree.files else ""
-    return _digest([_fingerprint(bench_of(own), tree), text])
+    return _digest([_fingerprint(bench_of(own), tree), *(_plain(path, tree.read(path)) for path in _beside(own, tree))])
+
+
+def _beside(own: str, tree: Tree) -> set[str]:
+    """A benchmark's or test's own file, and those beside it that it imports."""
+    if own not in tree.files:
+        return set()
+    folder = Path(own).parent
+    names = re.findall(r"^from ((?:bench|test)_\w+) import", tree.read(own), flags=re.MULTILINE)
+    return {own}.union(*(_beside((folder / f"{name}.py").as_posix(), tree) for name in names))
 
 
 @functools.cache

@@ -102,14 +102,16 @@ def die_with_parent() -> None:
 
 def main() -> int:
     die_with_parent()
-    with contextlib.suppress(ImportError):
-        import torch  # noqa: F401 (what takes long, while another part runs)
+    import torch  # takes seconds, which pass while another part runs
+
     line = sys.stdin.readline()
     if not line:  # no part is left
         return 0
     work = json.loads(line)
-    os.environ |= {"AJEPA_BENCH": work["mode"], "AJEPA_JOURNAL": work["journal"]}
+    os.environ |= {"AJEPA_BENCH": work["mode"], "AJEPA_JOURNAL": work["journal"], **work["environment"]}
     os.chdir(ROOT)
+    if work["on_gpu"] and not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} sees no GPU: nothing is measured")  # least of all a CPU in its place
     import pytest
 
     return int(pytest.main([*work["items"], *OPTIONS], plugins=[Recorder(work)]))

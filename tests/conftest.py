@@ -1,6 +1,9 @@
 import os
 from pathlib import Path
 
+# Before torch is loaded: threads that spin while they wait take the cores from each other on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 import torch

@@ -103,3 +103,12 @@ def compare_long(cfg: Config, device: torch.device) -> None:
 @pytest.mark.parametrize(("size", "batch"), [("tiny", 64), ("S", 64)])
 def test_on_a_gpu(size, batch, precision):
     compare_long((digits if AUDIO else made)(size, batch, 300, precision=precision), torch.device("cuda"))
+
+
+@needs_audio
+def test_rehearsal():
+    """The comparison as on a GPU, with so little data and so few steps that a CPU can take it."""
+    cfg = digits("tiny", 8, 24, precision="fp32")
+    data = replace(cfg.data, where="speaker=george", clip_seconds=0.5)
+    watch = replace(cfg.watch, eval_where="index=0,1", eval_test="speaker=theo")
+    compare_long(replace(cfg, data=data, watch=watch), torch.device("cpu"))

@@ -90,7 +90,7 @@ def check_impl(op: str, impl: str) -> None:
 def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bool:
     """Resolves `impl` for `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
     check_impl(op, impl)
-    if impl == "reference" or (impl == "auto" and not x.is_cuda):
+    if impl == "reference" or (impl == "auto" and not x.is_cuda and _recorded is None):
         return False
     why_not = cannot_launch(x) or unsupported
     if impl == "triton" and why_not:
@@ -114,7 +114,8 @@ def _announce(op: str, why_not: str) -> None:
 def record_launches(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
     """Collects what would be launched on a GPU of compute capability `arch` (90 for Hopper) instead of launching it.
 
-    Launchers run on `meta` tensors then, which is how every shipped kernel is compiled without a GPU.
+    Launchers run on `meta` tensors then, which is how every shipped kernel is compiled without a GPU. On CPU tensors
+    `impl="auto"` takes the kernels, too, so that whole models show what they launch.
     """
     global _recorded, _recorded_arch
     _recorded, _recorded_arch = [], arch

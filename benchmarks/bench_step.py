@@ -1,0 +1,281 @@
+"""Our training step alone: PCM that lies on the device, to updated weights, with masks as training draws them.
+
+Training draws one masked share for each batch, uniformly from the recipe's range, and the step's work depends on it.
+The cases "masks as drawn" cut this range into six equal slices and mask one batch at the middle of each. Training draws
+every slice equally often, so the mean over the six batches is the mean of training. The cases of a fixed number of
+visible patches mask half of every clip.
+
+A time is milliseconds a step of one round: all six batches in turn, queued without waiting in between, and one wait for
+the device at the end. Masks are drawn beforehand. Every shape is run three times before: the first step runs eagerly,
+the second is captured as a CUDA graph, the third is replayed, as is all that is timed. `by_visible_ms` is one further
+round with a wait after each step, by the number of visible patches. MFU counts the FLOPs of the step's definition, mean
+of the six batches, at the rate of a matrix product measured in the same run. `peak_bytes` is what the engine reserved
+for weights, moments, graphs and its steps.
+
+Before the fused step's time counts, its losses must agree with those of plain PyTorch on small batches, and those of a
+switch with those of the step as it is shipped on the same batches.
+"""
+
+import dataclasses
+import functools
+import gc
+import itertools
+import math
+import statistics
+import sys
+import time
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import left_out
+from records import DEVICE, QUICK
+from torch.profiler import ProfilerActivity, profile
+
+from ajepa.ceilings import product_flops_per_ms
+from ajepa.compare import Batch, release
+from ajepa.config import PRESETS, SIZES, Config, MaskConfig
+from ajepa.engine import Engine, StepResult, wait
+from ajepa.masks import Masks, MaskSampler
+from ajepa.profiling import breakdown, report
+
+if DEVICE == "cuda":
+    PRESET, SIZE, MODEL, BATCHES = "audio-jepa", "B", "audio-jepa ViT-B", (1024, 256)
+    SECONDS = 2.5 if QUICK else 5.0
+else:  # a stand-in, which shows that everything works
+    PRESET, SIZE, BATCHES = "tiny", "tiny x 1" if QUICK else "tiny", (8, 4)
+    MODEL = SIZE
+    SECONDS = 0.1 if QUICK else 1.0
+SLICES, WARM_UP, ROUNDS = 6, 3, 3
+DTYPE, TOLERANCE = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float32, 2e-3)
+HALF = str(math.prod(PRESETS[PRESET].front_end.grid) // 2)  # visible patches
+SWITCHES: dict[str, dict[str, Any]] = {
+    "shipped": {},
+    "mlp=bias-gelu": {"mlp": "bias-gelu"},
+    "residual=bf16": {"residual": "bf16"},
+    "target_precision=fp8": {"target_precision": "fp8"},
+}
+CASES = [(batch, masks, "shipped") for masks in ("drawn", HALF) for batch in BATCHES]
+CASES += [(BATCHES[0], "drawn", switch) for switch in SWITCHES if switch != "shipped"]
+SHIPPED_LOSSES: dict[tuple[int, str], list[float]] = {}  # by batch and masks: of the shipped step's warm-up
+
+
+@pytest.fixture(autouse=True)
+def rehearsal(monkeypatch):
+    """Quick runs on a CPU only show that everything works. They have an encoder of one layer, one thread (several spin
+    while they wait), and a torch.compile that traces and generates no code."""
+    if not QUICK or DEVICE != "cpu":
+        yield
+        return
+    width, _, heads = SIZES["tiny"]
+    monkeypatch.setitem(SIZES, "tiny x 1", (width, 1, heads))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(**step) -> Config:
+    """The fused engine with these settings of its step; the learning rate grows fast, so that the weights move."""
+    cfg = PRESETS[PRESET]
+    model = dataclasses.replace(cfg.model, size=SIZE, target_layers=1)  # type: ignore[arg-type]
+    optim = dataclasses.replace(cfg.optim, warmup_steps=50)
+    return dataclasses.replace(cfg, model=model, optim=optim, step=dataclasses.replace(cfg.step, **step))
+
+
+def slices(mask: MaskConfig, count: int = SLICES) -> list[MaskConfig]:
+    """`mask` at the middle of each of `count` equal slices of its range of masked shares."""
+    low, high = mask.mask_ratio
+    middles = [low + (high - low) * (i + 0.5) / count for i in range(count)]
+    return [dataclasses.replace(mask, mask_ratio=(ratio, ratio)) for ratio in middles]
+
+
+def noise(cfg: Config, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two batches of noise, drawn on the device: PCM int16 `[B, S]`, and lengths int32 `[B]`."""
+    samples = round(cfg.data.clip_seconds * cfg.front_end.sample_rate)
+    draw = functools.partial(torch.randint, -9999, 9999, (batch, samples), dtype=torch.int16, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    lengths = torch.full((batch,), samples, dtype=torch.int32, device=DEVICE)
+    return [(draw(generator=generator), lengths) for _ in range(2)]
+
+
+def with_masks(engine: Engine, audio: list[tuple[torch.Tensor, torch.Tensor]], masks: list[MaskConfig]) -> list[Batch]:
+    """A batch for each of `masks`, of the `audio` in turn."""
+    made: list[Batch] = []
+    for step, (mask, (pcm, lengths)) in enumerate(zip(masks, itertools.cycle(audio), strict=False)):
+        sampler = MaskSampler(mask, engine.cfg.front_end.grid)
+        made.append((pcm, lengths, engine.masks(sampler, step, len(pcm))))
+    return made
+
+
+def run(engine: Engine, batches: list[Batch], first: int) -> list[StepResult]:
+    """Queue a step on each batch, with the schedules of steps `first`, `first + 1`..."""
+    return [engine.step(*batch, step) for step, batch in enumerate(batches, first)]
+
+
+def losses(results: list[StepResult]) -> list[float]:
+    """The losses of steps that must all have been finite."""
+    values = torch.stack([result.loss for result in results]).tolist()
+    bad = torch.stack([result.bad for result in results]).sum().item()
+    assert all(map(math.isfinite, values)) and not bad, f"{bad:g} of {len(values)} steps were not finite: {values}"
+    return values
+
+
+def timed_rounds(engine: Engine, batches: list[Batch], first: int) -> tuple[list[float], list[StepResult]]:
+    """Milliseconds a step of each round, for SECONDS and at least ROUNDS rounds, and the results of all steps."""
+    times: list[float] = []
+    results: list[StepResult] = []
+    gc.collect()
+    gc.disable()
+    try:
+        wait(engine.device)
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < SECONDS or len(times) < ROUNDS:
+            tick = time.perf_counter()
+            results += run(engine, batches, first + len(results))
+            wait(engine.device)
+            times.append(1e3 * (time.perf_counter() - tick) / len(batches))
+    finally:
+        gc.enable()
+    return times, results
+
+
+def visible(batch: Batch) -> int:
+    """Visible patches of each clip of a batch."""
+    first = batch[2][0]
+    assert isinstance(first, Masks)
+    return len(first.context) // first.clips
+
+
+def by_visible(engine: Engine, batches: list[Batch], first: int) -> dict[str, float]:
+    """Milliseconds of a step that the host waits for, by the number of visible patches."""
+    times: dict[str, list[float]] = {}
+    wait(engine.device)
+    for step, batch in enumerate(batches, first):
+        tick = time.perf_counter()
+        engine.step(*batch, step)
+        wait(engine.device)
+        times.setdefault(str(visible(batch)), []).append(1e3 * (time.perf_counter() - tick))
+    return {patches: statistics.mean(values) for patches, values in sorted(times.items())}
+
+
+@functools.cache
+def small_losses(cfg: Config) -> list[float]:
+    """Losses of four steps on 16 clips, of few and of many visible patches in turn: two eager, two by CUDA graphs."""
+    engine = Engine(cfg, torch.device(DEVICE))
+    few_and_many = [slices(cfg.mask)[i] for i in (-1, 0)]
+    return losses(run(engine, with_masks(engine, noise(cfg, 16), 2 * few_and_many), 0))
+
+
+def check_shipped() -> None:
+    plain = small_losses(dataclasses.replace(config(), impl="reference"))
+    assert small_losses(config()) == pytest.approx(plain, rel=TOLERANCE), "the fused step trains otherwise than eager"
+
+
+def check_switch(cfg: Config, case: tuple[int, str], found: list[float]) -> None:
+    """`found`: the losses of the warm-up of this case."""
+    shipped = SHIPPED_LOSSES.get(case)
+    if shipped is None:  # the shipped step did not run in this process
+        found, shipped = small_losses(cfg), small_losses(config())
+    assert found == pytest.approx(shipped, rel=3e-2), "the switch trains otherwise than the step as shipped"
+
+
+class Measured(NamedTuple):
+    times: list[float]  # milliseconds a step, of each round
+    floor_ms: float
+    warm_up_losses: list[float]
+    more: dict[str, Any]  # fields of the record
+
+
+def measure(cfg: Config, batch: int, masks: list[MaskConfig], case: str) -> Measured:
+    """Warm up and time a fresh engine, which is no more when this returns."""
+    rate = product_flops_per_ms(DTYPE, DEVICE)
+    audio = noise(cfg, batch)
+    before = reserved()
+    engine = Engine(cfg, torch.device(DEVICE))
+    batches = with_masks(engine, audio, masks)
+    warm_up = [result for i in range(WARM_UP) for result in run(engine, batches, i * len(batches))]
+    times, results = timed_rounds(engine, batches, len(warm_up))
+    apart = by_visible(engine, batches, len(warm_up) + len(results))
+    losses(results)
+
+    floor_ms = statistics.mean(engine.flops(parts) for *_, parts in batches) / rate
+    graphs = [] if engine.graphs is None else [graph for graph in engine.graphs.seen.values() if graph is not None]
+    if engine.graphs is not None and engine.graphs.said:
+        left_out({f"{case} in CUDA graphs": "; ".join(sorted(engine.graphs.said))})
+    median = statistics.median(times)
+    more = {
+        "batch": batch,
+        "model": MODEL,
+        "clips_per_second": 1e3 * batch / median,
+        "mfu": floor_ms / median,
+        "peak_bytes": torch.cuda.max_memory_reserved() - before if DEVICE == "cuda" else None,
+        "by_visible_ms": apart,
+        "graphs": len(graphs),
+    }
+    return Measured(times, floor_ms, losses(warm_up), more)
+
+
+def reserved() -> int:
+    """Bytes of the GPU that are reserved, from where on the peak is counted."""
+    release(torch.device(DEVICE))
+    if DEVICE != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved()
+
+
+@pytest.mark.parametrize(("batch", "masks", "switch"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+def test_step(batch, masks, switch, record):
+    cfg = config(**SWITCHES[switch])
+    if switch == "target_precision=fp8" and (DEVICE != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        pytest.skip("float8 products need a GPU of compute capability 8.9 or later")
+    if switch != "shipped" and cfg == config():
+        pytest.skip(f"{switch} is what is shipped: the case [{batch}-{masks}-shipped]")
+    check_shipped()
+    half = dataclasses.replace(cfg.mask, mask_ratio=(0.5, 0.5))
+    shape = f"{MODEL}, batch {batch}, {'masks as drawn' if masks == 'drawn' else f'{masks} visible'}"
+    shape += f", {'as shipped' if switch == 'shipped' else switch}"
+    measured = measure(cfg, batch, slices(cfg.mask) if masks == "drawn" else [half] * SLICES, shape)
+    release(torch.device(DEVICE))
+    if switch == "shipped":
+        SHIPPED_LOSSES[batch, masks] = measured.warm_up_losses
+    else:
+        check_switch(cfg, (batch, masks), measured.warm_up_losses)
+
+    counts = sorted(map(int, measured.more["by_visible_ms"]))
+    seen = f"drawn {counts[0]}-{counts[-1]}" if masks == "drawn" else masks
+    fields = {**measured.more, "visible": seen, "switch": switch}
+    record("step", shape, {"fused": measured.times}, floor_ms=measured.floor_ms, more={"fused": fields})
+    print(f"  {fields['clips_per_second']:.4g} clips/s, MFU {fields['mfu']:.1%}, {seen} visible", file=sys.stderr)
+
+
+def test_step_profile(record):
+    """The kernels of three replayed steps of the shipped engine, of few, half and many visible patches."""
+    cfg, device, batch = config(), torch.device(DEVICE), BATCHES[0]
+    check_shipped()
+    rate = product_flops_per_ms(DTYPE, DEVICE)
+    release(device)
+    engine = Engine(cfg, device)
+    batches = with_masks(engine, noise(cfg, batch), slices(cfg.mask, 3))
+    for i in range(WARM_UP):
+        losses(run(engine, batches, i * len(batches)))
+    wait(device)
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")) as profiled:
+        begin = time.perf_counter()
+        results = run(engine, batches, WARM_UP * len(batches))
+        wait(device)
+        seconds = time.perf_counter() - begin
+    losses(results)
+    found = breakdown(profiled, device, seconds, len(batches))
+    flops = sum(engine.flops(parts) for *_, parts in batches)
+    del engine, batches, results
+    release(device)
+    if not found.kernels:
+        pytest.skip("the profiler sees no kernels on this device")
+    print("\n" + report(found, seconds, 3, flops, 1e3 * rate), file=sys.stderr)
+    kernels = [kernel._asdict() for kernel in found.kernels[:25]]
+    more = {"batch": batch, "model": MODEL, "kinds": found.kinds, "kernels": kernels}
+    times = {"fused": [1e3 * seconds / 3]}
+    record("step_profile", f"{MODEL}, batch {batch}, masks as drawn, as shipped", times, more={"fused": more})
