@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from journal import LOST, Journal, Key, settled, tried
 from sources import inputs
 
+IMPORTS = ("ajepa.engine",)
 TICK = 0.05  # seconds between looks at a part's processes
 GRACE = 3.0  # seconds that killed processes are waited for: one in the driver's hands may not go at once
 
@@ -47,13 +48,13 @@ class Process(Protocol):
 
 
 class Worker:
-    """A process that has imported torch and waits for the part to run: the next part's is made while one runs.
+    """A process that has imported what takes long and waits for its part: it is made while another part runs.
 
     Its output goes into the log. Where that cannot be written, what it measures is not to end with it.
     """
 
-    def __init__(self, log: Path, environment: dict[str, str], say: Callable[[str], None]):
-        command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+    def __init__(self, log: Path, environment: dict[str, str], say: Callable[[str], None], imports: Sequence[str]):
+        command = [sys.executable, str(Path(__file__).with_name("worker.py")), *imports]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
@@ -87,16 +88,17 @@ class Workers:
     """Starts the processes of a part, the first of them from the one that waits."""
 
     def __init__(self, journal: Path, log: Path, environment: dict[str, str], on_gpu: bool, say: Callable[[str], None]):
-        self.journal, self.on_gpu, self.make = journal, on_gpu, lambda: Worker(log, environment, say)
+        self.journal, self.on_gpu = journal, on_gpu
+        self.make = lambda *imports: Worker(log, environment, say, ("torch", *imports))
         self.more: dict[str, str] = {}  # of the environment, known only once the first process is there
-        self.spare = self.make()
+        self.spare = self.make()  # it must not import the project, whose extension may not be in place yet
 
     def start(self, part: Part) -> list[Worker]:
         work = {"part": part.name, "items": part.items, "mode": part.mode, "retry": part.retry}
         work |= {"journal": str(self.journal), "environment": self.more, "on_gpu": self.on_gpu}
         spares = [self.spare, *(self.make() for _ in range(part.processes - 1))]
         begun = [worker.begin({**work, "share": [i, part.processes]}) for i, worker in enumerate(spares)]
-        self.spare = self.make()
+        self.spare = self.make(*IMPORTS)
         return begun
 
     def close(self) -> None:

@@ -159,6 +159,7 @@ def _path(module: str, tree: Tree) -> str | None:
     return next((path for path in (f"{place}.py", f"{place}/__init__.py") if path in tree.files), None)
 
 
+@functools.cache
 def _imports(path: str, tree: Tree) -> list[str]:
     """Modules of this project named by the imports of a file. A name that a package passes on is its own module's."""
     modules: list[str] = []
@@ -174,6 +175,7 @@ def _imports(path: str, tree: Tree) -> list[str]:
     return modules
 
 
+@functools.cache
 def _home_of(package: str, name: str, init: str, tree: Tree) -> str:
     if _path(f"{package}.{name}", tree):
         return f"{package}.{name}"
@@ -186,6 +188,7 @@ def _home_of(package: str, name: str, init: str, tree: Tree) -> str:
 # --- what of a file -------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _plain(path: str, text: str) -> str:
     """A file's code alone: the same in every version of Python, unlike a dump of its syntax tree."""
     if path.endswith(".py"):

@@ -1,4 +1,4 @@
-"""A process of `gpu.py`: imports torch, waits for a part on standard input, and runs the part's pytest items.
+"""A process of `gpu.py`: imports the modules it is given, waits for a part on standard input, runs its pytest items.
 
 Each item's outcome and measurements become a line of the journal when the item ends.
 
@@ -8,6 +8,7 @@ and did not pass, unless the part is there to try them again.
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from journal import Journal, Key, settled, tried
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,7 @@ class Recorder:
 
         return item, self.mode, inputs(item)
 
+    @pytest.hookimpl(trylast=True)  # after -k has made its choice
     def pytest_collection_modifyitems(self, config, items) -> None:
         from records import environment
 
@@ -43,8 +46,8 @@ class Recorder:
             self._append(run=environment())
             self._append(collected=[item.nodeid for item in items], of=self.of)
         out = settled(lines) | (set() if self.retry else tried(lines))
-        kept = [item for item in items if self._key(item.nodeid) not in out]
-        kept = kept[self.process :: self.processes]
+        share = items[self.process :: self.processes]  # of all: the others' outcomes are in the journal already
+        kept = [item for item in share if self._key(item.nodeid) not in out]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
@@ -102,18 +105,18 @@ def die_with_parent() -> None:
 
 def main() -> int:
     die_with_parent()
-    import torch  # takes seconds, which pass while another part runs
-
+    for module in sys.argv[1:]:  # what takes seconds to import, while another part runs
+        importlib.import_module(module)
     line = sys.stdin.readline()
     if not line:  # no part is left
         return 0
     work = json.loads(line)
     os.environ |= {"AJEPA_BENCH": work["mode"], "AJEPA_JOURNAL": work["journal"], **work["environment"]}
     os.chdir(ROOT)
+    import torch
+
     if work["on_gpu"] and not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} sees no GPU: nothing is measured")  # least of all a CPU in its place
-    import pytest
-
     return int(pytest.main([*work["items"], *OPTIONS], plugins=[Recorder(work)]))
 
 

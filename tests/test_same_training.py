@@ -108,7 +108,7 @@ def test_on_a_gpu(size, batch, precision):
 @needs_audio
 def test_rehearsal():
     """The comparison as on a GPU, with so little data and so few steps that a CPU can take it."""
-    cfg = digits("tiny", 8, 24, precision="fp32")
+    cfg = digits("tiny", 8, 12, precision="fp32")
     data = replace(cfg.data, where="speaker=george", clip_seconds=0.5)
     watch = replace(cfg.watch, eval_where="index=0,1", eval_test="speaker=theo")
     compare_long(replace(cfg, data=data, watch=watch), torch.device("cpu"))
