@@ -10,6 +10,7 @@ a rehearsal stay in <out>/results. `--report` does the same later, or on another
 """
 
 import argparse
+import functools
 import os
 import shutil
 import signal
@@ -99,40 +100,35 @@ def main(argv: list[str] | None = None) -> int:
     for file in args.earlier:
         if not file.is_file():
             parser.error(f"--earlier {file}: there is no such file")
-    on_gpu = has_gpu() if args.device == "auto" else args.device == "cuda"
-    parts = choose(GPU if on_gpu else CPU, args.parts, parser)
+    args.out = args.out.absolute()
     journal = Journal(args.out / "gpu.jsonl")
     if args.report:
-        earlier(journal, args.earlier, again=False)
-        return report(journal, args.out, parser)
+        return report(journal, args.earlier, args.out, parser)
+
+    on_gpu = has_gpu() if args.device == "auto" else args.device == "cuda"
+    parts = choose(GPU if on_gpu else CPU, args.parts, parser)
     if args.device == "auto" and not on_gpu:
         parser.error("there is no GPU here; --device cpu rehearses the run")
     signal.signal(signal.SIGTERM, _terminated)
-
     # The first process imports torch while the rest is put in place.
     workers = budget.Workers(journal.path, args.out / "gpu.log", environment(on_gpu), on_gpu, say)
     try:
-        earlier(journal, args.earlier, args.again)
-        for step in prebuilt.unpack(args.prebuilt, UNPACKED, capability() if on_gpu else None):
-            workers.more |= {name: value for name, value in step.pop("environment").items() if name != "PYTHONPATH"}
-            say(f"{step['what']}, {step['seconds']:.1f} s: {step['note']}")
-            journal.append({"prepared": step})
-        ended = budget.run(
-            parts, args.budget - FOR_THE_REPORT * on_gpu, journal, workers.start, begin=begin, say=say, watch=tell
-        )
-        compiled = prebuilt.new_entries(UNPACKED)
-        say(f"{len(compiled)} kernels and modules were compiled here")
-        journal.append({"compiled": compiled})
+        begin_call(journal, args.earlier, nvidia_smi("name") if on_gpu else "cpu", args.again)
+        put_in_place(journal, args.prebuilt, workers, on_gpu, args.budget / 2)
+        seconds = args.budget - FOR_THE_REPORT * on_gpu
+        ended = budget.run(parts, seconds, journal, workers.start, begin=begin, say=say, watch=tell)
     except KeyboardInterrupt as interrupt:
         say(f"interrupted; {journal.path} has what was measured, and the same command goes on")
         return 143 if interrupt.args else 130
     finally:
         workers.close()
-    write_results(journal, args.out, on_gpu, args.budget - (time.monotonic() - begin))
-    bad = {name: how for name, how in ended.items() if how != "passed"}
-    say(f"{time.monotonic() - begin:.0f} s of {args.budget:.0f}: " + (
-        f"{', '.join(f'{name} {how}' for name, how in bad.items())}; see {args.out / 'gpu.log'}, and run it again for"
-        " what is missing" if bad else "all parts passed"))  # fmt: skip
+    compiled = [name for name in prebuilt.new_entries(UNPACKED) if name.startswith("_")]  # torch.compile's do not
+    say(f"{len(compiled)} kernels and modules were compiled here")
+    journal.append({"compiled": compiled})
+    write_results(journal.read(), args.out, on_gpu, args.budget - (time.monotonic() - begin))
+    bad = [f"{name} {how}" for name, how in ended.items() if how != "passed"]
+    told = f"{', '.join(bad)}; see {args.out / 'gpu.log'}, and run it again for what is missing"
+    say(f"{time.monotonic() - begin:.0f} s of {args.budget:.0f}: {told if bad else 'all parts passed'}")
     return 1 if bad else 0
 
 
@@ -162,15 +158,22 @@ def has_gpu() -> bool:
 
 
 def capability() -> int | None:
-    """90 of a Hopper GPU, as nvidia-smi knows it: torch is still being imported."""
+    """90 of a Hopper GPU."""
+    found = nvidia_smi("compute_cap").replace(".", "")
+    return int(found) if found.isdigit() else None
+
+
+@functools.cache
+def nvidia_smi(field: str) -> str:
+    """What nvidia-smi says of the first GPU, while torch is still being imported; empty where it says nothing."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
-        return None
-    command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+        return ""
+    command = [smi, f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
     try:
-        return int(subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.replace(".", ""))
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def choose(parts: tuple[Part, ...], names: str, parser: argparse.ArgumentParser) -> list[Part]:
@@ -181,15 +184,34 @@ def choose(parts: tuple[Part, ...], names: str, parser: argparse.ArgumentParser)
     return [part for part in parts if not wanted or part.name in wanted]
 
 
-def earlier(journal: Journal, files: list[Path], again: bool) -> None:
-    """Put lines of earlier calls first; or, to measure anew, all lines aside."""
-    if again and journal.path.exists():
-        journal.path.rename(journal.path.with_suffix(f".{int(time.time())}.jsonl"))
-    there = {str(line) for line in journal.read()}
-    for file in files:
-        for line in Journal(file).read():
-            if str(line) not in there:
-                journal.append(line)
+def begin_call(journal: Journal, earlier: list[Path], device: str, again: bool) -> None:
+    """Begin a call's lines, after those of earlier calls on the same device. Lines of another device are put aside."""
+    own = journal.read()
+    there = [] if again else of_device(own, device)
+    missing = [line for file in earlier for line in of_device(Journal(file).read(), device) if line not in there]
+    if there != own:
+        journal.path.rename(journal.path.with_suffix(f".{time.time_ns()}.jsonl"))
+        missing = there + missing
+    for line in missing:
+        journal.append(line)
+    journal.append({"call": {"device": device, "began": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}})
+
+
+def of_device(lines: list[dict], device: str) -> list[dict]:
+    """The lines of calls on `device`; those before any call are of no other."""
+    kept, here = [], True
+    for line in lines:
+        here = line["call"]["device"] == device if "call" in line else here
+        kept += [line] * here
+    return kept
+
+
+def put_in_place(journal: Journal, folder: Path, workers: budget.Workers, on_gpu: bool, seconds: float) -> None:
+    """What was made beforehand; the rest is built here, for so many seconds at most."""
+    for step in prebuilt.unpack(folder, UNPACKED, capability() if on_gpu else None, seconds=seconds):
+        workers.more |= {name: value for name, value in step.pop("environment").items() if name != "PYTHONPATH"}
+        say(f"{step['what']}, {step['seconds']:.1f} s: {step['note']}")
+        journal.append({"prepared": step})
 
 
 def say(text: str) -> None:
@@ -208,15 +230,15 @@ def tell(line: dict) -> None:
         say(f"  {', '.join(said)}")
 
 
-def write_results(journal: Journal, out: Path, on_gpu: bool, left: float) -> None:
+def write_results(lines: list[dict], out: Path, on_gpu: bool, left: float) -> None:
     """Result files from all lines; tables and plots too, where there is time for them."""
     folder = result_files.RESULTS if on_gpu else out / "results"
     try:
-        for path in result_files.from_journal(journal.read(), folder):
+        for path in result_files.from_journal(lines, folder):
             if on_gpu:
                 shutil.copy(path, out)
     except OSError as error:
-        say(f"no result files: {error.strerror or error}; `make gpu-report` makes them from {journal.path}")
+        say(f"no result files: {error.strerror or error}; `make gpu-report` makes them from the lines")
         return
     if left < FOR_THE_REPORT / 2:
         say("no time is left for tables and plots: `make gpu-report` makes them")
@@ -226,12 +248,12 @@ def write_results(journal: Journal, out: Path, on_gpu: bool, left: float) -> Non
     pages.main(["--results", str(folder), *([] if on_gpu else ["--no-readme"])])
 
 
-def report(journal: Journal, out: Path, parser: argparse.ArgumentParser) -> int:
-    lines = journal.read()
-    if not any("run" in line for line in lines):
+def report(journal: Journal, earlier: list[Path], out: Path, parser: argparse.ArgumentParser) -> int:
+    lines = [line for file in (*earlier, journal.path) for line in Journal(file).read()]
+    runs = [line["run"] for line in lines if "run" in line]
+    if not runs:
         parser.error(f"{journal.path} holds no measurements; `make gpu` writes them, and OUT names its folder")
-    on_gpu = any(line["run"]["versions"]["cuda"] for line in lines if "run" in line)
-    write_results(journal, out, on_gpu, float("inf"))
+    write_results(lines, out, bool(runs[-1]["versions"]["cuda"]), float("inf"))
     return 0
 
 

@@ -3,7 +3,8 @@
 A line is written whole or not at all. Lines that a crash has torn are passed over when read. Several processes may
 append to one file. The lines of a run of `gpu.py`:
 
-    {"run": {device, versions, commit, date, budget}}       the run begins
+    {"call": {device, began}}                               a call of the program, on this device
+    {"run": {device, versions, commit, date, cores}}        what the part's process found
     {"prepared": {what, seconds, note}}                     what was unpacked or had to be built
     {"part": name, "collected": [[item, mode, inputs]]}     a part has begun and knows its items
     {"part": name, "started": item, "mode", "inputs"}       an item has begun; without an outcome below: it was killed

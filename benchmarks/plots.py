@@ -39,7 +39,7 @@ def floor(result: dict):
         "best peer": {"marker": "D", "s": 22, "color": "#d9822b"},
     }
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.3 * len(cases)), layout="constrained")
-    widest = max((r["floor_share"] for group in cases for r in group), default=1.0)
+    widest = max([1.0, *(r["floor_share"] for group in cases for r in group)])  # of the axis, which has the floor in it
     for y, group in enumerate(cases):
         ours = next(r for r in group if is_ours(r))
         axes.barh(y, 100 * ours["floor_share"], color=COLOURS["fused"], height=0.62, label="ajepa" if y == 0 else None)
@@ -84,7 +84,7 @@ def throughput(result: dict):
     axes.set_ylabel("clips a second")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)
-    _title(figure, "Throughput of the training step", result, ("train_step", "scaling"))
+    _title(figure, "Throughput of the training step", result, ("step", "train_step", "scaling"))
     return figure
 
 

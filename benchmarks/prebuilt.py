@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -50,20 +51,34 @@ print(json.dumps([triton.runtime.cache.triton_key(), triton.runtime.build.platfo
 """  # what the keys of a machine's cache contain of it, and Triton's own assembler
 
 
-def run(command: Iterable[object], root: Path = ROOT, **environment: str) -> str:
-    """What the command prints. Raises RuntimeError with the last line of its errors where it fails."""
+def run(command: Iterable[object], root: Path = ROOT, seconds: float | None = None, **environment: str) -> str:
+    """What the command prints. Raises RuntimeError with the last line of its errors where it fails.
+
+    A command that takes more than `seconds` is killed with all that it has started, which is an error, too.
+    """
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=root, env={**os.environ, **environment}, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+    process = subprocess.Popen(
+        words, cwd=root, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise RuntimeError(f"{Path(words[0]).name} took more than {seconds:.3g} s") from None
+    if process.returncode:
+        lines = (errors.strip() or out.strip() or f"exit status {process.returncode}").splitlines()
         raise RuntimeError(f"{Path(words[0]).name} failed: {lines[-1]}")
-    return done.stdout + done.stderr
+    return out + errors
 
 
 # --- on the GPU machine -----------------------------------------------------------------------------------------------
 
 
-def unpack(folder: Path, into: Path, capability: int | None, root: Path = ROOT) -> list[dict]:
+def unpack(
+    folder: Path, into: Path, capability: int | None, root: Path = ROOT, seconds: float | None = None
+) -> list[dict]:
     """Put the contents of `folder` in place, for the Python that runs this; nothing is raised.
 
     Args:
@@ -71,6 +86,7 @@ def unpack(folder: Path, into: Path, capability: int | None, root: Path = ROOT) 
         into: a folder for packages (`site`) and for Triton's cache (`triton`).
         capability: 10 x compute capability of the GPU; None: there is none, and nothing is built.
         root: the checkout that the extension belongs to.
+        seconds: the most that building or installing may take.
 
     Returns:
         A dict for each step: `what` it is, its `seconds`, a `note` in one sentence, and the `environment` variables to
@@ -78,8 +94,8 @@ def unpack(folder: Path, into: Path, capability: int | None, root: Path = ROOT) 
     """
     folder, into = Path(folder).absolute(), Path(into).absolute()
     steps: dict[str, Callable[[], tuple[str, dict]]] = {
-        "extension": lambda: (_place_extension(folder / "extension", capability, root), {}),
-        "wheels": lambda: _place_wheels(folder / "wheels", into / "site"),
+        "extension": lambda: (_place_extension(folder / "extension", capability, root, seconds), {}),
+        "wheels": lambda: _place_wheels(folder / "wheels", into / "site", seconds),
         "triton": lambda: _place_kernels(folder, into / "triton", capability, root),
     }
 
@@ -108,21 +124,21 @@ def fingerprint(patterns: Iterable[str], root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-def _place_extension(folder: Path, capability: int | None, root: Path) -> str:
+def _place_extension(folder: Path, capability: int | None, root: Path, seconds: float | None) -> str:
     library = root / LIBRARY
     if capability is None:
         return "There is no GPU: the extension is used as it is." if library.exists() else "There is no extension."
     why_not = _try_extension(folder, capability, root)
     if not why_not:
         return "The prebuilt extension is in place."
-    begin = time.perf_counter()
+    begin, command = time.perf_counter(), [sys.executable, "setup.py", "build_ext", "--inplace"]
     try:
-        said = run([sys.executable, "setup.py", "build_ext", "--inplace"], root, AJEPA_CUDA_ARCHS=str(capability))
+        said = run(command, root, seconds, AJEPA_CUDA_ARCHS=str(capability))
     except RuntimeError as error:
         return f"The prebuilt extension is not used: {why_not}. Building it here failed, too: {error}"
     left_out = "".join(f" {line}." for line in said.splitlines() if line.startswith("ajepa:"))
-    seconds = time.perf_counter() - begin
-    return f"The prebuilt extension is not used: {why_not}. Building it here took {seconds:.0f} s.{left_out}"
+    took = time.perf_counter() - begin
+    return f"The prebuilt extension is not used: {why_not}. Building it here took {took:.0f} s.{left_out}"
 
 
 def _try_extension(folder: Path, capability: int, root: Path) -> str:
@@ -143,7 +159,7 @@ def _try_extension(folder: Path, capability: int, root: Path) -> str:
     return ""
 
 
-def _place_wheels(folder: Path, site: Path) -> tuple[str, dict]:
+def _place_wheels(folder: Path, site: Path, seconds: float | None) -> tuple[str, dict]:
     """Install those wheels that hold a module which cannot be imported."""
     wheels = sorted(folder.glob("*.whl"))
     search = [str(site), *sys.path]
@@ -156,7 +172,7 @@ def _place_wheels(folder: Path, site: Path) -> tuple[str, dict]:
     environment = {"PYTHONPATH": str(site)} if missing or site.exists() else {}
     if missing:
         options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check"]
-        run([sys.executable, "-m", "pip", "install", *options, "--target", site, *missing])
+        run([sys.executable, "-m", "pip", "install", *options, "--target", site, *missing], seconds=seconds)
     names = ", ".join(wheel.name.split("-")[0] for wheel in missing)
     present = f"{len(wheels) - len(missing)} of {len(wheels)} packages were there"
     return f"{present}; installed: {names or 'none'}." if wheels else f"There are no wheels in {folder}.", environment

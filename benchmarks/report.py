@@ -41,7 +41,7 @@ def whole_rows(records: list[dict]) -> list[list[str]]:
         [
             r["shape"], r["variant"], number(r["median_ms"]), f"{number(r['p20_ms'])} - {number(r['p80_ms'])}",
             number(r.get("clips_per_second")), number(r["ratio_to_plain"], ".2f"), number(r.get("mfu"), ".0%"),
-            gib(r), number(r.get("data_wait_share"), ".0%"), measured(r),
+            gib(r), number(r.get("data_wait_share"), ".0%"), number(r.get("of_the_step"), ".1%"), measured(r),
         ]
         for r in records
     ]  # fmt: skip
@@ -51,7 +51,7 @@ ON_A_CPU = (
     "On a CPU `log_mel` alone has a kernel; its floor is a bare rfft of the same frames, which does less. The other "
     "ops\nare their plain definitions there, which torch.compile may beat."
 )
-WHOLE_HEAD = "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | measured"
+WHOLE_HEAD = "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | of the step alone | measured"
 KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer | measured"
 
 

@@ -1,6 +1,7 @@
 """What tables and plots take from the result files: which records, which of them are ours, and when they were read."""
 
 import json
+import re
 from pathlib import Path
 
 from sources import fingerprint
@@ -94,10 +95,12 @@ def plots_of(result: dict, name: str) -> list[str]:
 
 
 def throughput_lines(result: dict) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """{(model, variant): [(batch, clips/s)]} where more than one batch was timed."""
+    """{(case, variant): [(batch, clips/s)]} where more than one batch was timed."""
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for r in of(result, "train_step", "scaling"):
-        if r["benchmark"] == "train_step" or r["grows"] == "batch":
-            model = r["model"] if r["benchmark"] == "train_step" else f"{r['model']}, 128 tokens"
-            lines.setdefault((model, r["variant"]), []).append((r["batch"], r["clips_per_second"]))
+    for r in of(result, "step", "train_step", "scaling"):
+        if r["benchmark"] != "scaling" or r["grows"] == "batch":
+            case = (
+                re.sub(r", batch \d+", "", r["shape"]) if r["benchmark"] != "scaling" else f"{r['model']}, 128 tokens"
+            )
+            lines.setdefault((case, r["variant"]), []).append((r["batch"], r["clips_per_second"]))
     return {key: sorted(points) for key, points in lines.items() if len(points) > 1}

@@ -202,7 +202,7 @@ from pathlib import Path
 sys.path.insert(0, {benchmarks!r})
 import gpu
 from budget import Part
-gpu.prebuilt.unpack, gpu.budget.IMPORTS = lambda *_: [], ()
+gpu.prebuilt.unpack, gpu.budget.IMPORTS = lambda *_, **options: [], ()
 files = {{name: (f"{here}/{{name}}/bench_device.py",) for name in {names!r}}}
 gpu.CPU = tuple(Part(name, name, files[name], 1, {limit}, processes=1 + (name == "two")) for name in files)
 sys.exit(gpu.main(["--device", "cpu", "--out", {here!r} + "/out", *sys.argv[1:]]))
@@ -320,6 +320,24 @@ def test_ctrl_c_and_termination_say_how_to_go_on(program, tmp_path):
         said, _ = running.communicate(timeout=20)
         assert running.returncode == status and "the same command goes on" in said, said
         assert "Traceback" not in said
+
+
+def test_lines_of_another_device_do_not_count(tmp_path):
+    """Nor are they lost: they lie beside the new ones."""
+    journal, lines = Journal(tmp_path / "gpu.jsonl"), [{"call": {"device": "one"}}, {"item": "a"}]
+    for line in lines:
+        journal.append(line)
+    gpu.begin_call(journal, [], "one", again=False)
+    assert journal.read()[:2] == lines and len(journal.read()) == 3 and len(list(tmp_path.iterdir())) == 1
+    gpu.begin_call(journal, [], "two", again=False)
+    (aside,) = set(tmp_path.iterdir()) - {journal.path}
+    assert Journal(aside).read()[:2] == lines and [*journal.read()[0]] == ["call"]
+    gpu.begin_call(journal, [aside], "one", again=False)  # back on the first: its lines are named
+    assert journal.read()[:2] == lines and {line["call"]["device"] for line in journal.read() if "call" in line} == {
+        "one"
+    }
+    gpu.begin_call(journal, [], "one", again=True)
+    assert len(journal.read()) == 1
 
 
 def test_wrong_arguments_are_one_line():

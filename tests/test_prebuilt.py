@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def test_extension_that_cannot_be_built(checkout, tmp_path):
     (root / "no-nvcc").touch()
     note, library = extension(checkout, tmp_path)
     assert "failed, too" in note and "nvcc was not found" in note and not library
+
+
+def test_a_build_that_hangs_is_killed_with_what_it_started(checkout, tmp_path):
+    root, folder = checkout
+    shutil.rmtree(folder)
+    (root / "setup.py").write_text("import subprocess\nsubprocess.run(['sh', '-c', 'sleep 2; touch outlived'])\n")
+    steps = prebuilt.unpack(folder, tmp_path / "into", 90, root, seconds=0.5)
+    assert "took more than 0.5 s" in steps[0]["note"]
+    time.sleep(2)
+    assert not (root / "outlived").exists()
 
 
 def test_without_a_gpu_nothing_is_built(checkout, tmp_path):

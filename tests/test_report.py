@@ -12,6 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import records
 import report
+import result_files
+from sources import fingerprint
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -99,6 +101,87 @@ def test_without_a_gpu_the_report_says_so(folder):
     )
     assert "Not yet measured on a GPU" in report.readme_section(report.load(folder))
     assert "Not yet measured on a GPU" in report.results_page(report.load(folder))
+
+
+def test_figures_of_code_that_has_changed_are_marked(folder):
+    """Ours by the hash of their sources; others' code does not change here."""
+    path = folder / "gpu-y.json"
+    result = json.loads(path.read_text())
+    test = "benchmarks/bench_layer_norm.py::test_layer_norm[x]"
+    for r in result["records"]:
+        r |= {"test": test, "sources": fingerprint(test) if r["shape"] != "64 rows" else "of other code"}
+    path.write_text(json.dumps(result))
+    assert run(folder) == 0
+    marked = [line for line in (folder / "README.md").read_text().splitlines() if "before a rebuild |" in line]
+    assert len(marked) == 1 and marked[0].startswith("| `op` | 64 rows") and "2026-01-02, abc1234" in marked[0]
+    section = (folder / "R.md").read_text()
+    assert section.count("before a rebuild |") == 1 and "Figures *before a rebuild* are of code" in section
+    assert "| tiny, batch 64 | 4 | 2.5 | 25,600 | 1.60 | 25% | 2026-01-02, abc1234 |" in section
+
+
+def test_a_step_its_kernels_and_the_tests_have_their_tables(folder):
+    path = folder / "gpu-y.json"
+    result = json.loads(path.read_text())
+    kernel = {
+        "name": "_add_layer_norm_fwd_kernel",
+        "kind": "element-wise and norms",
+        "ms": 1.5,
+        "calls": 24,
+        "share": 0.1,
+    }
+    mark = {"date": "2026-01-02", "commit": "abc1234"}
+    alone = timed("step", "ViT-B, batch 256, masks as drawn", "fused", clips_per_second=6400.0, mfu=0.5, **mark)
+    profile = timed("step_profile", "ViT-B", "fused", kinds={"GEMM": 0.6, "idle": 0.1}, kernels=[kernel], **mark)
+    result["records"] += [alone, profile]
+    result["tests"] = {"passed": 1234, "skipped": 5, "failed": {"tests/test_x.py::test_y": "too slow"},
+                       "dates": ["2026-01-02"], "commits": ["abc1234"]}  # fmt: skip
+    path.write_text(json.dumps(result))
+    assert run(folder) == 0
+    page = (folder / "README.md").read_text()
+    assert "1,234 passed, 1 failed, 5 skipped (2026-01-02, at abc1234).\n- tests/test_x.py::test_y: too slow" in page
+    assert "| `_add_layer_norm_fwd_kernel` | element-wise and norms | 1.50 | 24 | 10.0% |" in page
+    assert "GEMM 60.0%, idle 10.0%." in page
+    assert (
+        "| ViT-B, batch 256, masks as drawn | 2 | 6,400 | 50% | 2026-01-02, abc1234 |" in (folder / "R.md").read_text()
+    )
+
+
+def test_lines_of_two_devices_become_two_files(tmp_path):
+    about = {"cores": 16, "versions": {"torch": "2.11", "cuda": "13.0"}, "commit": "one", "date": "2026-01-01"}
+    known = {
+        "ceilings": {"copy_gb_per_s": 1.0},
+        "left_out": {},
+        "records": [{**timed("old", "x"), "test": "b.py::old"}],
+    }
+    (tmp_path / "h200.json").write_text(json.dumps({"device": "H200", **about, **known}))
+
+    def line(device: str, item: str, outcome: str = "passed", **more) -> dict:
+        mark = {"device": device, "commit": "two", "date": "2026-01-02", "sources": "hash"}
+        return {"item": item, "outcome": outcome, "mode": "quick", "inputs": "i", **mark, **more}
+
+    lines = [
+        {"run": {"device": "H200", **about, "commit": "two"}},
+        {"run": {"device": "H100 80GB", **about}},
+        line("H200", "benchmarks/bench_a.py::a", records=[timed("a", "x")], left_out={"peer": "absent"}),
+        line("H200", "benchmarks/bench_a.py::b", records=[timed("b", "x")]),
+        line("H200", "benchmarks/bench_a.py::b", "failed", reason="wrong"),  # its speed stands no longer
+        line("H200", "benchmarks/bench_device.py::d", facts={"ceilings": {"copy_gb_per_s": 4.0}, "clocks": {}}),
+        line("H200", "tests/test_a.py::a"), line("H200", "tests/test_a.py::b", "failed", reason="no"),
+        line("H200", "tests/test_a.py::b"), line("H200", "tests/test_a.py::c", "skipped", reason="no GPU"),
+        line("H100 80GB", "benchmarks/bench_a.py::a", records=[timed("a", "x", median_ms=3.0)]),
+    ]  # fmt: skip
+    paths = result_files.from_journal(lines, tmp_path)
+    assert [path.name for path in paths] == ["h200.json", "h100-80gb.json"]
+    h200, h100 = (json.loads(path.read_text()) for path in paths)
+    assert {(r["benchmark"], r.get("commit"), r.get("sources")) for r in h200["records"]} == {
+        ("old", None, None), ("a", "two", "hash"),
+    }  # fmt: skip
+    assert h200["ceilings"] == {"copy_gb_per_s": 4.0} and h200["commit"] == "two"
+    assert h200["left_out"] == {"benchmarks/bench_a.py::a": {"peer": "absent"}}
+    assert h200["tests"] == {"passed": 2, "skipped": 1, "failed": {}, "commits": ["two"], "dates": ["2026-01-02"]}
+    assert [r["median_ms"] for r in h100["records"]] == [3.0] and "tests" not in h100
+    assert result_files.from_journal(lines, tmp_path) == paths
+    assert json.loads(paths[0].read_text()) == h200, "the same lines again change nothing"
 
 
 def test_a_broken_result_file_is_named(folder):

@@ -1,0 +1,99 @@
+"""The hash that tells whether a figure is of today's code."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import sources
+from sources import BENCHMARKS, NATIVE, ROOT, Tree, fingerprint, working_tree
+
+NORM, STEP = "benchmarks/bench_layer_norm.py::test_fp32_stream[x]", "benchmarks/bench_step.py::test_step[x]"
+LOSS, MEL = "benchmarks/bench_latent_loss.py::test_latent_loss[x]", "benchmarks/bench_log_mel.py::test_log_mel[x]"
+MASKS = "benchmarks/bench_masks.py::test_masks[x]"
+ALL = (NORM, STEP, LOSS, MEL, MASKS)
+
+
+def changed(path: str, old: str, new: str) -> set[str]:
+    """The items whose hash another text of one file changes."""
+    here = working_tree()
+    text = here.read(path)
+    assert old in text, f"{path} does not hold {old!r}"
+    tree = Tree(here.files, lambda other: text.replace(old, new, 1) if other == path else here.read(other))
+    return {item for item in ALL if fingerprint(item, tree) != fingerprint(item)}
+
+
+KERNELS = "kernels/ajepa_kernels/"
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "items"),
+    [
+        (KERNELS + "layer_norm.py", "tl.store(", "tl.load(", {NORM, STEP}),
+        (KERNELS + "latent_loss.py", "tl.store(", "tl.load(", {LOSS, STEP}),
+        (KERNELS + "_chunks.py", "def ", "def  x_", {NORM, LOSS, STEP}),  # of both
+        ("csrc/log_mel_kernel.cuh", "#pragma once", "#pragma once\nint x;", {MEL, STEP}),
+        ("csrc/README.md", "log", "gol", set()),
+        ("ajepa/masks.py", "return", "return 1 +", {MASKS, STEP}),
+        ("ajepa/config.py", "batch_size: int = 256", "batch_size: int = 512", set()),  # no kernel is in it
+        ("ajepa/probe.py", "return", "return 1 +", set()),
+    ],
+)
+def test_a_change_is_of_those_who_run_the_code(path, old, new, items):
+    assert changed(path, old, new) == items
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        (KERNELS + "layer_norm.py", '"""', '"""Said otherwise. '),
+        (KERNELS + "layer_norm.py", "\nimport ", "\nimport os\nimport "),
+        (KERNELS + "layer_norm.py", "\n\n\n", "\n\n\n\n# and why\n\n"),
+        ("csrc/log_mel_kernel.cuh", "\n", "\n// and why\n/* or\n how */\n"),
+    ],
+)
+def test_words_are_no_code(path, old, new):
+    assert changed(path, old, new) == set()
+
+
+def test_a_tuned_entry_is_of_its_operation_alone():
+    """Entries of attention, which none of these items but the step runs."""
+    entry = '("attention_fwd", 16, 96, 64): Tiles('
+    assert changed(KERNELS + "_tuned.py", entry, entry + "16 + ") == {STEP}
+    assert changed(KERNELS + "_tuned.py", "class Rows", "class Rows_") >= {NORM, LOSS, STEP}, "its code is of all"
+
+
+def test_a_moved_file_is_the_same_code():
+    here, old, new = working_tree(), KERNELS + "layer_norm.py", KERNELS + "norm/__init__.py"
+    init = KERNELS + "__init__.py"
+    files = tuple(new if path == old else path for path in here.files)
+
+    def read(path: str) -> str:
+        text = here.read(old if path == new else path)
+        return text.replace("ajepa_kernels.layer_norm", "ajepa_kernels.norm") if path.endswith(".py") else text
+
+    moved = Tree(files, read)
+    assert fingerprint(STEP, moved) == fingerprint(STEP) and init in files
+
+
+def test_every_benchmark_and_root_is_there():
+    files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert files == set(BENCHMARKS), "name a new benchmark's modules in sources.py"
+    tree = working_tree()
+    for module in {module for modules in BENCHMARKS.values() for module in modules} | set(NATIVE):
+        assert sources._path(module, tree), f"{module} is no module of this project"
+    for pattern in (pattern for patterns in NATIVE.values() for pattern in patterns):
+        assert list(ROOT.glob(pattern)), f"{pattern} is no file of this project"
+
+
+def test_inputs_hold_the_items_own_file_and_what_it_builds_on(monkeypatch):
+    here, item = working_tree(), "benchmarks/bench_levers.py::test_levers[x]"
+    before = sources.inputs(item)
+    for path in ("benchmarks/bench_levers.py", "benchmarks/bench_train_step.py"):
+        changed = Tree(here.files, lambda other, path=path: here.read(other) + "\nx = 1\n" * (other == path))
+        monkeypatch.setattr(sources, "working_tree", lambda changed=changed: changed)
+        sources._inputs.cache_clear()
+        assert sources.inputs(item) != before, path
+        assert fingerprint(item, changed) == fingerprint(item, here), "the code that is measured is the same"
+    sources._inputs.cache_clear()
