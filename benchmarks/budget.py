@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from journal import LOST, Journal, Key, settled, tried
+from journal import LOST, TOLD, Journal, Key, settled, tried
 from sources import inputs
 
 IMPORTS = ("ajepa.engine",)
@@ -66,7 +66,7 @@ class Worker:
         for line in self.process.stdout:
             with contextlib.suppress(OSError), open(log, "ab") as file:
                 file.write(line)
-            if LOST.encode() in line:  # a measurement that the journal could not take
+            if LOST.encode() in line or line.startswith(TOLD.encode()):  # a measurement that the journal could not take
                 say(line.decode().strip())
 
     def begin(self, work: dict[str, Any]) -> "Worker":
