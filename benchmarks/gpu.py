@@ -28,7 +28,7 @@ from selection import is_ours
 
 ROOT = Path(__file__).parent.parent
 UNPACKED = ROOT / "build" / "unpacked"  # packages and Triton's cache
-FOR_THE_REPORT = 15.0  # seconds of the budget that tables and plots may take
+FOR_THE_REPORT = {"gpu": 15.0, "cpu": 6.0}  # seconds of the budget that are kept for tables and plots
 
 REBUILT = (  # the kernels that were written anew since a GPU last ran them, at the step's own widths
     "large_and_repeatable or graph_and_repeats or (value_and_gradient and dtype2 and 768)"
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         begin_call(journal, args.earlier, nvidia_smi("name") if on_gpu else "cpu", args.again)
         put_in_place(journal, args.prebuilt, workers, on_gpu, args.budget / 2)
-        seconds = args.budget - FOR_THE_REPORT * on_gpu
+        seconds = args.budget - FOR_THE_REPORT["gpu" if on_gpu else "cpu"]
         ended = budget.run(parts, seconds, journal, workers.start, begin=begin, say=say, watch=tell)
     except KeyboardInterrupt as interrupt:
         say(f"interrupted; {journal.path} has what was measured, and the same command goes on")
@@ -240,7 +240,7 @@ def write_results(lines: list[dict], out: Path, on_gpu: bool, left: float) -> No
     except OSError as error:
         say(f"no result files: {error.strerror or error}; `make gpu-report` makes them from the lines")
         return
-    if left < FOR_THE_REPORT / 2:
+    if left < FOR_THE_REPORT["cpu"] / 2:
         say("no time is left for tables and plots: `make gpu-report` makes them")
         return
     import report as pages

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 from journal import TOLD, Journal, Key, settled, tried
+from sources import fingerprint, inputs
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ("-q", "-ra", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 
 
 class Recorder:
-    """The pytest plugin that writes the lines."""
+    """The pytest plugin that writes the lines. It imports `records` late: that reads the mode and asks for the GPU."""
 
     def __init__(self, work: dict):
         self.part, self.mode, self.of, self.retry = (work[name] for name in ("part", "mode", "items", "retry"))
@@ -33,8 +34,6 @@ class Recorder:
         self.began: dict[str, float] = {}
 
     def _key(self, item: str) -> Key:
-        from sources import inputs
-
         return item, self.mode, inputs(item)
 
     @pytest.hookimpl(trylast=True)  # after -k has made its choice
@@ -65,7 +64,6 @@ class Recorder:
         if report.when != "call" and report.passed:
             return
         from records import environment
-        from sources import fingerprint
 
         line = {
             "item": report.nodeid,
