@@ -49,6 +49,15 @@ import json, os, triton, triton.runtime.build, triton.runtime.cache
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 print(json.dumps([triton.runtime.cache.triton_key(), triton.runtime.build.platform_key(), ptxas]))
 """  # what the keys of a machine's cache contain of it, and Triton's own assembler
+PROOF = """
+import importlib.util, os, pathlib, torch
+from ajepa_kernels import bias_gelu
+x, bias = torch.randn(64, 3072, device="cuda", dtype=torch.bfloat16), torch.randn(3072, device="cuda")
+want = torch.nn.functional.gelu(x.float() + bias)
+assert (bias_gelu(x, bias, impl="triton").float() - want).norm() < 0.02 * want.norm(), "bias_gelu is wrong"
+for path in pathlib.Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.so"):
+    importlib.util.module_from_spec(importlib.util.spec_from_file_location(path.name.split(".")[0], path))
+"""  # that a kernel of the cache runs on this GPU, and that its C modules load with this driver
 
 
 def run(command: Iterable[object], root: Path = ROOT, seconds: float | None = None, **environment: str) -> str:
@@ -96,7 +105,7 @@ def unpack(
     steps: dict[str, Callable[[], tuple[str, dict]]] = {
         "extension": lambda: (_place_extension(folder / "extension", capability, root, seconds), {}),
         "wheels": lambda: _place_wheels(folder / "wheels", into / "site", seconds),
-        "triton": lambda: _place_kernels(folder, into / "triton", capability, root),
+        "triton": lambda: _proven(*_place_kernels(folder, into / "triton", capability, root), root),
     }
 
     def step(what: str) -> dict:
@@ -215,6 +224,22 @@ def _place_kernels(folder: Path, cache: Path, capability: int | None, root: Path
     # torch.compile would set another assembler, whose version is part of the keys
     environment["TRITON_PTXAS_PATH"] = ptxas
     return f"{len(made['kernels'])} kernels and {len(made['modules'])} C modules are in place.{more}", environment
+
+
+def _proven(note: str, environment: dict, root: Path) -> tuple[str, dict]:
+    """The same; or, where the kernels do not run here, an empty cache: what is to help a run must not break it."""
+    if "TRITON_PTXAS_PATH" not in environment:
+        return note, environment  # nothing was put in place
+    try:
+        run([sys.executable, "-c", PROOF], root, 60.0, PYTHONPATH=str(root / "kernels"), **environment)
+    except RuntimeError as error:
+        cache = Path(environment["TRITON_CACHE_DIR"])
+        shutil.rmtree(cache)
+        cache.mkdir()
+        return f"Kernels will be compiled here: the prebuilt ones do not run ({error}).", {
+            "TRITON_CACHE_DIR": str(cache)
+        }
+    return note, environment
 
 
 def archive_name(version: str = "", python: str = "") -> str:

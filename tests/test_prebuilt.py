@@ -288,3 +288,23 @@ def test_round_trip(tmp_path):
     assert note == f"2 kernels and {made['modules']} C modules are in place."
     found = fill(tmp_path / "again", tmp_path / "elsewhere", **environment)
     assert found == made | {"found": 2, "compiled": 0} and prebuilt.new_entries(tmp_path / "into") == []
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_kernels_that_do_not_run_are_thrown_away(tmp_path, monkeypatch, runs):
+    """The proof is a process of its own on the GPU; here, one that ends well or badly."""
+    cache = tmp_path / "into" / "triton"
+
+    def place(folder, cache, capability, root):
+        (cache / "KEY").mkdir(parents=True)
+        return "1 kernel is in place.", {"TRITON_CACHE_DIR": str(cache), "TRITON_PTXAS_PATH": "ptxas"}
+
+    monkeypatch.setattr(prebuilt, "_place_kernels", place)
+    monkeypatch.setattr(prebuilt, "PROOF", "" if runs else "raise SystemExit('the driver is too old')")
+    step = unpacked(tmp_path / "nothing", tmp_path / "into", root=tmp_path)["triton"]
+    assert step["environment"].pop("TRITON_CACHE_DIR") == str(cache)
+    if runs:
+        assert step["note"] == "1 kernel is in place." and (cache / "KEY").exists() and step["environment"]
+    else:
+        assert "do not run (" in step["note"] and "the driver is too old" in step["note"]
+        assert not list(cache.iterdir()) and not step["environment"]
