@@ -97,10 +97,11 @@ def plots_of(result: dict, name: str) -> list[str]:
 def throughput_lines(result: dict) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """{(case, variant): [(batch, clips/s)]} where more than one batch was timed."""
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for r in of(result, "step", "train_step", "scaling"):
-        if r["benchmark"] != "scaling" or r["grows"] == "batch":
-            case = (
-                re.sub(r", batch \d+", "", r["shape"]) if r["benchmark"] != "scaling" else f"{r['model']}, 128 tokens"
-            )
+    for r in of(result, "step", "train_step"):
+        case = re.sub(r", batch \d+", "", r["shape"])
+        lines.setdefault((case, r["variant"]), []).append((r["batch"], r["clips_per_second"]))
+    for r in of(result, "scaling"):
+        if r["grows"] == "batch":
+            case = f"{r['model']}, 128 tokens"
             lines.setdefault((case, r["variant"]), []).append((r["batch"], r["clips_per_second"]))
     return {key: sorted(points) for key, points in lines.items() if len(points) > 1}

@@ -130,7 +130,9 @@ def test_a_step_its_kernels_and_the_tests_have_their_tables(folder):
         "share": 0.1,
     }
     mark = {"date": "2026-01-02", "commit": "abc1234"}
-    alone = timed("step", "ViT-B, batch 256, masks as drawn", "fused", clips_per_second=6400.0, mfu=0.5, **mark)
+    alone = timed(
+        "step", "ViT-B, batch 256, masks as drawn", "fused", batch=256, clips_per_second=6400.0, mfu=0.5, **mark
+    )
     profile = timed("step_profile", "ViT-B", "fused", kinds={"GEMM": 0.6, "idle": 0.1}, kernels=[kernel], **mark)
     result["records"] += [alone, profile]
     result["tests"] = {"passed": 1234, "skipped": 5, "failed": {"tests/test_x.py::test_y": "too slow"},
@@ -250,7 +252,8 @@ def test_a_failed_check_leaves_no_record(tmp_path, monkeypatch):
         records.put(path, f"bench_op.py::test_case[{case}]", [timed(shape=f"case {case}"), timed(shape="another")])
 
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench_op.py"]
-    env = {**os.environ, "AJEPA_BENCH_RESULTS": str(tmp_path)}
+    env = {name: value for name, value in os.environ.items() if name not in ("AJEPA_JOURNAL", "AJEPA_BENCH")}
+    env |= {"AJEPA_BENCH_RESULTS": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     kept = {r["variant"]: r for r in records.read(path)}
