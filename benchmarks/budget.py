@@ -129,11 +129,22 @@ def progress(part: Part, lines: Sequence[dict]) -> Progress | None:
 
 
 def passes(parts: Sequence[Part], lines: Sequence[dict]) -> list[Part]:
-    """`parts` in order, without the items that were tried before and failed or were killed; those come after all."""
-    before = [(part, progress(part, lines)) for part in parts]
-    stuck = {part.name: done.missing & tried(lines) for part, done in before if done is not None}
-    first = [part for part, done in before if done is None or not stuck[part.name] or done.missing - stuck[part.name]]
-    return first + [dataclasses.replace(part, retry=True) for part in parts if stuck.get(part.name)]
+    """`parts` in order, without the items that were tried before and failed or were killed; those come after all.
+
+    Of a part whose items are not known, as where it was killed before it had collected them, all are tried.
+    """
+    first, again = [], []
+    for part in parts:
+        before = progress(part, lines)
+        if before is None:
+            first.append(dataclasses.replace(part, retry=True))
+            continue
+        stuck = before.missing & tried(lines)
+        if before.missing - stuck or not stuck:
+            first.append(part)
+        if stuck:
+            again.append(dataclasses.replace(part, retry=True))
+    return first + again
 
 
 def run(
