@@ -25,9 +25,12 @@ def about(result: dict) -> str:
     names["product_float32_tflops"] = "fp32 product {:,.3g} TFLOP/s"
     measured = ", ".join(form.format(rates[name]) for name, form in names.items() if name in rates)
     cores = "" if result["gpu"] else f", {result['cores']} cores"
-    return f"{result['device']}{cores}; {versions}; measured {when(result)}" + (
-        f". Ceilings: {measured}" * bool(measured)
-    )
+    text = f"{result['device']}{cores}; {versions}; measured {when(result)}"
+    text += f". Ceilings: {measured}" * bool(measured)
+    if clocks := result.get("clocks"):
+        text += f". Under products: {clocks['clocks.sm']} of {clocks['clocks.max.sm']}, {clocks['power.draw']} of "
+        text += f"{clocks['power.limit']}, memory {clocks['clocks.mem']}; driver {clocks['driver_version']}"
+    return text
 
 
 def table(head: str, rows: list[list[str]]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench_device
 import records
 import report
 import result_files
@@ -137,9 +138,12 @@ def test_a_step_its_kernels_and_the_tests_have_their_tables(folder):
     result["records"] += [alone, profile]
     result["tests"] = {"passed": 1234, "skipped": 5, "failed": {"tests/test_x.py::test_y": "too slow"},
                        "dates": ["2026-01-02"], "commits": ["abc1234"]}  # fmt: skip
+    values = ["1905 MHz", "1980 MHz", "3201 MHz", "610.00 W", "700.00 W", "61", "580.1"]
+    result["clocks"] = dict(zip(bench_device.CLOCKS.split(","), values, strict=True))
     path.write_text(json.dumps(result))
     assert run(folder) == 0
     page = (folder / "README.md").read_text()
+    assert "Under products: 1905 MHz of 1980 MHz, 610.00 W of 700.00 W, memory 3201 MHz; driver 580.1." in page
     assert "1,234 passed, 1 failed, 5 skipped (2026-01-02, at abc1234).\n- tests/test_x.py::test_y: too slow" in page
     assert "| `_add_layer_norm_fwd_kernel` | element-wise and norms | 1.50 | 24 | 10.0% |" in page
     assert "GEMM 60.0%, idle 10.0%." in page
