@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prebuilt", type=Path, default=ROOT / "prebuilt", help="folder that `make prebuilt` wrote")
     parser.add_argument("--report", action="store_true", help="measure nothing: result files, tables and plots")
     args = parser.parse_args(argv)
+    if not 0 < args.budget < float("inf"):
+        parser.error(f"--budget {args.budget:g}: a number of seconds above 0")
     for file in args.earlier:
         if not file.is_file():
             parser.error(f"--earlier {file}: there is no such file")

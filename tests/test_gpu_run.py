@@ -353,6 +353,7 @@ def test_wrong_arguments_are_one_line():
         (["--parts", "step,nothing"], "--parts nothing: choose from device, step"),
         (["--report", "--out", "/nowhere"], "/nowhere/gpu.jsonl holds no measurements"),
         (["--budget", "soon"], "invalid float value: 'soon'"),
+        (["--budget", "nan"], "--budget nan: a number of seconds above 0"),
         (["--earlier", "/no/such.jsonl"], "/no/such.jsonl"),
     ):
         done = subprocess.run([*command, *more], capture_output=True, text=True)
