@@ -32,10 +32,11 @@ bench: install  ## speed on this machine: benchmarks/results/<device>.json, the 
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/report.py
 
-# What a GPU has to say, the most important first, within BUDGET seconds: lines, log and results in $(OUT). A second call
-# goes on with what is missing; EARLIER names lines of another folder that count as there. DEVICE=cpu rehearses it all.
-# It needs a torch with CUDA and no package registry: `make prebuilt` makes on any machine what would be compiled or
-# downloaded there, and the folder travels with the tree. Without it the run builds for itself, and says what that cost.
+# `make gpu` measures on a GPU within BUDGET seconds, the most important things first. Lines, log and results go to
+# $(OUT). A second call goes on with what is missing; EARLIER names files of lines that count as measured already.
+# DEVICE=cpu rehearses the run. A CUDA build of torch is needed, and no package registry: `make prebuilt` makes, on any
+# machine, what would otherwise be compiled or downloaded there. Copy its folder prebuilt/ along with the tree. Without
+# that folder the run builds for itself and says what it cost.
 OUT ?= build/gpu
 BUDGET ?= 540
 DEVICE ?= auto

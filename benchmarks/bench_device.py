@@ -1,22 +1,10 @@
 """The device before anything else: versions and clocks, and the ceilings that all floors are computed from."""
 
-import shutil
-import subprocess
-
+import nvidia_smi
 import torch
 from records import DEVICE, ceilings
 
-CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
-
-
-def clocks() -> dict[str, str]:
-    """What nvidia-smi reads of the first GPU; empty where there is none."""
-    smi = shutil.which("nvidia-smi")
-    if DEVICE == "cpu" or smi is None:
-        return {}
-    command = [smi, f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    return dict(zip(CLOCKS.split(","), done.stdout.strip().split(", "), strict=False))
+CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "driver_version")
 
 
 def test_device(request):
@@ -26,7 +14,7 @@ def test_device(request):
         a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
         for _ in range(700):
             a @ a
-        facts["clocks"] = clocks()  # asked while they run
+        facts["clocks"] = nvidia_smi.query(*CLOCKS)  # while the products run
         torch.cuda.synchronize()
         properties = torch.cuda.get_device_properties(0)
         facts["memory_bytes"], facts["multiprocessors"] = properties.total_memory, properties.multi_processor_count

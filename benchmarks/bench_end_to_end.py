@@ -30,7 +30,6 @@ from pathlib import Path
 import bench_step
 import pytest
 import torch
-from bench_step import rehearsal  # noqa: F401 (a fixture of every test here)
 from conftest import left_out
 from records import DEVICE, QUICK
 

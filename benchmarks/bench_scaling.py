@@ -8,7 +8,6 @@ import dataclasses
 
 import pytest
 import torch
-from bench_step import rehearsal  # noqa: F401 (a fixture of every test here)
 from bench_train_step import ALL, EAGER, time_steps
 from conftest import left_out
 from records import DEVICE, FULL, QUICK

@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ajepa.ceilings import product_flops_per_ms
 from ajepa.compare import Batch, release
-from ajepa.config import PRESETS, SIZES, Config, MaskConfig
+from ajepa.config import PRESETS, Config, MaskConfig
 from ajepa.engine import Engine, StepResult, wait
 from ajepa.masks import Masks, MaskSampler
 from ajepa.profiling import breakdown, report
@@ -58,22 +58,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
 CASES = [(batch, masks, "shipped") for masks in ("drawn", HALF) for batch in BATCHES]
 CASES += [(BATCHES[0], "drawn", switch) for switch in SWITCHES if switch != "shipped"]
 SHIPPED_LOSSES: dict[tuple[int, str], list[float]] = {}  # by batch and masks: of the shipped step's warm-up
-
-
-@pytest.fixture(autouse=True)
-def rehearsal(monkeypatch):
-    """Quick runs on a CPU only show that everything works. They have an encoder of one layer, one thread (several spin
-    while they wait), and a torch.compile that traces and generates no code."""
-    if not QUICK or DEVICE != "cpu":
-        yield
-        return
-    width, _, heads = SIZES["tiny"]
-    monkeypatch.setitem(SIZES, "tiny x 1", (width, 1, heads))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(**step) -> Config:

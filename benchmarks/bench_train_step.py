@@ -25,7 +25,7 @@ import sys
 
 import pytest
 import torch
-from bench_step import DTYPE, SLICES, TOLERANCE, noise, rehearsal, slices  # noqa: F401 (rehearsal: a fixture)
+from bench_step import DTYPE, SLICES, TOLERANCE, noise, slices
 from conftest import left_out
 from records import DEVICE, FULL, QUICK
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from journal import LOST, TOLD, Journal, Key, settled, tried
+from journal import CONSOLE, LOST, Journal, Key, settled, tried
 from sources import inputs
 
 IMPORTS = ("ajepa.engine",)
 TICK = 0.05  # seconds between looks at a part's processes
-GRACE = 3.0  # seconds that killed processes are waited for: one in the driver's hands may not go at once
+GRACE = 3.0  # seconds to wait for killed processes, since one inside the GPU driver may not end at once
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Part:
     name: str
     about: str
     items: tuple[str, ...]  # arguments of pytest: files, node ids, options
-    expected: float  # seconds; a part is begun where as much is left
-    limit: float  # seconds after which it is killed
+    expected: float  # seconds; the part begins only if this much time is left
+    limit: float  # seconds after which the part is killed
     mode: str = ""  # AJEPA_BENCH
-    processes: int = 1  # which share the items
+    processes: int = 1  # the items are divided among them
     retry: bool = False  # whether items that did not pass before are tried again
 
 
@@ -48,9 +48,9 @@ class Process(Protocol):
 
 
 class Worker:
-    """A process that has imported what takes long and waits for its part: it is made while another part runs.
+    """A process that has imported the slow modules and waits for its part. It starts while another part runs.
 
-    Its output goes into the log. Where that cannot be written, what it measures is not to end with it.
+    Its output is copied to the log. If the log cannot be written, the process still goes on measuring.
     """
 
     def __init__(self, log: Path, environment: dict[str, str], say: Callable[[str], None], imports: Sequence[str]):
@@ -66,7 +66,7 @@ class Worker:
         for line in self.process.stdout:
             with contextlib.suppress(OSError), open(log, "ab") as file:
                 file.write(line)
-            if LOST.encode() in line or line.startswith(TOLD.encode()):  # a measurement that the journal could not take
+            if LOST.encode() in line or line.startswith(CONSOLE.encode()):
                 say(line.decode().strip())
 
     def begin(self, work: dict[str, Any]) -> "Worker":
@@ -90,8 +90,8 @@ class Workers:
     def __init__(self, journal: Path, log: Path, environment: dict[str, str], on_gpu: bool, say: Callable[[str], None]):
         self.journal, self.on_gpu = journal, on_gpu
         self.make = lambda *imports: Worker(log, environment, say, ("torch", *imports))
-        self.more: dict[str, str] = {}  # of the environment, known only once the first process is there
-        self.spare = self.make()  # it must not import the project, whose extension may not be in place yet
+        self.more: dict[str, str] = {}  # variables that become known after the first process has started
+        self.spare = self.make()  # without the project, whose extension may not be in place yet
 
     def start(self, part: Part) -> list[Worker]:
         work = {"part": part.name, "items": part.items, "mode": part.mode, "retry": part.retry}
@@ -222,7 +222,7 @@ def _run_one(part: Part, seconds: float, journal, start, clock, sleep, watch) ->
         codes = [process.poll() for process in processes]
     finally:
         for process in processes:
-            process.kill()  # and with it the children that it has left
+            process.kill()  # this also ends the children that the process has left
     if all(code in (0, 5) for code in codes):  # 5: all its items were there already
         return "passed", told()
     crashed = [code for code in codes if code not in (0, 1, 5)]

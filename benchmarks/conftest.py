@@ -4,6 +4,7 @@ Variants of one benchmark are timed in turns (A B, B A), so that what else the m
 A benchmark checks its variants before it times them; where it fails, its earlier records are dropped, too.
 """
 
+import functools
 import gc
 import os
 import random
@@ -58,6 +59,27 @@ def _first_line(error: Exception) -> str:
 def left_out(reasons: dict[str, str]) -> None:
     """Say at the end, and in the results, what this test does not measure here."""
     LEFT_OUT.setdefault(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0], {}).update(reasons)
+
+
+@pytest.fixture(autouse=True)
+def rehearsal(monkeypatch):
+    """Make quick runs on a CPU small, since they only show that everything works.
+
+    They can ask for an encoder of one layer, "tiny x 1". They run on one thread, because several spin while they wait,
+    and their torch.compile traces without generating code.
+    """
+    if not QUICK or DEVICE != "cpu":
+        yield
+        return
+    from ajepa.config import SIZES
+
+    width, _, heads = SIZES["tiny"]
+    monkeypatch.setitem(SIZES, "tiny x 1", (width, 1, heads))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`make gpu`: what a GPU has to say, the most important first, within a budget of time.
+"""`make gpu`: measure on a GPU within a budget of time, the most important things first.
 
     python benchmarks/gpu.py [--budget 540] [--out build/gpu]    measure; a second call goes on with what is missing
     python benchmarks/gpu.py --device cpu --budget 60            rehearse every part on a CPU, with small sizes
@@ -14,12 +14,12 @@ import functools
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import budget
+import nvidia_smi
 import prebuilt
 import result_files
 from budget import Part
@@ -37,9 +37,7 @@ REBUILT = (  # the kernels that were written anew since a GPU last ran them, at 
 )
 KERNEL_TESTS = ("add_layer_norm", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu")
 STEP_KERNELS = ("layer_norm", "attention", "bias_gelu", "latent_loss", "adamw_ema", "log_mel")
-
-
-TOLD = {  # of a record, while the run goes on
+SHOWN = {  # fields of a record that are printed as soon as it exists
     "clips_per_second": "{:,.4g} clips/s", "mfu": "{:.0%} MFU", "floor_share": "{:.0%} of the floor",
     "ratio_to_best_peer": "{:.2f} x {peer}",
 }  # fmt: skip
@@ -115,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     # The first process imports torch while the rest is put in place.
     workers = budget.Workers(journal.path, args.out / "gpu.log", environment(on_gpu), on_gpu, say)
     try:
-        begin_call(journal, args.earlier, nvidia_smi("name") if on_gpu else "cpu", args.again)
+        begin_call(journal, args.earlier, nvidia_smi.query("name").get("name", "") if on_gpu else "cpu", args.again)
         put_in_place(journal, args.prebuilt, workers, on_gpu, args.budget / 2)
         seconds = args.budget - FOR_THE_REPORT["gpu" if on_gpu else "cpu"]
         ended = budget.run(parts, seconds, journal, workers.start, begin=begin, say=say, watch=tell)
@@ -129,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     journal.append({"compiled": compiled})
     write_results(journal.read(), args.out, on_gpu, args.budget - (time.monotonic() - begin))
     bad = [f"{name} {how}" for name, how in ended.items() if how != "passed"]
-    told = f"{', '.join(bad)}; see {args.out / 'gpu.log'}, and run it again for what is missing"
-    say(f"{time.monotonic() - begin:.0f} s of {args.budget:.0f}: {told if bad else 'all parts passed'}")
+    hint = f"{', '.join(bad)}; see {args.out / 'gpu.log'}, and run it again for what is missing"
+    say(f"{time.monotonic() - begin:.0f} s of {args.budget:.0f}: {hint if bad else 'all parts passed'}")
     return 1 if bad else 0
 
 
@@ -139,16 +137,11 @@ def _terminated(*_) -> None:
 
 
 def environment(on_gpu: bool) -> dict[str, str]:
-    """Of the parts' processes. The project need not be installed."""
+    """The environment of the parts' processes, in which the project need not be installed."""
     (UNPACKED / "site").mkdir(parents=True, exist_ok=True)
-    places = [
-        ROOT,
-        ROOT / "kernels",
-        ROOT / "benchmarks",
-        UNPACKED / "site",
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
-    own = {"PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONUNBUFFERED": "1", "AJEPA_TEST_MISSING": "skip"}
+    places = (ROOT, ROOT / "kernels", ROOT / "benchmarks", UNPACKED / "site", os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(str(place) for place in places if place)
+    own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "AJEPA_TEST_MISSING": "skip"}
     kept = {name: value for name, value in os.environ.items() if name != "AJEPA_BENCH_RESULTS"}
     return {**kept, **own, **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"})}
 
@@ -159,23 +152,11 @@ def has_gpu() -> bool:
     )
 
 
-def capability() -> int | None:
-    """90 of a Hopper GPU."""
-    found = nvidia_smi("compute_cap").replace(".", "")
-    return int(found) if found.isdigit() else None
-
-
 @functools.cache
-def nvidia_smi(field: str) -> str:
-    """What nvidia-smi says of the first GPU, while torch is still being imported; empty where it says nothing."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return ""
-    command = [smi, f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+def capability() -> int | None:
+    """10 x compute capability of the GPU, such as 90 for Hopper; None where nvidia-smi does not say."""
+    found = nvidia_smi.query("compute_cap").get("compute_cap", "").replace(".", "")
+    return int(found) if found.isdigit() else None
 
 
 def choose(parts: tuple[Part, ...], names: str, parser: argparse.ArgumentParser) -> list[Part]:
@@ -200,7 +181,7 @@ def begin_call(journal: Journal, earlier: list[Path], device: str, again: bool) 
 
 
 def of_device(lines: list[dict], device: str) -> list[dict]:
-    """The lines of calls on `device`; those before any call are of no other."""
+    """The lines of calls on `device`. Lines before the first call belong to it, too."""
     kept, here = [], True
     for line in lines:
         here = line["call"]["device"] == device if "call" in line else here
@@ -209,7 +190,7 @@ def of_device(lines: list[dict], device: str) -> list[dict]:
 
 
 def put_in_place(journal: Journal, folder: Path, workers: budget.Workers, on_gpu: bool, seconds: float) -> None:
-    """What was made beforehand; the rest is built here, for so many seconds at most."""
+    """Unpack what was made beforehand, and build the rest here, within `seconds`."""
     for step in prebuilt.unpack(folder, UNPACKED, capability() if on_gpu else None, seconds=seconds):
         workers.more |= {name: value for name, value in step.pop("environment").items() if name != "PYTHONPATH"}
         say(f"{step['what']}, {step['seconds']:.1f} s: {step['note']}")
@@ -221,12 +202,12 @@ def say(text: str) -> None:
 
 
 def tell(line: dict) -> None:
-    """What has just been measured, in a line a record; and what failed."""
+    """Print our new measurements, a line for each, and the items that failed."""
     if line.get("outcome") == "failed" or (line.get("outcome") == "skipped" and "::" not in line["item"]):
         say(f"  {line['outcome']}: {line['item']}: {line['reason']}")
     for r in filter(is_ours, line.get("records", [])):
         said = [f"{r['benchmark']}: {r['shape']}: {r['variant'].removeprefix('ajepa ')}: {r['median_ms']:,.4g} ms"]
-        for key, form in TOLD.items():
+        for key, form in SHOWN.items():
             if r.get(key):
                 said.append(form.format(r[key], peer=r["best_peer"]))
         say(f"  {', '.join(said)}")

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-TOLD = "gpu.py: "  # before what a part's process has to say on the console, beside the log
+CONSOLE = "gpu.py: "  # begins a line of a part's process that is printed on the console as well as in the log
 LOST = "; the line is: "  # before a line that could not be written, where it is printed instead
 
 

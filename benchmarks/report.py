@@ -56,8 +56,8 @@ ON_A_CPU = (
 )
 WHOLE_HEAD = (
     "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | of the step alone"
+    " | measured"
 )
-WHOLE_HEAD += " | measured"
 KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer | measured"
 
 

@@ -67,8 +67,8 @@ def from_journal(lines: list[dict], folder: Path = RESULTS) -> list[Path]:
             if "left_out" in line:
                 result["left_out"] = with_reasons(result["left_out"], test, line["left_out"])
             result |= line.get("facts", {})
-        tests = {line["item"]: line for line in lines if line.get("item", "").startswith("tests/") and "device" in line}
-        if tests := {item: line for item, line in tests.items() if line["device"] == device}:
+        here = [line for line in lines if line.get("device") == device and line["item"].startswith("tests/")]
+        if tests := {line["item"]: line for line in here}:
             result["tests"] = _tests(list(tests.values()))
         save(path, result)
     return [path_of(device, folder) for device in abouts]

@@ -68,7 +68,7 @@ def measured(r: dict) -> str:
 
 
 def is_old(r: dict) -> bool:
-    """Was the code measured other code than today's? Only ours is told: others' does not change here."""
+    """Whether the code that gave this record has changed since. Other libraries' code does not change here."""
     return is_ours(r) and r.get("sources") not in (None, fingerprint(r.get("test", "")))
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import re
-import subprocess
 import tokenize
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -48,7 +47,7 @@ BENCHMARKS = {  # the root modules of each file of benchmarks
 
 
 class Tree(NamedTuple):
-    """The project's files, as they lie here or as they were at a commit."""
+    """Files of the project, and how to read them."""
 
     files: tuple[str, ...]
     read: Callable[[str], str]
@@ -59,18 +58,6 @@ def working_tree() -> Tree:
     patterns = ("ajepa/**/*.py", "kernels/**/*.py", "csrc/*", "benchmarks/*.py", "tests/**/*.py", "setup.py")
     files = [path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)]
     return Tree(tuple(sorted(files)), lambda path: (ROOT / path).read_text())
-
-
-@functools.cache
-def tree_at(commit: str) -> Tree:
-    """The tree of a commit in this repository. Raises subprocess.CalledProcessError for one that is not there."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    files = git("ls-tree", "-r", "--name-only", commit).splitlines()
-    return Tree(tuple(files), functools.cache(lambda path: git("show", f"{commit}:{path}")))
 
 
 def bench_of(item: str) -> str:
@@ -99,7 +86,7 @@ def _beside(own: str, tree: Tree) -> set[str]:
     if own not in tree.files:
         return set()
     folder = Path(own).parent
-    names = re.findall(r"^from ((?:bench|test)_\w+) import", tree.read(own), flags=re.MULTILINE)
+    names = re.findall(r"^(?:from|import) ((?:bench|test)_\w+)", tree.read(own), flags=re.MULTILINE)
     return {own}.union(*(_beside((folder / f"{name}.py").as_posix(), tree) for name in names))
 
 
@@ -121,12 +108,11 @@ def _entries(path: str, texts: dict[str, str]) -> str:
     if not path.endswith("/_tuned.py"):
         return texts[path]
     others = " ".join(text for other, text in texts.items() if other != path)
-    foreign = [op for op in set(re.findall(r'\("(\w+_(?:fwd|bwd))", ', texts[path])) if f'"{op}"' not in others]
-    return (
-        re.sub(rf"\(\"(?:{'|'.join(foreign)})\", [^()]*\): \w+(?:\([^()]*\))?, ?", "", texts[path])
-        if foreign
-        else texts[path]
-    )
+    text = texts[path]
+    for op in set(re.findall(r'\("(\w+_(?:fwd|bwd))", ', text)):
+        if f'"{op}"' not in others:
+            text = re.sub(rf'\("{op}", [^()]*\): \w+(?:\([^()]*\))?, ?', "", text)
+    return text
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -206,10 +192,10 @@ def _without_words(text: str) -> str:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(text)):
-        held = list(getattr(node, "body", [])) if not isinstance(node, ast.Lambda | ast.IfExp) else []
-        for statement in held:
-            is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-            if is_docstring or isinstance(statement, ast.Import | ast.ImportFrom):
-                for row in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
-                    lines[row - 1] = ""
+        is_docstring = (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        )
+        if is_docstring or isinstance(node, ast.Import | ast.ImportFrom):
+            for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                lines[row - 1] = ""
     return "\n".join(lines)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from journal import TOLD, Journal, Key, settled, tried
+from journal import CONSOLE, Journal, Key, settled, tried
 from sources import fingerprint, inputs
 
 ROOT = Path(__file__).parent.parent
@@ -114,8 +114,8 @@ def main() -> int:
     import torch
 
     if work["on_gpu"] and not torch.cuda.is_available():
-        print(f"{TOLD}torch {torch.__version__} sees no GPU: nothing is measured", flush=True)
-        return 3  # least of all is a CPU measured in its place
+        print(f"{CONSOLE}torch {torch.__version__} sees no GPU: nothing is measured", flush=True)
+        return 3  # a CPU must not be measured in its place
     return int(pytest.main([*work["items"], *OPTIONS], plugins=[Recorder(work)]))
 
 

@@ -87,10 +87,17 @@ def test_every_benchmark_and_root_is_there():
         assert list(ROOT.glob(pattern)), f"{pattern} is no file of this project"
 
 
-def test_inputs_hold_the_items_own_file_and_what_it_builds_on(monkeypatch):
-    here, item = working_tree(), "benchmarks/bench_levers.py::test_levers[x]"
+@pytest.mark.parametrize(
+    ("item", "paths"),
+    [
+        ("bench_levers.py::test_levers[x]", ("bench_levers.py", "bench_train_step.py", "bench_step.py")),
+        ("bench_end_to_end.py::test_from_shards[x]", ("bench_end_to_end.py", "bench_step.py")),
+    ],
+)
+def test_inputs_hold_the_items_own_file_and_what_it_builds_on(item, paths, monkeypatch):
+    here, item = working_tree(), f"benchmarks/{item}"
     before = sources.inputs(item)
-    for path in ("benchmarks/bench_levers.py", "benchmarks/bench_train_step.py"):
+    for path in (f"benchmarks/{path}" for path in paths):
         changed = Tree(here.files, lambda other, path=path: here.read(other) + "\nx = 1\n" * (other == path))
         monkeypatch.setattr(sources, "working_tree", lambda changed=changed: changed)
         sources._inputs.cache_clear()
