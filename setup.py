@@ -175,7 +175,8 @@ class Build(build_ext):
             ]
         commands += [
             [*cxx, *KERNEL_FLAGS, *flags, f"-DAJEPA_LANES={lanes}", f"-DAJEPA_KERNEL={symbol}",
-             "-c", str(CSRC / "log_mel_cpu.cpp"), "-o", str(out / f"log_mel_{name}.o")]
+             "-c", str(CSRC / f"{op}_cpu.cpp"), "-o", str(out / f"{op}_{name}.o")]
+            for op in ("log_mel", "resample")
             for name, (lanes, symbol, flags) in reversed(CPU_KERNELS.items())
         ]  # fmt: skip
         commands += [

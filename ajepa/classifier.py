@@ -14,6 +14,7 @@ from torch import nn
 from ajepa.config import SIZES, Config
 from ajepa.features import real_columns
 from ajepa.layers import Sequences
+from ajepa.listing import classes_of
 from ajepa.model import Encoder
 from ajepa_kernels import LogMelSpec
 
@@ -103,10 +104,14 @@ def spec_augment(
 
 
 def split_labels(names: Sequence[str], multi_label: bool) -> tuple[list[str], torch.Tensor]:
-    """Classes, and the targets float `[len(names), K]` of each label as written: with `multi_label` its parts between
-    commas or semicolons are classes, otherwise the whole is one."""
-    parts = [[p.strip() for p in re.split("[,;]", name) if p.strip()] if multi_label else [name] for name in names]
-    classes = sorted({p for part in parts for p in part}) if multi_label else list(names)
+    """Classes, and the targets float `[len(names), K]` of each label as written.
+
+    The classes of a label are those of `ajepa.listing.classes_of`, which raises DataError for a list of several where
+    `multi_label` is off.
+    """
+    parts = [classes_of(name, multi_label) for name in names]
+    found = dict.fromkeys(part for label in parts for part in label)
+    classes = sorted(found) if multi_label else list(found)
     number = {c: i for i, c in enumerate(classes)}
     targets = torch.zeros(len(names), len(classes))
     for row, part in zip(targets, parts, strict=True):

@@ -9,13 +9,13 @@ import numpy as np
 
 CHUNK = 1 << 16  # values encoded at a time; equal ones are merged within a chunk
 NUMBERS = np.dtype(
-    [(name, np.int64) for name in ("offset", "size", "mtime_ns", "file_size", "frames")]
+    [(name, np.int64) for name in ("offset", "size", "mtime_ns", "file_size", "frames", "start", "total")]
     + [(name, np.int32) for name in ("sample_rate", "channels", "label")]
 )
 
 
 class Entry(NamedTuple):
-    """One recording: bytes `[offset, offset + size)` of `path`."""
+    """One recording, or a segment of one: the recording is bytes `[offset, offset + size)` of `path`."""
 
     path: str
     member: str  # name inside a tar or shard, else ""
@@ -23,7 +23,9 @@ class Entry(NamedTuple):
     size: int
     mtime_ns: int  # of the whole file at `path`
     file_size: int  # of the whole file at `path`
-    frames: int
+    frames: int  # samples of this row: of the segment, where it is one
+    start: int  # the row's first sample within the recording
+    total: int  # samples of the whole recording
     sample_rate: int
     channels: int
     format: str
@@ -31,7 +33,18 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.path}!{self.member}" if self.member else self.path
+        return row_name(self.path, self.member, self.start, self.frames, self.total, self.sample_rate)
+
+
+def row_name(path: str, member: str, start: int, frames: int, total: int, rate: int) -> str:
+    """`path`, `tar!member`, and for a segment a media fragment in seconds behind it: `a.wav#t=1.5,2.5`."""
+    name = f"{path}!{member}" if member else path
+    return name if frames >= total else name + fragment(start / rate, (start + frames) / rate)
+
+
+def fragment(start: float, end: float | None) -> str:
+    """`#t=START,END`; a microsecond tells any two samples apart."""
+    return "#t=" + ",".join("" if t is None else f"{t:.6f}".rstrip("0").rstrip(".") for t in (start, end)).rstrip(",")
 
 
 class _Column(Sequence):
@@ -99,7 +112,7 @@ class Entries(_Column):
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> "Entries":
-        numbers = np.fromiter(((*e[2:9], e.label) for e in entries), NUMBERS, len(entries))
+        numbers = np.fromiter(((*e[2:11], e.label) for e in entries), NUMBERS, len(entries))
         return cls(numbers, *(Strings(getattr(e, name) for e in entries) for name in ("path", "member", "format")))
 
     @classmethod
@@ -120,5 +133,5 @@ class Entries(_Column):
         return Entry._make((self.path[row], self.member[row], *numbers[:-1], self.format[row], numbers[-1]))
 
     def names(self) -> Iterable[str]:
-        for path, member in zip(self.path, self.member, strict=True):
-            yield f"{path}!{member}" if member else path
+        places = (self.numbers[name].tolist() for name in ("start", "frames", "total", "sample_rate"))
+        return map(row_name, self.path, self.member, *places)

@@ -37,6 +37,11 @@ class DataConfig:
     """How recordings shorter than a clip are filled."""
     gain_db: float = 0.0
     """Random gain of a clip, uniform in +- this many dB."""
+    decoder: Literal["auto", "dali", "soundfile"] = "auto"
+    """auto: DALI where it is installed, for the formats that it decodes faster than libsndfile; dali: for all that it
+    decodes; soundfile: libsndfile alone."""
+    float_scale: float = 1.0
+    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
     loader_threads: int = 0
     """Decoding threads; 0: one a core."""
     prefetch: int = 2
@@ -228,8 +233,9 @@ PRESETS: dict[str, Config] = {
 }
 
 _MAY_CHANGE = {
-    "resume", "device", "log_every", "loader_threads", "prefetch", "checkpoint_every", "keep", "out", "micro_batch",
-    "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident", "compare_steps",
+    "resume", "device", "log_every", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
+    "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
+    "compare_steps",
 }  # fmt: skip
 
 
@@ -314,6 +320,7 @@ def validate(cfg: Config) -> None:
         "masks_per_clip": mask.masks_per_clip, "min_context": mask.min_context, "block_targets": mask.block_targets,
         "tf_targets": mask.tf_targets, "predictor_depth": model.predictor_depth, "target_layers": model.target_layers,
         "rank_timeout": cfg.rank_timeout, "predictor_width": model.predictor_width, "eval_clips": watch.eval_clips,
+        "float_scale": data.float_scale,
     }  # fmt: skip
     for name, value in positive.items():
         need(value > 0, f"--{_flag(name)} {value}: must be above 0")

@@ -64,6 +64,7 @@ def clip_options(cfg: Config) -> dict[str, Any]:
         "sample_rate": rate,
         "clip_samples": samples,
         "pad": cfg.data.pad,
+        "decoder": cfg.data.decoder,
         "threads": cfg.data.loader_threads,
     }
 
@@ -84,10 +85,12 @@ def open_corpus(cfg: Config) -> Corpus:
         where = "split=train"
         if eval_source is None:
             eval_source, eval_test = source, "split=test"
-    index = build_index(source, where=where, label_column=data.label)
+    scale = data.float_scale
+    index = build_index(source, where=where, label_column=data.label, float_scale=scale)
     evaluated = index
     if eval_source is not None:
-        evaluated = build_index(eval_source, where=watch.eval_where, label_column=watch.eval_label or data.label)
+        column = watch.eval_label or data.label
+        evaluated = build_index(eval_source, where=watch.eval_where, label_column=column, float_scale=scale)
     skipped = [*index.skipped, *evaluated.skipped]
     evaluation = load_evaluation(cfg, evaluated, eval_test, watch.eval_clips, skipped)
     hours = index.seconds / 3600

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ajepa.batch import Assembler, Batch, Pad, arrive
-from ajepa.decode import open_reader
+from ajepa.decode import Decoder, open_reader
 from ajepa.index import DataError, Index
 from ajepa.noise import hash64
 from ajepa.reader import Plan, Reader, default_threads
@@ -42,7 +42,8 @@ class AudioLoader:
 
     Args:
         index: what to read (`ajepa.index.build_index`).
-        sample_rate: Hz of the clips; recordings at other rates are resampled, channels averaged.
+        sample_rate: Hz of the clips; recordings at other rates are resampled, channels averaged. A clip is a slice of
+            the resampled recording.
         clip_samples: S.
         batch_size: B, for this rank. May exceed the data set.
         seed: the stream's; the same on every rank.
@@ -50,6 +51,7 @@ class AudioLoader:
         pad: a recording shorter than the clip is repeated ("cyclic") or followed by silence ("zero").
         crop: where a longer one is cut: "random", "start" or "center".
         gain_db: gain drawn from +-gain_db dB for each clip; saturates at full scale.
+        decoder: who decodes, see `ajepa.decode.open_reader`.
         threads: readers and decoders; 0 takes the cores, shared among this machine's ranks (`LOCAL_WORLD_SIZE`).
         prefetch: finished batches held ready; two more are being decoded.
         shuffle: False reads the index in its order, over and over.
@@ -74,6 +76,7 @@ class AudioLoader:
         pad: Pad = "cyclic",
         crop: Crop = "random",
         gain_db: float = 0.0,
+        decoder: Decoder = "auto",
         threads: int = 0,
         prefetch: int = 2,
         shuffle: bool = True,
@@ -89,7 +92,7 @@ class AudioLoader:
             )
         self.index = index
         self.batch_size = batch_size
-        self._clip = {"sample_rate": sample_rate, "clip_samples": clip_samples}
+        self._clip: dict[str, Any] = {"sample_rate": sample_rate, "clip_samples": clip_samples, "decoder": decoder}
         self._pad: Pad = pad
         self._device = device
         self._threads, self._prefetch = threads or default_threads(), prefetch
@@ -192,6 +195,7 @@ def iterate_once(
     batch_size: int,
     pad: Pad = "cyclic",
     crop: Literal["start", "center"] = "center",
+    decoder: Decoder = "auto",
     threads: int = 0,
     skipped: list[tuple[str, str]] | None = None,
 ) -> Iterator[Batch]:
@@ -212,6 +216,7 @@ def iterate_once(
         sample_rate=sample_rate,
         clip_samples=clip_samples,
         batch_size=batch_size,
+        decoder=decoder,
         threads=threads or default_threads(),
     )
     assembler = Assembler(reader, pad, keep=2)

@@ -48,7 +48,7 @@ def versions() -> Iterator[Line]:
 def imports() -> Iterator[Line]:
     """A package may be there and not load."""
     broken = []
-    for name in ("soundfile", "nvidia.dali", "ajepa._torchaudio"):
+    for name in ("soundfile", *(("nvidia.dali",) if sys.platform == "linux" else ()), "ajepa._torchaudio"):
         try:
             module = importlib.import_module(name)
             if name.endswith("_torchaudio"):

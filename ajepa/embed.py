@@ -1,12 +1,15 @@
-"""`python -m ajepa.embed ENCODER files... --out OUT`: embeddings of recordings of any length, in one file.
+"""`python -m ajepa.embed ENCODER sources... --out OUT`: embeddings of recordings of any length, in one file.
+
+A source is a recording, or what `ajepa.train --data` takes: a folder, a manifest, tars, shards; every row is one clip.
 
 OUT's suffix says how. `.npz` and `.safetensors` hold `clips` `[n, D]`, each the mean of its frames, `frames`
 `[sum T', D]`, `offsets` `[n + 1]` (clip i has frames `offsets[i]:offsets[i + 1]`), the files' names and
-`hop_size_in_ms`; `.parquet` has a row a file. Recordings are read as streams and frames wait on disk, so memory is
+`hop_size_in_ms`; `.parquet` has a row a clip. Recordings are read as streams and frames wait on disk, so memory is
 bounded by one recording's frames. Bad files are left out, named at the end and in `OUT.bad.tsv`; exit code 1.
 """
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -19,20 +22,23 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-import soundfile as sf
-import soxr
 import torch
 import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from ajepa.audiofile import BadAudio, inspect, open_sound, reason_of, stat_file
+from ajepa.audiofile import BadAudio, inspect, reason_of, stat_file
+from ajepa.columns import Entry
 from ajepa.config import ConfigError
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
 from ajepa.files import write_atomic
+from ajepa.index import DataError, build_index
+from ajepa.reader import iterate_entry
+from ajepa.shards import SUFFIX as SHARD
+from ajepa.sources import MANIFESTS
+from ajepa_kernels import Resampler
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")
-BLOCK = 1 << 17  # samples a channel decoded at a time
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,14 @@ class Arguments:
     encoder: tyro.conf.Positional[str]
     """Run folder, checkpoint, folder of an encoder, or hub id."""
     files: tyro.conf.Positional[list[str]]
-    """Recordings; - reads their names from the standard input, one a line or separated by NUL."""
+    """Recordings, or folders, manifests, tars and shards of them; - reads their names from the standard input, one a
+    line or separated by NUL."""
     out: str = "embeddings.npz"
     """What to write: .npz, .safetensors or .parquet."""
+    where: str | None = None
+    """Rows of manifests to embed, such as "split=test"."""
+    float_scale: float = 1.0
+    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
     frames: bool = True
     """Also write every frame, not the clip's mean alone."""
     pooling: Literal["mean", "concat"] | None = None
@@ -57,7 +68,7 @@ class Arguments:
 class Piece(NamedTuple):
     """One chunk of one file, on its way to the encoder."""
 
-    path: str
+    name: str
     samples: torch.Tensor  # float32 [<= clip_samples]
     frames: int  # that are its own
     last: bool
@@ -80,8 +91,11 @@ class Spool:
             self.file.write(frames.astype("<f4").tobytes())
 
 
-def embed(args: Arguments, paths: list[str]) -> dict[str, str]:
-    """Embed `paths` into `args.out`; returns the reason of each file left out. Raises ConfigError, OSError."""
+def embed(args: Arguments, paths: list[str]) -> tuple[int, dict[str, str]]:
+    """Embed `paths` into `args.out`; returns how many recordings, and the reason of each that was left out.
+
+    Raises ConfigError, DataError, OSError.
+    """
     out = Path(args.out)
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
@@ -100,15 +114,46 @@ def embed(args: Arguments, paths: list[str]) -> dict[str, str]:
     with contextlib.ExitStack() as stack:
         spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=out.parent)) if args.frames else None)
         with _progress() as progress, torch.inference_mode(), autocast:
-            _fill(spool, encoder, progress.track(list(dict.fromkeys(paths)), description="embedding"), bad)
+            entries = list(list_recordings(paths, args, bad))
+            found = progress.track(entries, description="embedding")
+            _fill(spool, encoder, found, args.float_scale, bad)
         if spool.names:
             about = {"hop_size_in_ms": encoder.hop_size_in_ms, "encoder": encoder.fingerprint()}
             _write(out, writer, spool, about)
-    return bad
+    return len(spool.names), bad
 
 
-def _fill(spool: Spool, encoder: Encoder, paths: Iterable[str], bad: dict[str, str]) -> None:
-    """Embed the files into the spool, chunks of several in one batch; those that turn out broken go to `bad`."""
+def list_recordings(sources: list[str], args: Arguments, bad: dict[str, str]) -> Iterator[Entry]:
+    """Every recording that the sources name, once; those that cannot be used go to `bad`."""
+    seen = set()
+    for source in dict.fromkeys(sources):
+        try:
+            if is_listing(source):
+                index = build_index(source, where=args.where, decode=False, float_scale=args.float_scale)
+                bad |= dict(index.skipped)
+                entries: Iterable[Entry] = index.entries
+            else:
+                size, mtime = stat_file(source)
+                info = inspect(source, 0, size, decode=False, float_scale=args.float_scale)
+                entries = [Entry(source, "", 0, size, mtime, size, info.frames, 0, *info, -1)]
+        except (BadAudio, DataError, OSError) as error:
+            bad[source] = reason_of(error)
+            continue
+        for entry in entries:
+            if entry.name not in seen:
+                seen.add(entry.name)
+                yield entry
+
+
+def is_listing(source: str) -> bool:
+    """Whether it stands for many recordings: a folder, a manifest, tars or shards."""
+    suffix = Path(source).suffix.lower()
+    many = os.path.isdir(source) or suffix in (*MANIFESTS, ".tar", SHARD)
+    return many or (glob.has_magic(source) and not os.path.exists(source))
+
+
+def _fill(spool: Spool, encoder: Encoder, entries: Iterable[Entry], float_scale: float, bad: dict[str, str]) -> None:
+    """Embed the recordings into the spool, chunks of several in one batch; those that turn out broken go to `bad`."""
     waiting: list[Piece] = []
     done: list[np.ndarray] = []  # frames so far of the file whose last chunk is yet to come
     device = encoder.vit.norm.weight.device
@@ -120,19 +165,19 @@ def _fill(spool: Spool, encoder: Encoder, paths: Iterable[str], bad: dict[str, s
         for piece, x in zip(waiting, latents, strict=True):
             done.append(x[: piece.frames])
             if piece.last:
-                spool.add(_text(piece.path), np.concatenate(done))
+                spool.add(_text(piece.name), np.concatenate(done))
                 done.clear()
         waiting.clear()
 
-    for path in paths:
+    for entry in entries:
         try:
-            for piece in read_pieces(path, encoder):
+            for piece in read_pieces(entry, encoder, float_scale):
                 waiting.append(piece)
                 if len(waiting) == CHUNKS_AT_ONCE:
                     run()
         except (BadAudio, OSError) as error:
-            bad[path] = reason_of(error)
-            waiting[:] = [piece for piece in waiting if piece.path != path]
+            bad[entry.name] = reason_of(error)
+            waiting[:] = [piece for piece in waiting if piece.name != entry.name]
             if not any(piece.last for piece in waiting):  # what is done so far is of this file
                 done.clear()
     run()
@@ -151,51 +196,37 @@ def _write(out: Path, writer: Callable[[BinaryIO, Spool, dict], None], spool: Sp
         aside.unlink(missing_ok=True)
 
 
-def read_pieces(path: str, encoder: Encoder) -> Iterator[Piece]:
-    """The chunks of a file at the encoder's rate, channels averaged, read as they are asked for.
+def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Iterator[Piece]:
+    """The chunks of a recording at the encoder's rate, channels averaged, read as they are asked for.
 
     Raises BadAudio where it turns out broken, however late; OSError where it cannot be read.
     """
-    size, _ = stat_file(path)
-    info = inspect(path, 0, size, decode=False)
-    if info.format.startswith("MP3/"):  # whose header may but estimate the length
-        info = inspect(path, 0, size)
-    clip, stride = encoder.config.clip_samples, encoder.stride
+    name, clip, stride = entry.name, encoder.config.clip_samples, encoder.stride
     kept = encoder.chunks(clip + 1)[0].frames
     buffer, held = np.empty(0, np.float32), None
-    for block in _resampled(path, size, info.frames, encoder.sampling_rate):
+    for block in _resampled(entry, encoder.sampling_rate, float_scale):
         buffer = np.concatenate([buffer, block])
         while len(buffer) > clip:
             if held is not None:
-                yield Piece(path, held, kept, False)
+                yield Piece(name, held, kept, False)
             held, buffer = torch.from_numpy(buffer[:clip]), buffer[stride:]
     frames = encoder.frames(len(buffer))
     if held is not None:
-        yield Piece(path, held, kept, last=not frames)
+        yield Piece(name, held, kept, last=not frames)
     if frames or held is None:
         if not len(buffer):
             raise BadAudio("no samples")
-        yield Piece(path, torch.from_numpy(buffer), max(1, frames), True)
+        yield Piece(name, torch.from_numpy(buffer), max(1, frames), True)
 
 
-def _resampled(path: str, size: int, expected: int, rate: int) -> Iterator[np.ndarray]:
+def _resampled(entry: Entry, rate: int, float_scale: float) -> Iterator[np.ndarray]:
     """Blocks of mono float32 at `rate` Hz."""
-    try:
-        with open_sound(path, 0, size, in_tar=False) as sound:
-            stream = soxr.ResampleStream(sound.samplerate, rate, 1) if sound.samplerate != rate else None
-            decoded = 0
-            for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
-                decoded += len(block)
-                mono = block.mean(1)
-                if not np.isfinite(mono).all():
-                    raise BadAudio("samples that are not finite (NaN or infinity)")
-                yield mono if stream is None else stream.resample_chunk(mono)
-            if decoded < expected:
-                raise BadAudio(f"truncated: {decoded} of {expected} samples decode")
-            if stream is not None:
-                yield stream.resample_chunk(np.empty(0, np.float32), last=True)
-    except sf.LibsndfileError as error:
-        raise BadAudio(f"cannot be decoded: {error.error_string.strip().removeprefix('Error : ')}") from None
+    stream = Resampler(entry.sample_rate, rate, downmix=True)
+    for block in iterate_entry(entry, float_scale):
+        if block.dtype != np.int16 and not np.isfinite(block).all():
+            raise BadAudio("samples that are not finite (NaN or infinity)")
+        yield stream.push(torch.from_numpy(block)).numpy()
+    yield stream.finish().numpy()
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -301,13 +332,12 @@ def main(argv: list[str] | None = None) -> int:
         paths = [p for name in args.files for p in (read_names(sys.stdin.buffer.read()) if name == "-" else [name])]
         if not paths:
             raise ConfigError("no files to embed: name some, or - to read their names from the standard input")
-        bad = embed(args, paths)
+        good, bad = embed(args, paths)
     except KeyboardInterrupt:
         return 130
-    except (ConfigError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    good = len(dict.fromkeys(paths)) - len(bad)
     listing = Path(f"{args.out}.bad.tsv")
     listing.unlink(missing_ok=True)
     if bad:
@@ -315,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
         write_atomic(listing, "".join(["file\treason\n", *lines]).encode())
         print(f"bad files: {len(bad)}, also listed in {listing}", file=sys.stderr)
         print("".join(f"  {line}" for line in lines), end="", file=sys.stderr)
-    print(f"{good} files embedded" + (f" into {args.out}" if good else "; nothing written"))
+    print(f"{good} recordings embedded" + (f" into {args.out}" if good else "; nothing written"))
     return 1 if bad else 0
 
 

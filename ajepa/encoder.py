@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import soxr
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -24,7 +23,7 @@ from ajepa.checkpoint import CheckpointError, checkpoints, read_verified
 from ajepa.config import SIZES, ConfigError, ModelConfig
 from ajepa.files import write_atomic
 from ajepa.model import Encoder as ViT
-from ajepa_kernels import LogMelSpec, log_mel
+from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording takes
@@ -161,7 +160,7 @@ class Encoder(
 
         Args:
             waveform: mono, `[B, T]` or `[T]` (then B = 1); floating point in [-1, 1], or int16.
-            sampling_rate: of `waveform` in Hz; resampled (soxr) where it is not the encoder's. None: the encoder's.
+            sampling_rate: of `waveform` in Hz; resampled where it is not the encoder's. None: the encoder's.
             lengths: integers `[B]`, samples of each clip; the rest of its row is ignored, and rows of the result after
                 a clip's own frames (`sum(c.frames for c in encoder.chunks(n))`) are zero. None: all T.
 
@@ -170,9 +169,9 @@ class Encoder(
         """
         pcm, sizes = _checked(waveform, lengths)
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
-            rows = [resample(row[:n], sampling_rate, self.sampling_rate) for row, n in zip(pcm, sizes, strict=True)]
-            sizes = [len(row) for row in rows]
-            pcm = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            ends = torch.tensor(sizes, device=pcm.device)
+            pcm = resample(pcm, sampling_rate, self.sampling_rate, lengths=ends, dtype=torch.float32)
+            sizes = [resampled_length(n, sampling_rate, self.sampling_rate) for n in sizes]
         pcm = pcm.to(self.vit.norm.weight.device)
         plan = [(b, chunk) for b, n in enumerate(sizes) for chunk in self.chunks(n)]
         parts: list[list[torch.Tensor]] = [[] for _ in sizes]
@@ -315,15 +314,6 @@ def from_run(folder: Path) -> Encoder:
         load_tensors(encoder.vit, data, str(path), "target_encoder.")
         return encoder
     raise ConfigError("; ".join([f"{run} has neither encoder.safetensors nor a usable checkpoint", *damaged]))
-
-
-def resample(waveform: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
-    """`[T]` at `rate` Hz -> float32 `[round(T wanted / rate)]` at `wanted` Hz (soxr, high quality), on a CPU."""
-    return torch.from_numpy(soxr.resample(_as_float(waveform).cpu().numpy(), rate, wanted))
-
-
-def _as_float(waveform: torch.Tensor) -> torch.Tensor:
-    return waveform.float() / 32768 if waveform.dtype == torch.int16 else waveform.float()
 
 
 def _fill(chunk: torch.Tensor, samples: int, pad: str) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """One training step, PCM in, updated weights out: ours, and the plain PyTorch one that it is measured against."""
 
 import contextlib
-import resource
 import sys
 from collections import deque
 from typing import Any, NamedTuple
@@ -16,6 +15,11 @@ from ajepa.masks import Masks, MaskSampler
 from ajepa.model import JEPA
 from ajepa.optim import ema_decay, learning_rate, parameter_groups, weight_decay
 from ajepa_kernels import AdamWEMA, ema_update_reference_, latent_l2_loss
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class StepResult(NamedTuple):
@@ -196,9 +200,11 @@ class Engine:
         }
 
     def peak_memory(self) -> int:
-        """Bytes: most that this process has taken of a GPU's memory, or of a CPU's."""
+        """Bytes: most that this process has taken of a GPU's memory, or of a CPU's (0: the system does not tell)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
+        if resource is None:
+            return 0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def flops(self, masks: Masks | list[Masks]) -> float:

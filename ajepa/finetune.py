@@ -52,6 +52,10 @@ class Arguments:
     """Rows to use at all."""
     label: str | None = None
     """Column that holds the label, where it is not found by its name."""
+    decoder: Literal["auto", "dali", "soundfile"] = "auto"
+    """Who decodes the recordings: see ajepa.train."""
+    float_scale: float = 1.0
+    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
     multi_label: bool = False
     """A recording has several labels, separated by "," or ";": binary cross-entropy, mean average precision."""
     out: str | None = None
@@ -156,8 +160,9 @@ class Tuner:
         A recording longer than a clip is cut into clips, whose probabilities are averaged.
         """
         spec, samples = self.cfg.front_end, round(self.cfg.data.clip_seconds * self.cfg.front_end.sample_rate)
+        reading = {"threads": self.cfg.data.loader_threads, "decoder": self.args.decoder}
         scores, rows = [], []
-        for batch in read_chunks(task.test, spec, samples, self.cfg.data.loader_threads, skipped):
+        for batch in read_chunks(task.test, spec, samples, reading, skipped):
             parts = zip(batch.pcm.split(CHUNKS_AT_ONCE), batch.lengths.split(CHUNKS_AT_ONCE), strict=True)
             logits = torch.cat([self.logits(pcm, lengths) for pcm, lengths in parts])
             chances = logits.sigmoid() if self.args.multi_label else logits.softmax(-1)
@@ -206,7 +211,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
     state, damaged = load_latest(folder / "checkpoints", tuner)  # type: ignore[arg-type]
     for message in damaged:
         print(f"warning: {message}; using the one before", file=sys.stderr)
-    options = {**clip_options(cfg), "batch_size": args.batch_size, "seed": args.seed}
+    options = {**clip_options(cfg), "decoder": args.decoder, "batch_size": args.batch_size, "seed": args.seed}
     loader = AudioLoader(task.train, **options, gain_db=cfg.data.gain_db, state=state["loader"] if state else None)
     step, history = (state["step"], state["history"]) if state else (0, [])
     known = pretrained_on(cfg, task.test)
@@ -292,7 +297,7 @@ def open_folder(folder: Path, args: Arguments, cfg: Config) -> dict[str, Any] | 
 
 
 def open_task(args: Arguments) -> tuple[Task, list[tuple[str, str]]]:
-    index = build_index(args.data, where=args.where, label_column=args.label)
+    index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
     skipped = list(index.skipped)
     index = labelled(index)
     tested = {entry.name for entry in index.filter(args.test).entries}

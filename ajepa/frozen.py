@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save as save_bytes
 
 from ajepa.data import iterate_once
+from ajepa.decode import resampled_lengths
 from ajepa.features import encode_real, real_columns
 from ajepa.files import write_atomic
 from ajepa.heads import Embedded
 from ajepa.index import Index, cache_root
 from ajepa_kernels import LogMelSpec, log_mel
 
-FORMAT = 1  # raise it with any change to what the features are
+FORMAT = 2  # raise it with any change to what the features are
 CHUNKS_AT_ONCE = 64
 BATCH_SECONDS = 1200  # of audio decoded at once
 
@@ -40,11 +41,14 @@ class Recordings(NamedTuple):
 
 
 def read_chunks(
-    index: Index, spec: LogMelSpec, clip_samples: int, threads: int, skipped: list[tuple[str, str]]
+    index: Index, spec: LogMelSpec, clip_samples: int, reading: dict[str, Any], skipped: list[tuple[str, str]]
 ) -> Iterator[Recordings]:
-    """Every recording of the index once, the short ones first. Files found bad are left out and added to `skipped`."""
+    """Every recording of the index once, the short ones first. Files found bad are left out and added to `skipped`.
+
+    `reading`: `threads` and `decoder` of `iterate_once`.
+    """
     rate = spec.sample_rate
-    samples = np.array([-(-e.frames * rate // e.sample_rate) for e in index.entries])
+    samples = resampled_lengths(index, rate)
     order = np.argsort(samples, kind="stable")
     while len(order):
         group = order[samples[order] <= max(clip_samples, 1.5 * samples[order[0]])]  # little padding is decoded
@@ -52,7 +56,7 @@ def read_chunks(
         longest = int(samples[group[-1]])
         rows = torch.from_numpy(group)
         batch = max(1, min(CHUNKS_AT_ONCE, BATCH_SECONDS * rate // longest))
-        options = {"sample_rate": rate, "clip_samples": longest, "batch_size": batch, "threads": threads}
+        options = {"sample_rate": rate, "clip_samples": longest, "batch_size": batch, **reading}
         for got in iterate_once(index.subset(group), **options, pad="zero", crop="start", skipped=skipped):
             pcm = F.pad(got.pcm, (0, -longest % clip_samples)).unflatten(1, (-1, clip_samples))
             lengths = (got.lengths[:, None] - torch.arange(pcm.shape[1]) * clip_samples).clamp(0, clip_samples)
@@ -127,7 +131,7 @@ def embed(
     kinds: Sequence[str],
     *,
     device: torch.device,
-    threads: int = 0,
+    reading: dict[str, Any],
     skipped: list[tuple[str, str]],
     cache: Path | None = None,
 ) -> tuple[torch.Tensor, dict[str, Embedded]]:
@@ -143,7 +147,7 @@ def embed(
     have = {which: _load(path) for which, path in paths.items()}
     missing = [which for which, tensors in have.items() if tensors is None]
     if missing:
-        made = _embed(index, sources, missing, clip_samples, device, threads, skipped)
+        made = _embed(index, sources, missing, clip_samples, device, reading, skipped)
         for which, tensors in made.items():
             have[which] = tensors
             _save(paths[which], tensors)
@@ -152,7 +156,7 @@ def embed(
     if not all(torch.equal(tensors["items"], items) for tensors in every):  # a file has gone bad since some were made
         for path in paths.values():
             path.unlink(missing_ok=True)
-        return embed(index, sources, clip_samples, kinds, device=device, threads=threads, skipped=skipped, cache=cache)
+        return embed(index, sources, clip_samples, kinds, device=device, reading=reading, skipped=skipped, cache=cache)
     result = {}
     for name in sources:
         parts = {kind: have[name, kind] or {} for kind in kinds}
@@ -163,11 +167,11 @@ def embed(
 
 
 @torch.no_grad()
-def _embed(index, sources, missing, clip_samples, device, threads, skipped) -> dict[tuple[str, str], dict]:
+def _embed(index, sources, missing, clip_samples, device, reading, skipped) -> dict[tuple[str, str], dict]:
     rows: dict[tuple[str, str], list[torch.Tensor]] = {which: [] for which in missing}
     items = []
     spec = next(iter(sources.values())).spec
-    for batch in read_chunks(index, spec, clip_samples, threads, skipped):
+    for batch in read_chunks(index, spec, clip_samples, reading, skipped):
         items.append(batch.items)
         for name in {name for name, _ in missing}:
             x, count = [], []
@@ -194,7 +198,7 @@ def _embed(index, sources, missing, clip_samples, device, threads, skipped) -> d
 
 def data_hash(index: Index) -> str:
     """Changes with any file's name, size, time or length, and with their order; not with the labels."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{index.float_scale}\n".encode())
     for e in index.entries:
         digest.update(f"{e.name}\0{e.offset}\0{e.size}\0{e.mtime_ns}\0{e.frames}\0{e.sample_rate}\n".encode(
             errors="surrogateescape"))  # fmt: skip

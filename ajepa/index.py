@@ -1,7 +1,8 @@
 """The index of a data set: every usable recording with its length, rate and label, and every unusable one with why.
 
-A source is a folder, a CSV or JSONL manifest, or webdataset tars. Each file is decoded once when it is first seen; the
-verdicts are kept in a cache keyed by path, size and modification time, so later runs look at changed files only.
+A source is a folder, a manifest (CSV, TSV, JSON, JSONL, Parquet), or webdataset tars. Each file is decoded once when it
+is first seen; the verdicts are kept in a cache keyed by path, size and modification time, so later runs look at changed
+files only. A row may stand for a segment of a file: the verdict is the file's, the place within it the row's.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,12 +22,14 @@ import numpy as np
 
 from ajepa.audiofile import AudioInfo, BadAudio, cores, inspect, reason_of, stat_file
 from ajepa.columns import Entries, Entry, Strings
+from ajepa.listing import DataError, Listed, Listing, cache_root
+from ajepa.segments import SegmentError, place
 from ajepa.shards import is_shards, read_shards
-from ajepa.sources import DataError, Listed, Listing, list_source
+from ajepa.sources import list_source
 
 __all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
 
-FORMAT = "ajepa-index-2"
+FORMAT = "ajepa-index-3"
 Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
 
 
@@ -39,6 +42,8 @@ class Index:
     label_names: list[str] = field(default_factory=list)
     metadata: dict[str, Strings] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
+    warnings: list[str] = field(default_factory=list)  # of what looks wrong in the source, but is used
+    float_scale: float = 1.0  # full scale of samples stored as floating point
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -56,9 +61,9 @@ class Index:
     def fingerprint(self) -> str:
         """Changes with the entries and their order: a data position means the same recordings only where it agrees."""
         digest = hashlib.sha256()
-        numbers = self.entries.numbers
-        for name, frames, rate in zip(self.entries.names(), numbers["frames"], numbers["sample_rate"], strict=True):
-            digest.update(f"{name}\0{frames}\0{rate}\n".encode(errors="surrogateescape"))
+        places = (self.entries.numbers[name] for name in ("start", "frames", "sample_rate"))
+        for name, start, frames, rate in zip(self.entries.names(), *places, strict=True):
+            digest.update(f"{name}\0{start}\0{frames}\0{rate}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
     def subset(self, rows: Iterable[int]) -> "Index":
@@ -74,13 +79,6 @@ class Index:
         return self.subset(_select(columns, where, self.source))
 
 
-def cache_root() -> Path:
-    """`AJEPA_CACHE`, else `ajepa` in the user's cache folder (XDG)."""
-    if root := os.environ.get("AJEPA_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ajepa"
-
-
 def build_index(
     source: str | os.PathLike,
     *,
@@ -90,19 +88,22 @@ def build_index(
     threads: int = 0,
     decode: bool = True,
     progress: bool = True,
+    float_scale: float = 1.0,
 ) -> Index:
     """Lists and checks a data set.
 
     Args:
-        source: a folder, searched recursively; a .csv, .tsv, .jsonl or .ndjson manifest with a column `filename`,
-            `file`, `path` or `audio`; webdataset tars, as a path, a glob or a brace range (`shard-{000..010}.tar`);
-            or what `python -m ajepa.pack` wrote: its folder, or one shard.
+        source: a folder, searched recursively; a .csv, .tsv, .json, .jsonl, .ndjson or .parquet manifest with a column
+            `filename`, `file`, `path`, `audio`..., whose rows stand for segments where it has columns such as `offset`
+            and `duration`, or `start` and `end`, in seconds; webdataset tars, as a path, a glob or a brace range
+            (`shard-{000..010}.tar`); or what `python -m ajepa.pack` wrote: its folder, or one shard.
         where: keeps rows by column: `"fold=1,2,3"`, `"speaker!=theo"`; several are joined by `;` or given as a list.
         label_column: the manifest column to take labels from; default `label`, `target`, `category`, `class`...
         cache_dir: where the verdicts are kept; default `cache_root() / "index"`.
         threads: files checked at once; 0 takes the cores this process may use.
         decode: decode every file to its end (finds damage inside a file); False trusts headers that state a length.
         progress: report to stderr when it takes more than two seconds.
+        float_scale: full scale of samples stored as floating point.
 
     Returns:
         An `Index`; rows keep the listing's order (sorted paths, manifest rows, tar order). Labels are numbered over
@@ -116,7 +117,7 @@ def build_index(
         shards = read_shards(source, label_column, _label_names)
         if not len(shards.entries):
             raise DataError(f"{source}: its shards hold no clips; everything was left out when they were packed")
-        index = Index(source, *shards)
+        index = Index(source, *shards, float_scale=float_scale)
         return index.filter(where) if where else index
     listing = list_source(source, label_column)
     rows: Sequence[int] = range(len(listing.files))
@@ -125,30 +126,68 @@ def build_index(
         columns.setdefault("label", [file.label or "" for file in listing.files])
         rows = _select(columns, where, source)
     files = [listing.files[row] for row in rows]
-    cache = _Cache(Path(cache_dir) if cache_dir is not None else cache_root() / "index", source, decode)
-    verdicts = _check(files, cache, threads or cores(), decode, progress)
-    return _assemble(source, listing, files, verdicts)
+    cache = _Cache(Path(cache_dir) if cache_dir is not None else cache_root() / "index", source, decode, float_scale)
+    verdicts = _check(files, cache, threads or cores(), decode, progress, float_scale)
+    index = replace(_assemble(source, listing, files, verdicts), float_scale=float_scale)
+    for warning in index.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return index
 
 
 def _assemble(source: str, listing: Listing, files: list[Listed], verdicts: list[AudioInfo | str]) -> Index:
     names = _label_names({file.label for file in listing.files if file.label is not None})
     number = {name: i for i, name in enumerate(names)}
-    good, entries, skipped = [], [], list(listing.skipped)
+    good, entries, skipped, misplaced = [], [], list(listing.skipped), 0
     for file, verdict in zip(files, verdicts, strict=True):
         if isinstance(verdict, str):
             skipped.append((file.name, verdict))
             continue
+        try:
+            start, frames = place(file.start, file.duration, verdict.frames, verdict.sample_rate)
+        except SegmentError as error:
+            skipped.append((file.name, str(error)))
+            misplaced += 1
+            continue
         good.append(file)
         label = -1 if file.label is None else number[file.label]
-        whole = file.file_size
-        entries.append(Entry(file.path, file.member, file.offset, file.size, file.mtime_ns, whole, *verdict, label))
+        bytes_at = (file.path, file.member, file.offset, file.size, file.mtime_ns, file.file_size)
+        entries.append(Entry(*bytes_at, frames, start, *verdict, label))
+    warnings = [*listing.warnings, *_repeats(source, good, entries)]
+    if misplaced:
+        columns = ", ".join(listing.segment_columns)
+        warnings.append(f"{source}: {misplaced:,} rows are left out because their segment is not within the recording; "
+                        f"columns that mean something else must not be called {columns}")  # fmt: skip
     if not entries:
         if not skipped:
             raise DataError(f"{source}: no audio files here; expected WAV, FLAC, Ogg, Opus or MP3")
-        first = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
+        first = "; ".join([*(f"{path}: {reason}" for path, reason in skipped[:3]), *warnings])
         raise DataError(f"{source}: none of its {len(skipped)} audio files can be used ({first})")
     metadata = {name: Strings(file.metadata[i] for file in good) for i, name in enumerate(listing.columns)}
-    return Index(source, Entries.of(entries), names, metadata, skipped)
+    return Index(source, Entries.of(entries), names, metadata, skipped, warnings)
+
+
+def _repeats(source: str, files: list[Listed], entries: list[Entry]) -> Iterator[str]:
+    """Warnings of rows that stand for the same samples."""
+    keys = [(os.path.normpath(e.path), e.offset, e.start, e.frames) for e in entries]
+    if len(set(keys)) == len(keys):
+        return
+    rows: dict[tuple, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows.setdefault(key, []).append(row)
+    several = [(same, {files[i].label: None for i in same if files[i].label is not None}) for same in rows.values()]
+    differing = [(same, labels) for same, labels in several if len(labels) > 1]
+    if differing:
+        same, labels = differing[0]
+        example = f"{entries[same[0]].name}: {', '.join(map(str, labels))}"
+        yield (f"{source}: {len(differing):,} files are named by several rows with different labels ({example}); "
+               "for several labels a file use a list in one row, and --multi-label")  # fmt: skip
+    alike = [same for same, labels in several if len(same) > 1 and len(labels) <= 1]
+    if alike:
+        same = alike[0]
+        surplus = sum(map(len, alike)) - len(alike)
+        exact = sum(len(same) - len({(files[i].label, files[i].metadata) for i in same}) for same in alike)
+        yield (f"{source}: {surplus:,} rows repeat the recording of an earlier row, {exact:,} of them word for word "
+               f"({entries[same[0]].name}: {len(same)} rows); each counts as a recording")  # fmt: skip
 
 
 def _label_names(names: set[str]) -> list[str]:
@@ -180,9 +219,10 @@ def _select(columns: Mapping[str, Sequence[str]], where: str | Sequence[str], so
 class _Cache:
     """Verdicts by (path, offset, size, mtime_ns), as JSON lines under a header with their checksum."""
 
-    def __init__(self, folder: Path, source: str, decode: bool):
-        # Header-only verdicts live apart: they must not pass for full ones.
-        name = hashlib.sha256(f"{os.path.abspath(source)}\0{decode}".encode(errors="surrogateescape")).hexdigest()[:24]
+    def __init__(self, folder: Path, source: str, decode: bool, float_scale: float):
+        # Header-only verdicts and those at another scale live apart: they must not pass for these.
+        what = f"{os.path.abspath(source)}\0{decode}\0{float(float_scale)}"
+        name = hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()[:24]
         self.path = folder / f"{name}.jsonl"
         self.verdicts: dict[Key, AudioInfo | str] = self._load()
         self.changed = False
@@ -216,10 +256,15 @@ class _Cache:
             print(f"index cache not written ({error}): files are checked again next time", file=sys.stderr)
 
 
-def _check(files: list[Listed], cache: _Cache, threads: int, decode: bool, progress: bool) -> list[AudioInfo | str]:
-    """A verdict per file: what it holds, or the reason it cannot be used."""
+def _check(
+    files: list[Listed], cache: _Cache, threads: int, decode: bool, progress: bool, float_scale: float
+) -> list[AudioInfo | str]:
+    """A verdict per file: what it holds, or the reason it cannot be used. Segments of one file share its verdict."""
     keys = [(file.path, file.offset, file.size, file.mtime_ns) for file in files]
-    todo = [i for i, key in enumerate(keys) if key not in cache.verdicts]
+    first_of: dict[Key, int] = {}
+    for i, key in enumerate(keys):
+        first_of.setdefault(key, i)
+    todo = [i for key, i in first_of.items() if key not in cache.verdicts]
     fresh: dict[Key, str] = {}  # reasons that may pass without the file changing: permissions, input/output errors
     report = _Progress(len(todo), progress)
 
@@ -227,12 +272,15 @@ def _check(files: list[Listed], cache: _Cache, threads: int, decode: bool, progr
         file = files[i]
         try:
             stat_file(file.path)
-            info = inspect(file.path, file.offset, file.size, in_tar=bool(file.member), decode=decode)
+            in_tar = bool(file.member)
+            info = inspect(file.path, file.offset, file.size, in_tar=in_tar, decode=decode, float_scale=float_scale)
             return i, info, True
         except BadAudio as error:
             return i, str(error), True
         except OSError as error:
             return i, reason_of(error), False
+        except Exception as error:  # a decoder's own trouble must not end the check of all other files
+            return i, f"cannot be checked: {type(error).__name__}: {error}", False
 
     try:
         with ThreadPoolExecutor(threads) as pool:

@@ -1,7 +1,6 @@
 """`python -m ajepa.pack SOURCE TARGET`: decode recordings once, into shards of PCM to train on from then on."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -21,15 +20,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ajepa.audiofile import reason_of
-from ajepa.decode import read_whole
+from ajepa.decode import Decoder, read_whole, resampled_lengths
 from ajepa.files import atomic_file, write_atomic
 from ajepa.index import DataError, Index, build_index
 from ajepa.reader import to_int16
 from ajepa.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, block_crcs, is_shards, missing_rows
 
+try:
+    import fcntl
+
+    def lock(file) -> None:
+        """Raises OSError where another process holds it. The system releases it when the process ends."""
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+except ImportError:  # Windows
+    import msvcrt
+
+    def lock(file) -> None:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+
+
 LEFT_OUT = "left_out.tsv"
 OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock")  # what packing writes
 MEGABYTE = 1_000_000
+FAR_BEYOND = 16.0  # times full scale: samples that were not meant to lie in [-1, 1)
 SAMPLED = 32  # clips that `--dry-run` compresses, to tell the size of FLAC shards
 
 
@@ -63,6 +77,10 @@ class Arguments:
     """A recording whose peak is below this, in dB of full scale, is silent."""
     max_hours: float = 2.0
     """Longer recordings are left out: each is decoded in memory."""
+    decoder: Decoder = "auto"
+    """Who decodes: DALI the formats at which it is faster (auto) or all that it can (dali), else libsndfile."""
+    float_scale: float = 1.0
+    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
     threads: int = 0
     """Readers and decoders; 0: one a core."""
     dry_run: bool = False
@@ -90,7 +108,12 @@ def pack(args: Arguments, console: Console) -> Packed:
         raise PackError("--shard-mb must be 1 or more, --max-hours above 0 and below 1,000, --threads 0 or more")
     if is_shards(args.source):
         raise PackError(f"{args.source}: these are shards already; give the recordings they were made of")
-    index = build_index(args.source, where=args.where, label_column=args.label, threads=args.threads, decode=False)
+    if not 0 < args.float_scale < np.inf:
+        raise PackError(f"--float-scale {args.float_scale}: must be a finite number above 0")
+    index = build_index(
+        args.source, where=args.where, label_column=args.label, threads=args.threads, decode=False,
+        float_scale=args.float_scale,
+    )  # fmt: skip
     target = Path(args.target).expanduser()
     key = _key(index, args)
     done = _finished(target, key, args, console)
@@ -152,7 +175,7 @@ def _clips(index: Index, args: Arguments) -> Iterator[Clip | str]:
     """Every recording ready to be stored, or the reason why it is left out."""
     work = partial(_clip, index, args)
     most = args.max_hours * 3600 * args.rate
-    return read_whole(index, work, sample_rate=args.rate, max_samples=most, threads=args.threads)
+    return read_whole(index, work, sample_rate=args.rate, max_samples=most, threads=args.threads, decoder=args.decoder)
 
 
 def _clip(index: Index, args: Arguments, row: int, samples: np.ndarray) -> Clip | str:
@@ -177,7 +200,8 @@ def _flac(pcm: np.ndarray, rate: int) -> bytes:
 
 def _key(index: Index, args: Arguments) -> bytes:
     """Shards of equal keys belong together: the same recordings, packed alike."""
-    options = (VERSION, index.fingerprint, args.rate, args.codec, args.silence_db, args.max_hours, args.label)
+    options = (VERSION, index.fingerprint, args.rate, args.codec, args.silence_db, args.max_hours, args.label,
+               args.float_scale)  # fmt: skip
     return hashlib.blake2b(repr(options).encode(), digest_size=16).digest()
 
 
@@ -202,8 +226,8 @@ def _finished(target: Path, key: bytes, args: Arguments, console: Console) -> li
             continue
         if shard.header.key != key:
             raise PackError(
-                f"{target} holds shards of other recordings or settings ({name}): give the source and the settings "
-                "they were made with, or a new folder"
+                f"{target} holds shards of other recordings, of other settings or of an earlier version ({name}): give "
+                "the source and the settings they were made with, or a new folder"
             )
         damaged = shard.damaged() if args.verify else []
         if damaged:
@@ -238,8 +262,8 @@ def _announce(args: Arguments, index: Index, todo: Index, done: list[Shard], con
 
 
 def _pcm_bytes(index: Index, args: Arguments) -> float:
-    seconds = index.entries.numbers["frames"] / index.entries.numbers["sample_rate"]
-    return 2 * args.rate * float(seconds[seconds <= 3600 * args.max_hours].sum())
+    samples = resampled_lengths(index, args.rate)
+    return 2 * float(samples[samples <= 3600 * args.max_hours * args.rate].sum())
 
 
 def _gb(size: float) -> str:
@@ -249,9 +273,9 @@ def _gb(size: float) -> str:
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Two packings into one folder would take each other's half-written shards away."""
-    with open(target / ".lock", "w") as lock:
+    with open(target / ".lock", "w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except OSError:
             raise PackError(f"{target}: another process is packing into it") from None
         yield

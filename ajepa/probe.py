@@ -47,6 +47,10 @@ class Arguments:
     """Rows to use, such as "fold=1,2,3,4"."""
     label: str | None = None
     """Column that holds the label, where it is not found by its name."""
+    decoder: Literal["auto", "dali", "soundfile"] = "auto"
+    """Who decodes the recordings: see ajepa.train."""
+    float_scale: float = 1.0
+    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
     test: str | None = None
     """Rows to classify, such as "split=test"; the others are learnt from. None: every fourth recording."""
     folds: str | None = None
@@ -96,7 +100,7 @@ def probe(args: Arguments) -> dict[str, Any]:
     if args.test and args.folds:
         raise ConfigError("--test and --folds are two ways to divide the recordings: give one")
     cfg, weights, checkpoint = load_run(Path(args.run))
-    index = build_index(args.data, where=args.where, label_column=args.label)
+    index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
     index = labelled(index)
     divide(index, torch.arange(len(index)), args, cfg)  # what is wrong is said before any work
     engine = Engine(replace(cfg, step=StepConfig()), choose_device(args.device))
@@ -105,7 +109,8 @@ def probe(args: Arguments) -> dict[str, Any]:
 
     pooling = cfg.watch.pooling if args.pooling == "run" else args.pooling
     kinds = [pooling] + ["tokens"] * ("attentive" in args.heads)
-    options: dict[str, Any] = {"device": engine.device, "threads": cfg.data.loader_threads, "skipped": skipped}
+    reading = {"threads": cfg.data.loader_threads, "decoder": args.decoder}
+    options: dict[str, Any] = {"device": engine.device, "reading": reading, "skipped": skipped}
     samples = round(cfg.data.clip_seconds * spec.sample_rate)
 
     def encoder_source() -> EncoderFeatures:

@@ -9,7 +9,7 @@ import torch
 
 from ajepa.batch import Batch, fill_up
 from ajepa.data import AudioLoader
-from ajepa.decode import read_whole
+from ajepa.decode import read_whole, resampled_lengths
 from ajepa.index import DataError, Index
 from ajepa.reader import to_int16
 
@@ -19,8 +19,7 @@ SHARE = 0.5  # of the free memory that the PCM may take: the rest is for the ste
 class ResidentLoader(AudioLoader):
     """An `AudioLoader` of the same batches, from PCM loaded once into `device`; its state fits that loader's, too.
 
-    The batches agree bit for bit where the recordings are at the clips' rate. Others are resampled whole here, and cut
-    before being resampled there: they differ slightly.
+    The batches agree bit for bit.
 
     Raises:
         DataError: the PCM does not fit; states both sizes.
@@ -30,8 +29,7 @@ class ResidentLoader(AudioLoader):
         state = options.pop("state", None)
         super().__init__(index, device=device, **options)
         rate, samples = self._clip["sample_rate"], self._clip["clip_samples"]
-        numbers = index.entries.numbers
-        slots = np.maximum(np.ceil(numbers["frames"] * (rate / numbers["sample_rate"])), samples)
+        slots = np.maximum(resampled_lengths(index, rate), samples)
         need, free = 2 * float(slots.sum()), free_memory(device)
         if need > SHARE * free:
             raise DataError(
@@ -43,7 +41,10 @@ class ResidentLoader(AudioLoader):
         self._bank = torch.empty(int(self._starts[-1]), dtype=torch.int16, device=device)
         self._lengths = np.zeros(len(index), np.int32)  # of a clip
         self._bad: dict[str, str] = {}
-        whole = read_whole(index, self._store, sample_rate=rate, max_samples=math.inf, threads=self._threads)
+        whole = read_whole(
+            index, self._store, sample_rate=rate, max_samples=math.inf, threads=self._threads,
+            decoder=self._clip["decoder"],
+        )  # fmt: skip
         for row, reason in enumerate(whole):
             if reason is not None:
                 self._bad[index.entries[row].name] = reason

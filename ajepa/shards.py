@@ -33,7 +33,7 @@ except ImportError:
 
 SUFFIX = ".shard"
 MAGIC = b"AJEPAPCM"
-VERSION = 1
+VERSION = 2  # 1 is laid out alike, but clips resampled for it hold aliases of all above the new Nyquist frequency
 HEADER_SIZE = 256
 BLOCK = 1 << 16
 OPEN_FILES = 512  # the limit of a process is often 1,024
@@ -166,6 +166,12 @@ class Shard:
             sound = bool((sizes == 2 * self.records["frames"]).all())
         if not sound or bool((self.records["frames"] <= 0).any()):
             raise ShardError(f"{path}: the shard's index contradicts itself; {REMEDY}")
+        if header.version == 1 and bool((self.records["source_rate"] != header.sample_rate).any()):
+            raise ShardError(
+                f"{path}: an earlier version resampled these clips and let frequencies above "
+                f"{header.sample_rate // 2:,} Hz alias into them: pack the recordings again, into the same folder "
+                "or a new one, with `python -m ajepa.pack SOURCE TARGET`"
+            )
         self.crcs = tables[end : end + 4 * blocks].view("<u4")
         self.offsets = offsets
 
@@ -175,7 +181,7 @@ class Shard:
         header = Header(*HEADER.unpack_from(head))
         if crc32(head[:-4]) != int.from_bytes(head[-4:], "little"):
             raise ShardError(f"{self.path}: the shard's header is damaged; {REMEDY}")
-        if header.version != VERSION or header.block != BLOCK or header.codec >= len(CODECS):
+        if not 1 <= header.version <= VERSION or header.block != BLOCK or header.codec >= len(CODECS):
             raise ShardError(f"{self.path}: shard format {header.version}, this version reads {VERSION}: pack it again")
         if size != HEADER_SIZE + header.payload + header.tables:
             expected = HEADER_SIZE + header.payload + header.tables
@@ -335,6 +341,7 @@ def _entries(shard: Shard, names: Sequence[str]) -> Entries:
     numbers = np.zeros(clips, NUMBERS)
     for name in ("offset", "size", "frames"):
         numbers[name] = shard.records[name]
+    numbers["total"] = numbers["frames"]
     numbers["mtime_ns"], numbers["file_size"] = os.stat(shard.path).st_mtime_ns, shard.size
     numbers["sample_rate"], numbers["channels"] = shard.header.sample_rate, 1
     return Entries(numbers, _repeat(shard.path, clips), Strings(map(str, names)), _repeat(FORMATS[shard.codec], clips))

@@ -21,6 +21,7 @@ PACKAGES = {"ajepa": "ajepa", "ajepa_kernels": "kernels/ajepa_kernels"}
 # C++ and CUDA sources of a module's ops, which no import names.
 NATIVE = {
     "ajepa_kernels.log_mel": ("csrc/log_mel*",),
+    "ajepa_kernels.resample": ("csrc/resample*",),
     "ajepa_kernels.mlp": ("csrc/gelu_product*", "csrc/cublaslt.h"),
 }
 # Settings, files, and what chooses between a kernel and its plain definition: a new flag is no new kernel.
@@ -40,6 +41,7 @@ BENCHMARKS = {  # the root modules of each file of benchmarks
     "bench_loader": LOADER,
     "bench_log_mel": ("ajepa_kernels.log_mel",),
     "bench_masks": ("ajepa.masks",),
+    "bench_resample": ("ajepa_kernels.resample",),
     "bench_scaling": STEP,
     "bench_step": STEP,
     "bench_train_step": STEP,

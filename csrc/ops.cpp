@@ -20,8 +20,10 @@
 #include "gelu_product.h"
 #include "log_mel.h"
 #include "log_mel_cpu.h"
+#include "resample_cpu.h"
 #ifdef AJEPA_CUDA
 #include "log_mel_cuda.h"
+#include "resample_cuda.h"
 #endif
 
 namespace {
@@ -216,6 +218,126 @@ void log_mel_fwd_cuda(LOG_MEL_ARGS) {
 }
 #endif
 
+// ---- resample ----
+
+// Passes of a transform of `size` points; 0 where their radices do not make it up.
+int count_passes(int64_t size, int64_t radices) {
+  int passes = 0;
+  for (uint64_t left = uint64_t(radices); left; left >>= 4, ++passes) {
+    const int64_t radix = int64_t(left & 15);
+    if (!((radix >= 2 && radix <= 5) || radix == 7 || radix == 8) || size % radix) return 0;
+    size /= radix;
+  }
+  return size == 1 ? passes : 0;
+}
+int64_t twiddle_floats(int64_t size, int64_t radices) {
+  int64_t floats = 0;
+  for (uint64_t left = uint64_t(radices); left; left >>= 4) {
+    const int64_t radix = int64_t(left & 15);
+    floats += 2 * (size / radix) * (radix - 1), size /= radix;
+  }
+  return floats;
+}
+
+#define RESAMPLE_ARGS                                                                                                 \
+  Tensor pcm, std::optional<Tensor> lengths, Tensor rows, Tensor twiddles, Tensor response, Tensor positions,        \
+      Tensor out, int64_t up, int64_t down, int64_t half, int64_t phases, bool interpolated, int64_t size_in,        \
+      int64_t size_out, int64_t hop, int64_t radices_in, int64_t radices_out, int64_t first, int64_t offset
+#define RESAMPLE_DESCRIBE                                                                                             \
+  describe_resample(pcm, lengths, rows, twiddles, response, positions, out, up, down, half, phases, interpolated,    \
+                    size_in, size_out, hop, radices_in, radices_out, first, offset)
+
+ajepa::Resample describe_resample(RESAMPLE_ARGS) {
+  constexpr int64_t kMost = int64_t(1) << 40;  // of samples: products with rates below 2^19 stay within 64 bits
+  STD_TORCH_CHECK(pcm.dim() == 3 && pcm.is_contiguous(), "resample_fwd: pcm must be contiguous [B, T, C]");
+  const auto in = pcm.scalar_type(), dtype = out.scalar_type();
+  STD_TORCH_CHECK((in == ScalarType::Short || in == ScalarType::Float) &&
+                      (dtype == ScalarType::Short || dtype == ScalarType::Float),
+                  "resample_fwd: pcm and out must be int16 or float32");
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(0) == pcm.size(0) && out.device() == pcm.device(),
+                  "resample_fwd: out must be contiguous [B, count] on pcm's device");
+  STD_TORCH_CHECK(pcm.size(2) >= 1 && pcm.size(2) < 65536, "resample_fwd: pcm must have 1 to 65535 channels");
+  STD_TORCH_CHECK(up >= 1 && up < 1 << 19 && down >= 1 && down < 1 << 19 && half >= 0 && half < 1 << 24,
+                  "resample_fwd: a rate or the filter's length is out of range");
+  STD_TORCH_CHECK(first >= 0 && first < kMost && out.size(1) < kMost && pcm.size(1) < kMost && offset > -kMost && offset < kMost,
+                  "resample_fwd: first, offset, pcm or out is out of range");
+  const auto check = [&](const Tensor& t, ScalarType type, int64_t least, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() >= least && t.device() == pcm.device(),
+                    "resample_fwd: ", name, " has the wrong dtype, size, strides or device");
+  };
+  if (lengths) check(*lengths, ScalarType::Long, pcm.size(0), "lengths");
+  ajepa::Resample p{};
+  p.pcm = pcm.data_ptr(), p.lengths = lengths ? static_cast<const int64_t*>(lengths->data_ptr()) : nullptr;
+  p.out = out.data_ptr();
+  p.batch = pcm.size(0), p.samples = pcm.size(1), p.channels = int(pcm.size(2)), p.count = out.size(1);
+  p.first = first, p.offset = offset, p.up = up, p.down = down, p.half = half;
+  p.pcm_int16 = in == ScalarType::Short, p.out_int16 = dtype == ScalarType::Short;
+  if (up == down) return p;
+  if (!size_in) {
+    p.width = int((2 * half + ajepa::kTapGroup - 1) / ajepa::kTapGroup * ajepa::kTapGroup), p.phases = int(phases);
+    p.interpolated = interpolated;
+    STD_TORCH_CHECK(half >= 1 && phases >= 1 && phases < 1 << 19 && (interpolated || phases == up),
+                    "resample_fwd: phases is out of range");
+    check(rows, ScalarType::Float, (phases + interpolated) * p.width, "rows");
+    p.rows = static_cast<const float*>(rows.data_ptr());
+    return p;
+  }
+  STD_TORCH_CHECK(size_in >= 2 && size_in < 1 << 20 && size_out >= 2 && size_out < 1 << 20 &&
+                      count_passes(size_in, radices_in) && count_passes(size_out, radices_out),
+                  "resample_fwd: radices do not make up the transforms");
+  STD_TORCH_CHECK(hop >= 1 && hop % up == 0 && hop <= size_out && size_in * up == size_out * down &&
+                      hop / up * down + 2 * half <= size_in,
+                  "resample_fwd: hop is out of range");
+  p.size_in = int(size_in), p.size_out = int(size_out), p.hop = int(hop), p.bins = int(positions.numel() / 2);
+  p.radices_in = uint64_t(radices_in), p.radices_out = uint64_t(radices_out);
+  check(twiddles, ScalarType::Float, twiddle_floats(size_in, radices_in) + twiddle_floats(size_out, radices_out), "twiddles");
+  check(positions, ScalarType::Int, 2, "positions");
+  check(response, ScalarType::Float, 2 * p.bins, "response");
+  p.twiddles = static_cast<const float*>(twiddles.data_ptr()), p.response = static_cast<const float*>(response.data_ptr());
+  p.positions = static_cast<const int32_t*>(positions.data_ptr());
+  return p;
+}
+
+const ajepa::resample_cpu::Kernel& resample_kernel() {
+#ifdef AJEPA_X86
+  const auto* isa = &cpu_kernel();
+  if (isa == &ajepa::kAvx512Kernel) return ajepa::resample_cpu::kAvx512Kernel;
+  if (isa == &ajepa::kAvx2Kernel) return ajepa::resample_cpu::kAvx2Kernel;
+#endif
+  return ajepa::resample_cpu::kPortableKernel;
+}
+
+void resample_fwd_cpu(RESAMPLE_ARGS) {
+  const ajepa::Resample p = RESAMPLE_DESCRIBE;
+  uint32_t from = 0, to = 0;  // the greatest places; negative ones count as far outside
+  for (int i = 0; i < p.bins; ++i)
+    from = std::max(from, uint32_t(p.positions[2 * i])), to = std::max(to, uint32_t(p.positions[2 * i + 1]));
+  STD_TORCH_CHECK(!p.bins || (from < uint32_t(p.size_in) && to < uint32_t(p.size_out)),
+                  "resample_fwd: positions are out of range");
+  if (!p.batch || !p.count) return;
+  const auto& kernel = resample_kernel();
+  std::atomic<bool> complete = true;
+  const auto run = [&](int64_t begin, int64_t end) {
+    if (float* memory = scratch(size_t(kernel.scratch_floats(p)))) kernel.run(p, begin, end, memory);
+    else complete = false;
+  };
+  if (p.batch == 1) run(0, 1);
+  else torch::stable::parallel_for(0, p.batch, 1, run);
+  STD_TORCH_CHECK(complete, "resample_fwd: out of memory");
+}
+
+#ifdef AJEPA_CUDA
+void resample_fwd_cuda(RESAMPLE_ARGS) {
+  const ajepa::Resample p = RESAMPLE_DESCRIBE;
+  STD_TORCH_CHECK(!p.size_in, "resample_fwd: CUDA takes the direct method alone");
+  if (!p.batch || !p.count) return;
+  const int32_t device = pcm.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const char* error = ajepa::resample_cuda(p, current_stream(device));
+  STD_TORCH_CHECK(!*error, "resample_fwd: ", error);
+}
+#endif
+
 bool has_cuda() {
 #ifdef AJEPA_CUDA
   return true;
@@ -265,14 +387,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
   m.def(
       "gelu_product_(Tensor x, Tensor weight, Tensor(a!) bias, Tensor(b!)? z, Tensor(c!) result, Tensor(d!) workspace, "
       "int kind) -> ()");
+  m.def(
+      "resample_fwd(Tensor pcm, Tensor? lengths, Tensor rows, Tensor twiddles, Tensor response, Tensor positions, "
+      "Tensor(a!) out, int up, int down, int half, int phases, bool interpolated, int size_in, int size_out, int hop, "
+      "int radices_in, int radices_out, int first, int offset) -> ()");
   m.def("has_cuda() -> bool");
   m.def("has_gelu_product() -> bool");
 }
-STABLE_TORCH_LIBRARY_IMPL(ajepa, CPU, m) { m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ajepa, CPU, m) {
+  m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cpu));
+  m.impl("resample_fwd", TORCH_BOX(&resample_fwd_cpu));
+}
 STABLE_TORCH_LIBRARY_IMPL(ajepa, CUDA, m) {
   m.impl("gelu_product_", TORCH_BOX(&gelu_product_cuda));
 #ifdef AJEPA_CUDA
   m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cuda));
+  m.impl("resample_fwd", TORCH_BOX(&resample_fwd_cuda));
 #endif
 }
 STABLE_TORCH_LIBRARY_IMPL(ajepa, CompositeExplicitAutograd, m) {

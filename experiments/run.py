@@ -141,7 +141,11 @@ def key(cfg: Config, test: str, args: Arguments) -> str:
 def named(cfg: Config) -> dict[str, Any]:
     """The configuration, with the name of its recordings in place of where they lie."""
     data = cfg.data.data and set_name(cfg.data.data)
-    return dataclasses.asdict(override(cfg, {"out": None, "data.data": data}))
+    what = dataclasses.asdict(override(cfg, {"out": None, "data.data": data}))
+    del what["data"]["decoder"]  # gives the same samples
+    if cfg.data.float_scale == 1:
+        del what["data"]["float_scale"]
+    return what
 
 
 def set_name(data: str) -> str:

@@ -13,7 +13,7 @@ from loading import CLIP, OPTIONS, RATE, assert_same, once, take
 from make_audio import FORMATS, encode, noise, write, write_set, write_tar
 
 import ajepa.audiofile
-import ajepa.decode
+import ajepa.dali
 from ajepa.data import AudioLoader, Batch, iterate_once
 from ajepa.index import DataError, build_index
 
@@ -137,7 +137,7 @@ def test_a_long_recording_is_not_read_whole(tmp_path, loader, monkeypatch, subty
         for _ in range(60):
             long.write(noise(RATE * 10))
     index = build_index(tmp_path)
-    monkeypatch.setattr(ajepa.decode, "read_bytes", lambda *_: pytest.fail("read whole"))
+    monkeypatch.setattr(ajepa.dali, "read_bytes", lambda *_: pytest.fail("read whole"))
     sizes = []
     read = sf.SoundFile.read
 

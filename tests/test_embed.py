@@ -16,8 +16,9 @@ pytest.importorskip("soxr", reason="soxr is not installed")
 
 from ajepa import embed
 from ajepa.config import PRESETS
-from ajepa.encoder import Encoder, EncoderConfig, resample
+from ajepa.encoder import Encoder, EncoderConfig
 from ajepa.files import write_atomic
+from ajepa_kernels import resample
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_embeddings_are_the_encoders_own(encoder, recordings, tmp_path, suffix, 
         np.testing.assert_allclose(x, wanted, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(clip, x.mean(0), rtol=1e-5, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == [out.name]  # no temporary file, no list of bad ones
-    assert "5 files embedded" in capsys.readouterr().out
+    assert "5 recordings embedded" in capsys.readouterr().out
 
     assert run(folder, *recordings[:2], "--out", out, "--no-frames", "--pooling", "concat") == 0
     names, clips, frames = read(out)
@@ -100,11 +101,12 @@ def test_streamed_resampling_is_that_of_the_whole(encoder, tmp_path):
     """A minute at 44.1 kHz passes through many decoded blocks."""
     one, _ = encoder
     path = write(tmp_path / "minute.wav", noise(60 * 44_100, 5), 44_100)
-    pieces = torch.cat([piece.samples for piece in embed.read_pieces(str(path), one)])
+    (entry,) = embed.list_recordings([str(path)], embed.Arguments(str(path), [str(path)]), {})
+    pieces = torch.cat([piece.samples for piece in embed.read_pieces(entry, one)])
     samples, _ = soundfile.read(path, dtype="float32")
     whole = resample(torch.from_numpy(samples), 44_100, 16_000)
     wanted = torch.cat([whole[c.start : c.stop] for c in one.chunks(len(whole))])
-    torch.testing.assert_close(pieces, wanted, rtol=0, atol=1e-5)
+    assert torch.equal(pieces, wanted)
 
 
 def test_bad_files_are_listed_and_leave_no_trace(encoder, recordings, tmp_path, capsys):
@@ -120,7 +122,8 @@ def test_bad_files_are_listed_and_leave_no_trace(encoder, recordings, tmp_path, 
     late.close()
     reasons[str(tmp_path / "late.wav")] = "not finite"
     reasons[str(tmp_path / "none.wav")] = "no such file"
-    reasons[str(tmp_path)] = "not a regular file"
+    (tmp_path / "empty").mkdir()
+    reasons[str(tmp_path / "empty")] = "no audio files here"
     os.mkfifo(tmp_path / "pipe.wav")
     reasons[str(tmp_path / "pipe.wav")] = "not a regular file"
     good = [str(path) for path in recordings]
@@ -137,7 +140,7 @@ def test_bad_files_are_listed_and_leave_no_trace(encoder, recordings, tmp_path, 
     assert rows.keys() == reasons.keys()
     for path, reason in reasons.items():
         assert reason in rows[path] and rows[path] and path in shown.err
-    assert f"bad files: {len(reasons)}," in shown.err and "5 files embedded" in shown.out
+    assert f"bad files: {len(reasons)}," in shown.err and "5 recordings embedded" in shown.out
 
     assert run(folder, bad[0], "--out", tmp_path / "none.npz") == 1
     assert not (tmp_path / "none.npz").exists() and "nothing written" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from ajepa.classifier import Classifier, key_mask, mixup, parameter_groups, spec
 from ajepa.config import PRESETS
 from ajepa.finetune import Arguments, Tuner, learning_rate, load_classifier
 from ajepa.frontend import FrontEnd
+from ajepa.listing import DataError
 
 CFG = PRESETS["tiny"]
 
@@ -125,6 +126,16 @@ def test_several_labels_are_split():
     classes, targets = split_labels(["dog;rain", "rain, cat", "dog"], True)
     assert classes == ["cat", "dog", "rain"] and targets.tolist() == [[0, 1, 1], [1, 0, 1], [0, 1, 0]]
     assert split_labels(["a;b", "c"], False)[0] == ["a;b", "c"]
+
+
+def test_labels_that_are_lists_give_their_parts():
+    classes, targets = split_labels(['["dog", "rain, heavy"]', "dog", '["rain, heavy"]', "[noise]"], True)
+    assert classes == ["[noise]", "dog", "rain, heavy"]
+    assert targets.tolist() == [[0, 1, 1], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    classes, targets = split_labels(['["a, b"]', "a, b", "c"], False)
+    assert classes == ["a, b", "c"] and targets.tolist() == [[1, 0], [1, 0], [0, 1]]
+    with pytest.raises(DataError, match=r"several labels \(dog, cat\): add --multi-label"):
+        split_labels(["dog", '["dog", "cat"]'], False)
 
 
 def test_the_program_learns_the_tones_and_leaves_what_others_load(run, manifest, tmp_path, capsys):

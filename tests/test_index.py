@@ -1,5 +1,6 @@
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -336,3 +337,35 @@ def test_real_manifest_by_fold():
     assert (len(train), len(test)) == (160, 80)
     assert train.label_names == test.label_names
     assert len(train.label_names) == 50
+
+
+def test_a_decoder_that_fails_otherwise_is_a_reason_that_is_not_remembered(tmp_path, monkeypatch):
+    write_set(tmp_path, 2)
+    original = ajepa.index.inspect
+
+    def fail(path, *args, **kw):
+        if path.endswith("000.wav"):
+            raise struct.error("unpack requires 4 bytes")
+        return original(path, *args, **kw)
+
+    monkeypatch.setattr(ajepa.index, "inspect", fail)
+    ((_, reason),) = build_index(tmp_path).skipped
+    assert reason == "cannot be checked: error: unpack requires 4 bytes"
+    monkeypatch.undo()
+    assert len(build_index(tmp_path)) == 2
+
+
+def test_float_scale_is_passed_on_and_its_verdicts_are_kept_apart(tmp_path, monkeypatch):
+    write_set(tmp_path, 1)
+    scales = []
+    original = ajepa.index.inspect
+
+    def note(path, *args, float_scale, **kw):
+        scales.append(float_scale)
+        return original(path, *args, float_scale=float_scale, **kw)
+
+    monkeypatch.setattr(ajepa.index, "inspect", note)
+    assert build_index(tmp_path).float_scale == 1.0
+    assert build_index(tmp_path, float_scale=32768.0).subset([0]).float_scale == 32768.0
+    build_index(tmp_path, float_scale=32768)
+    assert scales == [1.0, 32768.0]

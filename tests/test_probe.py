@@ -81,7 +81,7 @@ def test_long_recordings_are_pooled_over_all_their_chunks(encoder, tmp_path):
     index = build_index(tmp_path)
     sources = {"e": EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, "e"), "m": LogMelFeatures(SPEC)}
     sources["m"] = LogMelFeatures(LogMelSpec(n_fft=512, n_mels=32, patch=(8, 8)))
-    items, got = embed(index, sources, SAMPLES, ["concat", "tokens"], device=CPU, skipped=[])
+    items, got = embed(index, sources, SAMPLES, ["concat", "tokens"], device=CPU, reading={}, skipped=[])
     assert items.tolist() == [0, 1, 2]
     for i in range(3):
         pcm = torch.from_numpy(soundfile.read(tmp_path / f"{names[i]}.wav", dtype="int16")[0])
@@ -113,7 +113,9 @@ def test_a_damaged_cache_is_made_again_and_a_whole_one_used(encoder, tones, tmp_
 
     def make(key="k"):
         sources = {"e": EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, key)}
-        return embed(index, sources, SAMPLES, ["mean"], device=CPU, skipped=[], cache=tmp_path)[1]["e"].clips
+        return embed(index, sources, SAMPLES, ["mean"], device=CPU, reading={}, skipped=[], cache=tmp_path)[1][
+            "e"
+        ].clips
 
     first = make()
     (file,) = tmp_path.iterdir()
@@ -295,7 +297,7 @@ def test_digits_log_mel_floor(audio_dir):
     index = build_index(audio_dir / "fsdd" / "meta.csv", label_column="digit")
     index = index.subset(range(0, len(index), 10))
     spec = probe.log_mel_spec(PRESETS["tiny"].front_end, "standard")
-    items, got = embed(index, {"m": LogMelFeatures(spec)}, 32_000, ["mean"], device=CPU, skipped=[])
+    items, got = embed(index, {"m": LogMelFeatures(spec)}, 32_000, ["mean"], device=CPU, reading={}, skipped=[])
     labels = torch.from_numpy(index.labels[items.numpy()])
     speaker = np.array(index.metadata["speaker"])
     right = []

@@ -13,7 +13,7 @@ from make_audio import FORMATS, noise, write, write_set, write_tar
 from safetensors.torch import load_file
 
 import ajepa.batch
-import ajepa.decode
+import ajepa.dali
 import ajepa.index
 import ajepa.resident
 from ajepa import shards
@@ -21,7 +21,7 @@ from ajepa.data import AudioLoader
 from ajepa.index import DataError, build_index
 from ajepa.pack import main
 from ajepa.resident import ResidentLoader
-from ajepa.shards import BLOCK, HEADER_SIZE, Shard, ShardError
+from ajepa.shards import BLOCK, HEADER, HEADER_SIZE, Header, Shard, ShardError
 from ajepa.train import main as train
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -109,7 +109,7 @@ def test_shards_of_another_rate_are_resampled_as_files_are(tmp_path, loader):
 def test_pcm_is_not_decoded(tmp_path, loader, monkeypatch):
     clips = write_set(tmp_path / "files", 5)
     index = build_index(pack(tmp_path / "files", tmp_path / "packed"))
-    monkeypatch.setattr(ajepa.decode, "_pipeline", lambda *_: pytest.fail("DALI decodes"))
+    monkeypatch.setattr(ajepa.dali.DaliReader, "_pipeline", lambda *_: pytest.fail("DALI decodes"))
     got = once(index)
     assert np.array_equal(got.pcm, np.stack(clips))
     assert next(loader(index)).pcm.shape == (4, CLIP)
@@ -281,6 +281,35 @@ def test_shards_of_two_packings_do_not_mix(tmp_path):
         build_index(tmp_path / "one")
 
 
+def version_1(path: Path) -> None:
+    """Rewrites a shard's header as the version before wrote it."""
+    data = bytearray(path.read_bytes())
+    header = Header(*HEADER.unpack_from(data))._replace(version=1)
+    data[:HEADER_SIZE] = header.pack()
+    path.write_bytes(data)
+
+
+def test_shards_that_an_earlier_version_resampled_are_refused_and_made_again(tmp_path, capsys):
+    write(tmp_path / "files" / "a.wav", noise(4800), 48_000)
+    write(tmp_path / "files" / "b.wav", noise(1600), RATE)
+    packed = pack(tmp_path / "files", tmp_path / "packed")
+    (path,) = packed.glob("*.shard")
+    whole = path.read_bytes()
+    version_1(path)
+    with pytest.raises(ShardError, match=r"frequencies above 8,000 Hz alias.*pack the recordings again"):
+        build_index(packed)
+    assert main([str(tmp_path / "files"), str(packed), "--rate", str(RATE)]) == 0
+    assert "made again" in capsys.readouterr().err and path.read_bytes() == whole
+
+
+def test_shards_that_an_earlier_version_packed_at_their_own_rate_are_read(tmp_path):
+    write_set(tmp_path / "files", 3)
+    packed = pack(tmp_path / "files", tmp_path / "packed")
+    wanted = once(build_index(packed))
+    version_1(*packed.glob("*.shard"))
+    assert torch.equal(once(build_index(packed)).pcm, wanted.pcm)
+
+
 def test_crc_is_zlib_s(tmp_path):
     """The file format does not depend on which library counts."""
     data = np.random.default_rng(0).bytes(3 * BLOCK + 5)
@@ -312,13 +341,13 @@ def test_two_million_clips_take_little_memory():
     count = 20_000
     paths = [f"/data/audioset/unbalanced/part-{i // 1000:04d}/{i:016x}.wav" for i in range(count)]
     entries = ajepa.index.Entries.of(
-        [ajepa.index.Entry(p, "", 0, 640_044, 10**18 + i, 640_044, 320_000, 32_000, 1, "WAV/PCM_16", i % 527)
+        [ajepa.index.Entry(p, "", 0, 640_044, 10**18 + i, 640_044, 320_000, 0, 320_000, 32_000, 1, "WAV/PCM_16", i % 527)
          for i, p in enumerate(paths)]
     )  # fmt: skip
     held = entries.numbers.nbytes
     for column in (entries.path, entries.member, entries.format):
         held += column.codes.nbytes + column._ends.nbytes + len(column._blob)
-    assert held / count - len(paths[0]) < 100
+    assert held / count - len(paths[0]) < 110
     assert entries[count - 1].path == paths[-1]
     taken = entries.take(np.array([5, 3]))
     assert [entry.path for entry in taken] == [paths[5], paths[3]]

@@ -9,6 +9,7 @@ from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
+from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
 from ajepa_kernels.warmup import warmup
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "AdamWEMA",
     "LogMelSpec",
     "Quantized",
+    "Resampler",
     "add_layer_norm",
     "add_layer_norm_reference",
     "bias_gelu",
@@ -25,6 +27,7 @@ __all__ = [
     "fp8_linear",
     "gelu_mlp",
     "gelu_mlp_reference",
+    "input_span",
     "latent_l2_loss",
     "latent_l2_loss_reference",
     "log_mel",
@@ -34,5 +37,8 @@ __all__ = [
     "norm_quantize_rows",
     "quantize_rows",
     "quantize_rows_reference",
+    "resample",
+    "resample_reference",
+    "resampled_length",
     "warmup",
 ]

@@ -1,0 +1,488 @@
+"""What the bytes of an audio file say: where its samples are, and whether all of them are there."""
+
+import io
+import os
+import re
+import struct
+import threading
+from typing import Any, NamedTuple
+
+TAG = 128  # bytes of an ID3v1 tag
+_position = threading.Lock()  # a descriptor has one, which threads share where no positional read exists
+
+
+class BadAudio(Exception):
+    """The file cannot be used; the message is the reason, without the path."""
+
+
+class Truncated(BadAudio):
+    """The file ends early."""
+
+
+def open_fd(path: str) -> int:
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def read_at(fd: int, buffer: memoryview, position: int) -> int:
+    """Fills the buffer from that position of the file on; returns the bytes read, fewer only at the file's end."""
+    buffer, done = memoryview(buffer).cast("B"), 0
+    while done < len(buffer):
+        if hasattr(os, "preadv"):
+            got = os.preadv(fd, [buffer[done:]], position + done)
+        elif hasattr(os, "pread"):
+            data = os.pread(fd, len(buffer) - done, position + done)
+            got = len(data)
+            buffer[done : done + got] = data
+        else:
+            with _position:
+                os.lseek(fd, position + done, os.SEEK_SET)
+                data = os.read(fd, len(buffer) - done)
+            got = len(data)
+            buffer[done : done + got] = data
+        if not got:
+            break
+        done += got
+    return done
+
+
+class Window(io.RawIOBase):
+    """Read-only, seekable view of `head` followed by bytes `[offset, offset + size)` of a file.
+
+    An error while reading is kept in `failure` and reads as the end of the file: a decoder's callback cannot raise.
+
+    Args:
+        claimed: bytes that it seems to hold, where a decoder should estimate more samples than there are.
+    """
+
+    def __init__(self, path: str, offset: int, size: int, head: bytes = b"", claimed: int = 0):
+        self._fd, self._offset, self._head, self._position = open_fd(path), offset, head, 0
+        self._size = len(head) + size
+        self.size = max(claimed, self._size)
+        self.failure: OSError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = max(0, origin + position)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        if self._size < self.size and self._position >= self.size - TAG:
+            view[:] = bytes(len(view))  # libmpg123 looks for a tag here, and gives up if it finds the end of the file
+            self._position += len(view)
+            return len(view)
+        view = view[: max(0, min(len(view), self._size - self._position))]
+        head = self._head[self._position : self._position + len(view)]
+        view[: len(head)] = head
+        got = len(head)
+        try:
+            if got < len(view):
+                got += read_at(self._fd, view[got:], self._offset + self._position + got - len(self._head))
+        except OSError as error:
+            self.failure = error
+        self._position += got
+        return got
+
+    def read_at(self, position: int, count: int) -> bytes:
+        """Bytes from that position on, fewer only at the end. Raises OSError."""
+        self.seek(position)
+        buffer = bytearray(max(0, min(count, self._size - position)))
+        got = self.readinto(buffer)
+        if self.failure is not None:
+            raise self.failure
+        return bytes(buffer[:got])
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
+
+
+class Layout(NamedTuple):
+    """The bytes to give to a decoder, and what is known without one."""
+
+    begin: int = 0  # where the audio begins in the source, behind tags or garbage; `head` goes in front
+    end: int | None = None  # where it ends, before tags; None: with the source
+    head: bytes = b""
+    container: str = ""  # what it is, where `head` makes libsndfile call it something else
+    frames: int | None = None  # samples per channel; None: ask the decoder
+    must_decode: bool = False  # whether it is whole shows only when decoded
+    seekable: bool = True  # where its encoding is
+    overstate: bool = False  # present it to the decoder as longer than it is
+    index: Any = None  # places in it where a decode may begin
+
+    @property
+    def whole(self) -> bool:
+        """Whether a decoder may be given the source as it is."""
+        return not (self.begin or self.head or self.end is not None or self.overstate)
+
+    def window(self, path: str, offset: int, size: int) -> Window:
+        length = (size if self.end is None else self.end) - self.begin
+        # The largest frame of a stream has 120 times the bytes of the smallest.
+        claimed = 128 * (length + len(self.head)) + TAG if self.overstate else 0
+        return Window(path, offset + self.begin, length, self.head, claimed)
+
+
+def more_sound(what: str, remedy: str) -> BadAudio:
+    return BadAudio(f"holds more sound than its header says: {what}: {remedy}")
+
+
+def id3_size(head: bytes) -> int:
+    """Bytes of the ID3v2 tag that begins with these ten; 0 where none does."""
+    if head[:3] != b"ID3" or len(head) < 10 or max(head[6:10]) > 127:
+        return 0
+    size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
+    return size + (20 if head[5] & 16 else 10)
+
+
+def before_tags(raw: Window, end: int) -> int:
+    """Where tags at the end of a stream begin: ID3v1, APE and Lyrics3, in any order."""
+    while True:
+        tail = raw.read_at(max(0, end - 160), min(end, 160))
+        if tail[-128:-125] == b"TAG":
+            size = 128
+        elif tail[-32:-24] == b"APETAGEX":
+            size, flags = struct.unpack("<I4xI", tail[-20:-8])
+            size += 32 if flags >> 31 else 0
+        elif tail[-9:] == b"LYRICS200" and tail[-15:-9].isdigit():
+            size = int(tail[-15:-9]) + 15
+        elif tail[-10:] == b"3DI" or (tail[-10:-7] == b"3DI" and max(tail[-4:]) < 128):
+            size = id3_size(b"ID3" + tail[-7:]) or 10
+        else:
+            return end
+        if not 0 < size <= end:
+            return end
+        end -= size
+
+
+# --- containers that state how many bytes of samples they hold -------------------------------------------------------
+
+# A program that writes into a pipe cannot state the length. It leaves one of these, or the largest whole number of
+# sample frames below, sometimes less the bytes of the header.
+UNKNOWN_32 = (0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000, 0x7F000000)
+UNKNOWN_64 = (2**64 - 1, 2**63 - 1, 2**63)
+STRAY = 4096  # bytes behind everything that nothing explains, and that are too few to be sound
+PADDING = 1 << 20  # zeros behind everything
+
+
+class Chunks(NamedTuple):
+    """How a container of chunks is written."""
+
+    sample_chunk: bytes
+    size: str  # struct format of a chunk's length
+    name_bytes: int = 4
+    own: int = 0  # bytes of the chunk's header that its length counts in
+    align: int = 2
+    extra: int = 0  # bytes in the sample chunk before the first sample
+
+
+RIFF = Chunks(b"data", "<I")
+RIFX = Chunks(b"data", ">I")
+AIFF = Chunks(b"SSND", ">I", extra=8)
+CAF = Chunks(b"data", ">q", align=1, extra=4)
+W64_END = bytes.fromhex("f3acd3118cd100c04f8edb8a")
+W64 = Chunks(b"data" + W64_END, "<Q", name_bytes=16, own=24, align=8)
+
+
+def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
+    """Judges a WAV, AIFF, CAF or W64 file by its chunks: libsndfile plays what is left of a cut one without a word.
+
+    Raises BadAudio where samples are missing, or where there are more than the header states.
+    """
+    header = kind.name_bytes + struct.calcsize(kind.size)
+    seen: dict[bytes, tuple[int, int]] = {}  # name -> (where its contents are, length)
+    while position + header <= size:
+        name, length = _chunk(raw, position, kind)
+        position += header
+        if name == kind.sample_chunk:
+            break
+        if length < 0:
+            raise BadAudio("no samples: a chunk of its header has no length")
+        seen.setdefault(name, (position, length))
+        position += -(-length // kind.align) * kind.align
+    else:
+        raise BadAudio("no samples")
+    present = size - position
+    if present <= kind.extra:
+        raise BadAudio("header only, no samples")
+    is_64 = kind is RIFF and raw.read_at(0, 4) in (b"RF64", b"BW64") and b"ds64" in seen
+    if is_64 and length == 0xFFFFFFFF:
+        (length,) = struct.unpack("<Q", raw.read_at(seen[b"ds64"][0] + 8, 8))
+    frame = _frame_bytes(raw, kind, seen)
+    if _never_written(length, present, position, frame or 1, kind, is_64):
+        trailing = length == kind.extra and _is_chunk_list(raw, position + length, size, kind)
+        if not trailing:
+            return _until_the_end(raw, size, kind, position, frame, is_64, seen)
+    if length > present:
+        raise Truncated(f"truncated: {present} of {length} bytes of samples")
+    if length <= kind.extra:
+        raise BadAudio("no samples")
+    _check_rest(raw, position, length, size, kind)
+    if kind is AIFF and b"COMM" in seen and frame:
+        frames = int.from_bytes(raw.read_at(seen[b"COMM"][0] + 2, 4), "big")
+        if frames * frame > length - kind.extra:
+            raise Truncated(f"truncated: {length - kind.extra} of {frames * frame} bytes of samples")
+    if raw.read_at(0, 4) == b"BW64":  # the same as RF64 but for its name
+        return Layout(begin=4, head=b"RF64")
+    return Layout()
+
+
+def _chunk(raw: Window, position: int, kind: Chunks) -> tuple[bytes, int]:
+    """Name and length of contents of the chunk there; -1: not stated, where that is legal."""
+    header = raw.read_at(position, kind.name_bytes + struct.calcsize(kind.size))
+    (length,) = struct.unpack(kind.size, header[kind.name_bytes :])
+    return header[: kind.name_bytes], length - kind.own
+
+
+def _frame_bytes(raw: Window, kind: Chunks, seen: dict[bytes, tuple[int, int]]) -> int:
+    """Bytes of one sample of all channels, or of a block of an encoding; 0 where that is not known."""
+    if kind is AIFF and b"COMM" in seen:
+        place, length = seen[b"COMM"]
+        channels, _, bits = struct.unpack(">hIh", raw.read_at(place, 8).ljust(8, b"\0"))
+        plain = length < 22 or raw.read_at(place + 18, 4) in (b"NONE", b"sowt", b"twos", b"raw ", b"fl32", b"fl64")
+        return max(0, channels) * ((max(0, bits) + 7) // 8) if plain else 0
+    if kind is CAF and b"desc" in seen:
+        return int.from_bytes(raw.read_at(seen[b"desc"][0] + 16, 4), "big")
+    for name in (b"fmt ", b"fmt " + W64_END):
+        if name in seen:
+            return int.from_bytes(raw.read_at(seen[name][0] + 12, 2), "big" if kind is RIFX else "little")
+    return 0
+
+
+def _never_written(length: int, present: int, position: int, frame: int, kind: Chunks, is_64: bool) -> bool:
+    if length <= kind.extra or length < 0:
+        return True
+    limits = UNKNOWN_64 if is_64 or struct.calcsize(kind.size) == 8 else UNKNOWN_32
+    headers = (0, 8, 36, 44, position, position - 8, kind.own)
+    if length <= present:
+        return False
+    return any(
+        length - kind.extra in (limit - header, limit - header - (limit - header) % frame) or length == limit - header
+        for limit in limits
+        for header in headers
+    )
+
+
+def _until_the_end(
+    raw: Window, size: int, kind: Chunks, position: int, frame: int, is_64: bool, seen: dict[bytes, tuple[int, int]]
+) -> Layout:
+    """The layout of a file whose length was never written: all that follows is samples."""
+    if not frame or position > 1 << 24:
+        raise BadAudio("length never written by the program that made it: convert it, e.g. with ffmpeg")
+    samples = size - position - kind.extra
+    samples -= samples % frame
+    if not samples:
+        raise BadAudio("header only, no samples")
+    head = bytearray(raw.read_at(0, position + kind.extra))
+    at = position - struct.calcsize(kind.size)
+    end, container = position + kind.extra + samples, ""
+    length = samples + kind.extra + kind.own
+    if kind is AIFF:
+        struct.pack_into(">I", head, seen[b"COMM"][0] + 2, samples // frame)
+    if is_64:
+        struct.pack_into("<QQ", head, seen[b"ds64"][0] + 8, samples, samples // frame)
+        struct.pack_into("<I", head, at, 0xFFFFFFFF)
+        head[:4] = b"RF64"
+    elif length < 1 << 32 or struct.calcsize(kind.size) == 8:
+        struct.pack_into(kind.size, head, at, length)
+    elif kind is RIFF:  # too long for a WAV
+        place, count = seen[b"fmt "]
+        facts = struct.pack("<4sI4s4sIQQQI", b"RF64", 0xFFFFFFFF, b"WAVE", b"ds64", 28, samples + 72 + count, samples,
+                            samples // frame, 0)  # fmt: skip
+        head = bytearray(facts + raw.read_at(place - 8, 8 + count) + b"data" + b"\xff" * 4)
+        container = "WAV"
+    else:
+        raise BadAudio("length never written, and more than its container can state: convert it, e.g. with ffmpeg")
+    return Layout(begin=position + kind.extra, end=end, head=bytes(head), container=container)
+
+
+def _is_chunk_list(raw: Window, position: int, end: int, kind: Chunks) -> bool:
+    return _skip_chunks(raw, position, end, kind) >= end
+
+
+def _skip_chunks(raw: Window, position: int, end: int, kind: Chunks) -> int:
+    """Where chunks that follow the samples cease."""
+    header = kind.name_bytes + struct.calcsize(kind.size)
+    while position + header <= end:
+        name, length = _chunk(raw, position, kind)
+        if not all(32 <= byte < 127 for byte in name[:4]) or length < 0 or position + header + length > end:
+            break
+        if name in (kind.sample_chunk, b"RIFF", b"RIFX", b"RF64", b"FORM"):
+            break
+        position = min(end, position + header + -(-length // kind.align) * kind.align)
+    return position
+
+
+def _check_rest(raw: Window, position: int, length: int, size: int, kind: Chunks) -> None:
+    """Raises where what lies behind the samples is more than metadata."""
+    ends = [position + -(-length // kind.align) * kind.align, position + length]  # some writers do not pad
+    after = max(_skip_chunks(raw, end, size, kind) for end in ends)
+    check_rest(raw, after, before_tags(raw, size), length)
+
+
+def check_rest(raw: Window, position: int, end: int, length: int) -> None:
+    rest = end - position
+    if rest <= 0:
+        return
+    first = raw.read_at(position, 16)
+    joined = first[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM", b".snd", b"fLaC", b"OggS", b"data", b"SSND", b"caff")
+    if not joined and rest <= max(64, min(STRAY, length // 16)):
+        return
+    if not joined and rest <= PADDING and not any(raw.read_at(position, rest)):
+        return
+    what = f"{rest:,} bytes follow the {length:,} of its samples"
+    raise more_sound(what, "mend its header, or convert all of it, e.g. with ffmpeg -ignore_length 1")
+
+
+def au(raw: Window, size: int) -> Layout:
+    """Sun AU: offset and length of the samples in bytes, the second perhaps unknown."""
+    order = ">" if raw.read_at(0, 4) == b".snd" else "<"
+    head = raw.read_at(0, 24)
+    if len(head) < 24:
+        raise BadAudio("header only, no samples")
+    begin, length, code, _, channels = struct.unpack(f"{order}5I", head[4:])
+    present = size - begin
+    if present <= 0:
+        raise BadAudio("header only, no samples")
+    frame = channels * {2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8}.get(code, 1)
+    limits = (limit - header for limit in UNKNOWN_32 for header in (0, begin))
+    unknown = length == 0 or (length > present and any(length in (x, x - x % max(1, frame)) for x in limits))
+    if unknown:
+        if begin < 24 or present >= 1 << 32:
+            return Layout()
+        return Layout(begin=24, head=head[:8] + struct.pack(f"{order}I", present) + head[12:])
+    if length > present:
+        raise Truncated(f"truncated: {present} of {length} bytes of samples")
+    check_rest(raw, begin + length, before_tags(raw, size), length)
+    return Layout()
+
+
+def nist(raw: Window, size: int) -> Layout:
+    """NIST SPHERE: a header in words."""
+    head = raw.read_at(0, 4096)
+    values = {key: int(value) for key, value in re.findall(rb"(?m)^(\w+) -i (\d{1,18})\s*$", head)}
+    count, width = values.get(b"sample_count", 0), values.get(b"sample_n_bytes", 0)
+    length = count * width * values.get(b"channel_count", 1)
+    begin = int(head[8:16]) if head[8:16].strip().isdigit() else 1024
+    if length > size - begin:
+        raise Truncated(f"truncated: {max(0, size - begin)} of {length} bytes of samples")
+    if length:
+        check_rest(raw, begin + length, size, length)
+    return Layout()
+
+
+# --- FLAC -----------------------------------------------------------------------------------------------------------
+
+
+def flac(raw: Window, begin: int, size: int, thorough: bool) -> Layout:
+    """Tags around a FLAC are left out; a number of samples that was never written is read from the last frame."""
+    position, last, end = begin + 4, False, before_tags(raw, size)
+    while not last:
+        header = raw.read_at(position, 4)
+        if len(header) < 4:
+            raise Truncated("truncated: its header is cut short")
+        last = header[0] >= 128
+        position += 4 + int.from_bytes(header[1:], "big")
+    info = raw.read_at(begin, 42)
+    if len(info) < 42 or info[4] & 127:
+        return Layout()  # the decoder will say
+    if position >= end:
+        raise BadAudio("header only, no samples")
+    stated = int.from_bytes(info[18:26], "big") & (1 << 36) - 1
+    layout = Layout(begin=begin, end=None if end == size else end)
+    if not thorough and stated:
+        return layout
+    if thorough and _find(raw, b"fLaC\0\0\0\x22", position, end) >= 0:
+        raise more_sound("another FLAC follows the first", "convert each to a file of its own")
+    frames = _last_sample(raw, info, position, end)
+    if frames is None:
+        return layout._replace(must_decode=True, seekable=bool(stated), frames=stated or None)
+    if not stated:
+        total = int.from_bytes(info[18:26], "big") | min(frames, (1 << 36) - 1)
+        return layout._replace(begin=begin + 26, head=info[:18] + total.to_bytes(8, "big"))
+    if frames < stated:
+        raise Truncated(f"truncated: {frames} of {stated} samples")
+    if frames > stated:
+        raise more_sound(f"{frames:,} samples where its header states {stated:,}", "convert it, e.g. with ffmpeg")
+    return layout
+
+
+def _find(raw: Window, pattern: bytes, begin: int, end: int) -> int:
+    while begin < end:
+        block = raw.read_at(begin, min(1 << 20, end - begin))
+        if (at := block.find(pattern)) >= 0:
+            return begin + at
+        if len(block) < len(pattern) or begin + len(block) >= end:
+            break
+        begin += len(block) - len(pattern) + 1
+    return -1
+
+
+def _last_sample(raw: Window, info: bytes, begin: int, end: int) -> int | None:
+    """The number of the sample after the last frame's, None where the stream does not end with a whole frame."""
+    largest = int.from_bytes(info[15:18], "big") or 1 << 17
+    tail = raw.read_at(max(begin, end - largest - 64), min(end - begin, largest + 64))
+    at = len(tail)
+    while (at := tail.rfind(b"\xff", 0, at)) >= 0:
+        if tail[at + 1 : at + 2] not in (b"\xf8", b"\xf9"):
+            continue
+        frame = _flac_frame(tail[at : at + 16], int.from_bytes(info[8:10], "big"))
+        if frame is not None and _crc(tail[at:], 16, CRC_16) == 0:
+            return frame
+    return None
+
+
+def _flac_frame(head: bytes, blocksize: int) -> int | None:
+    """The number of the sample after this frame's, None where no frame begins so."""
+    if len(head) < 6:
+        return None
+    size_code, rate_code, ones = head[2] >> 4, head[2] & 15, 0
+    while ones < 8 and head[4] << ones & 128:
+        ones += 1
+    length = max(1, ones)
+    if ones in (1, 8) or size_code == 0 or rate_code == 15:
+        return None
+    number = head[4] & (0x7F >> ones)
+    for byte in head[5 : 4 + length]:
+        if byte >> 6 != 2:
+            return None
+        number = number << 6 | byte & 63
+    at = 4 + length
+    wide = {6: 1, 7: 2}.get(size_code, 0)
+    samples = int.from_bytes(head[at : at + wide], "big") + 1
+    if not wide:
+        samples = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
+    at += wide + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    if at >= len(head) or _crc(head[: at + 1], 8, CRC_8):
+        return None
+    return (number if head[1] & 1 else number * blocksize) + samples
+
+
+def _crc_table(bits: int, polynomial: int) -> list[int]:
+    table = []
+    for value in range(256):
+        value <<= bits - 8
+        for _ in range(8):
+            value = (value << 1 ^ (polynomial if value >> bits - 1 else 0)) & (1 << bits) - 1
+        table.append(value)
+    return table
+
+
+CRC_8, CRC_16 = _crc_table(8, 0x07), _crc_table(16, 0x8005)
+
+
+def _crc(data: bytes, bits: int, table: list[int]) -> int:
+    """Of data with its checksum behind it: 0 where they agree."""
+    crc, shift, mask = 0, bits - 8, (1 << bits) - 1
+    for byte in data:
+        crc = (crc << 8 & mask) ^ table[crc >> shift ^ byte]
+    return crc

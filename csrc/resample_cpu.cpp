@@ -1,0 +1,396 @@
+// Resampling on the CPU. Rates whose ratio has small factors: blocks of `size_in` samples overlap by the filter's length;
+// a block's spectrum is multiplied by the filter's and cut (or padded) to `size_out` points, whose inverse transform is
+// the block at the new rate. The filter is real, so two neighbouring blocks share a complex transform as its real and
+// imaginary part, and a SIMD lane holds one such pair. All other rates: the taps are summed directly.
+//
+// An output's bits depend on its index and its block's samples alone, not on the lane, the thread or the call: hence a
+// stream equals the whole. For the same reason lanes are at most 8 wide: AVX2 and AVX-512 then give the same bits.
+// Compiled once per instruction set (AJEPA_KERNEL, AJEPA_LANES); everything here has internal linkage, so that no function
+// built for AVX-512 can be linked into the portable path.
+#include "resample_cpu.h"
+
+#include <string.h>
+
+#include <utility>  // integer_sequence: types only
+
+namespace ajepa::resample_cpu {
+namespace {
+
+constexpr int W = AJEPA_LANES < 8 ? AJEPA_LANES : 8;
+constexpr int kPiece = 64;           // samples of each row that are converted and transposed together
+constexpr int64_t kSpan = 1 << 13;   // direct: samples that are converted together, besides the filter's length
+constexpr int kOutputs = 256;        // direct: most outputs of that span
+constexpr int kTogether = 4;         // direct: outputs computed side by side
+typedef float vf __attribute__((vector_size(4 * W), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * W), may_alias));
+typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+// ---- Samples in, samples out ----
+
+// The mean of each sample's channels, times 1 / 32768 for int16. Sums of int16 are exact, and a division rounds once,
+// so that the result of a mere average is the nearest number.
+template <class Sum, class T, class Scale>
+inline void average(const T* from, float* to, int64_t n, int channels, Scale scale) {
+  if (channels == 1) {
+    for (int64_t i = 0; i < n; ++i) to[i] = scale(float(from[i]));
+  } else if (channels == 2) {
+    for (int64_t i = 0; i < n; ++i) to[i] = scale(float(Sum(from[2 * i]) + Sum(from[2 * i + 1])));
+  } else {
+    for (int64_t i = 0; i < n; ++i, from += channels) {
+      Sum sum = from[0];
+      for (int c = 1; c < channels; ++c) sum += from[c];
+      to[i] = scale(float(sum));
+    }
+  }
+}
+
+template <class Sum, class T>
+void average(const T* from, float* to, int64_t n, int channels, float divisor) {
+  const float factor = 1 / divisor;
+  if (channels & (channels - 1)) average<Sum>(from, to, n, channels, [=](float x) { return x / divisor; });
+  else average<Sum>(from, to, n, channels, [=](float x) { return x * factor; });
+}
+
+struct Clip {  // one row of pcm
+  const Resample& p;
+  const char* pcm;
+  int64_t stop, start;  // samples of the row that count; `start` is not 0 where pcm begins before the recording
+
+  Clip(const Resample& p, int64_t clip) : p(p), stop(p.stop(clip)), start(p.offset < 0 ? -p.offset : 0) {
+    pcm = static_cast<const char*>(p.pcm) + clip * p.samples * p.channels * (p.pcm_int16 ? 2 : 4);
+  }
+  // `n` samples from `at` on (an index into pcm), zeros outside. May return a place in pcm itself.
+  const float* read(int64_t at, int64_t n, float* buffer) const {
+    const bool inside = at >= start && at + n <= stop;
+    const int64_t bytes = n * p.channels * (p.pcm_int16 ? 2 : 4);
+    if (inside && bytes <= 2048)
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(pcm + (at + n) * (bytes / n) + line);
+    if (inside && !p.pcm_int16 && p.channels == 1) return reinterpret_cast<const float*>(pcm) + at;
+    const int64_t low = at > start ? at : start, high = at + n < stop ? at + n : stop;
+    if (low >= high) {
+      memset(buffer, 0, n * sizeof(float));
+      return buffer;
+    }
+    if (!inside) memset(buffer, 0, (low - at) * sizeof(float)), memset(buffer + (high - at), 0, (at + n - high) * sizeof(float));
+    float* to = buffer + (low - at);
+    const int64_t from = low * p.channels;
+    if (p.pcm_int16)
+      average<int32_t>(reinterpret_cast<const int16_t*>(pcm) + from, to, high - low, p.channels, 32768.0f * p.channels);
+    else
+      average<float>(reinterpret_cast<const float*>(pcm) + from, to, high - low, p.channels, float(p.channels));
+    return buffer;
+  }
+};
+
+struct Row {  // one row of out
+  const Resample& p;
+  char* out;
+  int64_t outputs;
+
+  Row(const Resample& p, int64_t clip) : p(p), outputs(p.outputs(clip)) {
+    out = static_cast<char*>(p.out) + clip * p.count * (p.out_int16 ? 2 : 4);
+  }
+  // Outputs m to m + n - 1 of the recording; those that the call does not ask for are dropped.
+  void write(int64_t m, int64_t n, const float* values) const {
+    const int64_t at = m - p.first, low = at > 0 ? at : 0, high = at + n < outputs ? at + n : outputs;
+    if (low >= high) return;
+    values += low - at;
+    if (!p.out_int16) {
+      memcpy(reinterpret_cast<float*>(out) + low, values, (high - low) * sizeof(float));
+      return;
+    }
+    int16_t* to = reinterpret_cast<int16_t*>(out) + low;
+    for (int64_t i = 0; i < high - low; ++i) {
+      float x = values[i] == values[i] ? values[i] * 32768 : 0;
+      x = x > -32768 ? x : -32768;
+      x = x < 32767 ? x : 32767;
+      to[i] = int16_t(int32_t((x + 12582912.0f) - 12582912.0f));  // 1.5 * 2^23: its last place is 1, ties go to even
+    }
+  }
+  void zeros_after_the_end() const {
+    const int size = p.out_int16 ? 2 : 4;
+    memset(out + outputs * size, 0, (p.count - outputs) * size);
+  }
+};
+
+// ---- Transforms: decimation in frequency to digit-reversed order, and back by decimation in time ----
+
+struct Complex {
+  vf re, im;
+};
+inline Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+inline Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+inline Complex operator*(float s, Complex a) { return {s * a.re, s * a.im}; }
+inline Complex times_minus_i(Complex a) { return {a.im, -a.re}; }
+inline Complex times(Complex a, const float* w) { return {a.re * w[0] - a.im * w[1], a.re * w[1] + a.im * w[0]}; }
+
+inline void dft(Complex (&a)[2]) {
+  const Complex t = a[0] - a[1];
+  a[0] = a[0] + a[1];
+  a[1] = t;
+}
+inline void dft(Complex (&a)[3]) {
+  constexpr float s1 = 0.86602540378443865f;
+  const Complex p = a[1] + a[2], m = s1 * times_minus_i(a[1] - a[2]), r = a[0] - 0.5f * p;
+  a[0] = a[0] + p, a[1] = r + m, a[2] = r - m;
+}
+inline void dft(Complex (&a)[4]) {
+  const Complex s = a[0] + a[2], d = a[0] - a[2], t = a[1] + a[3], e = times_minus_i(a[1] - a[3]);
+  a[0] = s + t, a[1] = d + e, a[2] = s - t, a[3] = d - e;
+}
+inline void dft(Complex (&a)[5]) {
+  constexpr float c1 = 0.30901699437494742f, c2 = -0.80901699437494742f, s1 = 0.95105651629515357f,
+                  s2 = 0.58778525229247313f;
+  const Complex p = a[1] + a[4], q = a[2] + a[3], m = times_minus_i(a[1] - a[4]), n = times_minus_i(a[2] - a[3]);
+  const Complex r = a[0] + c1 * p + c2 * q, s = a[0] + c2 * p + c1 * q, u = s1 * m + s2 * n, v = s2 * m - s1 * n;
+  a[0] = a[0] + p + q, a[1] = r + u, a[2] = s + v, a[3] = s - v, a[4] = r - u;
+}
+inline void dft(Complex (&a)[7]) {
+  constexpr float c1 = 0.62348980185873353f, c2 = -0.22252093395631440f, c3 = -0.90096886790241913f,
+                  s1 = 0.78183148246802981f, s2 = 0.97492791218182361f, s3 = 0.43388373911755812f;
+  const Complex p = a[1] + a[6], q = a[2] + a[5], r = a[3] + a[4];
+  const Complex l = times_minus_i(a[1] - a[6]), m = times_minus_i(a[2] - a[5]), n = times_minus_i(a[3] - a[4]);
+  const Complex x = a[0] + c1 * p + c2 * q + c3 * r, u = s1 * l + s2 * m + s3 * n;
+  const Complex y = a[0] + c2 * p + c3 * q + c1 * r, v = s2 * l - s3 * m - s1 * n;
+  const Complex z = a[0] + c3 * p + c1 * q + c2 * r, w = s3 * l - s1 * m + s2 * n;
+  a[0] = a[0] + p + q + r;
+  a[1] = x + u, a[2] = y + v, a[3] = z + w, a[4] = z - w, a[5] = y - v, a[6] = x - u;
+}
+inline void dft(Complex (&a)[8]) {
+  constexpr float h = 0.70710678118654752f;
+  Complex even[4] = {a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]};
+  const Complex d1 = a[1] - a[5], d3 = a[3] - a[7];
+  Complex odd[4] = {a[0] - a[4],
+                    {(d1.re + d1.im) * h, (d1.im - d1.re) * h},
+                    times_minus_i(a[2] - a[6]),
+                    {(d3.im - d3.re) * h, (d3.re + d3.im) * -h}};
+  dft(even), dft(odd);
+  for (int q = 0; q < 4; ++q) a[2 * q] = even[q], a[2 * q + 1] = odd[q];
+}
+
+// One pass over `total` points in blocks of `size`; a forward one multiplies by the twiddles last, one back does so first.
+template <int R, bool Forward>
+void pass(vf* x, int total, int size, const float* twiddles) {
+  const int stride = size / R;
+  for (vf* block = x; block < x + 2 * total; block += 2 * size) {
+    const float* w = twiddles;
+    for (int j = 0; j < stride; ++j, w += 2 * (R - 1)) {
+      Complex a[R];
+      for (int q = 0; q < R; ++q) {
+        const vf* at = block + 2 * (j + q * stride);
+        a[q] = {at[0], at[1]};
+        if (!Forward && q && j) a[q] = times(a[q], w + 2 * (q - 1));
+      }
+      dft(a);
+      for (int q = 0; q < R; ++q) {
+        vf* at = block + 2 * (j + q * stride);
+        const Complex y = Forward && q && j ? times(a[q], w + 2 * (q - 1)) : a[q];
+        at[0] = y.re, at[1] = y.im;
+      }
+    }
+  }
+}
+
+template <bool Forward>
+void pass(int radix, vf* x, int total, int size, const float* twiddles) {
+  switch (radix) {
+    case 2: return pass<2, Forward>(x, total, size, twiddles);
+    case 3: return pass<3, Forward>(x, total, size, twiddles);
+    case 4: return pass<4, Forward>(x, total, size, twiddles);
+    case 5: return pass<5, Forward>(x, total, size, twiddles);
+    case 7: return pass<7, Forward>(x, total, size, twiddles);
+    case 8: return pass<8, Forward>(x, total, size, twiddles);
+  }
+}
+
+struct Plan {
+  int passes = 0, size = 0, radix[16], sizes[16];
+  const float* twiddles[16];
+
+  Plan(int points, uint64_t radices, const float*& table) : size(points) {  // takes its part of the table
+    for (int left = points; radices; radices >>= 4, ++passes) {
+      radix[passes] = int(radices & 15), sizes[passes] = left, twiddles[passes] = table;
+      table += 2 * (left / radix[passes]) * (radix[passes] - 1);
+      left /= radix[passes];
+    }
+  }
+  // The widest pass goes over everything; what is left of each block then stays in the first-level cache.
+  void forward(vf* x) const {
+    pass<true>(radix[0], x, size, size, twiddles[0]);
+    if (passes == 1) return;
+    for (vf* block = x; block < x + 2 * size; block += 2 * sizes[1])
+      for (int i = 1; i < passes; ++i) pass<true>(radix[i], block, sizes[1], sizes[i], twiddles[i]);
+  }
+  void back(vf* x) const {
+    if (passes > 1)
+      for (vf* block = x; block < x + 2 * size; block += 2 * sizes[1])
+        for (int i = passes - 1; i > 0; --i) pass<false>(radix[i], block, sizes[1], sizes[i], twiddles[i]);
+    pass<false>(radix[0], x, size, size, twiddles[0]);
+  }
+};
+
+// ---- Rows of samples to vectors and back ----
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define AJEPA_SHUFFLE __builtin_shufflevector
+#else
+#define AJEPA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+template <int H, int... I>
+inline void exchange(vf& a, vf& b, std::integer_sequence<int, I...>) {
+  const vf low = AJEPA_SHUFFLE(a, b, (I & H ? W + I - H : I)...);
+  b = AJEPA_SHUFFLE(a, b, (I & H ? W + I : I + H)...);
+  a = low;
+}
+template <int H = W / 2>
+inline void transpose(vf (&rows)[W]) {
+  for (int i = 0; i < W; ++i)
+    if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_integer_sequence<int, W>{});
+  if constexpr (H > 1) transpose<H / 2>(rows);
+}
+
+int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Lane l holds block + 2 l in the real and block + 2 l + 1 in the imaginary part.
+void load_blocks(const Resample& p, const Clip& clip, int64_t block, int used, float* buffer, vf* x) {
+  const int64_t hop_in = p.hop / p.up * p.down, begin = block * hop_in - p.half - p.offset;
+  for (int i = 0; i < p.size_in; i += kPiece) {
+    const int n = p.size_in - i < kPiece ? p.size_in - i : kPiece;
+    for (int odd = 0; odd < 2; ++odd) {
+      const float* row[W];
+      for (int lane = 0; lane < W; ++lane) {
+        float* own = buffer + lane * kPiece;
+        if (2 * lane + odd < used) row[lane] = clip.read(begin + (2 * lane + odd) * hop_in + i, kPiece, own);
+        else row[lane] = static_cast<const float*>(memset(own, 0, kPiece * sizeof(float)));
+      }
+      for (int k = 0; k < n; k += W) {
+        vf v[W];
+        for (int lane = 0; lane < W; ++lane) v[lane] = *reinterpret_cast<const vf_unaligned*>(row[lane] + k);
+        transpose(v);
+        for (int q = 0; q < W && k + q < n; ++q) x[2 * (i + k + q) + odd] = v[q];
+      }
+    }
+  }
+}
+
+void store_blocks(const Resample& p, const Row& row, int64_t block, int used, float* buffer, const vf* y) {
+  for (int i = 0; i < p.hop; i += kPiece) {
+    const int n = p.hop - i < kPiece ? p.hop - i : kPiece;
+    for (int odd = 0; odd < 2; ++odd) {
+      for (int k = 0; k < n; k += W) {
+        vf v[W];
+        for (int q = 0; q < W; ++q) v[q] = y[2 * (i + k + q) + 1 - odd];  // see `spectra`: parts have changed places
+        transpose(v);
+        for (int lane = 0; lane < W; ++lane) *reinterpret_cast<vf*>(buffer + lane * kPiece + k) = v[lane];
+      }
+      for (int lane = 0; lane < W && 2 * lane + odd < used; ++lane)
+        row.write((block + 2 * lane + odd) * p.hop + i, n, buffer + lane * kPiece);
+    }
+  }
+}
+
+// Real and imaginary parts change places in between: a forward transform of that is the inverse one with its parts
+// exchanged.
+void spectra(const Resample& p, const Clip& clip, const Row& row, float* scratch) {
+  const float* table = p.twiddles;
+  const Plan in(p.size_in, p.radices_in, table), out(p.size_out, p.radices_out, table);
+  vf* x = reinterpret_cast<vf*>(scratch);
+  vf* y = x + 2 * p.size_in;
+  float* buffer = reinterpret_cast<float*>(y + 2 * (p.size_out + W));
+  const int64_t end = p.first + row.outputs;
+  for (int64_t block = p.first / p.hop / 2 * 2; block * p.hop < end; block += 2 * W) {  // pairs start at even blocks
+    const int64_t blocks = up_to((end - block * p.hop + p.hop - 1) / p.hop, 2);
+    const int used = blocks < 2 * W ? int(blocks) : 2 * W;
+    load_blocks(p, clip, block, used, buffer, x);
+    in.forward(x);
+    if (p.bins < p.size_out) memset(y, 0, size_t(2 * p.size_out) * sizeof(vf));
+    for (int bin = 0; bin < p.bins; ++bin) {
+      const vf* from = x + 2 * p.positions[2 * bin];
+      const Complex product = times({from[0], from[1]}, p.response + 2 * bin);
+      vf* to = y + 2 * p.positions[2 * bin + 1];
+      to[0] = product.im, to[1] = product.re;
+    }
+    out.back(y);
+    store_blocks(p, row, block, used, buffer, y);
+  }
+}
+
+// ---- Direct ----
+
+template <bool Interpolated>
+void dots(const float* const (&x)[kTogether], const float* const (&row)[kTogether], const float (&share)[kTogether],
+          int width, float* values) {
+  vf sum[kTogether][kTapGroup / W] = {};
+  for (int i = 0; i < width; i += kTapGroup)
+    for (int k = 0; k < kTogether; ++k)
+      for (int part = 0; part < kTapGroup / W; ++part) {
+        const int at = i + part * W;
+        vf taps = *reinterpret_cast<const vf_unaligned*>(row[k] + at);
+        if (Interpolated) taps += share[k] * (*reinterpret_cast<const vf_unaligned*>(row[k] + width + at) - taps);
+        sum[k][part] += taps * *reinterpret_cast<const vf_unaligned*>(x[k] + at);
+      }
+  for (int k = 0; k < kTogether; ++k) {
+    vf all = sum[k][0];
+    for (int part = 1; part < kTapGroup / W; ++part) all += sum[k][part];
+    float lanes[W];
+    memcpy(lanes, &all, sizeof lanes);
+    for (int step = W / 2; step; step /= 2)
+      for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+    values[k] = lanes[0];
+  }
+}
+
+void direct(const Resample& p, const Clip& clip, const Row& row, float* scratch) {
+  const int64_t end = p.first + row.outputs;
+  for (int64_t m = p.first; m < end;) {
+    int64_t n = (kSpan - p.down / p.up - 1) * p.up / p.down;  // outputs that kSpan samples serve
+    n = n < kTogether ? kTogether : n < kOutputs ? n / kTogether * kTogether : kOutputs;
+    n = n < end - m ? n : end - m;
+    const int64_t begin = m * p.down / p.up - p.half + 1, samples = (m + n - 1) * p.down / p.up - m * p.down / p.up + p.width;
+    const float* x = clip.read(begin - p.offset, samples, scratch + kOutputs);
+    for (int64_t i = 0; i < n; i += kTogether) {
+      const float *from[kTogether], *taps[kTogether];
+      float share[kTogether];
+      for (int64_t k = 0; k < kTogether; ++k) {
+        const int64_t at = (m + (i + k < n ? i + k : n - 1)) * p.down, rest = at % p.up, place = rest * p.phases;
+        from[k] = x + (at / p.up - p.half + 1 - begin);
+        taps[k] = p.rows + place / p.up * p.width;
+        share[k] = float(place % p.up) / float(p.up);
+      }
+      p.interpolated ? dots<true>(from, taps, share, p.width, scratch + i)
+                     : dots<false>(from, taps, share, p.width, scratch + i);
+    }
+    row.write(m, n, scratch);
+    m += n;
+  }
+}
+
+void convert(const Resample& p, const Clip& clip, const Row& row, float* scratch) {  // equal rates: no filter
+  for (int64_t i = 0; i < row.outputs; i += kSpan) {
+    const int64_t n = row.outputs - i < kSpan ? row.outputs - i : kSpan;
+    row.write(p.first + i, n, clip.read(p.first + i - p.offset, n, scratch));
+  }
+}
+
+int64_t scratch_floats(const Resample& p) {
+  if (p.size_in) return int64_t(2 * W) * (p.size_in + p.size_out + W) + W * kPiece;
+  return kOutputs + (kTogether * (p.down / p.up + 1) > kSpan ? kTogether * (p.down / p.up + 1) : kSpan) + p.width;
+}
+
+void run(const Resample& p, int64_t begin, int64_t end, float* scratch) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Clip clip(p, i);
+    const Row row(p, i);
+    if (p.up == p.down) convert(p, clip, row, scratch);
+    else if (p.size_in) spectra(p, clip, row, scratch);
+    else direct(p, clip, row, scratch);
+    row.zeros_after_the_end();
+  }
+}
+
+}  // namespace
+
+extern const Kernel AJEPA_KERNEL;
+const Kernel AJEPA_KERNEL = {scratch_floats, run};
+
+}  // namespace ajepa::resample_cpu

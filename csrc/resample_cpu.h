@@ -1,0 +1,14 @@
+// The CPU kernel, compiled once for each instruction set it can use.
+#pragma once
+#include "resample.h"
+
+namespace ajepa::resample_cpu {
+
+struct Kernel {
+  int64_t (*scratch_floats)(const Resample&);  // of one thread
+  void (*run)(const Resample&, int64_t begin, int64_t end, float* scratch);  // these clips; scratch is aligned to 64 bytes
+};
+
+extern const Kernel kPortableKernel, kAvx2Kernel, kAvx512Kernel;
+
+}  // namespace ajepa::resample_cpu

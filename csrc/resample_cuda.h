@@ -1,0 +1,10 @@
+// The CUDA launcher.
+#pragma once
+#include "resample.h"
+
+namespace ajepa {
+
+// Launches on `stream` of the current device. Returns "" or what went wrong.
+const char* resample_cuda(const Resample& p, void* stream);
+
+}  // namespace ajepa
