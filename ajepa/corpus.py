@@ -112,7 +112,7 @@ def load_evaluation(
 
     `test` names the rows to classify; by default every fourth.
     """
-    labelled = np.flatnonzero(index.labels >= 0)
+    labelled = np.flatnonzero(index.single_labels >= 0)
     rows = labelled if len(labelled) else np.arange(len(index))
     if limit is not None and len(rows) > limit:
         rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
@@ -122,12 +122,11 @@ def load_evaluation(
     if test is None:
         is_test = torch.arange(len(items)) % 4 == 3
     else:
-        names = {entry.name for entry in index.filter(test).entries}
-        is_test = torch.tensor([chosen.entries[i].name in names for i in items.tolist()])
+        is_test = torch.from_numpy(np.isin(rows[items.numpy()], index.rows(test)))
     return Evaluation(
         pcm=torch.cat([batch.pcm for batch in batches]),
         lengths=torch.cat([batch.lengths for batch in batches]),
-        labels=torch.cat([batch.labels for batch in batches]),
+        labels=torch.from_numpy(index.single_labels[rows[items.numpy()]]),
         is_test=is_test,
         items=torch.from_numpy(rows)[items],
     )

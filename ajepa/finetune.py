@@ -57,7 +57,8 @@ class Arguments:
     float_scale: float = 1.0
     """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
     multi_label: bool = False
-    """A recording has several labels, separated by "," or ";": binary cross-entropy, mean average precision."""
+    """A recording has several labels, as a list or separated by "," or ";": binary cross-entropy, mean average
+    precision."""
     out: str | None = None
     """Folder of the results; None: RUN/finetune."""
     resume: bool = False
@@ -215,7 +216,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
     loader = AudioLoader(task.train, **options, gain_db=cfg.data.gain_db, state=state["loader"] if state else None)
     step, history = (state["step"], state["history"]) if state else (0, [])
     known = pretrained_on(cfg, task.test)
-    seen = None if known is None else sum(e.name in known for e in task.test.entries)
+    seen = None if known is None else sum((e.path, e.member) in known for e in task.test.entries)
     if seen:
         print(f"warning: {seen} of the {len(task.test)} test recordings were pretrained on", file=sys.stderr)
     print(f"{len(task.train):,} recordings to train on, {len(task.test):,} to score, {len(task.classes)} classes; "
@@ -300,9 +301,8 @@ def open_task(args: Arguments) -> tuple[Task, list[tuple[str, str]]]:
     index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
     skipped = list(index.skipped)
     index = labelled(index)
-    tested = {entry.name for entry in index.filter(args.test).entries}
-    test = [i for i, entry in enumerate(index.entries) if entry.name in tested]
-    train = [i for i, entry in enumerate(index.entries) if entry.name not in tested]
+    test = index.rows(args.test)
+    train = sorted(set(range(len(index))) - set(test))
     if not train:
         raise DataError(f"--test {args.test}: takes all {len(index)} recordings and leaves none to train on")
     classes, targets = split_labels(index.label_names, args.multi_label)

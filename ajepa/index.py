@@ -22,7 +22,7 @@ import numpy as np
 
 from ajepa.audiofile import AudioInfo, BadAudio, cores, inspect, reason_of, stat_file
 from ajepa.columns import Entries, Entry, Strings
-from ajepa.listing import DataError, Listed, Listing, cache_root
+from ajepa.listing import DataError, Listed, Listing, cache_root, decode_label
 from ajepa.segments import SegmentError, place
 from ajepa.shards import is_shards, read_shards
 from ajepa.sources import list_source
@@ -74,9 +74,19 @@ class Index:
 
     def filter(self, where: str | Sequence[str]) -> "Index":
         """Rows that meet `where` (see `build_index`). Raises DataError for an unknown column or an empty result."""
+        return self.subset(self.rows(where))
+
+    def rows(self, where: str | Sequence[str]) -> list[int]:
+        """Numbers of the rows that meet `where`. Raises DataError as `filter`."""
         columns: dict[str, Sequence[str]] = {**self.metadata}
         columns.setdefault("label", [self.label_names[label] if label >= 0 else "" for label in self.labels])
-        return self.subset(_select(columns, where, self.source))
+        return _select(columns, where, self.source)
+
+    @cached_property
+    def single_labels(self) -> np.ndarray:
+        """`labels`, but -1 also where the label is a list of several."""
+        several = np.array([len(decode_label(name) or ()) > 1 for name in self.label_names] + [False])  # row -1: none
+        return np.where(several[self.labels], -1, self.labels)
 
 
 def build_index(

@@ -101,6 +101,11 @@ def probe(args: Arguments) -> dict[str, Any]:
         raise ConfigError("--test and --folds are two ways to divide the recordings: give one")
     cfg, weights, checkpoint = load_run(Path(args.run))
     index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
+    if (index.single_labels != index.labels).any():
+        raise DataError(
+            f"{args.data}: recordings have several labels; the probe takes one: name another column with --label, or "
+            "fine-tune with --multi-label"
+        )
     index = labelled(index)
     divide(index, torch.arange(len(index)), args, cfg)  # what is wrong is said before any work
     engine = Engine(replace(cfg, step=StepConfig()), choose_device(args.device))
@@ -235,7 +240,6 @@ def divide(index: Index, items: torch.Tensor, args: Arguments, cfg: Config) -> T
     """Folds of the recordings `items`. Raises DataError where one has nothing to learn from or to classify."""
     used, labels = np.unique(index.labels[items.numpy()], return_inverse=True)
     at = {item: row for row, item in enumerate(items.tolist())}
-    names = [index.entries[i].name for i in items.tolist()]
     if args.folds is not None:
         if args.folds not in index.metadata:
             raise DataError(f"--folds {args.folds}: no such column; there are {', '.join(index.metadata) or 'none'}")
@@ -244,11 +248,11 @@ def divide(index: Index, items: torch.Tensor, args: Arguments, cfg: Config) -> T
         if len(tests) > 100:
             raise DataError(f"--folds {args.folds}: {len(tests)} different values; a fold column has a few")
     elif args.test is not None:
-        chosen = {entry.name for entry in index.filter(args.test).entries}
-        tests = {args.test: np.array([name in chosen for name in names])}
+        tests = {args.test: np.isin(items.numpy(), index.rows(args.test))}
     else:
         tests = {"every fourth": np.arange(len(at)) % 4 == 3}
     known = pretrained_on(cfg, index)
+    files = [(entry.path, entry.member) for entry in index.subset(items.tolist()).entries]
     task = Task(index, items, torch.from_numpy(labels), [index.label_names[c] for c in used])
     for name, test in tests.items():
         learnt = torch.from_numpy(np.flatnonzero(~test))
@@ -256,18 +260,22 @@ def divide(index: Index, items: torch.Tensor, args: Arguments, cfg: Config) -> T
             raise DataError(f"{args.data}: {name} must leave two or more classes to learn from and some recordings to "
                             "classify; see --test and --folds")  # fmt: skip
         asked = np.flatnonzero(test)
-        seen = None if known is None else sum(names[i] in known for i in asked)
+        seen = None if known is None else sum(files[i] in known for i in asked)
         task.folds.append(Fold(name, learnt, torch.from_numpy(asked), seen))
     return task
 
 
-def pretrained_on(cfg: Config, index: Index) -> set[str] | None:
-    """Names of the recordings of `index` that `cfg` trains on, where it trains on the same source; else None."""
+def pretrained_on(cfg: Config, index: Index) -> set[tuple[str, str]] | None:
+    """(path, member) of the recordings of `index` that `cfg` trains on, where it trains on the same source; else None.
+
+    A recording counts as a whole, whichever segments of it are trained on.
+    """
     source = cfg.data.data
     if source is None or Path(source).expanduser().resolve() != Path(index.source).resolve():
         return None
     try:
-        return {entry.name for entry in (index.filter(cfg.data.where) if cfg.data.where else index).entries}
+        entries = (index.filter(cfg.data.where) if cfg.data.where else index).entries
+        return set(zip(entries.path, entries.member, strict=True))
     except DataError:  # none of the rows probed
         return set()
 

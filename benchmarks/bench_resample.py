@@ -82,7 +82,6 @@ def with_dali(pcm: torch.Tensor, from_rate: int, to_rate: int) -> Peer:
 
     batch = list(pcm if DEVICE == "cuda" else pcm.numpy())
     int16 = pcm.dtype == torch.int16
-    dtype = types.INT16 if int16 else types.FLOAT
 
     @pipeline_def(
         batch_size=len(batch), num_threads=1, device_id=0 if DEVICE == "cuda" else None,

@@ -31,6 +31,7 @@ BENCHMARKS = {  # the root modules of each file of benchmarks
     "bench_adamw_ema": ("ajepa_kernels.adamw_ema",),
     "bench_attention": ("ajepa_kernels.attention",),
     "bench_bias_gelu": ("ajepa_kernels.bias_gelu",),
+    "bench_decode": (*LOADER, "ajepa.dali"),
     "bench_device": (),
     "bench_end_to_end": (*STEP, *LOADER),
     "bench_fp8": ("ajepa_kernels.fp8", "ajepa_kernels.layer_norm"),

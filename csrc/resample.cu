@@ -28,15 +28,18 @@ cudaError_t launch_all(const Resample& p, cudaStream_t stream) {
     resample_convert_kernel<Sample, Result><<<unsigned(p.batch * blocks), kRun, 0, stream>>>(p, blocks);
     return cudaGetLastError();
   }
-  return p.interpolated ? launch<Sample, Result, 1, true>(p, stream) : launch<Sample, Result, kSharing, false>(p, stream);
+  if (p.interpolated) return launch<Sample, Result, 1, true>(p, stream);
+  return launch<Sample, Result, kSharing, false>(p, stream);
 }
 
 }  // namespace
 
 const char* resample_cuda(const Resample& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = p.pcm_int16 ? p.out_int16 ? launch_all<int16_t, int16_t>(p, on) : launch_all<int16_t, float>(p, on)
-                            : p.out_int16 ? launch_all<float, int16_t>(p, on) : launch_all<float, float>(p, on);
+  const cudaError_t error = p.pcm_int16   ? p.out_int16 ? launch_all<int16_t, int16_t>(p, on)
+                                                        : launch_all<int16_t, float>(p, on)
+                            : p.out_int16 ? launch_all<float, int16_t>(p, on)
+                                          : launch_all<float, float>(p, on);
   return error ? cudaGetErrorString(error) : "";
 }
 

@@ -17,7 +17,7 @@ constexpr int kTapGroup = 16;  // rows of coefficients are padded with zeros to 
 struct Resample {
   const void* pcm;           // [batch, samples, channels], int16 or float
   const int64_t* lengths;    // [batch] or null: samples of each recording
-  const float* rows;         // direct: [phases + interpolated, width]: taps of each phase; on CUDA a column each, see resample.py
+  const float* rows;         // direct: [phases + interpolated, width]: taps of each phase; on CUDA a column each
   const float* twiddles;     // spectra: of every pass of both transforms, [size / radix, radix - 1, 2] each
   const float* response;     // spectra: [bins, 2]: complex gain of each bin that is kept
   const int32_t* positions;  // spectra: [bins, 2]: where the bin stands after the first and before the second transform

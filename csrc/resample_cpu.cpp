@@ -1,12 +1,12 @@
-// Resampling on the CPU. Rates whose ratio has small factors: blocks of `size_in` samples overlap by the filter's length;
-// a block's spectrum is multiplied by the filter's and cut (or padded) to `size_out` points, whose inverse transform is
-// the block at the new rate. The filter is real, so two neighbouring blocks share a complex transform as its real and
-// imaginary part, and a SIMD lane holds one such pair. All other rates: the taps are summed directly.
+// Resampling on the CPU. Where the ratio of the rates has small factors, blocks of `size_in` samples overlap by the
+// length of the filter. A block's spectrum is multiplied by the filter's and cut (or padded) to `size_out` points, and
+// their inverse transform is the block at the new rate. The filter is real, so two neighbouring blocks share a complex
+// transform as its real and imaginary part; a SIMD lane holds one such pair. For all other rates the taps are summed.
 //
-// An output's bits depend on its index and its block's samples alone, not on the lane, the thread or the call: hence a
-// stream equals the whole. For the same reason lanes are at most 8 wide: AVX2 and AVX-512 then give the same bits.
-// Compiled once per instruction set (AJEPA_KERNEL, AJEPA_LANES); everything here has internal linkage, so that no function
-// built for AVX-512 can be linked into the portable path.
+// An output's bits depend on its index and on the samples of its pair of blocks alone, not on the lane, the thread or
+// the call: hence a stream equals the whole. Vectors have at most 8 lanes: AVX2 and AVX-512 then add in the same order,
+// and Zen 4 is as fast with 8 as with 16. Compiled once per instruction set (AJEPA_KERNEL, AJEPA_LANES); everything here
+// has internal linkage, so that no function built for AVX-512 can be linked into the portable path.
 #include "resample_cpu.h"
 
 #include <string.h>
@@ -62,16 +62,17 @@ struct Clip {  // one row of pcm
   // `n` samples from `at` on (an index into pcm), zeros outside. May return a place in pcm itself.
   const float* read(int64_t at, int64_t n, float* buffer) const {
     const bool inside = at >= start && at + n <= stop;
-    const int64_t bytes = n * p.channels * (p.pcm_int16 ? 2 : 4);
-    if (inside && bytes <= 2048)
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(pcm + (at + n) * (bytes / n) + line);
+    const int64_t frame = p.channels * (p.pcm_int16 ? 2 : 4), bytes = n * frame;
+    if (inside && bytes <= 2048)  // the next piece of this row: so many rows take turns that no processor foresees it
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(pcm + (at + n) * frame + line);
     if (inside && !p.pcm_int16 && p.channels == 1) return reinterpret_cast<const float*>(pcm) + at;
     const int64_t low = at > start ? at : start, high = at + n < stop ? at + n : stop;
     if (low >= high) {
       memset(buffer, 0, n * sizeof(float));
       return buffer;
     }
-    if (!inside) memset(buffer, 0, (low - at) * sizeof(float)), memset(buffer + (high - at), 0, (at + n - high) * sizeof(float));
+    memset(buffer, 0, (low - at) * sizeof(float));
+    memset(buffer + (high - at), 0, (at + n - high) * sizeof(float));
     float* to = buffer + (low - at);
     const int64_t from = low * p.channels;
     if (p.pcm_int16)
@@ -168,7 +169,7 @@ inline void dft(Complex (&a)[8]) {
   for (int q = 0; q < 4; ++q) a[2 * q] = even[q], a[2 * q + 1] = odd[q];
 }
 
-// One pass over `total` points in blocks of `size`; a forward one multiplies by the twiddles last, one back does so first.
+// One pass over `total` points in blocks of `size`. A forward pass multiplies by the twiddles last, the others first.
 template <int R, bool Forward>
 void pass(vf* x, int total, int size, const float* twiddles) {
   const int stride = size / R;
@@ -346,7 +347,8 @@ void direct(const Resample& p, const Clip& clip, const Row& row, float* scratch)
     int64_t n = (kSpan - p.down / p.up - 1) * p.up / p.down;  // outputs that kSpan samples serve
     n = n < kTogether ? kTogether : n < kOutputs ? n / kTogether * kTogether : kOutputs;
     n = n < end - m ? n : end - m;
-    const int64_t begin = m * p.down / p.up - p.half + 1, samples = (m + n - 1) * p.down / p.up - m * p.down / p.up + p.width;
+    const int64_t begin = m * p.down / p.up - p.half + 1, last = (m + n - 1) * p.down / p.up - p.half + 1;
+    const int64_t samples = last - begin + p.width;
     const float* x = clip.read(begin - p.offset, samples, scratch + kOutputs);
     for (int64_t i = 0; i < n; i += kTogether) {
       const float *from[kTogether], *taps[kTogether];

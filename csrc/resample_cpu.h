@@ -6,7 +6,8 @@ namespace ajepa::resample_cpu {
 
 struct Kernel {
   int64_t (*scratch_floats)(const Resample&);  // of one thread
-  void (*run)(const Resample&, int64_t begin, int64_t end, float* scratch);  // these clips; scratch is aligned to 64 bytes
+  // Resamples these clips; scratch is aligned to 64 bytes.
+  void (*run)(const Resample&, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const Kernel kPortableKernel, kAvx2Kernel, kAvx512Kernel;

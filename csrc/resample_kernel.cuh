@@ -1,5 +1,5 @@
-// Resampling on the GPU: the direct sum over the taps. A block computes kParts runs of up to kRun consecutive outputs of one
-// clip. The runs lie whole periods of the filter apart, so that a thread's outputs share their taps, which it loads once.
+// Resampling on the GPU: the direct sum over the taps. A block computes kParts runs of up to kRun consecutive outputs of
+// one clip. The runs lie whole periods of the filter apart: a thread's outputs share their taps, which it loads once.
 // The samples of each run wait in shared memory, converted and averaged. Nothing here needs nvcc: the tests run this
 // file on a CPU, one fiber a thread.
 #pragma once
@@ -26,8 +26,8 @@ struct ResampleGrid {
 inline ResampleGrid resample_grid(const Resample& p, int parts) {
   ResampleGrid grid{};
   double least = 2;
-  for (int64_t periods = (kRun + p.up - 1) / p.up, more = 0; more < 8; ++more) {  // the step that leaves fewest threads idle
-    const int64_t step = (periods + more) * p.up, runs = (step + kRun - 1) / kRun;
+  for (int64_t more = 0; more < 8; ++more) {  // the shortest step, or a longer one that leaves fewer threads idle
+    const int64_t step = ((kRun + p.up - 1) / p.up + more) * p.up, runs = (step + kRun - 1) / kRun;
     const double idle = double(runs * kRun) / double(step);
     if (idle < least - 0.01 || more == 0) grid.step = step, grid.runs = runs, least = idle;
   }
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kRun) resample_fwd_kernel(Resample p, Resample
   const Sample* pcm = static_cast<const Sample*>(p.pcm) + clip * p.samples * p.channels;
   const int64_t stop = p.stop(clip), outputs = p.outputs(clip);
   const int64_t begin = group * kParts * grid.step + run * kRun;  // the block's first output, counted from p.first
-  const int64_t start = (p.first + begin) * p.down / p.up - p.half + 1 - p.offset;  // its first sample, as an index into pcm
+  const int64_t start = (p.first + begin) * p.down / p.up - p.half + 1 - p.offset;  // its first sample's place in pcm
   const int thread = int(threadIdx.x);
   if (Staged) {
     for (int part = 0; part < kParts; ++part) {

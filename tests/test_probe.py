@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ajepa import frozen, heads, probe
 from ajepa.config import PRESETS, ModelConfig
+from ajepa.corpus import load_evaluation
 from ajepa.engine import Engine
 from ajepa.frontend import FrontEnd
 from ajepa.frozen import EncoderFeatures, LogMelFeatures, embed
@@ -276,6 +277,21 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys
     assert "encoder.safetensors" in refused(broken, "--data", tones)
     (broken / "encoder.safetensors").unlink()
     assert "whole checkpoint" in refused(broken, "--data", tones)
+
+
+def test_lists_of_labels_are_no_classes(run, tones, tmp_path, capsys):
+    """The probe refuses them with the remedy; the watch in training takes the recordings with one label."""
+    files = sorted(tones.rglob("*.wav"))
+    labels = [["dog"], ["cat"], ["dog", "cat"], "cat"]
+    rows = [{"file": str(path), "labels": labels[i % 4]} for i, path in enumerate(files)]
+    manifest = tmp_path / "tags.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    assert probe.main([str(run), "--data", str(manifest)]) == 2
+    assert "several labels" in (error := capsys.readouterr().err) and "--multi-label" in error
+    index = build_index(manifest)
+    evaluation = load_evaluation(PRESETS["tiny"], index, None, None, [])
+    names = [index.label_names[label] for label in evaluation.labels]
+    assert names == [("dog", "cat", "", "cat")[i % 4] for i in range(len(files)) if i % 4 != 2]
 
 
 def test_a_parquet_manifest_is_read_like_a_csv(manifest, tmp_path):

@@ -4,6 +4,7 @@ against the whole."""
 import importlib
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,20 @@ def test_slices_of_the_other_implementations(impl, first, count, offset):
     torch.testing.assert_close(out[inside], expected[inside], rtol=0, atol=2e-4 if impl == "soxr" else 0)
 
 
+@pytest.mark.parametrize("impl", ["auto", "soxr", "reference"])
+def test_samples_before_the_recording(impl):
+    """A negative offset: what pcm holds before sample 0 does not count."""
+    if impl == "soxr":
+        pytest.importorskip("soxr")
+    for pair in ((44100, 16000), (11, 13), (8000, 8000)):
+        x = noise(3000)
+        expected = resample(x[441:], *pair, impl=impl)
+        out = resample(x, *pair, offset=-441, impl=impl)
+        assert out.shape == expected.shape
+        inside = slice(200 if impl == "soxr" else 0, None)  # soxr rings differently where its input begins
+        torch.testing.assert_close(out[inside], expected[inside], rtol=0, atol=1e-6)
+
+
 @fused
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -401,6 +416,16 @@ def test_strides_and_threads():
         assert torch.equal(resample(x, 44100, 16000), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@fused
+def test_calls_from_several_threads():
+    """As a loader makes them: each has scratch memory of its own."""
+    jobs = [(noise(20_000, seed=seed), pair) for seed, pair in enumerate([*PAIRS, (8000, 8000)])] * 3
+    expected = [resample(x, *pair) for x, pair in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        out = list(pool.map(lambda job: resample(job[0], *job[1]), jobs))
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
 @fused

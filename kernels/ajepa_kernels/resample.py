@@ -23,7 +23,7 @@ ATTENUATION = 110.0  # dB, of the stop band
 KAISER_BETA = 0.1102 * (ATTENUATION - 8.7)
 KAISER_PEAK = float(torch.special.i0(torch.tensor(KAISER_BETA, dtype=torch.float64, device="cpu")))
 TAP_GROUP = 16  # csrc/resample.h has the same
-LARGEST_TABLE = 1 << 20  # values: where every phase would take more, rows between phases are interpolated
+LARGEST_TABLE = 1 << 18  # values: where every phase would take more, rows between phases are interpolated
 PHASES = 1024  # of an interpolated table a period of the lower rate: linear interpolation errs by -119 dB
 LARGEST_TRANSFORM = 8192
 PASS_COST = {2: 0.7, 3: 0.95, 4: 0.95, 5: 1.3, 7: 1.6, 8: 1.3}  # by radix: ns a point of 8 lanes, fitted on Zen 4
@@ -34,7 +34,7 @@ IMPLS = ("auto", "fused", "soxr", "reference")
 
 
 class _Filter(NamedTuple):
-    """h(t) = gain * cutoff * sinc(cutoff * t) * kaiser(t / half_width), t in samples of the input."""
+    """h(t) = cutoff * sinc(cutoff * t) * kaiser(t / half_width), t in samples of the input."""
 
     up: int  # to_rate : from_rate in lowest terms
     down: int
@@ -322,7 +322,7 @@ def input_span(first: int, count: int, from_rate: int, to_rate: int) -> tuple[in
 
     It may reach below 0 and past the end of the recording, where samples count as zeros: read what there is of it and
     give the first sample read as `offset`. The CPU kernel filters whole blocks, so a span holds those that its outputs
-    lie in: up to about 20000 samples more than the filter reaches. Equal rates: (first, first + count).
+    lie in: up to 24000 samples more than the filter reaches. Equal rates: (first, first + count).
     """
     from_rate, to_rate = _rates(from_rate, to_rate)
     if first < 0 or count < 0:
@@ -373,10 +373,12 @@ def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _inside(x: torch.Tensor, lengths: torch.Tensor | None, offset: int) -> torch.Tensor:
-    if lengths is None:
+    """Zeros for samples before the recording's beginning or after its end."""
+    if lengths is None and offset >= 0:
         return x
     index = torch.arange(offset, offset + x.shape[-1], device=x.device)
-    return torch.where(index < lengths[..., None], x, 0)
+    inside = index >= 0 if lengths is None else (index >= 0) & (index < lengths[..., None])
+    return torch.where(inside, x, 0)
 
 
 def _ended(out: torch.Tensor, lengths: torch.Tensor | None, first: int, from_rate: int, to_rate: int) -> torch.Tensor:
@@ -424,7 +426,7 @@ def resample_reference(
         out = x[..., :0]
     else:
         whole, rest = m * filter.down // filter.up, m * filter.down % filter.up
-        few = filter.up <= count
+        few = filter.up <= count and filter.up * reach <= LARGEST_TABLE  # taps of each phase, not of each output
         table = torch.arange(filter.up, device=x.device) if few else rest
         table = _taps(table.to(torch.float64) / filter.up, filter).to(compute)
         windows = x.unfold(-1, 2 * reach, 1)
@@ -553,7 +555,8 @@ def resample(
             zeros, outputs after `resampled_length` of them are zeros.
         first, count: outputs first to first + count - 1 are returned; by default all from `first` on that lie before
             the end of pcm.
-        offset: pcm[0] is sample `offset` of the recording; samples outside of pcm count as zeros.
+        offset: pcm[0] is sample `offset` of the recording. Samples outside of pcm count as zeros, and so do those of
+            pcm before sample 0, if `offset` is negative.
         downmix: average the channels.
         dtype: of the result, torch.int16 (rounded to nearest even, saturated) or torch.float32; by default pcm's.
         impl: "fused" is the compiled kernel, "soxr" that library's HQ filter (CPU), "reference" plain PyTorch. "auto"
