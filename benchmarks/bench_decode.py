@@ -1,4 +1,4 @@
-"""Who should decode which format: DALI or libsndfile, behind our reader, and both beside soundfile + soxr in a DataLoader.
+"""Who should decode which format, DALI or libsndfile, behind our reader; beside soundfile + soxr in a DataLoader.
 
 Recordings of 10 s become mono clips at 32 kHz. Milliseconds for 1,000 clips, all variants in turns, each turn a pass
 from a standing start. `ajepa.dali.FASTER` names the formats that this benchmark found DALI to decode faster.

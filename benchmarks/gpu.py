@@ -33,7 +33,8 @@ FOR_THE_REPORT = {"gpu": 15.0, "cpu": 6.0}  # seconds of the budget that are kep
 REBUILT = (  # the kernels that were written anew since a GPU last ran them, at the step's own widths
     "large_and_repeatable or graph_and_repeats or (value_and_gradient and dtype2 and 768)"
     " or (where_it_is_made and 768) or test_linear or equals_the_cpu_kernel"
-    " or (every_size and (400 or 1024 or 2048 or 4096)) or is_its_definition or bits_of_the_whole or (replayed and (step0-bf16 or step8 or step11 or step12))"
+    " or (every_size and (400 or 1024 or 2048 or 4096)) or is_its_definition or bits_of_the_whole"
+    " or (replayed and (step0-bf16 or step8 or step11 or step12))"
 )
 KERNEL_TESTS = ("add_layer_norm", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu", "resample_gpu")
 STEP_KERNELS = ("layer_norm", "attention", "bias_gelu", "latent_loss", "adamw_ema", "log_mel")

@@ -217,7 +217,8 @@ def test_another_packing_s_folder_is_refused(tmp_path, source, capsys):
     assert run(source, tmp_path / "packed") == 0
     before = shards(tmp_path / "packed")
     assert run(source, tmp_path / "packed", "--codec", "flac") == 2
-    assert "holds shards of other recordings, of other settings or of an earlier version (000000000.shard)" in capsys.readouterr().err
+    reason = "holds shards of other recordings, of other settings or of an earlier version (000000000.shard)"
+    assert reason in capsys.readouterr().err
     write(source / "a" / "new.wav", noise(900))
     assert run(source, tmp_path / "packed") == 2
     assert shards(tmp_path / "packed") == before

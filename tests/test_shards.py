@@ -341,7 +341,7 @@ def test_two_million_clips_take_little_memory():
     count = 20_000
     paths = [f"/data/audioset/unbalanced/part-{i // 1000:04d}/{i:016x}.wav" for i in range(count)]
     entries = ajepa.index.Entries.of(
-        [ajepa.index.Entry(p, "", 0, 640_044, 10**18 + i, 640_044, 320_000, 0, 320_000, 32_000, 1, "WAV/PCM_16", i % 527)
+        [ajepa.index.Entry(p, "", 0, 640_044, i, 640_044, 320_000, 0, 320_000, 32_000, 1, "WAV/PCM_16", i % 527)
          for i, p in enumerate(paths)]
     )  # fmt: skip
     held = entries.numbers.nbytes
