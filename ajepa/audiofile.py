@@ -15,11 +15,29 @@ from typing import NamedTuple
 import numpy as np
 import soundfile as sf
 
-from ajepa import containers, streams
+from ajepa import containers, flac, streams
 from ajepa.containers import BadAudio, Layout, Truncated, Window, open_fd, read_at
 from ajepa.streams import MpegFrames, OpusPages, VorbisPages
 
-__all__ = ["INT16", "READABLE", "UNREADABLE", "AudioInfo", "BadAudio", "Truncated", "Window"]  # and what follows
+__all__ = [
+    "INT16",
+    "READABLE",
+    "UNREADABLE",
+    "AudioInfo",
+    "BadAudio",
+    "Truncated",
+    "Window",
+    "audio_bytes",
+    "cores",
+    "inspect",
+    "iterate_samples",
+    "read_bytes",
+    "read_into",
+    "read_samples",
+    "reason_of",
+    "stat_file",
+    "wav_bytes",
+]
 
 # Containers looked for in folders and tars. The second set is audio that libsndfile cannot read: listed as skipped.
 READABLE: tuple[str, ...] = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3")
@@ -31,11 +49,11 @@ INT16 = frozenset({"CAF/ALAC_16", *(f"{container}/PCM_16" for container in sf.av
 # Encodings in which libsndfile seeks to the exact sample. All others are decoded from the start, or by `Layout`.
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 SEEKABLE |= {"IMA_ADPCM", "MS_ADPCM", "ALAC_16"}
-W64_RIFF = bytes.fromhex("2e91cf11a5d628db04c10000")
 OTHERS = (b"Crea", b"RIFF", b"FORM", b"2BIT")  # what else libsndfile knows by its first bytes
 OPUS_RATE = 48_000  # Hz, the unit of an Opus stream whatever it decodes to
 LOUD = 16.0  # float samples beyond this are no overshoot of 1.0: they are in another unit
 
+RATES = (1_000, 384_000)  # Hz, the lowest and highest that are plausible and can be resampled
 BLOCK = 1 << 17  # samples decoded at a time
 
 
@@ -77,17 +95,14 @@ def inspect(
         raise BadAudio(f"unsupported format {suffix}: convert it to WAV, FLAC, Ogg or MP3")
     layout = _layout(path, offset, size, thorough=True)
     with _opened(path, offset, size, in_tar, layout) as sound:
-        if not 1_000 <= sound.samplerate <= 1_000_000:
+        if not RATES[0] <= sound.samplerate <= RATES[1]:
             raise BadAudio(f"implausible sample rate of {sound.samplerate} Hz")
-        stated = sound.frames if layout.frames is None else layout.frames
-        if decode or layout.must_decode:
+        promised = frames = _promised(sound, layout, size)
+        if decode or promised is None or layout.must_decode:
             frames = sum(len(block) for block in _blocks(sound, np.dtype(np.float32), float_scale, BLOCK))
-        else:
-            frames = stated
-        if frames == 0:
+        if not frames:
             raise BadAudio("no samples")
-        if frames < stated and not layout.must_decode:
-            raise BadAudio(f"truncated: {frames} of {stated} samples decode")
+        _check_count(frames, promised)
         return AudioInfo(frames, sound.samplerate, sound.channels, _format(sound, layout))
 
 
@@ -118,11 +133,16 @@ def read_samples(
         OSError: it cannot be opened or read.
     """
     whole = _layout(path, offset, size, thorough=False)
+    if whole.frames is not None and start + count > whole.frames:
+        raise BadAudio(f"truncated: {whole.frames} of {start + count} samples")
     layout, skip, behind = _part(path, offset, size, in_tar, whole, start, count)
     dtype = np.dtype(np.int16 if format in INT16 else np.float32)
     with _opened(path, offset, size, in_tar, layout) as sound:
         if _format(sound, layout) != format:
             raise BadAudio(f"changed: {_format(sound, layout)}, no longer {format}")
+        promised = _promised(sound, layout, size) if layout is whole else None
+        if promised is not None and start + count > promised:
+            raise BadAudio(f"truncated: {promised} of {start + count} samples")
         if behind is not None:
             samples = np.concatenate([block.copy() for block in _blocks(sound, dtype, 1.0, BLOCK)])
             samples = samples[max(0, start - behind + len(samples)) :][:count]
@@ -140,7 +160,9 @@ def _part(
     """What to decode for samples `[start, start + count)`: a layout; the samples to discard at its beginning or, where
     only its end is known, the number of the sample behind it."""
     if isinstance(layout.index, MpegFrames):
-        layout, start = layout.index.part(path, offset, start, count) or (layout, start)
+        part = layout.index.part(path, offset, start, count)
+        if part is not None:
+            return part[0]._replace(container=layout.container), part[1], None
     elif isinstance(layout.index, VorbisPages):
         index = layout.index
         if index.origin is None:
@@ -170,65 +192,70 @@ def iterate_samples(
     with _opened(path, offset, size, in_tar, layout) as sound:
         if _format(sound, layout) != format:
             raise BadAudio(f"changed: {_format(sound, layout)}, no longer {format}")
-        stated = sound.frames if layout.frames is None else layout.frames
-        frames = 0
+        promised, frames = _promised(sound, layout, size), 0
         for samples in _blocks(sound, np.dtype(np.int16 if format in INT16 else np.float32), float_scale, block):
             frames += len(samples)
             yield samples.copy()
-        if frames < stated and not layout.must_decode:
-            raise BadAudio(f"truncated: {frames} of {stated} samples decode")
-
-
-def open_sound(path: str, offset: int, size: int, *, in_tar: bool) -> sf.SoundFile:
-    return _open(path, offset, size, in_tar, _layout(path, offset, size, thorough=False))[0]
+        _check_count(frames, promised)
 
 
 def _layout(path: str, offset: int, size: int, *, thorough: bool) -> Layout:
     """Raises BadAudio where the bytes show that samples are missing, OSError where they cannot be read."""
-    changed = os.stat(path)
-    return _layout_cached(path, offset, size, thorough, changed.st_mtime_ns, changed.st_ino)
+    state = os.stat(path)
+    layout = _layout_cached(path, offset, size, state.st_mtime_ns, state.st_ino)
+    if thorough and layout.unproven:
+        with Window(path, offset, size) as raw:
+            return flac.judge(raw, layout.begin, size, True)
+    return layout
 
 
-@functools.lru_cache(maxsize=2048)
-def _layout_cached(path: str, offset: int, size: int, thorough: bool, *_: int) -> Layout:
+@functools.lru_cache(maxsize=256)
+def _layout_cached(path: str, offset: int, size: int, *changed: int) -> Layout:
     try:
         with Window(path, offset, size) as raw:
-            return _judge(raw, size, thorough)
+            begin = 0
+            for _ in range(16):
+                begin += containers.id3_size(raw.read_at(begin, 10))
+            magic = raw.read_at(begin, 12)
+            if not magic:
+                raise BadAudio("no samples: it holds nothing but a tag") if begin else Truncated("truncated: 0 bytes")
+            if magic[:4] == b"fLaC":
+                return flac.judge(raw, begin, size, False)
+            if magic[:4] == b"OggS":
+                return streams.ogg(raw, begin, size)
+        if begin and magic[:4] in (b"RIFF", b"FORM"):
+            layout = _layout_cached(path, offset + begin, size - begin, *changed)
+            return layout._replace(begin=begin + layout.begin, end=begin + layout.end if layout.end else None)
+        with Window(path, offset, size) as raw:
+            return _judge(raw, begin, size)
     except (struct.error, IndexError, KeyError) as error:  # no header is to be trusted so far
         raise BadAudio(f"cannot be read: its header is damaged ({error})") from None
 
 
-def _judge(raw: Window, size: int, thorough: bool) -> Layout:
-    begin = 0
-    while tag := containers.id3_size(raw.read_at(begin, 10)):
-        begin += tag
-    magic = raw.read_at(begin, 16)
+def _judge(raw: Window, begin: int, size: int) -> Layout:
+    magic = raw.read_at(0, 16)
     name, form = magic[:4], magic[8:12]
-    if magic == b"":
-        raise BadAudio("no samples: it holds nothing but a tag") if begin else Truncated("truncated: 0 bytes")
-    if name == b"fLaC":
-        return containers.flac(raw, begin, size, thorough)
-    if name == b"OggS":
-        return streams.ogg(raw, begin, size)
-    if begin == 0 and name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and form == b"WAVE":
-        return containers.chunked(raw, size, containers.RIFX if name == b"RIFX" else containers.RIFF, 12)
-    if begin == 0 and name == b"FORM" and form in (b"AIFF", b"AIFC"):
+    if name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and form == b"WAVE":
+        layout = containers.chunked(raw, size, containers.RIFX if name == b"RIFX" else containers.RIFF, 12)
+        if layout.mpeg and layout.end is not None:
+            frames = streams.mpeg(raw, layout.begin, layout.end)
+            return Layout() if frames is None else frames._replace(container="WAV")
+        return layout
+    if name == b"FORM" and form in (b"AIFF", b"AIFC"):
         return containers.chunked(raw, size, containers.AIFF, 12)
-    if begin == 0 and name == b"caff":
+    if name == b"caff":
         return containers.chunked(raw, size, containers.CAF, 8)
-    if begin == 0 and magic == b"riff" + W64_RIFF:
+    if magic == b"riff" + containers.W64_RIFF:
         return containers.chunked(raw, size, containers.W64, 40)
-    if begin == 0 and name in (b".snd", b"dns."):
+    if name in (b".snd", b"dns."):
         return containers.au(raw, size)
-    if begin == 0 and name == b"NIST":
+    if name == b"NIST":
         return containers.nist(raw, size)
-    if name == b"\0\x05\x16\x07":
-        raise BadAudio("not a recognised audio format")  # what macOS keeps beside a file, under the file's own suffix
-    if begin or magic[0] in (0, 0xFF) or not any(name == other for other in OTHERS):
-        layout = streams.mpeg(raw, begin, containers.before_tags(raw, size))
-        if layout is not None:
-            return layout
-    return Layout()
+    if name == b"\0\x05\x16\x07":  # what macOS keeps beside a file, under the file's own suffix
+        raise BadAudio("not a recognised audio format")
+    if name in OTHERS:
+        return Layout()
+    return streams.mpeg(raw, begin, containers.before_tags(raw, size)) or Layout()
 
 
 def _open(path: str, offset: int, size: int, in_tar: bool, layout: Layout) -> tuple[Sound, Window | None]:
@@ -254,7 +281,7 @@ def _opened(path: str, offset: int, size: int, in_tar: bool, layout: Layout) -> 
         if "not recognised" in text or "not a regular file" in text:
             raise BadAudio("not a recognised audio format") from None
         raise BadAudio(f"cannot be decoded: {text}") from None
-    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:
         raise BadAudio(f"cannot be decoded: {str(error) or type(error).__name__}") from None
     finally:
         if window is not None:
@@ -267,10 +294,30 @@ def _format(sound: Sound, layout: Layout) -> str:
     return f"{layout.container or sound.format}/{sound.subtype}"
 
 
+def _promised(sound: Sound, layout: Layout, size: int) -> int | None:
+    """Samples that a source says it holds, None where it does not. Raises BadAudio where its bytes cannot hold them."""
+    if layout.frames is None and (layout.must_decode or layout.overstate):
+        return None
+    frames = sound.frames if layout.frames is None else layout.frames
+    compressed = sound.format in ("FLAC", "OGG", "MP3") or sound.subtype.startswith("ALAC")
+    if frames > (8192 if compressed else 8) * size + 65_536:  # silence that is compressed, or one bit a sample
+        raise BadAudio(f"its header claims {frames:,} samples, more than {size:,} bytes can hold")
+    return frames
+
+
+def _check_count(frames: int, promised: int | None) -> None:
+    if promised is not None and frames < promised:
+        raise BadAudio(f"truncated: {frames} of {promised} samples decode")
+    if promised is not None and frames > promised:
+        raise BadAudio(f"damaged: {frames} samples decode where its header states {promised}")
+
+
 def _blocks(sound: Sound, dtype: np.dtype, float_scale: float, block: int) -> Iterator[np.ndarray]:
     """All samples; a header may claim any length. The same memory is used for each block."""
-    buffer = np.empty((max(1, block // sound.channels), sound.channels), dtype)
-    while len(samples := sound.read(out=buffer)):
+    buffer, left = np.empty((max(1, block // sound.channels), sound.channels), dtype), sound.frames
+    # Not beyond what libsndfile counted: an Opus stream whose end has no mark is an error there.
+    while left > 0 and len(samples := sound.read(out=buffer[: min(left, len(buffer))])):
+        left -= len(samples)
         yield _scaled(samples, sound, float_scale)
 
 
@@ -279,7 +326,7 @@ def _skip(sound: Sound, start: int, layout: Layout) -> None:
     if sound.subtype in SEEKABLE and layout.seekable:
         sound.seek(start)
         return
-    if isinstance(layout.index, OpusPages):
+    if isinstance(layout.index, OpusPages) and layout.index.granules:
         unit = OPUS_RATE / sound.samplerate
         origin = layout.index.granules[-1] - sound.frames * unit
         begin = int(layout.index.begin(int(start * unit + origin)) / unit)
@@ -318,29 +365,23 @@ def read_bytes(path: str, offset: int, size: int) -> np.ndarray:
     return data
 
 
+def audio_bytes(path: str, offset: int, size: int) -> np.ndarray:
+    """The source's bytes for another decoder, uint8: without tags, and with the length where it was never written.
+
+    Errors as of `inspect`.
+    """
+    with _layout(path, offset, size, thorough=False)._replace(overstate=False).window(path, offset, size) as window:
+        data = window.read_at(0, window.size)
+    if data[:4] == b"fLaC" and not 0 < int.from_bytes(data[18:26], "big") & (1 << 36) - 1 <= 8192 * size:
+        raise BadAudio("damaged: its header claims no length, or more than its bytes can hold")  # and decoders crash
+    return np.frombuffer(data, np.uint8)
+
+
 def read_into(data: np.ndarray, fd: int, offset: int) -> None:
     """Fills uint8 `data` from there on. Raises BadAudio where the file ends early, OSError where it is unreadable."""
     done = read_at(fd, data.data, offset)
     if done < len(data):
         raise Truncated(f"truncated: {done} of {len(data)} bytes")
-
-
-# Nobody is to call the next two any more: `read_samples` takes their place.
-
-
-def read_segment(path: str, offset: int, size: int, start: int, count: int, *, in_tar: bool = False) -> np.ndarray:
-    """Samples `[start, start + count)` of a source as the bytes of a float32 WAV, uint8."""
-    info = inspect(path, offset, size, in_tar=in_tar, decode=False)
-    samples = read_samples(path, offset, size, start, count, in_tar=in_tar, format=info.format)
-    if samples.dtype == np.int16:
-        samples = samples / np.float32(32768)
-    return wav_bytes(samples, info.sample_rate)
-
-
-def read_int16(out: np.ndarray, path: str, offset: int, size: int, start: int, *, in_tar: bool = False) -> None:
-    """Fills int16 `out` with samples of a mono file of 16-bit PCM, from `start` on; errors as `read_segment`."""
-    format = inspect(path, offset, size, in_tar=in_tar, decode=False).format
-    read_samples(path, offset, size, start, len(out), in_tar=in_tar, format=format, out=out)
 
 
 def wav_bytes(samples: np.ndarray, rate: int) -> np.ndarray:

@@ -46,7 +46,7 @@ def read_at(fd: int, buffer: memoryview, position: int) -> int:
 
 
 class Window(io.RawIOBase):
-    """Read-only, seekable view of `head` followed by bytes `[offset, offset + size)` of a file.
+    """Read-only, seekable view of `head`, bytes `[offset, offset + size)` of a file, and `tail`.
 
     An error while reading is kept in `failure` and reads as the end of the file: a decoder's callback cannot raise.
 
@@ -54,9 +54,10 @@ class Window(io.RawIOBase):
         claimed: bytes that it seems to hold, where a decoder should estimate more samples than there are.
     """
 
-    def __init__(self, path: str, offset: int, size: int, head: bytes = b"", claimed: int = 0):
-        self._fd, self._offset, self._head, self._position = open_fd(path), offset, head, 0
-        self._size = len(head) + size
+    def __init__(self, path: str, offset: int, size: int, head: bytes = b"", tail: bytes = b"", claimed: int = 0):
+        self._fd, self._offset, self._head, self._tail, self._position = open_fd(path), offset, head, tail, 0
+        self._tail_at = len(head) + size
+        self._size = self._tail_at + len(tail)
         self.size = max(claimed, self._size)
         self.failure: OSError | None = None
 
@@ -81,16 +82,22 @@ class Window(io.RawIOBase):
             self._position += len(view)
             return len(view)
         view = view[: max(0, min(len(view), self._size - self._position))]
-        head = self._head[self._position : self._position + len(view)]
-        view[: len(head)] = head
-        got = len(head)
+        got = 0
         try:
-            if got < len(view):
-                got += read_at(self._fd, view[got:], self._offset + self._position + got - len(self._head))
+            while got < len(view) and (count := self._read_part(view[got:], self._position + got)):
+                got += count
         except OSError as error:
             self.failure = error
         self._position += got
         return got
+
+    def _read_part(self, view: memoryview, position: int) -> int:
+        if len(self._head) <= position < self._tail_at:
+            return read_at(self._fd, view[: self._tail_at - position], self._offset + position - len(self._head))
+        part, at = (self._head, position) if position < len(self._head) else (self._tail, position - self._tail_at)
+        data = part[at : at + len(view)]
+        view[: len(data)] = data
+        return len(data)
 
     def read_at(self, position: int, count: int) -> bytes:
         """Bytes from that position on, fewer only at the end. Raises OSError."""
@@ -113,9 +120,12 @@ class Layout(NamedTuple):
     begin: int = 0  # where the audio begins in the source, behind tags or garbage; `head` goes in front
     end: int | None = None  # where it ends, before tags; None: with the source
     head: bytes = b""
+    tail: bytes = b""  # goes behind
     container: str = ""  # what it is, where `head` makes libsndfile call it something else
     frames: int | None = None  # samples per channel; None: ask the decoder
-    must_decode: bool = False  # whether it is whole shows only when decoded
+    must_decode: bool = False  # only decoding tells whether it is whole, or how many samples it holds
+    mpeg: bool = False  # MPEG frames, yet to be looked at
+    unproven: bool = False  # a FLAC whose end was not looked at
     seekable: bool = True  # where its encoding is
     overstate: bool = False  # present it to the decoder as longer than it is
     index: Any = None  # places in it where a decode may begin
@@ -123,13 +133,13 @@ class Layout(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether a decoder may be given the source as it is."""
-        return not (self.begin or self.head or self.end is not None or self.overstate)
+        return not (self.begin or self.head or self.tail or self.end is not None or self.overstate)
 
     def window(self, path: str, offset: int, size: int) -> Window:
         length = (size if self.end is None else self.end) - self.begin
         # The largest frame of a stream has 120 times the bytes of the smallest.
         claimed = 128 * (length + len(self.head)) + TAG if self.overstate else 0
-        return Window(path, offset + self.begin, length, self.head, claimed)
+        return Window(path, offset + self.begin, length, self.head, self.tail, claimed)
 
 
 def more_sound(what: str, remedy: str) -> BadAudio:
@@ -155,8 +165,8 @@ def before_tags(raw: Window, end: int) -> int:
             size += 32 if flags >> 31 else 0
         elif tail[-9:] == b"LYRICS200" and tail[-15:-9].isdigit():
             size = int(tail[-15:-9]) + 15
-        elif tail[-10:] == b"3DI" or (tail[-10:-7] == b"3DI" and max(tail[-4:]) < 128):
-            size = id3_size(b"ID3" + tail[-7:]) or 10
+        elif tail[-10:-7] == b"3DI":
+            size = id3_size(b"ID3" + tail[-7:])
         else:
             return end
         if not 0 < size <= end:
@@ -170,7 +180,9 @@ def before_tags(raw: Window, end: int) -> int:
 # sample frames below, sometimes less the bytes of the header.
 UNKNOWN_32 = (0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000, 0x7F000000)
 UNKNOWN_64 = (2**64 - 1, 2**63 - 1, 2**63)
+CHUNKS = 10_000  # looked through at most
 STRAY = 4096  # bytes behind everything that nothing explains, and that are too few to be sound
+METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"_PMX", b"JUNK", b"junk", b"FLLR", b"ANNO", b"NAME", b"APPL")
 PADDING = 1 << 20  # zeros behind everything
 
 
@@ -189,6 +201,7 @@ RIFF = Chunks(b"data", "<I")
 RIFX = Chunks(b"data", ">I")
 AIFF = Chunks(b"SSND", ">I", extra=8)
 CAF = Chunks(b"data", ">q", align=1, extra=4)
+W64_RIFF = bytes.fromhex("2e91cf11a5d628db04c10000")
 W64_END = bytes.fromhex("f3acd3118cd100c04f8edb8a")
 W64 = Chunks(b"data" + W64_END, "<Q", name_bytes=16, own=24, align=8)
 
@@ -200,14 +213,14 @@ def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
     """
     header = kind.name_bytes + struct.calcsize(kind.size)
     seen: dict[bytes, tuple[int, int]] = {}  # name -> (where its contents are, length)
-    while position + header <= size:
+    while position + header <= size and len(seen) < CHUNKS:
         name, length = _chunk(raw, position, kind)
         position += header
         if name == kind.sample_chunk:
             break
         if length < 0:
             raise BadAudio("no samples: a chunk of its header has no length")
-        seen.setdefault(name, (position, length))
+        seen.setdefault(name if name not in seen else b"%s %d" % (name, position), (position, length))
         position += -(-length // kind.align) * kind.align
     else:
         raise BadAudio("no samples")
@@ -218,12 +231,15 @@ def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
     if is_64 and length == 0xFFFFFFFF:
         (length,) = struct.unpack("<Q", raw.read_at(seen[b"ds64"][0] + 8, 8))
     frame = _frame_bytes(raw, kind, seen)
-    if _never_written(length, present, position, frame or 1, kind, is_64):
-        trailing = length == kind.extra and _is_chunk_list(raw, position + length, size, kind)
-        if not trailing:
+    mpeg = kind is RIFF and b"fmt " in seen and raw.read_at(seen[b"fmt "][0], 2) in (b"\x50\0", b"\x55\0")
+    if _never_written(length, position, frame or 1, kind, is_64):
+        explained = 0 <= length <= present and _skip_chunks(raw, position + length + length % 2, size, kind) >= size
+        if not explained and mpeg:
+            return Layout(position, size, mpeg=True)
+        if not explained:
             return _until_the_end(raw, size, kind, position, frame, is_64, seen)
     if length > present:
-        raise Truncated(f"truncated: {present} of {length} bytes of samples")
+        raise Truncated(f"truncated: {present - kind.extra} of {length - kind.extra} bytes of samples")
     if length <= kind.extra:
         raise BadAudio("no samples")
     _check_rest(raw, position, length, size, kind)
@@ -231,6 +247,10 @@ def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
         frames = int.from_bytes(raw.read_at(seen[b"COMM"][0] + 2, 4), "big")
         if frames * frame > length - kind.extra:
             raise Truncated(f"truncated: {length - kind.extra} of {frames * frame} bytes of samples")
+    if mpeg:
+        return Layout(position, position + length, mpeg=True)
+    if kind is W64 and position + length < size:  # libsndfile takes the rest for samples
+        return Layout(end=position + length)
     if raw.read_at(0, 4) == b"BW64":  # the same as RF64 but for its name
         return Layout(begin=4, head=b"RF64")
     return Layout()
@@ -258,18 +278,14 @@ def _frame_bytes(raw: Window, kind: Chunks, seen: dict[bytes, tuple[int, int]]) 
     return 0
 
 
-def _never_written(length: int, present: int, position: int, frame: int, kind: Chunks, is_64: bool) -> bool:
-    if length <= kind.extra or length < 0:
+def _never_written(length: int, position: int, frame: int, kind: Chunks, is_64: bool) -> bool:
+    """Whether a length is one of those that stand for an unknown one."""
+    if length <= kind.extra:
         return True
     limits = UNKNOWN_64 if is_64 or struct.calcsize(kind.size) == 8 else UNKNOWN_32
-    headers = (0, 8, 36, 44, position, position - 8, kind.own)
-    if length <= present:
-        return False
-    return any(
-        length - kind.extra in (limit - header, limit - header - (limit - header) % frame) or length == limit - header
-        for limit in limits
-        for header in headers
-    )
+    lengths = {limit - header for limit in limits for header in (0, 8, 36, 44, position, position - 8, kind.own)}
+    sound = length - kind.extra
+    return length in lengths or any(sound in (x, x - x % 2, x - x % frame) for x in lengths)
 
 
 def _until_the_end(
@@ -294,6 +310,8 @@ def _until_the_end(
         head[:4] = b"RF64"
     elif length < 1 << 32 or struct.calcsize(kind.size) == 8:
         struct.pack_into(kind.size, head, at, length)
+        if head[:4] in (b"RF64", b"BW64"):  # but without the chunk that states its length
+            head[:4] = b"RIFF"
     elif kind is RIFF:  # too long for a WAV
         place, count = seen[b"fmt "]
         facts = struct.pack("<4sI4s4sIQQQI", b"RF64", 0xFFFFFFFF, b"WAVE", b"ds64", 28, samples + 72 + count, samples,
@@ -305,18 +323,17 @@ def _until_the_end(
     return Layout(begin=position + kind.extra, end=end, head=bytes(head), container=container)
 
 
-def _is_chunk_list(raw: Window, position: int, end: int, kind: Chunks) -> bool:
-    return _skip_chunks(raw, position, end, kind) >= end
-
-
 def _skip_chunks(raw: Window, position: int, end: int, kind: Chunks) -> int:
     """Where chunks that follow the samples cease."""
     header = kind.name_bytes + struct.calcsize(kind.size)
-    while position + header <= end:
-        name, length = _chunk(raw, position, kind)
-        if not all(32 <= byte < 127 for byte in name[:4]) or length < 0 or position + header + length > end:
+    for _ in range(CHUNKS):
+        if position + header > end:
             break
-        if name in (kind.sample_chunk, b"RIFF", b"RIFX", b"RF64", b"FORM"):
+        name, length = _chunk(raw, position, kind)
+        cut = position + header + length > end
+        if length < 0 or not all(32 <= byte < 127 for byte in name[:4]) or (cut and name[:4] not in METADATA):
+            break
+        if name in (kind.sample_chunk, b"RIFF", b"RIFX", b"RF64", b"FORM", b"riff" + W64_RIFF):
             break
         position = min(end, position + header + -(-length // kind.align) * kind.align)
     return position
@@ -334,7 +351,18 @@ def check_rest(raw: Window, position: int, end: int, length: int) -> None:
     if rest <= 0:
         return
     first = raw.read_at(position, 16)
-    joined = first[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM", b".snd", b"fLaC", b"OggS", b"data", b"SSND", b"caff")
+    joined = first == b"riff" + W64_RIFF or first[:4] in (
+        b"RIFF",
+        b"RIFX",
+        b"RF64",
+        b"FORM",
+        b".snd",
+        b"fLaC",
+        b"OggS",
+        b"data",
+        b"SSND",
+        b"caff",
+    )
     if not joined and rest <= max(64, min(STRAY, length // 16)):
         return
     if not joined and rest <= PADDING and not any(raw.read_at(position, rest)):
@@ -350,6 +378,8 @@ def au(raw: Window, size: int) -> Layout:
     if len(head) < 24:
         raise BadAudio("header only, no samples")
     begin, length, code, _, channels = struct.unpack(f"{order}5I", head[4:])
+    if begin < len(head):
+        raise BadAudio("cannot be read: its header is damaged")
     present = size - begin
     if present <= 0:
         raise BadAudio("header only, no samples")
@@ -357,9 +387,9 @@ def au(raw: Window, size: int) -> Layout:
     limits = (limit - header for limit in UNKNOWN_32 for header in (0, begin))
     unknown = length == 0 or (length > present and any(length in (x, x - x % max(1, frame)) for x in limits))
     if unknown:
-        if begin < 24 or present >= 1 << 32:
+        if present >= 1 << 32:
             return Layout()
-        return Layout(begin=24, head=head[:8] + struct.pack(f"{order}I", present) + head[12:])
+        return Layout(begin=len(head), head=head[:8] + struct.pack(f"{order}I", present) + head[12:])
     if length > present:
         raise Truncated(f"truncated: {present} of {length} bytes of samples")
     check_rest(raw, begin + length, before_tags(raw, size), length)
@@ -380,91 +410,7 @@ def nist(raw: Window, size: int) -> Layout:
     return Layout()
 
 
-# --- FLAC -----------------------------------------------------------------------------------------------------------
-
-
-def flac(raw: Window, begin: int, size: int, thorough: bool) -> Layout:
-    """Tags around a FLAC are left out; a number of samples that was never written is read from the last frame."""
-    position, last, end = begin + 4, False, before_tags(raw, size)
-    while not last:
-        header = raw.read_at(position, 4)
-        if len(header) < 4:
-            raise Truncated("truncated: its header is cut short")
-        last = header[0] >= 128
-        position += 4 + int.from_bytes(header[1:], "big")
-    info = raw.read_at(begin, 42)
-    if len(info) < 42 or info[4] & 127:
-        return Layout()  # the decoder will say
-    if position >= end:
-        raise BadAudio("header only, no samples")
-    stated = int.from_bytes(info[18:26], "big") & (1 << 36) - 1
-    layout = Layout(begin=begin, end=None if end == size else end)
-    if not thorough and stated:
-        return layout
-    if thorough and _find(raw, b"fLaC\0\0\0\x22", position, end) >= 0:
-        raise more_sound("another FLAC follows the first", "convert each to a file of its own")
-    frames = _last_sample(raw, info, position, end)
-    if frames is None:
-        return layout._replace(must_decode=True, seekable=bool(stated), frames=stated or None)
-    if not stated:
-        total = int.from_bytes(info[18:26], "big") | min(frames, (1 << 36) - 1)
-        return layout._replace(begin=begin + 26, head=info[:18] + total.to_bytes(8, "big"))
-    if frames < stated:
-        raise Truncated(f"truncated: {frames} of {stated} samples")
-    if frames > stated:
-        raise more_sound(f"{frames:,} samples where its header states {stated:,}", "convert it, e.g. with ffmpeg")
-    return layout
-
-
-def _find(raw: Window, pattern: bytes, begin: int, end: int) -> int:
-    while begin < end:
-        block = raw.read_at(begin, min(1 << 20, end - begin))
-        if (at := block.find(pattern)) >= 0:
-            return begin + at
-        if len(block) < len(pattern) or begin + len(block) >= end:
-            break
-        begin += len(block) - len(pattern) + 1
-    return -1
-
-
-def _last_sample(raw: Window, info: bytes, begin: int, end: int) -> int | None:
-    """The number of the sample after the last frame's, None where the stream does not end with a whole frame."""
-    largest = int.from_bytes(info[15:18], "big") or 1 << 17
-    tail = raw.read_at(max(begin, end - largest - 64), min(end - begin, largest + 64))
-    at = len(tail)
-    while (at := tail.rfind(b"\xff", 0, at)) >= 0:
-        if tail[at + 1 : at + 2] not in (b"\xf8", b"\xf9"):
-            continue
-        frame = _flac_frame(tail[at : at + 16], int.from_bytes(info[8:10], "big"))
-        if frame is not None and _crc(tail[at:], 16, CRC_16) == 0:
-            return frame
-    return None
-
-
-def _flac_frame(head: bytes, blocksize: int) -> int | None:
-    """The number of the sample after this frame's, None where no frame begins so."""
-    if len(head) < 6:
-        return None
-    size_code, rate_code, ones = head[2] >> 4, head[2] & 15, 0
-    while ones < 8 and head[4] << ones & 128:
-        ones += 1
-    length = max(1, ones)
-    if ones in (1, 8) or size_code == 0 or rate_code == 15:
-        return None
-    number = head[4] & (0x7F >> ones)
-    for byte in head[5 : 4 + length]:
-        if byte >> 6 != 2:
-            return None
-        number = number << 6 | byte & 63
-    at = 4 + length
-    wide = {6: 1, 7: 2}.get(size_code, 0)
-    samples = int.from_bytes(head[at : at + wide], "big") + 1
-    if not wide:
-        samples = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
-    at += wide + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-    if at >= len(head) or _crc(head[: at + 1], 8, CRC_8):
-        return None
-    return (number if head[1] & 1 else number * blocksize) + samples
+# --- checksums ------------------------------------------------------------------------------------------------------
 
 
 def _crc_table(bits: int, polynomial: int) -> list[int]:
@@ -477,11 +423,11 @@ def _crc_table(bits: int, polynomial: int) -> list[int]:
     return table
 
 
-CRC_8, CRC_16 = _crc_table(8, 0x07), _crc_table(16, 0x8005)
+CRC_8, CRC_16, CRC_32 = _crc_table(8, 0x07), _crc_table(16, 0x8005), _crc_table(32, 0x04C11DB7)
 
 
-def _crc(data: bytes, bits: int, table: list[int]) -> int:
-    """Of data with its checksum behind it: 0 where they agree."""
+def checksum(data: bytes, bits: int, table: list[int]) -> int:
+    """A cyclic redundancy check; 0 for data with its checksum behind it."""
     crc, shift, mask = 0, bits - 8, (1 << bits) - 1
     for byte in data:
         crc = (crc << 8 & mask) ^ table[crc >> shift ^ byte]

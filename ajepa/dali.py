@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ajepa.audiofile import INT16, read_bytes, wav_bytes
+from ajepa.audiofile import INT16, audio_bytes, wav_bytes
 from ajepa.columns import Entry
 from ajepa.index import Index
 from ajepa.reader import Clips, Cut, Plan, Reader
@@ -125,7 +125,7 @@ class DaliReader(Reader):
         if row in self._refused or not self._suits(entry, cut):
             return SILENCE._replace(item=row, clip=self.read_clip(entry, fraction, gain))
         packed = entry.format in FORMATS.values()
-        data = self.shards.read(entry) if packed else read_bytes(entry.path, entry.offset, self.size(entry))
+        data = self.shards.read(entry) if packed else audio_bytes(entry.path, entry.offset, self.size(entry))
         return Piece(row, data, entry.total, cut)
 
     def _suits(self, entry: Entry, cut: Cut) -> bool:

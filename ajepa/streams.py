@@ -4,14 +4,16 @@ Neither states where its samples are, so both are walked from end to end. No sam
 """
 
 import itertools
+import re
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from ajepa.containers import BadAudio, Layout, Truncated, Window, id3_size, more_sound
+from ajepa.containers import CRC_32, BadAudio, Layout, Truncated, Window, checksum, id3_size, more_sound
 
 BLOCK = 1 << 18  # bytes read at a time
 
@@ -28,14 +30,17 @@ class _Bytes:
             self.block, self.base, at = self.raw.read_at(position, max(count, BLOCK)), position, 0
         return self.block[at : at + count]
 
-    def find(self, pattern: bytes, begin: int, end: int) -> int:
-        """The first place of the pattern, -1 where there is none."""
-        while begin + len(pattern) <= end:
-            block = self(begin, min(BLOCK, end - begin))
-            if (at := block.find(pattern)) >= 0:
-                return begin + at
-            begin += max(1, len(block) - len(pattern) + 1)
-        return -1
+    def places(self, pattern: re.Pattern, begin: int, end: int) -> Iterator[int]:
+        """Where a pattern of at most 8 bytes begins."""
+        while begin < end:
+            block = self.raw.read_at(begin, min(BLOCK, end - begin))
+            last = begin + len(block) >= end or len(block) < BLOCK
+            for found in pattern.finditer(block):
+                if last or found.start() < len(block) - 7:
+                    yield begin + found.start()
+            if last:
+                break
+            begin += len(block) - 7
 
 
 # --- Ogg ------------------------------------------------------------------------------------------------------------
@@ -46,8 +51,9 @@ class VorbisPages:
 
     MARGIN = 3 * 8192  # samples; a packet holds at most 8192, and two must be decoded before the first that counts
 
-    def __init__(self, head: bytes, positions: array, granules: array, end: int):
-        self.head, self.positions, self.granules, self.end = head, positions, granules, end
+    def __init__(self, head: bytes, positions: array, granules: array, end: int, tail: bytes):
+        self.head, self.positions, self.granules = head, positions, granules
+        self.end, self.tail = end, tail  # as of `Layout`
         self.origin: int | None = None  # granule of the first sample, which only a decoder knows
 
     def part(self, start: int, count: int) -> tuple[Layout, int] | None:
@@ -55,12 +61,15 @@ class VorbisPages:
 
         Samples count as granules do. None where they are best decoded from the first page on.
         """
-        first = bisect_right(self.granules, start - self.MARGIN)
         last = bisect_left(self.granules, start + count)  # the first page that ends there or later
-        if first == 0 or last >= len(self.granules):
+        # The last page of a stream is cut to where it ends only if another page is decoded before it.
+        first = min(bisect_right(self.granules, start - self.MARGIN), last - 1)
+        if first <= 0 or last >= len(self.granules):
             return None
-        end = self.positions[last + 1] if last + 1 < len(self.positions) else self.end
-        return Layout(begin=self.positions[first], end=end, head=self.head), self.granules[last]
+        layout = Layout(begin=self.positions[first], end=self.end, head=self.head, tail=self.tail)
+        if last + 1 < len(self.positions):
+            layout = layout._replace(end=self.positions[last + 1], tail=b"")
+        return layout, self.granules[last]
 
 
 class OpusPages:
@@ -93,16 +102,18 @@ class OpusPages:
 def ogg(raw: Window, begin: int, end: int) -> Layout:
     """Raises BadAudio for a cut stream, and for several, one after the other or interleaved."""
     data = _Bytes(raw)
-    serial, position, last = None, begin, b""
-    head_end, packets, only_heads, codec = begin, 0, True, ""
+    serial, position, page_end, last = None, begin, begin, b""
+    head_end, packets, only_heads, codec, holes = begin, 0, True, "", False
     positions, granules, pure = array("q"), array("q"), bytearray()
     while position < end:
         header = data(position, min(282, end - position))
+        if len(header) < 5 and b"OggS".startswith(header[:4]):
+            raise Truncated("truncated: the last page is cut short")
         if header[:5] != b"OggS\0":
-            again = data.find(b"OggS\0", position, end)
+            again = next(data.places(PAGE, position, end), -1)
             if again < 0:
                 break  # tags, padding or garbage
-            position = again  # damage, which the decoder will report
+            position, holes = again, True  # which the decoder will report
             continue
         table = header[27 : 27 + header[26]] if len(header) >= 27 else b""
         size = 27 + len(table) + sum(table)
@@ -132,17 +143,29 @@ def ogg(raw: Window, begin: int, end: int) -> Layout:
         page_end = position
     if not last:
         return Layout()
-    if not last[0] & 4 and last[-1] == 255 and len(last) > 1:
-        raise Truncated("truncated: the last packet continues on a page that is missing")
+    audio_end, tail = page_end, b""
+    if not last[0] & 4:
+        if last[-1] == 255 and len(last) > 1:
+            raise Truncated("truncated: the last packet continues on a page that is missing")
+        if positions:  # the decoder wants to be told that it is the last page
+            audio_end = positions[-1]
+            page = raw.read_at(audio_end, page_end - audio_end)
+            bare = page[:22] + bytes(4) + page[26:]
+            if checksum(bare, 32, CRC_32).to_bytes(4, "little") == page[22:26]:
+                bare = bare[:5] + bytes([bare[5] | 4]) + bare[6:]
+                tail = bare[:22] + checksum(bare, 32, CRC_32).to_bytes(4, "little") + bare[26:]
+            else:
+                audio_end = page_end
     index: VorbisPages | OpusPages | None = None
-    if all(a <= b for a, b in itertools.pairwise(granules)):
+    if not holes and all(a <= b for a, b in itertools.pairwise(granules)):
         if codec == "vorbis" and head_end - begin < 1 << 20:
-            index = VorbisPages(raw.read_at(begin, head_end - begin), positions, granules, page_end)
+            index = VorbisPages(raw.read_at(begin, head_end - begin), positions, granules, audio_end, tail)
         elif codec == "opus":
             index = OpusPages(granules, pure)
-    return Layout(begin=begin, end=None if page_end == raw.size else page_end, index=index)
+    return Layout(begin, None if audio_end == raw.size else audio_end, tail=tail, index=index)
 
 
+PAGE = re.compile(b"OggS\\0")
 HEADS = {"vorbis": 3, "opus": 2}  # packets before the first of sound
 
 
@@ -170,8 +193,16 @@ KBPS = {  # by (MPEG-1?, layer): the 14 bit rates that have a number
 }
 KIND = 0xFFFE0C00  # the bits of a frame's header that all frames of a stream share: version, layer and rate
 DELAY = 529  # samples by which a decoder lags
-SEARCH = 1 << 17  # bytes in front of the first frame that are looked through
+SEARCH = 1 << 18  # bytes without a frame that are looked through for the next
 CHAIN = 4  # frames in a row that are no accident
+# The beginning of a frame, as far as bytes tell: 11 bits set, no reserved version, layer, bit rate or sample rate.
+HEADER = re.compile(
+    b"\xff(?=[%b][%b])"
+    % (
+        b"".join(b"\\x%02x" % x for x in range(0xE0, 0x100) if x >> 3 & 3 != 1 and x >> 1 & 3),
+        b"".join(b"\\x%02x" % x for x in range(256) if x >> 4 not in (0, 15) and x >> 2 & 3 != 3),
+    )
+)
 
 
 class Frame:
@@ -338,7 +369,8 @@ def mpeg(raw: Window, begin: int, end: int) -> Layout | None:
             continue
         if at <= last and size and position + size > end:
             break  # the last frame is cut short, and no decoder plays it
-        position, other = _first_frame(data, _after_tag(data, position), end, end)
+        position = _after_tag(data, position)
+        position, other = _first_frame(data, position, min(end, position + SEARCH), end)
         if position < 0:
             break  # tags, padding or garbage
         gaps += 1
@@ -356,7 +388,8 @@ def mpeg(raw: Window, begin: int, end: int) -> Layout | None:
         samples = stated * first.samples - max(0, info.padding - DELAY) - skipped
     index = None if gaps else MpegFrames(positions, audio_end, first, skipped, spoiled)
     # Without a stated length libsndfile estimates one, and stops there: it is made to estimate too much.
-    return Layout(begin, audio_end, frames=samples, must_decode=bool(gaps), overstate=not skipped, index=index)
+    counted = samples if skipped or not gaps else None
+    return Layout(begin, audio_end, frames=counted, must_decode=gaps > 0, overstate=not skipped, index=index)
 
 
 class Info(NamedTuple):
@@ -405,8 +438,7 @@ def _after_tag(data: _Bytes, position: int) -> int:
 
 def _first_frame(data: _Bytes, begin: int, last: int, end: int) -> tuple[int, int]:
     """The place before `last` where frames begin and what they share; -1 where there is none."""
-    position = begin
-    while (position := data.find(b"\xff", position, last)) >= 0:
+    for position in data.places(HEADER, begin, last):
         header = int.from_bytes(data(position, 4), "big")
         at, frames = position, 0
         while frames < CHAIN and at + 4 <= end:
@@ -416,8 +448,6 @@ def _first_frame(data: _Bytes, begin: int, last: int, end: int) -> tuple[int, in
                 break
             at += frame.size
             frames += 1
-        whole = frames == CHAIN or (frames > 0 and at >= end - 4) or (position == begin and frames > 0)
-        if whole:
+        if frames == CHAIN or (frames > 0 and (at >= end - 4 or position == begin)):
             return position, header & KIND
-        position += 1
     return -1, 0

@@ -83,10 +83,10 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "truncated.flac": (flac[: len(flac) // 2], "cannot be decoded"),
         "short_by_a_bit.flac": (flac[:-10], ""),
         "out_of_sync.flac": (bytes(torn), "cannot be decoded"),
-        "truncated.ogg": (vorbis[: len(vorbis) // 2], "end-of-stream"),
+        "truncated.ogg": (vorbis[: len(vorbis) // 2], "truncated: the last page"),
         "cut_last_page.ogg": (vorbis[:-5], "cut short"),
-        "truncated.opus": (opus[: len(opus) // 2], "end-of-stream"),
-        "header_only.ogg": (vorbis[:100], "end-of-stream"),
+        "truncated.opus": (opus[: len(opus) // 2], "truncated: the last page"),
+        "header_only.ogg": (vorbis[:100], "truncated: the last page"),
         "truncated.mp3": (mp3[: len(mp3) // 2], "truncated"),
         "film.m4a": (b"\0\0\0\x20ftypM4A " + bytes(400), "unsupported"),
     }

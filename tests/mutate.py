@@ -1,15 +1,49 @@
 """Small valid audio files, broken in every way a seed can think of, and headers that lie."""
 
+import io
 import struct
 
 import numpy as np
+import soundfile as sf
 from make_audio import encode, noise
 
-SUFFIXES = {"wav16": ".wav", "wav_float": ".wav", "flac": ".flac", "vorbis": ".ogg", "opus": ".opus"}
+# kind: (libsndfile's container and encoding, suffix)
+KINDS = {
+    "wav": ("WAV", "PCM_16", ".wav"),
+    "wav_float": ("WAV", "FLOAT", ".wav"),
+    "wav_gsm": ("WAV", "GSM610", ".wav"),
+    "wav_adpcm": ("WAV", "MS_ADPCM", ".wav"),
+    "rf64": ("RF64", "PCM_24", ".rf64"),
+    "w64": ("W64", "PCM_16", ".w64"),
+    "aiff": ("AIFF", "PCM_16", ".aiff"),
+    "au": ("AU", "PCM_16", ".au"),
+    "au_g721": ("AU", "G721_32", ".au"),
+    "caf": ("CAF", "ALAC_16", ".caf"),
+    "flac": ("FLAC", "PCM_16", ".flac"),
+    "flac_unknown": ("FLAC", "PCM_16", ".flac"),
+    "vorbis": ("OGG", "VORBIS", ".ogg"),
+    "opus": ("OGG", "OPUS", ".opus"),
+    "mp3": ("MP3", "MPEG_LAYER_III", ".mp3"),
+    "mp3_bare": ("MP3", "MPEG_LAYER_III", ".mp3"),
+}
+SUFFIXES = {kind: suffix for kind, (_, _, suffix) in KINDS.items()}
+
+
+def original(kind: str, pcm: np.ndarray, rate: int = 16_000) -> bytes:
+    container, subtype, _ = KINDS[kind]
+    buffer = io.BytesIO()
+    samples = pcm / np.float32(32768) if subtype == "FLOAT" else pcm
+    sf.write(buffer, samples, rate, format=container, subtype=subtype)
+    data = buffer.getvalue()
+    if kind == "flac_unknown":
+        return data[:21] + bytes([data[21] & 0xF0]) + bytes(4) + data[26:]
+    if kind == "mp3_bare":  # begins with a frame of sound, and says nothing of its length
+        return data[data.index(data[:2], 200) :]
+    return data
 
 
 def originals(frames: int = 2400, rate: int = 16_000) -> dict[str, bytes]:
-    return {kind: encode(noise(frames), rate, kind) for kind in SUFFIXES}
+    return {kind: original(kind, noise(frames), rate) for kind in KINDS}
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
@@ -48,15 +82,14 @@ def ogg_claiming(samples: int, frames: int = 2400) -> bytes:
     data = bytearray(encode(noise(frames), 16_000, "vorbis"))
     page = data.rfind(b"OggS")
     data[page + 6 : page + 14] = struct.pack("<q", samples)
-    data[page + 22 : page + 26] = bytes(4)
-    data[page + 22 : page + 26] = struct.pack("<I", _ogg_crc(data[page:]))
-    return bytes(data)
+    return bytes(data[:page]) + with_crc(bytes(data[page:]))
 
 
-def _ogg_crc(data: bytes) -> int:
-    crc = 0
-    for byte in data:
+def with_crc(page: bytes) -> bytes:
+    """An Ogg page with the right checksum in place of its own."""
+    crc, page = 0, page[:22] + bytes(4) + page[26:]
+    for byte in page:
         crc ^= byte << 24
         for _ in range(8):
             crc = (crc << 1 ^ (0x04C11DB7 if crc & 0x80000000 else 0)) & 0xFFFFFFFF
-    return crc
+    return page[:22] + struct.pack("<I", crc) + page[26:]

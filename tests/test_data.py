@@ -137,7 +137,7 @@ def test_a_long_recording_is_not_read_whole(tmp_path, loader, monkeypatch, subty
         for _ in range(60):
             long.write(noise(RATE * 10))
     index = build_index(tmp_path)
-    monkeypatch.setattr(ajepa.dali, "read_bytes", lambda *_: pytest.fail("read whole"))
+    monkeypatch.setattr(ajepa.dali, "audio_bytes", lambda *_: pytest.fail("read whole"))
     sizes = []
     read = sf.SoundFile.read
 
