@@ -9,6 +9,7 @@ import functools
 import os
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 import soundfile as sf
 
 from ajepa import containers, flac, streams
-from ajepa.containers import BadAudio, Layout, Truncated, Window, open_fd, read_at
+from ajepa.containers import BadAudio, Layout, Plain, Truncated, Window, open_fd, read_at
 from ajepa.streams import MpegFrames, OpusPages, VorbisPages
 
 __all__ = [
@@ -46,6 +47,7 @@ UNREADABLE = (".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".amr", ".ape", "
 
 # Values of `AudioInfo.format` that decode to int16 without loss: 16-bit samples, stored as they are or losslessly.
 INT16 = frozenset({"CAF/ALAC_16", *(f"{container}/PCM_16" for container in sf.available_formats())})
+PLAIN = {"WAV/PCM_16", "WAVEX/PCM_16", "RF64/PCM_16"}  # read without libsndfile
 # Encodings in which libsndfile seeks to the exact sample. All others are decoded from the start, or by `Layout`.
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 SEEKABLE |= {"IMA_ADPCM", "MS_ADPCM", "ALAC_16"}
@@ -135,6 +137,8 @@ def read_samples(
     whole = _layout(path, offset, size, thorough=False)
     if whole.frames is not None and start + count > whole.frames:
         raise BadAudio(f"truncated: {whole.frames} of {start + count} samples")
+    if whole.plain is not None and format in PLAIN and sys.byteorder == "little":
+        return _read_plain(path, offset, whole.plain, start, count, out)
     layout, skip, behind = _part(path, offset, size, in_tar, whole, start, count)
     dtype = np.dtype(np.int16 if format in INT16 else np.float32)
     with _opened(path, offset, size, in_tar, layout) as sound:
@@ -152,6 +156,22 @@ def read_samples(
         if len(samples) < count:
             raise BadAudio(f"truncated: {start + len(samples)} of {start + count} samples decode")
         return samples if out is not None else _scaled(samples, sound, float_scale)
+
+
+def _read_plain(path: str, offset: int, plain: Plain, start: int, count: int, out: np.ndarray | None) -> np.ndarray:
+    samples = np.empty((count, plain.channels), np.int16) if out is None else out
+    header, frame = bytearray(len(plain.header)), 2 * plain.channels
+    fd = open_fd(path)
+    try:
+        # What is known of the file may be older than the file.
+        if read_at(fd, memoryview(header), offset) < len(header) or header != plain.header:
+            raise BadAudio("changed since it was indexed")
+        got = read_at(fd, samples.data, offset + len(header) + start * frame) // frame
+    finally:
+        os.close(fd)
+    if got < count or start + count > plain.frames:
+        raise Truncated(f"truncated: {min(start + got, plain.frames)} of {start + count} samples decode")
+    return samples
 
 
 def _part(
@@ -225,7 +245,8 @@ def _layout_cached(path: str, offset: int, size: int, *changed: int) -> Layout:
                 return streams.ogg(raw, begin, size)
         if begin and magic[:4] in (b"RIFF", b"FORM"):
             layout = _layout_cached(path, offset + begin, size - begin, *changed)
-            return layout._replace(begin=begin + layout.begin, end=begin + layout.end if layout.end else None)
+            end = begin + layout.end if layout.end else None
+            return layout._replace(begin=begin + layout.begin, end=end, plain=None)
         with Window(path, offset, size) as raw:
             return _judge(raw, begin, size)
     except (struct.error, IndexError, KeyError) as error:  # no header is to be trusted so far

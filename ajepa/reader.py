@@ -97,7 +97,7 @@ class Reader:
 
         def clip(b: int, out: np.ndarray | None) -> tuple[int, np.ndarray]:
             def read(row: int) -> tuple[int, np.ndarray]:
-                return row, self.read_clip(self.index.entries[row], plan.fractions[b], plan.gains[b], out)
+                return row, self.read_clip(self.index.entries[row], float(plan.fractions[b]), float(plan.gains[b]), out)
 
             return self.good_row(int(plan.items[b]), read, (-1, np.zeros(1, np.int16)))
 
@@ -141,9 +141,12 @@ class Reader:
 
     def cut(self, entry: Entry, fraction: float) -> Cut:
         """The clip that begins at this fraction of what the recording has to spare."""
-        total = resampled_length(entry.frames, entry.sample_rate, self.sample_rate)
+        alike = entry.sample_rate == self.sample_rate
+        total = entry.frames if alike else resampled_length(entry.frames, entry.sample_rate, self.sample_rate)
         count = min(total, self.clip_samples)
         first = min(int(fraction * (total - count + 1)), total - count)
+        if alike:
+            return Cut(first, count, first, first + count)
         start, stop = input_span(first, count, entry.sample_rate, self.sample_rate)
         return Cut(first, count, max(0, start), min(entry.frames, stop))
 
