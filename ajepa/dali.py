@@ -21,8 +21,13 @@ from ajepa.reader import Clips, Cut, Plan, Reader
 from ajepa.shards import FORMATS
 
 # `Entry.format` of what DALI decodes, and of what it decodes faster than soundfile does (benchmarks/bench_decode.py).
-FASTER = {"FLAC/PCM_16", "FLAC/PCM_24", "OGG/VORBIS", "OGG/OPUS", "WAV/PCM_24", "WAVEX/PCM_24", FORMATS["flac"]}
-DECODES = {*FASTER, "FLAC/PCM_S8", *(f"{kind}/{code}" for kind in ("WAV", "WAVEX") for code in ("PCM_16", "FLOAT"))}
+FASTER = {"FLAC/PCM_16", "FLAC/PCM_24", "OGG/OPUS", "WAV/PCM_24", "WAVEX/PCM_24", FORMATS["flac"]}
+DECODES = {
+    *FASTER,
+    "FLAC/PCM_S8",
+    "OGG/VORBIS",
+    *(f"{kind}/{code}" for kind in ("WAV", "WAVEX") for code in ("PCM_16", "FLOAT")),
+}
 # Beyond either, libsndfile seeks and reads the crop alone; within both DALI decodes the whole file.
 WHOLE_FILE_CLIPS = 2
 WHOLE_FILE_BYTES = 64 << 20

@@ -127,7 +127,7 @@ def kernels() -> Iterator[Line]:
     from ajepa_kernels import _extension, _triton
 
     built = "C++ and CUDA" if _extension.CUDA else "C++ only" if _extension.AVAILABLE else ""
-    yield "extension (log_mel)", built or f"not active: {_extension.MISSING}"
+    yield "extension (log_mel, resample)", built or f"not active: {_extension.MISSING}"
     if _extension.AVAILABLE:
         yield "log_mel on the CPU", cpu_kernel(cpu_flags(), os.environ.get("AJEPA_CPU_ISA", "avx512"))
     why_not = _triton.cannot_launch(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
@@ -190,6 +190,13 @@ def operations(device: str) -> dict[str, Callable[[str], list]]:
         pcm = (made(2, 32_000).detach().float() * 3000).to(torch.int16)
         return [ops.log_mel(pcm, ops.LOG_MEL_PRESETS["a-jepa"], impl=impl)]
 
+    def resample(impl: str) -> list:
+        from ajepa_kernels import _extension
+
+        pcm = made(2, 9_000).detach().float()
+        # Without the extension soxr takes its place, whose filter is another one.
+        return [ops.resample(pcm, 44_100, 16_000, impl=impl if _extension.AVAILABLE else "reference")]
+
     def update(impl: str) -> list:
         p, target = torch.nn.Parameter(made(40, 33).detach().float()), made(40, 33, seed=1).detach().float()
         if impl == "reference":
@@ -206,7 +213,7 @@ def operations(device: str) -> dict[str, Callable[[str], list]]:
 
     return {
         "masked_attention": attention, "latent_l2_loss": loss, "add_layer_norm": norm, "log_mel": log_mel,
-        "AdamWEMA": update,
+        "resample": resample, "AdamWEMA": update,
     }  # fmt: skip
 
 

@@ -43,7 +43,6 @@ except ImportError:  # Windows
 LEFT_OUT = "left_out.tsv"
 OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock")  # what packing writes
 MEGABYTE = 1_000_000
-FAR_BEYOND = 16.0  # times full scale: samples that were not meant to lie in [-1, 1)
 SAMPLED = 32  # clips that `--dry-run` compresses, to tell the size of FLAC shards
 
 

@@ -38,7 +38,7 @@ def test_a_healthy_machine_has_no_problem(capsys):
     assert report.count("DIFFERS") == report.count("FAILS") == report.count("CANNOT") == 0
 
 
-@pytest.mark.parametrize("name", ["masked_attention", "latent_l2_loss", "add_layer_norm", "log_mel"])
+@pytest.mark.parametrize("name", ["masked_attention", "latent_l2_loss", "add_layer_norm", "log_mel", "resample"])
 def test_an_op_that_computes_something_else_is_named(name, monkeypatch, capsys):
     real = getattr(ajepa_kernels, name)
 

@@ -1,6 +1,7 @@
 """Every command hears the same: what lies above the new Nyquist frequency is gone, what lies below is untouched, and
 none of it depends on the decoder, on shards, or on where in the file a clip is cut."""
 
+import io
 import math
 import os
 import subprocess
@@ -126,10 +127,30 @@ def test_embed_encoder_and_export(tone, tmp_path, run, monkeypatch):
 # --- one clip, whoever reads it -------------------------------------------------------------------------------------
 
 
+OTHERS = [
+    ("WAV", "GSM610", "wav", 8_000), ("WAV", "NMS_ADPCM_32", "wav", 8_000), ("WAV", "IMA_ADPCM", "wav", 22_050),
+    ("AU", "G721_32", "au", 8_000), ("AU", "PCM_16", "au", 44_100), ("AIFF", "PCM_16", "aiff", 44_100),
+    ("W64", "PCM_24", "w64", 48_000), ("RF64", "PCM_16", "rf64", 44_100), ("CAF", "ALAC_16", "caf", 44_100),
+    ("WAVEX", "PCM_16", "wav", 96_000),
+]  # fmt: skip
+
+
+def other(container: str, subtype: str, _: str, rate: int, seed: int) -> bytes:
+    buffer = io.BytesIO()
+    sf.write(buffer, noise(rate // 2, seed), rate, format=container, subtype=subtype)
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def mixed(tmp_path):
     """Recordings of every format at several rates and channel counts, as files and as members of a tar."""
-    members = {}
+    members = {f"{i}-{case[0]}-{case[1]}.{case[2]}": other(*case, seed=30 + i) for i, case in enumerate(OTHERS)}
+    piped = bytearray(encode(noise(20_000, 20, channels=2), 44_100))
+    piped[40:44] = (0x7FFFF000).to_bytes(4, "little")
+    members["piped.wav"] = bytes(piped)
+    members["tagged.flac"] = encode(noise(20_000, 21), 44_100, "flac") + b"TAG" + bytes(125)
+    flac = encode(noise(20_000, 22), 44_100, "flac")
+    members["unknown.flac"] = flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]  # of how many samples
     for i, kind in enumerate(FORMATS):
         for rate, channels in ((RATE, 1), (44_100, 2), (48_000, 1)):
             if kind != "opus" or rate == 48_000:
@@ -143,6 +164,7 @@ def mixed(tmp_path):
 
 
 def lossless(index) -> list[bool]:
+    assert not index.skipped
     return [not entry.format.startswith(("OGG", "MP3")) for entry in index.entries]
 
 
