@@ -108,6 +108,7 @@ def build_index(
             and `duration`, or `start` and `end`, in seconds; webdataset tars, as a path, a glob or a brace range
             (`shard-{000..010}.tar`); or what `python -m ajepa.pack` wrote: its folder, or one shard.
         where: keeps rows by column: `"fold=1,2,3"`, `"speaker!=theo"`; several are joined by `;` or given as a list.
+            A cell that holds a list has each of its values.
         label_column: the manifest column to take labels from; default `label`, `target`, `category`, `class`...
         cache_dir: where the verdicts are kept; default `cache_root() / "index"`.
         threads: files checked at once; 0 takes the cores this process may use.
@@ -218,12 +219,17 @@ def _select(columns: Mapping[str, Sequence[str]], where: str | Sequence[str], so
         if name not in columns:
             raise DataError(f"where: {source} has no column {name!r}; its columns: {', '.join(columns) or 'none'}")
         wanted = {value.strip() for value in values.split(",")}
-        met = np.array([(value in wanted) != negate for value in columns[name]], bool)
+        met = np.array([_has(value, wanted) != negate for value in columns[name]], bool)
         keep = met if keep is None else keep & met
     rows = [] if keep is None else np.flatnonzero(keep).tolist()
     if keep is not None and not rows:
         raise DataError(f"where: no row of {source} has {where if isinstance(where, str) else '; '.join(where)}")
     return rows if keep is not None else list(range(len(next(iter(columns.values()), []))))
+
+
+def _has(value: str, wanted: set[str]) -> bool:
+    """Whether a cell is one of the values, or a list that holds one."""
+    return value in wanted or (value.startswith("[") and not wanted.isdisjoint(decode_label(value) or ()))
 
 
 class _Cache:

@@ -600,3 +600,17 @@ def test_every_line_of_a_random_tsv_is_an_entry_or_skipped(tmp_path, seed):
     (tmp_path / "m.tsv").write_text("path\tsentence\tlocale\n" + "\n".join(lines) + "\n")
     made = build_index(tmp_path / "m.tsv")
     assert len(made) + len(made.skipped) == len(lines)
+
+
+def test_where_finds_a_value_within_a_list(tmp_path):
+    write_set(tmp_path, 4)
+    labels = [["dog", "cat"], ["dog"], "cat", ["cow"]]
+    rows = [{"file": f"{i:03d}.wav", "labels": label} for i, label in enumerate(labels)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def rows_of(where: str) -> list[str]:
+        return [os.path.basename(entry.path) for entry in build_index(tmp_path / "m.jsonl", where=where).entries]
+
+    assert rows_of("labels=dog") == rows_of("label=dog") == ["000.wav", "001.wav"]
+    assert rows_of("labels=cat,cow") == ["000.wav", "002.wav", "003.wav"]
+    assert rows_of("labels!=dog") == ["002.wav", "003.wav"]
