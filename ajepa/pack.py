@@ -101,8 +101,8 @@ class Packed:
 
 def pack(args: Arguments, console: Console) -> Packed:
     """Raises PackError, DataError, OSError."""
-    if not 1_000 <= args.rate <= 1_000_000:
-        raise PackError(f"--rate {args.rate}: a rate of 1,000 to 1,000,000 Hz is needed")
+    if not 1_000 <= args.rate <= 384_000:
+        raise PackError(f"--rate {args.rate}: a rate of 1,000 to 384,000 Hz is needed")
     if args.shard_mb < 1 or not 0 < args.max_hours < 1_000 or args.threads < 0:
         raise PackError("--shard-mb must be 1 or more, --max-hours above 0 and below 1,000, --threads 0 or more")
     if is_shards(args.source):

@@ -186,7 +186,7 @@ class Shard:
         if size != HEADER_SIZE + header.payload + header.tables:
             expected = HEADER_SIZE + header.payload + header.tables
             raise ShardError(f"{self.path}: {size:,} bytes instead of {expected:,}, cut short; {REMEDY}")
-        if not 1_000 <= header.sample_rate <= 1_000_000:
+        if not 1_000 <= header.sample_rate <= 384_000:
             raise ShardError(f"{self.path}: implausible sample rate of {header.sample_rate} Hz; {REMEDY}")
         return header
 
