@@ -63,8 +63,8 @@ struct Clip {  // one row of pcm
   const float* read(int64_t at, int64_t n, float* buffer) const {
     const bool inside = at >= start && at + n <= stop;
     const int64_t frame = p.channels * (p.pcm_int16 ? 2 : 4), bytes = n * frame;
-    if (inside && bytes <= 2048)  // the next piece of this row: so many rows take turns that no processor foresees it
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(pcm + (at + n) * frame + line);
+    if (inside && bytes <= 2048)  // the row's next piece but one: so many rows take turns that no processor foresees it
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(pcm + (at + 2 * n) * frame + line);
     if (inside && !p.pcm_int16 && p.channels == 1) return reinterpret_cast<const float*>(pcm) + at;
     const int64_t low = at > start ? at : start, high = at + n < stop ? at + n : stop;
     if (low >= high) {
