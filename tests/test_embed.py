@@ -18,7 +18,7 @@ from ajepa import embed
 from ajepa.config import PRESETS
 from ajepa.encoder import Encoder, EncoderConfig
 from ajepa.files import write_atomic
-from ajepa_kernels import resample
+from ajepa_kernels import _extension, resample
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,7 @@ def test_embeddings_are_the_encoders_own(encoder, recordings, tmp_path, suffix, 
     assert len(names) == 2 and clips.shape == (2, 8 * 128) and frames is None
 
 
+@pytest.mark.skipif(not _extension.AVAILABLE, reason="no extension: soxr resamples, and gives slices bits of their own")
 def test_streamed_resampling_is_that_of_the_whole(encoder, tmp_path):
     """A minute at 44.1 kHz passes through many decoded blocks."""
     one, _ = encoder
