@@ -51,8 +51,8 @@ def whole_rows(records: list[dict]) -> list[list[str]]:
 
 
 ON_A_CPU = (
-    "On a CPU `log_mel` and `resample` have kernels; the floor of `log_mel` is a bare rfft of its frames, which does less.\n"
-    "The other ops are their plain definitions there, which torch.compile may beat."
+    "On a CPU `log_mel` and `resample` have kernels; the floor of `log_mel` is a bare rfft of its frames, which does\n"
+    "less. The other ops are their plain definitions there, which torch.compile may beat."
 )
 WHOLE_HEAD = (
     "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | of the step alone"
