@@ -214,8 +214,6 @@ def test_from_shards(batch, shards, record):
 @pytest.mark.skipif(QUICK, reason="engines on recordings that are made first: minutes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_end_to_end(kind, recordings, record):
-    if kind == "FLAC":
-        pytest.importorskip("nvidia.dali", reason="FLAC is decoded by DALI, which is not installed")
     device, samplers = torch.device(DEVICE), [MaskSampler(CFG.mask, CFG.front_end.grid)]
     index = build_index(recordings[kind], decode=False, progress=False)
     plain = dataclasses.replace(CFG, impl="reference")

@@ -41,7 +41,7 @@ LIBRARY = "kernels/ajepa_kernels/_C.abi3.so"
 EXTENSION, KERNELS = ("csrc/*", "setup.py"), ("kernels/ajepa_kernels/*.py",)  # the sources of either
 WORK = ROOT / "build/prebuilt"  # objects, an environment for each version of Python, and Triton's cache
 TORCH = "torch==2.11.0"  # of the GPU machine; it brings the Triton that it was released with
-# What CUDA images lack, but for DALI, whose 200 MB only compressed recordings need.
+# What CUDA images lack, but for DALI: 200 MB, and libsndfile decodes in its place.
 WHEELS = ["soundfile", "cffi", "pycparser", "soxr", "isal", "tyro", "docstring-parser", "typeguard", "pydantic"]
 KINDS = ("cubin", "json")  # what a kernel needs of the files that Triton keeps
 MACHINE = """

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"ajepa": "ajepa", "ajepa_kernels": "kernels/ajepa_kernels"}
 # C++ and CUDA sources of a module's ops, which no import names.
 NATIVE = {
-    "ajepa_kernels.log_mel": ("csrc/log_mel*",),
-    "ajepa_kernels.resample": ("csrc/resample*",),
+    "ajepa_kernels.log_mel": ("csrc/log_mel*", "csrc/simd_cpu.h"),
+    "ajepa_kernels.resample": ("csrc/resample*", "csrc/simd_cpu.h"),
     "ajepa_kernels.mlp": ("csrc/gelu_product*", "csrc/cublaslt.h"),
 }
 # Settings, files, and what chooses between a kernel and its plain definition: a new flag is no new kernel.

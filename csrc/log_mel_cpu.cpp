@@ -7,7 +7,7 @@
 #include <math.h>
 #include <string.h>
 
-#include <utility>  // integer_sequence: types only
+#include <utility>  // for simd_cpu.h: types only
 #if defined(__F16C__)
 #include <immintrin.h>  // every function of it is forced inline
 #endif
@@ -16,49 +16,9 @@ namespace ajepa {
 namespace {
 
 constexpr int W = AJEPA_LANES;
-typedef float vf __attribute__((vector_size(4 * W), may_alias));
-typedef int32_t vi __attribute__((vector_size(4 * W), may_alias));
-typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-struct Complex {
-  vf re, im;
-};
-inline Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
-inline Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
-inline Complex times_minus_i(Complex a) { return {a.im, -a.re}; }
-inline Complex times(Complex a, const float* w) { return {a.re * w[0] - a.im * w[1], a.re * w[1] + a.im * w[0]}; }
+#include "simd_cpu.h"
 
 // ---- Transform: decimation in frequency, in place, result in digit-reversed order ----
-
-inline void dft(Complex (&a)[2]) {
-  const Complex t = a[0] - a[1];
-  a[0] = a[0] + a[1];
-  a[1] = t;
-}
-inline void dft(Complex (&a)[4]) {
-  const Complex s = a[0] + a[2], d = a[0] - a[2], t = a[1] + a[3], e = times_minus_i(a[1] - a[3]);
-  a[0] = s + t, a[1] = d + e, a[2] = s - t, a[3] = d - e;
-}
-inline void dft(Complex (&a)[5]) {
-  constexpr float c1 = 0.30901699437494742f, c2 = -0.80901699437494742f, s1 = 0.95105651629515357f,
-                  s2 = 0.58778525229247313f;
-  const Complex p = a[1] + a[4], q = a[2] + a[3], m = times_minus_i(a[1] - a[4]), n = times_minus_i(a[2] - a[3]);
-  const Complex r = {a[0].re + c1 * p.re + c2 * q.re, a[0].im + c1 * p.im + c2 * q.im};
-  const Complex s = {a[0].re + c2 * p.re + c1 * q.re, a[0].im + c2 * p.im + c1 * q.im};
-  const Complex u = {s1 * m.re + s2 * n.re, s1 * m.im + s2 * n.im}, v = {s2 * m.re - s1 * n.re, s2 * m.im - s1 * n.im};
-  a[0] = a[0] + p + q, a[1] = r + u, a[2] = s + v, a[3] = s - v, a[4] = r - u;
-}
-inline void dft(Complex (&a)[8]) {
-  constexpr float h = 0.70710678118654752f;
-  Complex even[4] = {a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]};
-  const Complex d1 = a[1] - a[5], d3 = a[3] - a[7];
-  Complex odd[4] = {a[0] - a[4],
-                    {(d1.re + d1.im) * h, (d1.im - d1.re) * h},
-                    times_minus_i(a[2] - a[6]),
-                    {(d3.im - d3.re) * h, (d3.re + d3.im) * -h}};
-  dft(even), dft(odd);
-  for (int q = 0; q < 4; ++q) a[2 * q] = even[q], a[2 * q + 1] = odd[q];
-}
 
 // Strides of 2^n bytes would put every input of a butterfly into one set of the cache, so blocks of 2^granule values lie
 // one value apart. Blocks below that size have no pads inside.
@@ -172,24 +132,6 @@ void power_spectrum(const Plan& plan, const vf* x, vf* power) {
 }
 
 // ---- Frames in ----
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define AJEPA_SHUFFLE __builtin_shufflevector
-#else
-#define AJEPA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
-#endif
-template <int H, int... I>
-inline void exchange(vf& a, vf& b, std::integer_sequence<int, I...>) {
-  const vf low = AJEPA_SHUFFLE(a, b, (I & H ? W + I - H : I)...);
-  b = AJEPA_SHUFFLE(a, b, (I & H ? W + I : I + H)...);
-  a = low;
-}
-template <int H = W / 2>
-inline void transpose(vf (&rows)[W]) {
-  for (int i = 0; i < W; ++i)
-    if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_integer_sequence<int, W>{});
-  if constexpr (H > 1) transpose<H / 2>(rows);
-}
 
 double sum(const int16_t* x, int64_t n) {
   int64_t total = 0;

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_build import build_on_host
 from log_mel_cases import (
     PRESETS,
     SIGNALS,
@@ -25,7 +25,6 @@ from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_referenc
 from ajepa_kernels.log_mel import _log_mel_fused
 
 ROOT = Path(__file__).parent.parent
-CXX = os.environ.get("CXX", "c++").split()[0]
 SIZES = [128, 256, 400, 512, 1024, 2048, 4096, 8192]
 
 
@@ -49,15 +48,7 @@ class LogMel(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """`log_mel` through the CUDA source: same arguments, same result."""
-    if shutil.which(CXX) is None:
-        pytest.skip(f"no C++ compiler ({CXX})")
-    library = tmp_path_factory.mktemp("cuda_on_host") / "log_mel.so"
-    source = ROOT / "tests/cuda_on_host/log_mel.cpp"
-    command = [CXX, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", str(source)]
-    if platform.machine() == "x86_64":
-        command += ["-mfma", "-ffp-contract=fast"]  # it rounds as a GPU does
-    subprocess.run([*command, "-o", str(library)], check=True)
-    run = ctypes.CDLL(str(library)).log_mel_on_host
+    run = build_on_host("log_mel", tmp_path_factory.mktemp("cuda_on_host")).log_mel_on_host
 
     def op(pcm, lengths, window, weights, segments, offsets, twiddles, out, **scalars):
         batch, patch_rows, patches, patch_mels, patch_frames = out.shape

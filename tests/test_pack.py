@@ -16,7 +16,6 @@ from ajepa.index import DataError, build_index
 from ajepa.pack import main
 from ajepa.shards import HEADER_SIZE, Shard
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 RATE = 16000
 
 

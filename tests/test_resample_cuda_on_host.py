@@ -3,7 +3,6 @@
 import ctypes
 import importlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_build import build_on_host
 
 from ajepa_kernels import input_span, resample_reference, resampled_length
 
 module = importlib.import_module("ajepa_kernels.resample")  # the package's attribute of this name is the function
 ROOT = Path(__file__).parent.parent
-CXX = os.environ.get("CXX", "c++").split()[0]
 
 
 class Resample(ctypes.Structure):
@@ -34,15 +33,7 @@ class Resample(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """`resample` through the CUDA source: same arguments, same result."""
-    if shutil.which(CXX) is None:
-        pytest.skip(f"no C++ compiler ({CXX})")
-    library = tmp_path_factory.mktemp("cuda_on_host") / "resample.so"
-    source = ROOT / "tests/cuda_on_host/resample.cpp"
-    command = [CXX, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", str(source)]
-    if platform.machine() == "x86_64":
-        command += ["-mfma", "-ffp-contract=fast"]  # it rounds as a GPU does
-    subprocess.run([*command, "-o", str(library)], check=True)
-    run = ctypes.CDLL(str(library)).resample_on_host
+    run = build_on_host("resample", tmp_path_factory.mktemp("cuda_on_host")).resample_on_host
 
     def op(pcm, lengths, rows, twiddles, response, positions, out, *method):
         up, down, half, phases, interpolated, size_in, *_, first, offset = method

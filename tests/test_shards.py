@@ -24,7 +24,6 @@ from ajepa.resident import ResidentLoader
 from ajepa.shards import BLOCK, HEADER, HEADER_SIZE, Header, Shard, ShardError
 from ajepa.train import main as train
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 CPU = torch.device("cpu")
 
 
