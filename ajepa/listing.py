@@ -77,10 +77,25 @@ def label_column_of(source: str, names: Sequence[str], wanted: str | None) -> st
     return wanted if wanted is not None else find_column(names, LABEL_COLUMNS)
 
 
+def readable(text: str) -> str:
+    """Text that can be shown: bytes that are no UTF-8, kept as surrogates so far, are read as Latin-1."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return text.encode(errors="surrogateescape").decode("latin-1")
+    except UnicodeEncodeError:  # half of a pair, as JSON can hold
+        return text.encode(errors="backslashreplace").decode()
+
+
 def text_of(value: Any) -> str:
     """A cell of a manifest as text; a missing value is empty, and a whole number has no fraction."""
     if isinstance(value, str):
-        return value
+        return readable(value)
     if value is None or isinstance(value, bytes) or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):

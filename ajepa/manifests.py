@@ -22,6 +22,7 @@ from ajepa.listing import (
     encode_label,
     find_column,
     label_column_of,
+    readable,
     text_of,
 )
 from ajepa.parquet import Stored, read_parquet
@@ -105,6 +106,10 @@ def _add_rows(listing: Listing, path: str, rows: Rows, path_column: str, label_c
             listing.skipped.append((where, reason_of(error)))
         else:
             listing.files.append(Listed(*place, label, values, start, duration))
+    odd = [f.label for f in listing.files if f.label and not f.label.isascii()] if label_column else []
+    raw = [row.get(label_column) for _, row in rows] if odd else []
+    if any(isinstance(cell, str) and readable(cell) != cell for cell in raw):
+        listing.warnings.append(f"{path}: not UTF-8; labels such as {odd[0]!r} are read as Latin-1: save it as UTF-8")
     if label_column:
         _check_labels(listing, path, [row.get(label_column) for _, row in rows])
 

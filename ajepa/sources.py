@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ajepa.audiofile import BadAudio, reason_of, stat_file
-from ajepa.listing import DataError, Listed, Listing
+from ajepa.listing import DataError, Listed, Listing, readable
 from ajepa.manifests import MANIFESTS, list_manifests
 from ajepa.tars import is_audio, list_tars
 
@@ -82,7 +82,7 @@ def _list_folder(root: str) -> Listing:
                 class_folders.add(below)
     labelled = len(class_folders) >= 2
     for top, path, (size, mtime) in found:
-        listing.files.append(Listed(path, "", 0, size, mtime, size, top if labelled and top else None, ()))
+        listing.files.append(Listed(path, "", 0, size, mtime, size, readable(top) if labelled and top else None, ()))
     return listing
 
 

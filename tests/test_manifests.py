@@ -614,3 +614,19 @@ def test_where_finds_a_value_within_a_list(tmp_path):
     assert rows_of("labels=dog") == rows_of("label=dog") == ["000.wav", "001.wav"]
     assert rows_of("labels=cat,cow") == ["000.wav", "002.wav", "003.wav"]
     assert rows_of("labels!=dog") == ["002.wav", "003.wav"]
+
+
+def test_text_that_is_no_utf_8_can_be_shown(tmp_path, capsys):
+    """Labels of a Latin-1 manifest, of a folder's bytes, and half a surrogate pair of JSON."""
+    write_set(tmp_path / "files", 2)
+    rows = "file,label,who\nfiles/000.wav,café,é\nfiles/001.wav,b,x\n"
+    (tmp_path / "m.csv").write_bytes(rows.encode("latin-1"))
+    index = build_index(tmp_path / "m.csv")
+    assert sorted(index.label_names) == ["b", "café"] and list(index.metadata["who"]) == ["é", "x"]
+    assert "not UTF-8; labels such as 'café'" in capsys.readouterr().err
+    (tmp_path / "m.jsonl").write_text('{"file": "files/000.wav", "label": "a\\ud83d"}\n')
+    assert build_index(tmp_path / "m.jsonl").label_names == ["a\\ud83d"]
+    for name in (b"caf\xe9", b"other"):
+        write(tmp_path / "folders" / os.fsdecode(name) / "x.wav", noise(900, len(name)))
+    index = build_index(tmp_path / "folders")
+    assert sorted(index.label_names) == ["café", "other"] and len(index) == 2 and not index.skipped
