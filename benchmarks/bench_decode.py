@@ -18,7 +18,7 @@ from records import QUICK
 from ajepa.data import iterate_once
 from ajepa.index import build_index
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
 from make_audio import FORMATS, noise, write
 
 RATE, SAMPLES, FILES, BATCH = 32_000, 320_000, 4 if QUICK else 16, 8

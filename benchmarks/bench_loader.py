@@ -21,7 +21,7 @@ from ajepa.data import iterate_once
 from ajepa.index import build_index
 from ajepa.shards import Shard
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
 from make_audio import noise, write
 
 RATE, SAMPLES, FILES, BATCH = 32_000, 320_000, 8 if QUICK else 32, 16

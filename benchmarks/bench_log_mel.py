@@ -20,7 +20,7 @@ from records import DEVICE, QUICK
 from ajepa._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
 from log_mel_cases import assert_exact, clips
 
 pytestmark = pytest.mark.filterwarnings("ignore")

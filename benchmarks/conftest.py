@@ -21,7 +21,7 @@ import result_files
 import torch
 from records import DEVICE, QUICK
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from missing import *  # noqa: F403
 
 Times = dict[str, list[float]]  # milliseconds of each call, by variant
