@@ -107,7 +107,7 @@ def _add_rows(listing: Listing, path: str, rows: Rows, path_column: str, label_c
         else:
             listing.files.append(Listed(*place, label, values, start, duration))
     odd = [f.label for f in listing.files if f.label and not f.label.isascii()] if label_column else []
-    raw = [row.get(label_column) for _, row in rows] if odd else []
+    raw = [row.get(label_column) for _, row in rows] if label_column and odd else []
     if any(isinstance(cell, str) and readable(cell) != cell for cell in raw):
         listing.warnings.append(f"{path}: not UTF-8; labels such as {odd[0]!r} are read as Latin-1: save it as UTF-8")
     if label_column:
