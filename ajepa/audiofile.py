@@ -17,7 +17,7 @@ import numpy as np
 import soundfile as sf
 
 from ajepa import containers, flac, streams
-from ajepa.containers import BadAudio, Layout, Plain, Truncated, Window, open_fd, read_at
+from ajepa.containers import BadAudio, Layout, Truncated, Window, open_fd, read_at
 from ajepa.streams import MpegFrames, OpusPages, VorbisPages
 
 __all__ = [
@@ -47,7 +47,7 @@ UNREADABLE = (".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".amr", ".ape", "
 
 # Values of `AudioInfo.format` that decode to int16 without loss: 16-bit samples, stored as they are or losslessly.
 INT16 = frozenset({"CAF/ALAC_16", *(f"{container}/PCM_16" for container in sf.available_formats())})
-PLAIN = {"WAV/PCM_16", "WAVEX/PCM_16", "RF64/PCM_16"}  # read without libsndfile
+PLAIN = {"WAV/PCM_16", "WAVEX/PCM_16"}  # read without libsndfile
 # Encodings in which libsndfile seeks to the exact sample. All others are decoded from the start, or by `Layout`.
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 SEEKABLE |= {"IMA_ADPCM", "MS_ADPCM", "ALAC_16"}
@@ -134,11 +134,13 @@ def read_samples(
         BadAudio: fewer samples decode, or the source is not what `format` says.
         OSError: it cannot be opened or read.
     """
+    if format in PLAIN and sys.byteorder == "little":
+        samples = _read_plain(path, offset, size, start, count, out)
+        if samples is not None:
+            return samples
     whole = _layout(path, offset, size, thorough=False)
     if whole.frames is not None and start + count > whole.frames:
         raise BadAudio(f"truncated: {whole.frames} of {start + count} samples")
-    if whole.plain is not None and format in PLAIN and sys.byteorder == "little":
-        return _read_plain(path, offset, whole.plain, start, count, out)
     layout, skip, behind = _part(path, offset, size, in_tar, whole, start, count)
     dtype = np.dtype(np.int16 if format in INT16 else np.float32)
     with _opened(path, offset, size, in_tar, layout) as sound:
@@ -158,15 +160,18 @@ def read_samples(
         return samples if out is not None else _scaled(samples, sound, float_scale)
 
 
-def _read_plain(path: str, offset: int, plain: Plain, start: int, count: int, out: np.ndarray | None) -> np.ndarray:
-    samples = np.empty((count, plain.channels), np.int16) if out is None else out
-    header, frame = bytearray(len(plain.header)), 2 * plain.channels
+def _read_plain(path: str, offset: int, size: int, start: int, count: int, out: np.ndarray | None) -> np.ndarray | None:
+    """The samples of a WAV that needs no decoder, None for any other file. The header is read anew each time: a set has
+    more files than a cache could hold."""
+    header = bytearray(min(size, containers.PLAIN_HEADER))
     fd = open_fd(path)
     try:
-        # What is known of the file may be older than the file.
-        if read_at(fd, memoryview(header), offset) < len(header) or header != plain.header:
-            raise BadAudio("changed since it was indexed")
-        got = read_at(fd, samples.data, offset + len(header) + start * frame) // frame
+        got = containers.read_at(fd, memoryview(header), offset)
+        plain = containers.plain_wav(bytes(header[:got]), size)
+        if plain is None:
+            return None
+        samples, frame = np.empty((count, plain.channels), np.int16) if out is None else out, 2 * plain.channels
+        got = containers.read_at(fd, samples.data, offset + plain.begin + start * frame) // frame
     finally:
         os.close(fd)
     if got < count or start + count > plain.frames:
@@ -246,7 +251,7 @@ def _layout_cached(path: str, offset: int, size: int, *changed: int) -> Layout:
         if begin and magic[:4] in (b"RIFF", b"FORM"):
             layout = _layout_cached(path, offset + begin, size - begin, *changed)
             end = begin + layout.end if layout.end else None
-            return layout._replace(begin=begin + layout.begin, end=end, plain=None)
+            return layout._replace(begin=begin + layout.begin, end=end)
         with Window(path, offset, size) as raw:
             return _judge(raw, begin, size)
     except (struct.error, IndexError, KeyError) as error:  # no header is to be trusted so far

@@ -117,7 +117,7 @@ class Window(io.RawIOBase):
 class Plain(NamedTuple):
     """16-bit samples, lowest byte first, as they lie in the file: there is nothing to decode."""
 
-    header: bytes  # all that is before them
+    begin: int  # bytes before them
     channels: int
     frames: int
 
@@ -137,7 +137,6 @@ class Layout(NamedTuple):
     seekable: bool = True  # where its encoding is
     overstate: bool = False  # present it to the decoder as longer than it is
     index: Any = None  # places in it where a decode may begin
-    plain: Plain | None = None  # where there is nothing to decode
 
     @property
     def whole(self) -> bool:
@@ -192,7 +191,7 @@ UNKNOWN_64 = (2**64 - 1, 2**63 - 1, 2**63)
 CHUNKS = 10_000  # looked through at most
 STRAY = 4096  # bytes behind everything that nothing explains, and that are too few to be sound
 METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"_PMX", b"JUNK", b"junk", b"FLLR", b"ANNO", b"NAME", b"APPL")
-PLAIN_HEADER = 4096  # bytes of a header that is compared at every reading
+PLAIN_HEADER = 4096  # bytes in which the samples of a WAV begin, if they are to be read without libsndfile
 PCM_GUID = bytes.fromhex("000000001000800000aa00389b71")
 PADDING = 1 << 20  # zeros behind everything
 
@@ -264,20 +263,33 @@ def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
         return Layout(end=position + length)
     if raw.read_at(0, 4) == b"BW64":  # the same as RF64 but for its name
         return Layout(begin=4, head=b"RF64")
-    return Layout(plain=_plain(raw, position, length, seen) if kind is RIFF else None)
+    return Layout()
 
 
-def _plain(raw: Window, position: int, length: int, seen: dict[bytes, tuple[int, int]]) -> Plain | None:
-    place, size = seen.get(b"fmt ", (0, 0))
-    if size < 16 or position > PLAIN_HEADER:
+def plain_wav(head: bytes, size: int) -> Plain | None:
+    """The samples of a WAV file of `size` bytes that begins with `head`; None where more must be known to read them."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         return None
-    code, channels, _, _, frame, bits = struct.unpack("<HHIIHH", raw.read_at(place, 16))
-    if code == 0xFFFE and size >= 40:  # WAVE_FORMAT_EXTENSIBLE
-        code, guid = struct.unpack("<H14s", raw.read_at(place + 24, 16))
-        code = code if guid == PCM_GUID else 0
+    position, form = 12, b""
+    while position + 8 <= len(head):
+        name, (length,) = head[position : position + 4], struct.unpack_from("<I", head, position + 4)
+        position += 8
+        if name == b"data":
+            break
+        if name == b"fmt " and not form:
+            form = head[position : position + length]
+        position += length + length % 2
+    else:
+        return None
+    # From the least length on that stands for an unknown one, `chunked` must tell what it means.
+    if len(form) < 16 or not 0 < length <= min(size - position, min(UNKNOWN_32) - PLAIN_HEADER):
+        return None
+    code, channels, _, _, frame, bits = struct.unpack_from("<HHIIHH", form)
+    if code == 0xFFFE and form[26:40] == PCM_GUID:  # WAVE_FORMAT_EXTENSIBLE
+        (code,) = struct.unpack_from("<H", form, 24)
     if code != 1 or bits != 16 or not channels or frame != 2 * channels:
         return None
-    return Plain(raw.read_at(0, position), channels, length // frame)
+    return Plain(position, channels, length // frame)
 
 
 def _chunk(raw: Window, position: int, kind: Chunks) -> tuple[bytes, int]:

@@ -13,6 +13,7 @@ from loading import CLIP, OPTIONS, RATE, assert_same, once, take
 from make_audio import FORMATS, encode, noise, write, write_set, write_tar
 
 import ajepa.audiofile
+import ajepa.containers
 import ajepa.dali
 from ajepa.data import AudioLoader, Batch, iterate_once
 from ajepa.index import DataError, build_index
@@ -138,7 +139,7 @@ def test_a_long_recording_is_not_read_whole(tmp_path, loader, monkeypatch, subty
     index = build_index(tmp_path)
     monkeypatch.setattr(ajepa.dali, "audio_bytes", lambda *_: pytest.fail("read whole"))
     sizes = []
-    read, read_at = sf.SoundFile.read, ajepa.audiofile.read_at
+    read, read_at = sf.SoundFile.read, ajepa.containers.read_at
 
     def counted(*args, **options):
         sizes.append(len(samples := read(*args, **options)))
@@ -149,7 +150,7 @@ def test_a_long_recording_is_not_read_whole(tmp_path, loader, monkeypatch, subty
         return read_at(fd, buffer, position)
 
     monkeypatch.setattr(sf.SoundFile, "read", counted)
-    monkeypatch.setattr(ajepa.audiofile, "read_at", counted_bytes)
+    monkeypatch.setattr(ajepa.containers, "read_at", counted_bytes)
     next(loader(index))
     assert max(sizes) == CLIP and 0 < sum(sizes) <= 16 * CLIP  # four batches of four are read ahead
 
