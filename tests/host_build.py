@@ -1,8 +1,9 @@
-"""A CUDA source compiled for the CPU, one fiber a thread, by `tests/cuda_on_host/<name>.cpp`."""
+"""CUDA sources compiled for the CPU, one fiber a thread, by `tests/cuda_on_host/<name>.cpp`; and what ptxas reports."""
 
 import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,3 +24,15 @@ def build_on_host(name: str, folder: Path) -> ctypes.CDLL:
         command += ["-mfma", "-ffp-contract=fast"]  # it rounds as a GPU does
     subprocess.run([*command, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+def ptxas_report(name: str, folder: Path) -> list[tuple[str, str, str, str]]:
+    """(kernel, bytes of stack, bytes of spills, registers) of `csrc/<name>.cu`, compiled for AJEPA_TEST_ARCH (90)."""
+    arch = os.environ.get("AJEPA_TEST_ARCH", "90")
+    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
+    report = subprocess.run(
+        [*command, str(ROOT / f"csrc/{name}.cu"), "-o", str(folder / f"{name}.cubin")],
+        check=True, capture_output=True, text=True,
+    ).stderr  # fmt: skip
+    line = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
+    return re.findall(line, report, re.DOTALL)

@@ -1,16 +1,12 @@
 """The CUDA kernel's own source, run on the CPU one fiber a thread, and what its compiler says about it."""
 
 import ctypes
-import os
-import re
 import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from host_build import build_on_host
+from host_build import build_on_host, ptxas_report
 from log_mel_cases import (
     PRESETS,
     SIGNALS,
@@ -24,7 +20,6 @@ from log_mel_cases import (
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.log_mel import _log_mel_fused
 
-ROOT = Path(__file__).parent.parent
 SIZES = [128, 256, 400, 512, 1024, 2048, 4096, 8192]
 
 
@@ -145,14 +140,7 @@ def test_equals_the_cpu_kernel(kernel):
 def test_no_spills(tmp_path):
     """ptxas, for the architecture in AJEPA_TEST_ARCH (90): no spills, no stack, registers for four blocks of 256; for
     three at 20 points a thread."""
-    arch = os.environ.get("AJEPA_TEST_ARCH", "90")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
-    report = subprocess.run(
-        [*command, str(ROOT / "csrc/log_mel.cu"), "-o", str(tmp_path / "log_mel.cubin")],
-        check=True, capture_output=True, text=True,
-    ).stderr  # fmt: skip
-    line = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
-    kernels = re.findall(line, report, re.DOTALL)
+    kernels = ptxas_report("log_mel", tmp_path)
     assert len([name for name, *_ in kernels if "log_mel_fwd_kernel" in name]) == 2 * len(SIZES)
     for name, stack, spills, registers in kernels:
         most = 80 if "ILi400E" in name else 64

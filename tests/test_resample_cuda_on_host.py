@@ -2,20 +2,15 @@
 
 import ctypes
 import importlib
-import os
-import re
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from host_build import build_on_host
+from host_build import build_on_host, ptxas_report
 
 from ajepa_kernels import input_span, resample_reference, resampled_length
 
 module = importlib.import_module("ajepa_kernels.resample")  # the package's attribute of this name is the function
-ROOT = Path(__file__).parent.parent
 
 
 class Resample(ctypes.Structure):
@@ -111,14 +106,7 @@ def test_rounding(kernel):
 @pytest.mark.slow
 def test_no_spills(tmp_path):
     """ptxas, for the architecture in AJEPA_TEST_ARCH (90): no spills, no stack, registers for four blocks of 256."""
-    arch = os.environ.get("AJEPA_TEST_ARCH", "90")
-    command = ["nvcc", "-std=c++17", "-O3", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
-    report = subprocess.run(
-        [*command, str(ROOT / "csrc/resample.cu"), "-o", str(tmp_path / "resample.cubin")],
-        check=True, capture_output=True, text=True,
-    ).stderr  # fmt: skip
-    line = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers"
-    kernels = re.findall(line, report, re.DOTALL)
+    kernels = ptxas_report("resample", tmp_path)
     assert len([name for name, *_ in kernels if "resample_fwd_kernel" in name]) == 16
     for name, stack, spills, registers in kernels:
         assert (stack, spills) == ("0", "0") and int(registers) <= 64, f"{name}: {stack=} {spills=} {registers=}"
