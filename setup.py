@@ -1,4 +1,4 @@
-"""Packages are listed by hand: ajepa_kernels lives in kernels/, a folder that must never be a package itself.
+"""The packages are `ajepa` and `ajepa_kernels`, which lives in kernels/, a folder that must never be a package itself.
 
 The extension `ajepa_kernels._C` is built where a C++ compiler is, with CUDA kernels where nvcc is. What does not
 compile is left out and said, unless it was asked for. The variables are in README.md.
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
@@ -210,7 +210,7 @@ if build and not (shutil.which(CXX[0]) and os.name == "posix"):
     build = False
 
 setup(
-    packages=["ajepa", "ajepa_kernels"],
-    package_dir={"ajepa": "ajepa", "ajepa_kernels": "kernels/ajepa_kernels"},
+    packages=[*find_packages(include=["ajepa*"]), *find_packages("kernels")],
+    package_dir={"ajepa_kernels": "kernels/ajepa_kernels"},
     **(extension() if build else {}),
 )

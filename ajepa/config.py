@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ajepa.files import write_atomic
+from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]

@@ -21,7 +21,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ajepa.config import SIZES, ConfigError
 from ajepa.encoder import Encoder, EncoderConfig
-from ajepa.layers import sincos_positions
+from ajepa.model.layers import sincos_positions
 from ajepa_kernels import LOG_MEL_PRESETS
 
 CLIP_SECONDS = 10

@@ -48,7 +48,7 @@ def versions() -> Iterator[Line]:
 def imports() -> Iterator[Line]:
     """A package may be there and not load."""
     broken = []
-    for name in ("soundfile", *(("nvidia.dali",) if sys.platform == "linux" else ()), "ajepa._torchaudio"):
+    for name in ("soundfile", *(("nvidia.dali",) if sys.platform == "linux" else ()), "ajepa.model._torchaudio"):
         try:
             module = importlib.import_module(name)
             if name.endswith("_torchaudio"):
@@ -62,8 +62,8 @@ def imports() -> Iterator[Line]:
 
 
 def machine() -> Iterator[Line]:
-    from ajepa.audiofile import cores
-    from ajepa.index import cache_root
+    from ajepa.data.formats.audiofile import cores
+    from ajepa.data.index import cache_root
 
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
@@ -143,7 +143,7 @@ def kernels() -> Iterator[Line]:
 def ceilings() -> Iterator[Line]:
     import torch
 
-    from ajepa.ceilings import copy_bytes_per_ms, product_flops_per_ms
+    from ajepa.training.roofline import copy_bytes_per_ms, product_flops_per_ms
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield "copy", f"{copy_bytes_per_ms(device) / 1e6:,.1f} GB/s read and written, on {device}"
@@ -242,8 +242,8 @@ def check_decoding() -> Iterator[Line]:
     import numpy as np
     import soundfile
 
-    from ajepa.data import AudioLoader
-    from ajepa.index import build_index
+    from ajepa.data.index import build_index
+    from ajepa.data.loader import AudioLoader
 
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("wav", "flac", "ogg"):
@@ -264,8 +264,8 @@ def check_training() -> Iterator[Line]:
     import torch
 
     from ajepa.config import PRESETS
-    from ajepa.engine import Engine, choose_device
-    from ajepa.masks import MaskSampler
+    from ajepa.model.masks import MaskSampler
+    from ajepa.training.engine import Engine, choose_device
 
     cfg, device, batch = PRESETS["tiny"], choose_device("auto"), 8
     engine = Engine(cfg, device)

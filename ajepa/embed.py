@@ -27,15 +27,15 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from ajepa.audiofile import BadAudio, inspect, reason_of, stat_file
-from ajepa.columns import Entry
 from ajepa.config import ConfigError
+from ajepa.data.columns import Entry
+from ajepa.data.formats.audiofile import BadAudio, inspect, reason_of, stat_file
+from ajepa.data.index import DataError, build_index
+from ajepa.data.reader import iterate_entry
+from ajepa.data.shards import SUFFIX as SHARD
+from ajepa.data.sources.source import MANIFESTS
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
-from ajepa.files import write_atomic
-from ajepa.index import DataError, build_index
-from ajepa.reader import iterate_entry
-from ajepa.shards import SUFFIX as SHARD
-from ajepa.sources import MANIFESTS
+from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import Resampler
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")

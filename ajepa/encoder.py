@@ -19,10 +19,10 @@ from safetensors.torch import save as save_bytes
 from torch import nn
 
 from ajepa import config as run_config
-from ajepa.checkpoint import CheckpointError, checkpoints, read_verified
 from ajepa.config import SIZES, ConfigError, ModelConfig
-from ajepa.files import write_atomic
-from ajepa.model import Encoder as ViT
+from ajepa.model.jepa import Encoder as ViT
+from ajepa.training.checkpoint import CheckpointError, checkpoints, read_verified
+from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -1,10 +1,10 @@
 """`python -m ajepa.export RUN OUT`: a run's EMA target encoder in a form that others take.
 
 OUT is a folder in Hugging Face's layout (`config.json`, `model.safetensors`, a model card), which
-`ajepa.Encoder.from_pretrained` reads; or with `--xares` one Python file for X-ARES, which needs torch alone: the source
-of `ajepa/portable.py`, the configuration, and the weights: in the file up to 32 MB, else in a .safetensors beside it.
-X-ARES keeps its results by class name, so the name holds a checksum of the weights. With `--onnx` it is an ONNX model,
-front end included, of clips of the training length.
+`ajepa.Encoder.from_pretrained` reads. With `--xares` it is one Python file for X-ARES that needs torch alone: the
+source of `ajepa/evaluation/xares_encoder.py`, the configuration, and the weights (in the file up to 32 MB, else in a
+.safetensors file beside it). X-ARES keeps its results by class name, so the name holds a checksum of the weights. With
+`--onnx` it is an ONNX model, front end included, of clips of the training length.
 """
 
 import base64
@@ -21,10 +21,10 @@ import torch
 import tyro
 from safetensors.torch import save as save_bytes
 
-from ajepa import portable
 from ajepa.config import SIZES, ConfigError
 from ajepa.encoder import Encoder
-from ajepa.files import write_atomic
+from ajepa.evaluation import xares_encoder
+from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels.log_mel import _tables
 
 INSIDE = 32 << 20  # bytes of weights that a Python file may hold
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def portable_parts(encoder: Encoder) -> tuple[dict[str, Any], bytes]:
-    """Configuration and weights (safetensors) of `ajepa.portable.Portable`."""
+    """Configuration and weights (safetensors) of `ajepa.evaluation.xares_encoder.Portable`."""
     cfg = encoder.config
     spec, (width, depth, heads) = cfg.front_end, SIZES[cfg.size]
     bias, add = spec.frame_rule
@@ -69,7 +69,7 @@ def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
     """Class name, source without weights, and the weights (safetensors) of a file for X-ARES."""
     config, weights = portable_parts(encoder)
     name = f"Ajepa{encoder.fingerprint()}Encoder"
-    source = inspect.getsource(portable)
+    source = inspect.getsource(xares_encoder)
     source = source.replace("CONFIG: dict = {}", f"CONFIG: dict = {pprint.pformat(config, width=116)}")
     return name, f"{source}\n\nclass {name}(Portable):\n    pass\n", weights
 
@@ -90,7 +90,7 @@ def write_xares(encoder: Encoder, path: Path) -> str:
 class _Chunks(torch.nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.portable = portable.Portable(*portable_parts(encoder))
+        self.portable = xares_encoder.Portable(*portable_parts(encoder))
 
     def forward(self, audio):
         return self.portable.encode_rows(audio)

@@ -21,20 +21,20 @@ from safetensors.torch import save as save_bytes
 from sklearn.metrics import average_precision_score
 
 from ajepa import config
-from ajepa.checkpoint import CheckpointError, load_latest, save_checkpoint
-from ajepa.classifier import Classifier, mixup, parameter_groups, spec_augment, split_labels
 from ajepa.config import Config, ConfigError
-from ajepa.corpus import clip_options
-from ajepa.data import AudioLoader
-from ajepa.distributed import Ranks
-from ajepa.engine import choose_device
-from ajepa.files import write_atomic
-from ajepa.frontend import FrontEnd
-from ajepa.frozen import CHUNKS_AT_ONCE, read_chunks, tensors_hash
-from ajepa.index import DataError, Index, build_index
-from ajepa.optim import cosine
+from ajepa.data.index import DataError, Index, build_index
+from ajepa.data.loader import AudioLoader
+from ajepa.evaluation.classifier import Classifier, mixup, parameter_groups, spec_augment, split_labels
+from ajepa.evaluation.feature_cache import CHUNKS_AT_ONCE, read_chunks, tensors_hash
+from ajepa.model.frontend import FrontEnd
 from ajepa.probe import labelled, load_run, load_weights, pretrained_on
 from ajepa.train import catch_signals
+from ajepa.training.checkpoint import CheckpointError, load_latest, save_checkpoint
+from ajepa.training.corpus import clip_options
+from ajepa.training.distributed import Ranks
+from ajepa.training.engine import choose_device
+from ajepa.training.schedules import cosine
+from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import AdamWEMA
 
 

@@ -19,12 +19,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ajepa.audiofile import reason_of
-from ajepa.decode import Decoder, read_whole, resampled_lengths
-from ajepa.files import atomic_file, write_atomic
-from ajepa.index import DataError, Index, build_index
-from ajepa.reader import to_int16
-from ajepa.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, block_crcs, is_shards, missing_rows
+from ajepa.data.decode import Decoder, read_whole, resampled_lengths
+from ajepa.data.formats.audiofile import reason_of
+from ajepa.data.index import DataError, Index, build_index
+from ajepa.data.reader import to_int16
+from ajepa.data.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, block_crcs, is_shards, missing_rows
+from ajepa.utils.atomic_files import atomic_file, write_atomic
 
 try:
     import fcntl

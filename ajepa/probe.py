@@ -21,14 +21,15 @@ from rich.table import Table
 from safetensors.torch import load as load_bytes
 from sklearn.metrics import classification_report, confusion_matrix
 
-from ajepa import config, plots
-from ajepa.checkpoint import CheckpointError, checkpoints, read_verified
+from ajepa import config
 from ajepa.config import Config, ConfigError, StepConfig
-from ajepa.engine import Engine, choose_device
-from ajepa.files import write_atomic
-from ajepa.frozen import EncoderFeatures, LogMelFeatures, data_hash, embed, tensors_hash
-from ajepa.heads import HEADS, Embedded, predict
-from ajepa.index import DataError, Index, build_index
+from ajepa.data.index import DataError, Index, build_index
+from ajepa.evaluation import plots
+from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed, tensors_hash
+from ajepa.evaluation.probes import HEADS, Embedded, predict
+from ajepa.training.checkpoint import CheckpointError, checkpoints, read_verified
+from ajepa.training.engine import Engine, choose_device
+from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import LogMelSpec
 
 TRAINED, UNTRAINED, LOG_MEL = "trained encoder", "untrained encoder", "pooled log-mel"

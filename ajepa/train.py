@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_bytes
 
-from ajepa import config, plots
-from ajepa.checkpoint import CheckpointError, load_latest, save_checkpoint
-from ajepa.compare import Batch, compare, table
+from ajepa import config
 from ajepa.config import Config, ConfigError, Impl
-from ajepa.corpus import Corpus, open_corpus
-from ajepa.distributed import ElsewhereError, Ranks, ReplicaError, joined, speaks_for_node
-from ajepa.engine import Engine, choose_device
-from ajepa.features import encoder_features, log_mel_features
-from ajepa.files import write_atomic
-from ajepa.index import DataError
-from ajepa.masks import MaskSampler
-from ajepa.monitor import NonFiniteError, RunLog, read_metrics, warn
-from ajepa.profiling import StepProfile
+from ajepa.data.index import DataError
+from ajepa.evaluation import plots
+from ajepa.evaluation.features import encoder_features, log_mel_features
+from ajepa.model.masks import MaskSampler
+from ajepa.training.checkpoint import CheckpointError, load_latest, save_checkpoint
+from ajepa.training.compare import Batch, compare, table
+from ajepa.training.corpus import Corpus, open_corpus
+from ajepa.training.distributed import ElsewhereError, Ranks, ReplicaError, joined, speaks_for_node
+from ajepa.training.engine import Engine, choose_device
+from ajepa.training.profiling import StepProfile
+from ajepa.training.run_log import NonFiniteError, RunLog, read_metrics, warn
+from ajepa.utils.atomic_files import write_atomic
 
 
 def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Who should decode which format, DALI or libsndfile, behind our reader; beside soundfile + soxr in a DataLoader.
 
 Recordings of 10 s become mono clips at 32 kHz. Milliseconds for 1,000 clips, all variants in turns, each turn a pass
-from a standing start. `ajepa.dali.FASTER` names the formats that this benchmark found DALI to decode faster.
+from a standing start. `ajepa.data.dali.FASTER` names the formats that this benchmark found DALI to decode faster.
 """
 
 import os
@@ -15,8 +15,8 @@ import soxr
 import torch
 from records import QUICK
 
-from ajepa.data import iterate_once
-from ajepa.index import build_index
+from ajepa.data.index import build_index
+from ajepa.data.loader import iterate_once
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
 from make_audio import FORMATS, noise, write

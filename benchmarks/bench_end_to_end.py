@@ -33,16 +33,16 @@ import torch
 from conftest import left_out
 from records import DEVICE, QUICK
 
-from ajepa.ceilings import product_flops_per_ms
-from ajepa.compare import release
 from ajepa.config import PRESETS
-from ajepa.data import AudioLoader
-from ajepa.engine import Engine, StepResult, wait
-from ajepa.frontend import FrontEnd
-from ajepa.index import Index, build_index
-from ajepa.masks import MaskSampler
-from ajepa.resident import ResidentLoader
-from ajepa.shards import SUFFIX, Clip, ShardWriter, block_crcs
+from ajepa.data.index import Index, build_index
+from ajepa.data.loader import AudioLoader
+from ajepa.data.resident import ResidentLoader
+from ajepa.data.shards import SUFFIX, Clip, ShardWriter, block_crcs
+from ajepa.model.frontend import FrontEnd
+from ajepa.model.masks import MaskSampler
+from ajepa.training.compare import release
+from ajepa.training.engine import Engine, StepResult, wait
+from ajepa.training.roofline import product_flops_per_ms
 
 PRESET, BATCH, CLIPS = ("tiny", 16, 220) if DEVICE == "cpu" else ("audio-jepa", 256, 512)
 CFG = dataclasses.replace(PRESETS[PRESET], mask=dataclasses.replace(PRESETS[PRESET].mask, fixed_token_budget=True))
@@ -76,7 +76,7 @@ def recordings(tmp_path_factory):
     import soundfile  # here, as pack and synthetic, which need it and tyro: noise in shards does not
 
     from ajepa import pack
-    from ajepa.synthetic import make_synthetic
+    from ajepa.data.synthetic import make_synthetic
 
     root = tmp_path_factory.mktemp("recordings")
     wav = make_synthetic(root / "made", n_clips=CLIPS, seconds=CFG.data.clip_seconds, sample_rate=RATE).parent
@@ -139,7 +139,7 @@ def published(folder: Path):
     """Batches (patches, lengths) of torch's DataLoader: recordings drawn at random, without end."""
     data = Patches([str(path) for path in sorted(folder.rglob("*.*")) if path.suffix in (".wav", ".flac")])
     context = multiprocessing.get_context("forkserver")  # forks of this process would inherit DALI's and OpenMP's locks
-    context.set_forkserver_preload(["pytest", "soundfile", "torch", "ajepa.engine", "ajepa.data"])
+    context.set_forkserver_preload(["pytest", "soundfile", "torch", "ajepa.training.engine", "ajepa.data.loader"])
     loader = torch.utils.data.DataLoader(
         data, BATCH, sampler=torch.utils.data.RandomSampler(data, replacement=True, num_samples=10**6),
         num_workers=os.cpu_count() or 1, pin_memory=DEVICE == "cuda", multiprocessing_context=context,

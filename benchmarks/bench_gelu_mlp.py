@@ -14,7 +14,7 @@ from ceilings import SECONDS, rotating
 from conftest import left_out
 from records import DEVICE, QUICK
 
-from ajepa.ceilings import product_flops_per_ms
+from ajepa.training.roofline import product_flops_per_ms
 from ajepa_kernels import bias_gelu, gelu_mlp, gelu_mlp_reference
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

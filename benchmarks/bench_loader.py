@@ -16,10 +16,10 @@ import torch
 from records import QUICK
 
 from ajepa import pack
-from ajepa.audiofile import read_into
-from ajepa.data import iterate_once
-from ajepa.index import build_index
-from ajepa.shards import Shard
+from ajepa.data.formats.audiofile import read_into
+from ajepa.data.index import build_index
+from ajepa.data.loader import iterate_once
+from ajepa.data.shards import Shard
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
 from make_audio import noise, write

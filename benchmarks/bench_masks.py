@@ -11,7 +11,7 @@ import torch
 from records import DEVICE, QUICK
 
 from ajepa.config import PRESETS
-from ajepa.masks import MaskSampler
+from ajepa.model.masks import MaskSampler
 
 BATCHES = [64] if DEVICE == "cpu" else [1024] if QUICK else [64, 256, 1024]
 ROUNDS = 3 if QUICK else 7

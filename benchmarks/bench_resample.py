@@ -18,7 +18,7 @@ from ceilings import SECONDS, copy_bytes_per_ms
 from conftest import left_out
 from records import DEVICE, QUICK
 
-from ajepa._torchaudio import import_torchaudio
+from ajepa.model._torchaudio import import_torchaudio
 from ajepa_kernels import resample, resample_reference
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too

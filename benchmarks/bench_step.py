@@ -32,12 +32,12 @@ from conftest import left_out
 from records import DEVICE, QUICK
 from torch.profiler import ProfilerActivity, profile
 
-from ajepa.ceilings import product_flops_per_ms
-from ajepa.compare import Batch, release
 from ajepa.config import PRESETS, Config, MaskConfig
-from ajepa.engine import Engine, StepResult, wait
-from ajepa.masks import Masks, MaskSampler
-from ajepa.profiling import breakdown, report
+from ajepa.model.masks import Masks, MaskSampler
+from ajepa.training.compare import Batch, release
+from ajepa.training.engine import Engine, StepResult, wait
+from ajepa.training.profiling import breakdown, report
+from ajepa.training.roofline import product_flops_per_ms
 
 if DEVICE == "cuda":
     PRESET, SIZE, MODEL, BATCHES = "audio-jepa", "B", "audio-jepa ViT-B", (1024, 256)

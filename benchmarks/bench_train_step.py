@@ -31,10 +31,10 @@ from records import DEVICE, FULL, QUICK
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ajepa.ceilings import best_ms, product_flops_per_ms
-from ajepa.compare import Batch, release, time_engines
 from ajepa.config import PRESETS, SIZES, Config, MaskConfig
-from ajepa.masks import MaskSampler
+from ajepa.model.masks import MaskSampler
+from ajepa.training.compare import Batch, release, time_engines
+from ajepa.training.roofline import best_ms, product_flops_per_ms
 
 NAMES = {"reference": "eager", "compile": "compile", "fused": "fused"}
 EAGER, ALL = ("reference", "fused"), ("reference", "compile", "fused")

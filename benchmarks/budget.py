@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from journal import CONSOLE, LOST, Journal, Key, settled, tried
 from sources import inputs
 
-IMPORTS = ("ajepa.engine",)
+IMPORTS = ("ajepa.training.engine",)
 TICK = 0.05  # seconds between looks at a part's processes
 GRACE = 3.0  # seconds to wait for killed processes, since one inside the GPU driver may not end at once
 

@@ -8,7 +8,7 @@ import torch
 import torch._functorch.config
 from records import DEVICE, QUICK
 
-from ajepa import ceilings
+from ajepa.training import roofline
 
 torch._functorch.config.donated_buffer = False  # `alone_backward` reads what torch.compile saves again and again
 
@@ -18,7 +18,7 @@ CACHE_BYTES = 180 << 20 if DEVICE == "cuda" else 4 << 20 if QUICK else 64 << 20
 
 
 def copy_bytes_per_ms() -> float:
-    return ceilings.copy_bytes_per_ms(DEVICE)
+    return roofline.copy_bytes_per_ms(DEVICE)
 
 
 def rotating(function: Callable[..., object], make: Callable[[], tuple], bytes_each: int) -> Callable[[], object]:

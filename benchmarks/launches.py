@@ -29,9 +29,9 @@ from triton.runtime.build import platform_key
 from triton.runtime.cache import triton_key
 
 from ajepa import config
-from ajepa.engine import Engine
-from ajepa.graph import StepGraphs
-from ajepa.masks import MaskSampler
+from ajepa.model.masks import MaskSampler
+from ajepa.training.engine import Engine
+from ajepa.training.graph import StepGraphs
 from ajepa_kernels import (
     AdamWEMA,
     add_layer_norm,

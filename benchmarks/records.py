@@ -64,7 +64,7 @@ def environment() -> dict:
 @functools.cache
 def ceilings() -> dict[str, float]:
     """The rates of this run: GB/s of a copy, read and written, and TFLOP/s of a matrix product by dtype."""
-    from ajepa.ceilings import copy_bytes_per_ms, product_flops_per_ms
+    from ajepa.training.roofline import copy_bytes_per_ms, product_flops_per_ms
 
     dtypes = (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,)
     products = {

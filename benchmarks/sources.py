@@ -25,13 +25,19 @@ NATIVE = {
     "ajepa_kernels.mlp": ("csrc/gelu_product*", "csrc/cublaslt.h"),
 }
 # Settings, files, and what chooses between a kernel and its plain definition: a new flag is no new kernel.
-NOT_TIMED = {"ajepa.config", "ajepa.files", "ajepa.distributed", "ajepa_kernels._extension", "ajepa_kernels._triton"}
-STEP, LOADER = ("ajepa.engine",), ("ajepa.data", "ajepa.resident")
+NOT_TIMED = {
+    "ajepa.config",
+    "ajepa.utils.atomic_files",
+    "ajepa.training.distributed",
+    "ajepa_kernels._extension",
+    "ajepa_kernels._triton",
+}
+STEP, LOADER = ("ajepa.training.engine",), ("ajepa.data.loader", "ajepa.data.resident")
 BENCHMARKS = {  # the root modules of each file of benchmarks
     "bench_adamw_ema": ("ajepa_kernels.adamw_ema",),
     "bench_attention": ("ajepa_kernels.attention",),
     "bench_bias_gelu": ("ajepa_kernels.bias_gelu",),
-    "bench_decode": (*LOADER, "ajepa.dali"),
+    "bench_decode": (*LOADER, "ajepa.data.dali"),
     "bench_device": (),
     "bench_end_to_end": (*STEP, *LOADER),
     "bench_fp8": ("ajepa_kernels.fp8", "ajepa_kernels.layer_norm"),
@@ -41,7 +47,7 @@ BENCHMARKS = {  # the root modules of each file of benchmarks
     "bench_levers": STEP,
     "bench_loader": LOADER,
     "bench_log_mel": ("ajepa_kernels.log_mel",),
-    "bench_masks": ("ajepa.masks",),
+    "bench_masks": ("ajepa.model.masks",),
     "bench_resample": ("ajepa_kernels.resample",),
     "bench_scaling": STEP,
     "bench_step": STEP,

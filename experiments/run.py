@@ -25,12 +25,12 @@ from questions import QUESTIONS, SCALES
 
 from ajepa import config, probe, train
 from ajepa.config import Config, ConfigError
-from ajepa.distributed import Ranks
-from ajepa.engine import Engine, choose_device
-from ajepa.files import write_atomic
-from ajepa.index import DataError, build_index, cache_root
-from ajepa.masks import MaskSampler
-from ajepa.synthetic import make_synthetic
+from ajepa.data.index import DataError, build_index, cache_root
+from ajepa.data.synthetic import make_synthetic
+from ajepa.model.masks import MaskSampler
+from ajepa.training.distributed import Ranks
+from ajepa.training.engine import Engine, choose_device
+from ajepa.utils.atomic_files import write_atomic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -2,7 +2,7 @@
 
 import torch
 
-from ajepa.data import Batch, iterate_once
+from ajepa.data.loader import Batch, iterate_once
 
 RATE, CLIP = 16000, 1600
 OPTIONS = {"sample_rate": RATE, "clip_samples": CLIP, "batch_size": 4, "seed": 0, "threads": 2}

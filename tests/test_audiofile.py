@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from make_audio import noise
 from mutate import KINDS, mutate, original
 
-from ajepa import audiofile, containers
-from ajepa.audiofile import INT16, BadAudio, audio_bytes, inspect, iterate_samples, read_into, read_samples
-from ajepa.streams import Frame
+from ajepa.data.formats import audiofile, containers
+from ajepa.data.formats.audiofile import INT16, BadAudio, audio_bytes, inspect, iterate_samples, read_into, read_samples
+from ajepa.data.formats.streams import Frame
 
 RATE = 16_000
 # container: encodings, of all that libsndfile writes. Those missing are of no use or (ALAC_20) written wrongly.

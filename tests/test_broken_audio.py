@@ -12,8 +12,8 @@ import torch
 from make_audio import encode, noise, write
 from mutate import SUFFIXES, mutate, ogg_claiming, originals
 
-from ajepa.data import AudioLoader
-from ajepa.index import build_index
+from ajepa.data.index import build_index
+from ajepa.data.loader import AudioLoader
 
 RATE = 16_000
 

@@ -9,8 +9,8 @@ import soundfile as sf
 from make_audio import encode, noise
 from mutate import with_crc
 
-from ajepa.audiofile import AudioInfo, BadAudio, inspect, iterate_samples, read_samples
-from ajepa.streams import Frame
+from ajepa.data.formats.audiofile import AudioInfo, BadAudio, inspect, iterate_samples, read_samples
+from ajepa.data.formats.streams import Frame
 
 RATE = 16_000
 

@@ -14,7 +14,7 @@ pytest.importorskip("soxr", reason="soxr is not installed")
 
 from ajepa import convert
 from ajepa.encoder import Encoder
-from ajepa.frontend import torchaudio_patches
+from ajepa.model.frontend import torchaudio_patches
 from ajepa_kernels import LOG_MEL_PRESETS
 
 WIDTH, DEPTH, HEADS = 128, 4, 4  # of --size tiny; the published one is ViT-B

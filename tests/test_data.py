@@ -12,11 +12,11 @@ import torch
 from loading import CLIP, OPTIONS, RATE, assert_same, once, take
 from make_audio import FORMATS, encode, noise, write, write_set, write_tar
 
-import ajepa.audiofile
-import ajepa.containers
-import ajepa.dali
-from ajepa.data import AudioLoader, Batch, iterate_once
-from ajepa.index import DataError, build_index
+import ajepa.data.dali
+import ajepa.data.formats.audiofile
+import ajepa.data.formats.containers
+from ajepa.data.index import DataError, build_index
+from ajepa.data.loader import AudioLoader, Batch, iterate_once
 
 REAL = os.environ.get("AJEPA_TEST_AUDIO")
 # Units of int16: DALI's lossy decoders and soundfile's are other builds and may round otherwise.
@@ -137,9 +137,9 @@ def test_a_long_recording_is_not_read_whole(tmp_path, loader, monkeypatch, subty
         for _ in range(60):
             long.write(noise(RATE * 10))
     index = build_index(tmp_path)
-    monkeypatch.setattr(ajepa.dali, "audio_bytes", lambda *_: pytest.fail("read whole"))
+    monkeypatch.setattr(ajepa.data.dali, "audio_bytes", lambda *_: pytest.fail("read whole"))
     sizes = []
-    read, read_at = sf.SoundFile.read, ajepa.containers.read_at
+    read, read_at = sf.SoundFile.read, ajepa.data.formats.containers.read_at
 
     def counted(*args, **options):
         sizes.append(len(samples := read(*args, **options)))
@@ -150,7 +150,7 @@ def test_a_long_recording_is_not_read_whole(tmp_path, loader, monkeypatch, subty
         return read_at(fd, buffer, position)
 
     monkeypatch.setattr(sf.SoundFile, "read", counted)
-    monkeypatch.setattr(ajepa.containers, "read_at", counted_bytes)
+    monkeypatch.setattr(ajepa.data.formats.containers, "read_at", counted_bytes)
     next(loader(index))
     assert max(sizes) == CLIP and 0 < sum(sizes) <= 16 * CLIP  # four batches of four are read ahead
 

@@ -17,11 +17,11 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from ajepa.checkpoint import checkpoints
 from ajepa.config import PRESETS
-from ajepa.distributed import ElsewhereError, Ranks, ReplicaError, joined
-from ajepa.engine import Engine
-from ajepa.masks import MaskSampler
+from ajepa.model.masks import MaskSampler
+from ajepa.training.checkpoint import checkpoints
+from ajepa.training.distributed import ElsewhereError, Ranks, ReplicaError, joined
+from ajepa.training.engine import Engine
 
 # Two ranks add gradients in another order than one. After 8 steps of float32 the runs are this close: every logged
 # loss, and all weights (all moments) together by their relative root mean square. One by one they need not be: the

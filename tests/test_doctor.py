@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import ajepa_kernels
-from ajepa import ceilings, doctor
+from ajepa import doctor
+from ajepa.training import roofline
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(ceilings, "copy_bytes_per_ms", lambda _: 1e6)
-    monkeypatch.setattr(ceilings, "product_flops_per_ms", lambda *_: 1e9)
+    monkeypatch.setattr(roofline, "copy_bytes_per_ms", lambda _: 1e6)
+    monkeypatch.setattr(roofline, "product_flops_per_ms", lambda *_: 1e9)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ pytest.importorskip("soxr", reason="soxr is not installed")
 from ajepa import embed
 from ajepa.config import PRESETS
 from ajepa.encoder import Encoder, EncoderConfig
-from ajepa.files import write_atomic
+from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import _extension, resample
 
 

@@ -15,11 +15,11 @@ from conftest import SMALL
 
 import ajepa
 from ajepa import config
-from ajepa.checkpoint import save_checkpoint
 from ajepa.config import PRESETS, ConfigError
 from ajepa.encoder import Chunk, Encoder, EncoderConfig
-from ajepa.engine import Engine
-from ajepa.features import pool
+from ajepa.evaluation.features import pool
+from ajepa.training.checkpoint import save_checkpoint
+from ajepa.training.engine import Engine
 from ajepa_kernels import log_mel
 
 TINY = EncoderConfig(front_end=PRESETS["tiny"].front_end, size="tiny", clip_samples=32_000)

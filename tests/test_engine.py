@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ajepa.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.config import PRESETS, Config
-from ajepa.engine import Engine
-from ajepa.frontend import FrontEnd
-from ajepa.graph import StepGraphs, round_bound
-from ajepa.masks import MaskSampler
+from ajepa.model.frontend import FrontEnd
+from ajepa.model.masks import MaskSampler
+from ajepa.training.checkpoint import load_checkpoint, save_checkpoint
+from ajepa.training.engine import Engine
+from ajepa.training.graph import StepGraphs, round_bound
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
@@ -59,7 +59,7 @@ def test_the_graphed_path_is_the_eager_one_on_tensors_that_stay(mask):
 
 
 def test_shapes_beyond_the_limit_run_eagerly_and_say_so_once(monkeypatch, capsys):
-    monkeypatch.setattr("ajepa.graph.MAX_GRAPHS", 2)
+    monkeypatch.setattr("ajepa.training.graph.MAX_GRAPHS", 2)
     cfg = make(mask={"mask_ratio": (0.3, 0.9)})
     losses, engine = run(cfg, steps=6, graphs=True)
     assert losses == pytest.approx(run(cfg, steps=6)[0], rel=1e-5)
@@ -67,7 +67,7 @@ def test_shapes_beyond_the_limit_run_eagerly_and_say_so_once(monkeypatch, capsys
 
 
 def test_what_was_recorded_is_replayed_beyond_the_limit_too(monkeypatch):
-    monkeypatch.setattr("ajepa.graph.MAX_GRAPHS", 1)
+    monkeypatch.setattr("ajepa.training.graph.MAX_GRAPHS", 1)
     recorded, more = make(mask={"mask_ratio": (0.5, 0.5)}), make(mask={"mask_ratio": (0.7, 0.7)})
     engine = Engine(recorded, CPU)
     engine.graphs, eager = StepGraphs(engine._train, CPU), []
@@ -150,7 +150,7 @@ def test_patches_rounded_by_the_front_end_are_those_rounded_by_the_layers():
     losses, engine = run(cfg)
     assert engine.front_end.dtype == torch.bfloat16
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ajepa.engine.FrontEnd", lambda spec, dtype: FrontEnd(spec))
+        patch.setattr("ajepa.training.engine.FrontEnd", lambda spec, dtype: FrontEnd(spec))
         assert run(cfg)[0] == losses
 
 

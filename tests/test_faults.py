@@ -19,12 +19,20 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from ajepa import checkpoint, train
-from ajepa.checkpoint import FILES, CheckpointError, checkpoints, load_checkpoint, read_verified, save_checkpoint
+from ajepa import train
 from ajepa.config import PRESETS
-from ajepa.engine import Engine
-from ajepa.masks import MaskSampler
-from ajepa.monitor import RunLog
+from ajepa.model.masks import MaskSampler
+from ajepa.training import checkpoint
+from ajepa.training.checkpoint import (
+    FILES,
+    CheckpointError,
+    checkpoints,
+    load_checkpoint,
+    read_verified,
+    save_checkpoint,
+)
+from ajepa.training.engine import Engine
+from ajepa.training.run_log import RunLog
 
 ENDLESS = ["--keep", "1000", "--checkpoint-every", "1", "--compare-steps", "0", "--eval-clips", "8"]
 
@@ -127,8 +135,8 @@ def shrink(patch) -> None:
         patch.setitem(__import__(f"ajepa.{module}").__dict__[module].SIZES, "tiny", (32, 1, 4))
 
 
-STAGES = ["pathlib.Path.mkdir", "pathlib.Path.rename", "ajepa.checkpoint._sync"]
-STAGES += [f"ajepa.checkpoint.write_synced:{n}" for n in range(4)]
+STAGES = ["pathlib.Path.mkdir", "pathlib.Path.rename", "ajepa.training.checkpoint._sync"]
+STAGES += [f"ajepa.training.checkpoint.write_synced:{n}" for n in range(4)]
 
 
 @pytest.mark.parametrize("stage", STAGES)

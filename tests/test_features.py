@@ -2,7 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ajepa.features import Evaluation, effective_rank, knn_accuracy, knn_predict, log_mel_features, mean_cosine, pool
+from ajepa.evaluation.features import (
+    Evaluation,
+    effective_rank,
+    knn_accuracy,
+    knn_predict,
+    log_mel_features,
+    mean_cosine,
+    pool,
+)
 from ajepa_kernels import LogMelSpec, log_mel
 
 SPEC = LogMelSpec(n_mels=32, n_frames=64, patch=(8, 8))  # 16 kHz, hop 160, window 400: 4 x 8 patches

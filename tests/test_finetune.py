@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ajepa import classifier, finetune, probe
-from ajepa.checkpoint import checkpoints
-from ajepa.classifier import Classifier, key_mask, mixup, parameter_groups, spec_augment, split_labels
+from ajepa import finetune, probe
 from ajepa.config import PRESETS
+from ajepa.data.sources.listing import DataError
+from ajepa.evaluation import classifier
+from ajepa.evaluation.classifier import Classifier, key_mask, mixup, parameter_groups, spec_augment, split_labels
 from ajepa.finetune import Arguments, Tuner, learning_rate, load_classifier
-from ajepa.frontend import FrontEnd
-from ajepa.listing import DataError
+from ajepa.model.frontend import FrontEnd
+from ajepa.training.checkpoint import checkpoints
 
 CFG = PRESETS["tiny"]
 

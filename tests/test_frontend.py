@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ajepa.config import PRESETS
-from ajepa.frontend import FrontEnd
+from ajepa.model.frontend import FrontEnd
 from ajepa_kernels import LOG_MEL_PRESETS
 
 

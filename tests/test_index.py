@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from make_audio import FORMATS, bad_files, encode, noise, write, write_set, write_tar
 
-import ajepa.index
-from ajepa.index import DataError, build_index
+import ajepa.data.index
+from ajepa.data.index import DataError, build_index
 
 REAL = os.environ.get("AJEPA_TEST_AUDIO")
 real_audio = pytest.mark.skipif(not REAL, reason="AJEPA_TEST_AUDIO names no folder of recordings")
@@ -72,14 +72,14 @@ def test_an_unreadable_file_is_skipped_until_it_becomes_readable(tmp_path):
 
 def test_permission_errors_are_not_remembered(tmp_path, monkeypatch):
     write_set(tmp_path, 2)
-    original = ajepa.index.inspect
+    original = ajepa.data.index.inspect
 
     def refuse(path, *args, **kw):
         if path.endswith("000.wav"):
             raise PermissionError(13, "Permission denied")
         return original(path, *args, **kw)
 
-    monkeypatch.setattr(ajepa.index, "inspect", refuse)
+    monkeypatch.setattr(ajepa.data.index, "inspect", refuse)
     assert build_index(tmp_path).skipped == [(str(tmp_path / "000.wav"), "permission denied")]
     monkeypatch.undo()
     assert len(build_index(tmp_path)) == 2
@@ -249,13 +249,13 @@ def test_a_manifest_without_a_path_column(tmp_path):
 def inspected(monkeypatch):
     """Names of the files decoded since."""
     seen: list[str] = []
-    original = ajepa.index.inspect
+    original = ajepa.data.index.inspect
 
     def count(path, *args, **kw):
         seen.append(os.path.basename(path))
         return original(path, *args, **kw)
 
-    monkeypatch.setattr(ajepa.index, "inspect", count)
+    monkeypatch.setattr(ajepa.data.index, "inspect", count)
     return seen
 
 
@@ -341,14 +341,14 @@ def test_real_manifest_by_fold():
 
 def test_a_decoder_that_fails_otherwise_is_a_reason_that_is_not_remembered(tmp_path, monkeypatch):
     write_set(tmp_path, 2)
-    original = ajepa.index.inspect
+    original = ajepa.data.index.inspect
 
     def fail(path, *args, **kw):
         if path.endswith("000.wav"):
             raise struct.error("unpack requires 4 bytes")
         return original(path, *args, **kw)
 
-    monkeypatch.setattr(ajepa.index, "inspect", fail)
+    monkeypatch.setattr(ajepa.data.index, "inspect", fail)
     ((_, reason),) = build_index(tmp_path).skipped
     assert reason == "cannot be checked: error: unpack requires 4 bytes"
     monkeypatch.undo()
@@ -358,13 +358,13 @@ def test_a_decoder_that_fails_otherwise_is_a_reason_that_is_not_remembered(tmp_p
 def test_float_scale_is_passed_on_and_its_verdicts_are_kept_apart(tmp_path, monkeypatch):
     write_set(tmp_path, 1)
     scales = []
-    original = ajepa.index.inspect
+    original = ajepa.data.index.inspect
 
     def note(path, *args, float_scale, **kw):
         scales.append(float_scale)
         return original(path, *args, float_scale=float_scale, **kw)
 
-    monkeypatch.setattr(ajepa.index, "inspect", note)
+    monkeypatch.setattr(ajepa.data.index, "inspect", note)
     assert build_index(tmp_path).float_scale == 1.0
     assert build_index(tmp_path, float_scale=32768.0).subset([0]).float_scale == 32768.0
     build_index(tmp_path, float_scale=32768)

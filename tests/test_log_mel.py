@@ -9,7 +9,7 @@ import pytest
 import torch
 from log_mel_cases import clips, quiet_about_empty_bands  # noqa: F401
 
-from ajepa._torchaudio import import_torchaudio
+from ajepa.model._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.log_mel import _kernel_tables, _tables
 

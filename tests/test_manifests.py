@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from make_audio import encode, noise, write, write_set
 
-import ajepa.parquet
-from ajepa.index import DataError, build_index
-from ajepa.listing import decode_label, encode_label
+import ajepa.data.sources.parquet
+from ajepa.data.index import DataError, build_index
+from ajepa.data.sources.listing import decode_label, encode_label
 
 RATE = 1000  # Hz of the recordings here: one sample a millisecond
 
@@ -198,7 +198,7 @@ def test_a_manifest_without_a_header(index):
 # ---- paths ----
 
 
-@pytest.mark.parametrize("column", ajepa.manifests.PATH_COLUMNS)
+@pytest.mark.parametrize("column", ajepa.data.sources.manifests.PATH_COLUMNS)
 def test_path_columns(index, column):
     assert files(index(f"id,{column.upper()}\n7,0.wav\n")) == ["0.wav"]
 
@@ -395,8 +395,8 @@ def test_segments_of_one_file_share_its_check(tmp_path, monkeypatch):
     rows = [{"file": "long.wav", "offset": i / 10, "duration": 0.1, "label": "ab"[i % 2]} for i in range(10)]
     (tmp_path / "m.jsonl").write_text(jsonl(*rows))
     seen = []
-    original = ajepa.index.inspect
-    monkeypatch.setattr(ajepa.index, "inspect", lambda path, *a, **k: seen.append(path) or original(path, *a, **k))
+    original = ajepa.data.index.inspect
+    monkeypatch.setattr(ajepa.data.index, "inspect", lambda path, *a, **k: seen.append(path) or original(path, *a, **k))
     first = build_index(tmp_path / "m.jsonl")
     assert len(seen) == 1
     assert len(set(first.entries.names())) == 10
@@ -567,9 +567,9 @@ def test_parquet_paths_alone_need_no_copy(tmp_path, parquet, cache):
 
 def test_recordings_within_parquet_need_room(parquet, monkeypatch, cache):
     path = parquet({"audio": [encode(noise(100), RATE)]})
-    usage = ajepa.parquet.shutil.disk_usage(path)._replace(free=100)
+    usage = ajepa.data.sources.parquet.shutil.disk_usage(path)._replace(free=100)
     with monkeypatch.context() as patch:
-        patch.setattr(ajepa.parquet.shutil, "disk_usage", lambda path: usage)
+        patch.setattr(ajepa.data.sources.parquet.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(DataError, match="set AJEPA_CACHE to a folder on another disk"):
             build_index(path)
     (cache / "file").write_text("")

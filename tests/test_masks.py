@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ajepa.config import MaskConfig
-from ajepa.masks import (
+from ajepa.model.masks import (
     Masks,
     MaskSampler,
     block_masks,
@@ -13,7 +13,7 @@ from ajepa.masks import (
     random_masks,
     time_frequency_masks,
 )
-from ajepa.noise import Noise, hash64, mix64
+from ajepa.utils.counter_rng import Noise, hash64, mix64
 
 GRIDS = [(8, 16), (8, 64), (8, 8), (3, 11)]
 FAMILIES = ["random", "block", "time-frequency", "curriculum"]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ajepa.config import PRESETS, SIZES, MaskConfig, ModelConfig
-from ajepa.layers import rotary_positions, rotate, sincos_positions, unique_rows
-from ajepa.masks import MaskSampler
-from ajepa.model import JEPA, Encoder, Predictor
+from ajepa.model.jepa import JEPA, Encoder, Predictor
+from ajepa.model.layers import rotary_positions, rotate, sincos_positions, unique_rows
+from ajepa.model.masks import MaskSampler
 from ajepa_kernels import LogMelSpec
 
 SPEC = LogMelSpec(

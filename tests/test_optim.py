@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ajepa.config import PRESETS, OptimConfig
-from ajepa.optim import ema_decay, learning_rate, parameter_groups, weight_decay
+from ajepa.training.schedules import ema_decay, learning_rate, parameter_groups, weight_decay
 
 CFG = OptimConfig(steps=1000, warmup_steps=100, lr=3e-4, lr_start=1e-6, ema_start=0.996)
 

@@ -12,9 +12,9 @@ import pytest
 from make_audio import FORMATS, bad_files, encode, noise, write, write_set, write_tar
 
 import ajepa.pack
-from ajepa.index import DataError, build_index
+from ajepa.data.index import DataError, build_index
+from ajepa.data.shards import HEADER_SIZE, Shard
 from ajepa.pack import main
-from ajepa.shards import HEADER_SIZE, Shard
 
 RATE = 16000
 
@@ -45,7 +45,7 @@ def source(tmp_path) -> Path:
 def small_shards(monkeypatch):
     """About five clips of half a second a shard, in groups of four."""
     monkeypatch.setattr(ajepa.pack, "MEGABYTE", 80_000)
-    monkeypatch.setattr(ajepa.decode, "GROUP_CLIPS", 4)
+    monkeypatch.setattr(ajepa.data.decode, "GROUP_CLIPS", 4)
 
 
 def test_what_is_packed_is_indexed(tmp_path, source, small_shards, capsys):

@@ -9,16 +9,17 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from ajepa import frozen, heads, probe
+from ajepa import probe
 from ajepa.config import PRESETS, ModelConfig
-from ajepa.corpus import load_evaluation
-from ajepa.engine import Engine
-from ajepa.frontend import FrontEnd
-from ajepa.frozen import EncoderFeatures, LogMelFeatures, embed
-from ajepa.heads import Embedded, predict, validation_split
-from ajepa.index import DataError, build_index
-from ajepa.layers import Sequences
-from ajepa.model import Encoder
+from ajepa.data.index import DataError, build_index
+from ajepa.evaluation import feature_cache, probes
+from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, embed
+from ajepa.evaluation.probes import Embedded, predict, validation_split
+from ajepa.model.frontend import FrontEnd
+from ajepa.model.jepa import Encoder
+from ajepa.model.layers import Sequences
+from ajepa.training.corpus import load_evaluation
+from ajepa.training.engine import Engine
 from ajepa_kernels import LogMelSpec, log_mel
 
 SPEC = LogMelSpec(n_fft=512, win_length=400, hop_length=160, n_mels=32, n_frames=64, patch=(8, 8))  # 4 x 8 patches
@@ -68,7 +69,9 @@ def test_what_follows_a_clip_never_reaches_its_features(encoder, kind):
     spoilt = patches.view(2, 4, 8, -1).clone()
     spoilt[:, :, 3:] = torch.nan
     with torch.no_grad():
-        clean, leaky = (frozen.encode_real(encoder, p, SPEC, columns) for p in (patches, spoilt.view_as(patches)))
+        clean, leaky = (
+            feature_cache.encode_real(encoder, p, SPEC, columns) for p in (patches, spoilt.view_as(patches))
+        )
     assert torch.equal(clean, leaky) and not clean.view(2, 4, 8, -1)[:, :, 3:].any()
 
 
@@ -128,7 +131,7 @@ def test_a_damaged_cache_is_made_again_and_a_whole_one_used(encoder, tones, tmp_
     assert torch.equal(make(), first) and "damaged" in capsys.readouterr().err
     make("another checkpoint")
     assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(frozen, "_embed", None)  # nothing is computed from here on
+    monkeypatch.setattr(feature_cache, "_embed", None)  # nothing is computed from here on
     assert torch.equal(make(), first)
 
 
@@ -150,7 +153,7 @@ def blobs():
     return Embedded(clips, torch.cat(tokens).half(), cu), labels
 
 
-@pytest.mark.parametrize("head", list(heads.HEADS))
+@pytest.mark.parametrize("head", list(probes.HEADS))
 def test_every_head_learns_classes_and_is_the_same_twice(head):
     x, labels = blobs()
     state = torch.get_rng_state()
@@ -162,7 +165,7 @@ def test_every_head_learns_classes_and_is_the_same_twice(head):
 
 def test_the_attentive_probe_ignores_padding():
     torch.manual_seed(0)
-    module, x = heads.AttentiveProbe(64, 3), torch.randn(2, 5, 64)
+    module, x = probes.AttentiveProbe(64, 3), torch.randn(2, 5, 64)
     padding = torch.arange(5) >= torch.tensor([[3], [5]])
     spoilt = x.masked_fill(padding[..., None], 1e3)
     torch.testing.assert_close(module(x, padding), module(spoilt, padding))
@@ -179,9 +182,9 @@ def test_no_test_row_is_ever_looked_at(monkeypatch):
     assert sorted(torch.cat([learn, held]).tolist()) == TRAIN.tolist()
     assert torch.bincount(labels[held]).tolist() == [30, 30, 30]
     seen = []
-    monkeypatch.setattr(heads, "classify", lambda module, inputs, rows, device: seen.append(rows) or labels[rows])
+    monkeypatch.setattr(probes, "classify", lambda module, inputs, rows, device: seen.append(rows) or labels[rows])
     predict("linear", x, labels, TRAIN, TEST, seed=0)
-    assert len(seen) == heads.EPOCHS + 1 and all(torch.equal(rows, held) for rows in seen[:-1])
+    assert len(seen) == probes.EPOCHS + 1 and all(torch.equal(rows, held) for rows in seen[:-1])
     assert torch.equal(seen[-1], TEST)
 
 
@@ -196,7 +199,7 @@ def test_linear_is_x_ares_head_and_schedule(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
     inputs = lambda rows: (batches.append(len(rows)) or x.clips[rows],)  # noqa: E731
-    heads.fit(heads.LinearProbe(8, 3), inputs, labels, torch.arange(120), 0, CPU)
+    probes.fit(probes.LinearProbe(8, 3), inputs, labels, torch.arange(120), 0, CPU)
     steps = 10 * 4  # 108 rows, 32 at a time
     assert len(rates) == steps and rates[0] == pytest.approx(1e-3) and max(batches) == 32
     assert rates[steps // 2] == pytest.approx(0.55e-3) and rates[-1] == pytest.approx(1e-4, rel=0.1)
@@ -246,7 +249,7 @@ def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp
 
     def spy(index, sources, *args, **kwargs):
         hashes.update(
-            {k: frozen.tensors_hash(s.encoder.state_dict()) for k, s in sources.items() if k != probe.LOG_MEL}
+            {k: feature_cache.tensors_hash(s.encoder.state_dict()) for k, s in sources.items() if k != probe.LOG_MEL}
         )
         return embed(index, sources, *args, **kwargs)
 
@@ -254,7 +257,10 @@ def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp
     assert probe.main([str(run), "--data", str(tones), "--heads", "knn", "--map", "none", "--out", str(tmp_path)]) == 0
     cfg, weights, _ = probe.load_run(run)
     start = Engine(cfg, CPU).model.context_encoder.state_dict()
-    assert hashes == {probe.UNTRAINED: frozen.tensors_hash(start), probe.TRAINED: frozen.tensors_hash(weights)}
+    assert hashes == {
+        probe.UNTRAINED: feature_cache.tensors_hash(start),
+        probe.TRAINED: feature_cache.tensors_hash(weights),
+    }
     assert len(set(hashes.values())) == 2
 
 

@@ -6,8 +6,8 @@ import re
 import pytest
 from conftest import SMALL
 
-from ajepa.profiling import kind_of, union
 from ajepa.train import main
+from ajepa.training.profiling import kind_of, union
 
 
 @pytest.mark.parametrize(

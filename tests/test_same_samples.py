@@ -15,12 +15,13 @@ from conftest import SMALL
 from loading import CLIP, RATE, once, take
 from make_audio import FORMATS, encode, noise, write, write_tar
 
-from ajepa import decode, embed, export, finetune, pack, probe, train
-from ajepa.data import AudioLoader
+from ajepa import embed, export, finetune, pack, probe, train
+from ajepa.data import decode
+from ajepa.data.index import build_index
+from ajepa.data.loader import AudioLoader
+from ajepa.data.reader import Reader, iterate_entry
 from ajepa.encoder import Encoder
-from ajepa.frontend import FrontEnd
-from ajepa.index import build_index
-from ajepa.reader import Reader, iterate_entry
+from ajepa.model.frontend import FrontEnd
 from ajepa_kernels import _extension, resample
 
 FROM = 48_000
@@ -219,7 +220,7 @@ del os.sched_getaffinity, os.preadv, os.pread
 import torch
 from loading import once
 from ajepa import embed, finetune, pack, probe, train
-from ajepa.index import build_index
+from ajepa.data.index import build_index
 files, packed, result = sys.argv[1:]
 torch.save(once(build_index(files), clip_samples=16_000, pad="zero").pcm, result)
 sys.exit(pack.main([files, packed, "--rate", "16000"]))

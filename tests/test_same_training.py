@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ajepa.config import PRESETS, Config
-from ajepa.corpus import open_corpus
-from ajepa.engine import Engine
-from ajepa.features import encoder_features
-from ajepa.masks import MaskSampler
+from ajepa.evaluation.features import encoder_features
+from ajepa.model.masks import MaskSampler
+from ajepa.training.corpus import open_corpus
+from ajepa.training.engine import Engine
 
 AUDIO = os.environ.get("AJEPA_TEST_AUDIO")
 needs_audio = pytest.mark.skipif(AUDIO is None, reason="AJEPA_TEST_AUDIO names no folder of real audio")

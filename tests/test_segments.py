@@ -10,10 +10,10 @@ from loading import RATE, once, take
 from make_audio import FORMATS, noise, write
 
 from ajepa import embed, finetune, pack, probe, train
-from ajepa.data import AudioLoader
+from ajepa.data.index import build_index
+from ajepa.data.loader import AudioLoader
+from ajepa.data.shards import Shard
 from ajepa.encoder import Encoder
-from ajepa.index import build_index
-from ajepa.shards import Shard
 
 SECONDS, ROWS = 0.25, 12
 

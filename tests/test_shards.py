@@ -12,16 +12,16 @@ from loading import CLIP, OPTIONS, RATE, assert_same, once, take
 from make_audio import FORMATS, noise, write, write_set, write_tar
 from safetensors.torch import load_file
 
-import ajepa.batch
-import ajepa.dali
-import ajepa.index
-import ajepa.resident
-from ajepa import shards
-from ajepa.data import AudioLoader
-from ajepa.index import DataError, build_index
+import ajepa.data.batch
+import ajepa.data.dali
+import ajepa.data.index
+import ajepa.data.resident
+from ajepa.data import shards
+from ajepa.data.index import DataError, build_index
+from ajepa.data.loader import AudioLoader
+from ajepa.data.resident import ResidentLoader
+from ajepa.data.shards import BLOCK, HEADER, HEADER_SIZE, Header, Shard, ShardError
 from ajepa.pack import main
-from ajepa.resident import ResidentLoader
-from ajepa.shards import BLOCK, HEADER, HEADER_SIZE, Header, Shard, ShardError
 from ajepa.train import main as train
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_shards_of_another_rate_are_resampled_as_files_are(tmp_path, loader):
 def test_pcm_is_not_decoded(tmp_path, loader, monkeypatch):
     clips = write_set(tmp_path / "files", 5)
     index = build_index(pack(tmp_path / "files", tmp_path / "packed"))
-    monkeypatch.setattr(ajepa.dali.DaliReader, "_pipeline", lambda *_: pytest.fail("DALI decodes"))
+    monkeypatch.setattr(ajepa.data.dali.DaliReader, "_pipeline", lambda *_: pytest.fail("DALI decodes"))
     got = once(index)
     assert np.array_equal(got.pcm, np.stack(clips))
     assert next(loader(index)).pcm.shape == (4, CLIP)
@@ -320,7 +320,7 @@ def test_crc_is_zlib_s(tmp_path):
 
 
 def test_batch_memory_is_used_again_only_when_nothing_refers_to_it():
-    buffers = ajepa.batch._Buffers(keep=2)
+    buffers = ajepa.data.batch._Buffers(keep=2)
     first = buffers.take(2, 8)
     address, view = first.data_ptr(), first[1]
     del first
@@ -339,8 +339,8 @@ def test_two_million_clips_take_little_memory():
     """Bytes of the index a clip, beside its name; two million with names of 60 bytes stay under 400 MB."""
     count = 20_000
     paths = [f"/data/audioset/unbalanced/part-{i // 1000:04d}/{i:016x}.wav" for i in range(count)]
-    entries = ajepa.index.Entries.of(
-        [ajepa.index.Entry(p, "", 0, 640_044, i, 640_044, 320_000, 0, 320_000, 32_000, 1, "WAV/PCM_16", i % 527)
+    entries = ajepa.data.index.Entries.of(
+        [ajepa.data.index.Entry(p, "", 0, 640_044, i, 640_044, 320_000, 0, 320_000, 32_000, 1, "WAV/PCM_16", i % 527)
          for i, p in enumerate(paths)]
     )  # fmt: skip
     held = entries.numbers.nbytes
@@ -378,10 +378,10 @@ def test_resident_leaves_bad_files_out_as_the_loader_does(tmp_path, loader):
 
 def test_resident_says_that_it_does_not_fit(tmp_path, monkeypatch):
     write_set(tmp_path / "files", 9)
-    monkeypatch.setattr(ajepa.resident, "free_memory", lambda _: 50_000_000)
+    monkeypatch.setattr(ajepa.data.resident, "free_memory", lambda _: 50_000_000)
     index = build_index(tmp_path / "files")
     ResidentLoader(index, device=CPU, **OPTIONS)
-    monkeypatch.setattr(ajepa.resident, "free_memory", lambda _: 40_000)
+    monkeypatch.setattr(ajepa.data.resident, "free_memory", lambda _: 40_000)
     with pytest.raises(DataError, match=r"--resident: 0\.00 GB of PCM do not fit on cpu: 0\.00 GB are free"):
         ResidentLoader(index, device=CPU, **OPTIONS)
 

@@ -35,7 +35,7 @@ KERNELS = "kernels/ajepa_kernels/"
         (KERNELS + "_chunks.py", "def ", "def  x_", {NORM, LOSS, STEP}),  # of both
         ("csrc/log_mel_kernel.cuh", "#pragma once", "#pragma once\nint x;", {MEL, STEP}),
         ("csrc/README.md", "log", "gol", set()),
-        ("ajepa/masks.py", "return", "return 1 +", {MASKS, STEP}),
+        ("ajepa/model/masks.py", "return", "return 1 +", {MASKS, STEP}),
         ("ajepa/config.py", "batch_size: int = 256", "batch_size: int = 512", set()),  # no kernel is in it
         ("ajepa/probe.py", "return", "return 1 +", set()),
     ],

@@ -5,10 +5,10 @@ import pytest
 import soundfile as sf
 import torch
 
-import ajepa.synthetic
-from ajepa.data import iterate_once
-from ajepa.index import build_index
-from ajepa.synthetic import CLASSES, make_synthetic
+import ajepa.data.synthetic
+from ajepa.data.index import build_index
+from ajepa.data.loader import iterate_once
+from ajepa.data.synthetic import CLASSES, make_synthetic
 
 SMALL = {"n_clips": 2 * len(CLASSES), "seconds": 1.0}
 
@@ -39,8 +39,8 @@ def test_other_rates(tmp_path, rate):
 def test_reused_while_whole_and_made_anew_when_damaged(tmp_path, monkeypatch):
     manifest = make_synthetic(tmp_path, **SMALL)
     wanted = {path: path.read_bytes() for path in manifest.parent.rglob("*.*")}
-    original, calls = ajepa.synthetic._write, []
-    monkeypatch.setattr(ajepa.synthetic, "_write", lambda *args: [calls.append(1), original(*args)])
+    original, calls = ajepa.data.synthetic._write, []
+    monkeypatch.setattr(ajepa.data.synthetic, "_write", lambda *args: [calls.append(1), original(*args)])
     assert make_synthetic(tmp_path, **SMALL) == manifest
     assert not calls
     clip = next(path for path in wanted if path.suffix == ".wav")
@@ -62,7 +62,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ajepa.synthetic, "_render", fail)
+    monkeypatch.setattr(ajepa.data.synthetic, "_render", fail)
     with pytest.raises(KeyboardInterrupt):
         make_synthetic(tmp_path, **SMALL)
     assert list(tmp_path.iterdir()) == []

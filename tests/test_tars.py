@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from make_audio import encode, noise, write_tar
 
-from ajepa.index import DataError, build_index
+from ajepa.data.index import DataError, build_index
 
 RATE = 1000
 

@@ -15,12 +15,19 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from ajepa import compare
-from ajepa.checkpoint import CheckpointError, checkpoints, load_checkpoint, load_latest, read_verified, save_checkpoint
 from ajepa.config import PRESETS
-from ajepa.engine import Engine
-from ajepa.masks import MaskSampler
+from ajepa.model.masks import MaskSampler
 from ajepa.train import main
+from ajepa.training import compare
+from ajepa.training.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    load_checkpoint,
+    load_latest,
+    read_verified,
+    save_checkpoint,
+)
+from ajepa.training.engine import Engine
 
 SUMMARY_KEYS = {
     "steps", "clips_per_second", "data_wait_share", "final_loss", "target_variance", "effective_rank", "knn_accuracy",
@@ -403,7 +410,7 @@ class TestCheckpoint:
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("ajepa.checkpoint.write_synced", full)
+        monkeypatch.setattr("ajepa.training.checkpoint.write_synced", full)
         with pytest.raises(CheckpointError, match="No space left"):
             save_checkpoint(tmp_path, 2, engine, {}, keep=1)
         assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

@@ -1,0 +1,1 @@
+"""Audio files: which bytes hold a whole recording, and its samples."""

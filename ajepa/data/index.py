@@ -1,0 +1,334 @@
+"""The index of a data set: every usable recording with its length, rate and label, and every unusable one with why.
+
+A source is a folder, a manifest (CSV, TSV, JSON, JSONL, Parquet), or webdataset tars. Each file is decoded once when it
+is first seen; the verdicts are kept in a cache keyed by path, size and modification time, so later runs look at changed
+files only. A row may stand for a segment of a file: the verdict is the file's, the place within it the row's.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ajepa.data.columns import Entries, Entry, Strings
+from ajepa.data.formats.audiofile import AudioInfo, BadAudio, cores, inspect, reason_of, stat_file
+from ajepa.data.shards import is_shards, read_shards
+from ajepa.data.sources.listing import DataError, Listed, Listing, cache_root, decode_label
+from ajepa.data.sources.segments import SegmentError, place
+from ajepa.data.sources.source import list_source
+
+__all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
+
+FORMAT = "ajepa-index-3"
+Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
+
+
+@dataclass(frozen=True)
+class Index:
+    """`entries[i]` is row i; `metadata[column][i]` its other manifest columns, as text."""
+
+    source: str
+    entries: Entries
+    label_names: list[str] = field(default_factory=list)
+    metadata: dict[str, Strings] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
+    warnings: list[str] = field(default_factory=list)  # of what looks wrong in the source, but is used
+    float_scale: float = 1.0  # full scale of samples stored as floating point
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 `[len(self)]`, -1 where unknown."""
+        return self.entries.numbers["label"].astype(np.int64)
+
+    @property
+    def seconds(self) -> float:
+        return float((self.entries.numbers["frames"] / self.entries.numbers["sample_rate"]).sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the entries and their order: a data position means the same recordings only where it agrees."""
+        digest = hashlib.sha256()
+        places = (self.entries.numbers[name] for name in ("start", "frames", "sample_rate"))
+        for name, start, frames, rate in zip(self.entries.names(), *places, strict=True):
+            digest.update(f"{name}\0{start}\0{frames}\0{rate}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    def subset(self, rows: Iterable[int]) -> "Index":
+        """The given rows, in the given order; labels keep their numbers."""
+        taken = np.fromiter(rows, np.int64)
+        metadata = {name: column.take(taken) for name, column in self.metadata.items()}
+        return replace(self, entries=self.entries.take(taken), metadata=metadata)
+
+    def filter(self, where: str | Sequence[str]) -> "Index":
+        """Rows that meet `where` (see `build_index`). Raises DataError for an unknown column or an empty result."""
+        return self.subset(self.rows(where))
+
+    def rows(self, where: str | Sequence[str]) -> list[int]:
+        """Numbers of the rows that meet `where`. Raises DataError as `filter`."""
+        columns: dict[str, Sequence[str]] = {**self.metadata}
+        columns.setdefault("label", [self.label_names[label] if label >= 0 else "" for label in self.labels])
+        return _select(columns, where, self.source)
+
+    @cached_property
+    def single_labels(self) -> np.ndarray:
+        """`labels`, but -1 also where the label is a list of several."""
+        several = np.array([len(decode_label(name) or ()) > 1 for name in self.label_names] + [False])  # row -1: none
+        return np.where(several[self.labels], -1, self.labels)
+
+
+def build_index(
+    source: str | os.PathLike,
+    *,
+    where: str | Sequence[str] | None = None,
+    label_column: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    threads: int = 0,
+    decode: bool = True,
+    progress: bool = True,
+    float_scale: float = 1.0,
+) -> Index:
+    """Lists and checks a data set.
+
+    Args:
+        source: a folder, searched recursively; a .csv, .tsv, .json, .jsonl, .ndjson or .parquet manifest with a column
+            `filename`, `file`, `path`, `audio`..., whose rows stand for segments where it has columns such as `offset`
+            and `duration`, or `start` and `end`, in seconds; webdataset tars, as a path, a glob or a brace range
+            (`shard-{000..010}.tar`); or what `python -m ajepa.pack` wrote: its folder, or one shard.
+        where: keeps rows by column: `"fold=1,2,3"`, `"speaker!=theo"`; several are joined by `;` or given as a list.
+            A cell that holds a list has each of its values.
+        label_column: the manifest column to take labels from; default `label`, `target`, `category`, `class`...
+        cache_dir: where the verdicts are kept; default `cache_root() / "index"`.
+        threads: files checked at once; 0 takes the cores this process may use.
+        decode: decode every file to its end (finds damage inside a file); False trusts headers that state a length.
+        progress: report to stderr when it takes more than two seconds.
+        float_scale: full scale of samples stored as floating point.
+
+    Returns:
+        An `Index`; rows keep the listing's order (sorted paths, manifest rows, tar order). Labels are numbered over
+        the whole listing, before `where`, so folds and splits of one manifest agree.
+
+    Raises:
+        DataError: nothing usable, no such source, a bad manifest or an unknown column; says what to do.
+    """
+    source = os.path.expanduser(os.fspath(source))
+    if is_shards(source):
+        shards = read_shards(source, label_column, _label_names)
+        if not len(shards.entries):
+            raise DataError(f"{source}: its shards hold no clips; everything was left out when they were packed")
+        index = Index(source, *shards, float_scale=float_scale)
+        return index.filter(where) if where else index
+    listing = list_source(source, label_column)
+    rows: Sequence[int] = range(len(listing.files))
+    if where:
+        columns = {name: [file.metadata[i] for file in listing.files] for i, name in enumerate(listing.columns)}
+        columns.setdefault("label", [file.label or "" for file in listing.files])
+        rows = _select(columns, where, source)
+    files = [listing.files[row] for row in rows]
+    cache = _Cache(Path(cache_dir) if cache_dir is not None else cache_root() / "index", source, decode, float_scale)
+    verdicts = _check(files, cache, threads or cores(), decode, progress, float_scale)
+    index = replace(_assemble(source, listing, files, verdicts), float_scale=float_scale)
+    for warning in index.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return index
+
+
+def _assemble(source: str, listing: Listing, files: list[Listed], verdicts: list[AudioInfo | str]) -> Index:
+    names = _label_names({file.label for file in listing.files if file.label is not None})
+    number = {name: i for i, name in enumerate(names)}
+    good, entries, skipped, misplaced = [], [], list(listing.skipped), 0
+    for file, verdict in zip(files, verdicts, strict=True):
+        if isinstance(verdict, str):
+            skipped.append((file.name, verdict))
+            continue
+        try:
+            start, frames = place(file.start, file.duration, verdict.frames, verdict.sample_rate)
+        except SegmentError as error:
+            skipped.append((file.name, str(error)))
+            misplaced += 1
+            continue
+        good.append(file)
+        label = -1 if file.label is None else number[file.label]
+        bytes_at = (file.path, file.member, file.offset, file.size, file.mtime_ns, file.file_size)
+        entries.append(Entry(*bytes_at, frames, start, *verdict, label))
+    warnings = [*listing.warnings, *_repeats(source, good, entries)]
+    if misplaced:
+        columns = ", ".join(listing.segment_columns)
+        warnings.append(f"{source}: {misplaced:,} rows are left out because their segment is not within the recording; "
+                        f"columns that mean something else must not be called {columns}")  # fmt: skip
+    if not entries:
+        if not skipped:
+            raise DataError(f"{source}: no audio files here; expected WAV, FLAC, Ogg, Opus or MP3")
+        first = "; ".join([*(f"{path}: {reason}" for path, reason in skipped[:3]), *warnings])
+        raise DataError(f"{source}: none of its {len(skipped)} audio files can be used ({first})")
+    metadata = {name: Strings(file.metadata[i] for file in good) for i, name in enumerate(listing.columns)}
+    return Index(source, Entries.of(entries), names, metadata, skipped, warnings)
+
+
+def _repeats(source: str, files: list[Listed], entries: list[Entry]) -> Iterator[str]:
+    """Warnings of rows that stand for the same samples."""
+    keys = [(os.path.normpath(e.path), e.offset, e.start, e.frames) for e in entries]
+    if len(set(keys)) == len(keys):
+        return
+    rows: dict[tuple, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows.setdefault(key, []).append(row)
+    several = [(same, {files[i].label: None for i in same if files[i].label is not None}) for same in rows.values()]
+    differing = [(same, labels) for same, labels in several if len(labels) > 1]
+    if differing:
+        same, labels = differing[0]
+        example = f"{entries[same[0]].name}: {', '.join(map(str, labels))}"
+        yield (f"{source}: {len(differing):,} files are named by several rows with different labels ({example}); "
+               "for several labels a file use a list in one row, and --multi-label")  # fmt: skip
+    alike = [same for same, labels in several if len(same) > 1 and len(labels) <= 1]
+    if alike:
+        same = alike[0]
+        surplus = sum(map(len, alike)) - len(alike)
+        exact = sum(len(same) - len({(files[i].label, files[i].metadata) for i in same}) for same in alike)
+        yield (f"{source}: {surplus:,} rows repeat the recording of an earlier row, {exact:,} of them word for word "
+               f"({entries[same[0]].name}: {len(same)} rows); each counts as a recording")  # fmt: skip
+
+
+def _label_names(names: set[str]) -> list[str]:
+    try:
+        return sorted(names, key=int)  # "10" after "9"
+    except ValueError:
+        return sorted(names)
+
+
+def _select(columns: Mapping[str, Sequence[str]], where: str | Sequence[str], source: str) -> list[int]:
+    clauses = where.split(";") if isinstance(where, str) else list(where)
+    keep: np.ndarray | None = None
+    for clause in filter(str.strip, clauses):
+        name, equals, values = clause.partition("=")
+        negate, name = name.endswith("!"), name.rstrip("!").strip()
+        if not equals or not name:
+            raise DataError(f"where: {clause.strip()!r} is not of the form column=value,value or column!=value")
+        if name not in columns:
+            raise DataError(f"where: {source} has no column {name!r}; its columns: {', '.join(columns) or 'none'}")
+        wanted = {value.strip() for value in values.split(",")}
+        met = np.array([_has(value, wanted) != negate for value in columns[name]], bool)
+        keep = met if keep is None else keep & met
+    rows = [] if keep is None else np.flatnonzero(keep).tolist()
+    if keep is not None and not rows:
+        raise DataError(f"where: no row of {source} has {where if isinstance(where, str) else '; '.join(where)}")
+    return rows if keep is not None else list(range(len(next(iter(columns.values()), []))))
+
+
+def _has(value: str, wanted: set[str]) -> bool:
+    """Whether a cell is one of the values, or a list that holds one."""
+    return value in wanted or (value.startswith("[") and not wanted.isdisjoint(decode_label(value) or ()))
+
+
+class _Cache:
+    """Verdicts by (path, offset, size, mtime_ns), as JSON lines under a header with their checksum."""
+
+    def __init__(self, folder: Path, source: str, decode: bool, float_scale: float):
+        # Header-only verdicts and those at another scale live apart: they must not pass for these.
+        what = f"{os.path.abspath(source)}\0{decode}\0{float(float_scale)}"
+        name = hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()[:24]
+        self.path = folder / f"{name}.jsonl"
+        self.verdicts: dict[Key, AudioInfo | str] = self._load()
+        self.changed = False
+
+    def _load(self) -> dict[Key, AudioInfo | str]:
+        try:
+            header, _, body = self.path.read_bytes().partition(b"\n")
+            stated = json.loads(header)
+            if stated["format"] != FORMAT or stated["crc32"] != zlib.crc32(body):
+                raise ValueError("checksum")
+            rows = (json.loads(line) for line in body.splitlines())
+            return {tuple(key): AudioInfo(*info) if isinstance(info, list) else info for key, info in rows}
+        except OSError:
+            return {}
+        except (ValueError, KeyError, TypeError):
+            print(f"{self.path}: damaged or outdated index cache, rebuilding it", file=sys.stderr)
+            return {}
+
+    def save(self, keys: Iterable[Key]) -> None:
+        """Writes the verdicts, those in `keys` and those of a file no newer key replaces, in one step."""
+        newest = {key[:2]: key for key in keys}
+        kept = {key: info for key, info in self.verdicts.items() if newest.get(key[:2], key) == key}
+        body = b"".join(json.dumps([key, info]).encode() + b"\n" for key, info in kept.items())
+        header = json.dumps({"format": FORMAT, "crc32": zlib.crc32(body)}).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+            aside.write_bytes(header + body)
+            os.replace(aside, self.path)
+        except OSError as error:
+            print(f"index cache not written ({error}): files are checked again next time", file=sys.stderr)
+
+
+def _check(
+    files: list[Listed], cache: _Cache, threads: int, decode: bool, progress: bool, float_scale: float
+) -> list[AudioInfo | str]:
+    """A verdict per file: what it holds, or the reason it cannot be used. Segments of one file share its verdict."""
+    keys = [(file.path, file.offset, file.size, file.mtime_ns) for file in files]
+    first_of: dict[Key, int] = {}
+    for i, key in enumerate(keys):
+        first_of.setdefault(key, i)
+    todo = [i for key, i in first_of.items() if key not in cache.verdicts]
+    fresh: dict[Key, str] = {}  # reasons that may pass without the file changing: permissions, input/output errors
+    report = _Progress(len(todo), progress)
+
+    def check(i: int) -> tuple[int, AudioInfo | str, bool]:
+        file = files[i]
+        try:
+            stat_file(file.path)
+            in_tar = bool(file.member)
+            info = inspect(file.path, file.offset, file.size, in_tar=in_tar, decode=decode, float_scale=float_scale)
+            return i, info, True
+        except BadAudio as error:
+            return i, str(error), True
+        except OSError as error:
+            return i, reason_of(error), False
+        except Exception as error:  # a decoder's own trouble must not end the check of all other files
+            return i, f"cannot be checked: {type(error).__name__}: {error}", False
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for first in range(0, len(todo), 1024):  # a bounded number of futures, and a prompt Ctrl-C
+                for i, verdict, lasting in pool.map(check, todo[first : first + 1024]):
+                    if lasting:
+                        cache.verdicts[keys[i]] = verdict
+                    else:
+                        fresh[keys[i]] = str(verdict)
+                    report.step(isinstance(verdict, str))
+    finally:
+        report.close()
+        if len(todo) > len(fresh):
+            cache.save(keys)
+    return [cache.verdicts[key] if key in cache.verdicts else fresh[key] for key in keys]
+
+
+class _Progress:
+    def __init__(self, total: int, show: bool):
+        self.total, self.done, self.bad, self.shown = total, 0, 0, False
+        self.next = time.monotonic() + 2 if show else float("inf")
+
+    def step(self, bad: bool) -> None:
+        self.done += 1
+        self.bad += bad
+        if time.monotonic() >= self.next:
+            terminal = sys.stderr.isatty()
+            self.next, self.shown = time.monotonic() + (0.5 if terminal else 15), True
+            text = f"checking audio files: {self.done:,} of {self.total:,}, {self.bad:,} bad"
+            print(f"\r{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            end = "\r" if sys.stderr.isatty() else ""
+            print(f"{end}checked {self.done:,} audio files, {self.bad:,} bad     ", file=sys.stderr, flush=True)

@@ -1,0 +1,276 @@
+"""Reads planned batches of clips by threads: the crop alone, through libsndfile, or straight from stored PCM.
+
+A clip is a slice of its recording resampled to the loader's rate, whatever is read of the file for it: training on a
+recording and on a shard packed from it, from a tar or with another decoder, gives the same samples.
+"""
+
+import io
+import os
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import soundfile as sf
+import torch
+
+from ajepa.data.columns import Entry
+from ajepa.data.formats.audiofile import BadAudio, cores, inspect, iterate_samples, read_samples, reason_of, stat_file
+from ajepa.data.index import DataError, Index
+from ajepa.data.shards import FORMATS, OpenShards, Shard
+from ajepa_kernels import input_span, resample, resampled_length
+
+# `Entry.format` of what needs no decoder.
+STORED = {FORMATS["pcm"], *(f"{kind}/PCM_16" for kind in ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"))}
+BLOCK = 1 << 15  # samples scaled at a time
+SEGMENT = 1 << 22  # samples of a segment read at a time
+T = TypeVar("T")
+
+
+class Plan(NamedTuple):
+    """One batch to be: rows of the index, where to crop (0 start .. 1 end) and a linear gain, `[B]` each."""
+
+    items: np.ndarray
+    fractions: np.ndarray
+    gains: np.ndarray
+
+
+class Clips(NamedTuple):
+    """A batch read."""
+
+    plan: Plan
+    # clip(b, out) -> its row of the index, and its samples, mono at the loader's rate, before the plan's gain: int16
+    # where it is stored so (then perhaps in `out`, which is int16 and long enough, or None) or was resampled from int16
+    # and has a gain of 1; else float32. May be called by any thread, and is valid until the next batch.
+    clip: Callable[[int, np.ndarray | None], tuple[int, np.ndarray]]
+
+
+class Cut(NamedTuple):
+    """Where a clip lies in its recording."""
+
+    first: int  # sample of the recording at the loader's rate
+    samples: int  # at the loader's rate
+    start: int  # samples [start, stop) of the recording at its own rate: all that the clip depends on
+    stop: int
+
+
+class Reader:
+    """Batches 0, 1, 2... of `plan(i)`, until it returns None.
+
+    Args:
+        plan: the batch's rows, crops and gains; called with growing i, sometimes again.
+        first, checkpoint: DALI's place, for `ajepa.data.dali.DaliReader`.
+        batches: number of the batch to begin with.
+        skipped: name -> reason of files not to be read; files found bad are added.
+        replace: the next good row of the index takes a bad one's place; False: a bad one is row -1, one zero sample.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        plan: Callable[[int], Plan | None],
+        *,
+        sample_rate: int,
+        clip_samples: int,
+        threads: int,
+        first: int = 0,
+        batches: int = 0,
+        checkpoint: bytes | None = None,
+        skipped: dict[str, str] | None = None,
+        replace: bool = True,
+    ):
+        self.index, self.plan, self.sample_rate, self.clip_samples = index, plan, sample_rate, clip_samples
+        self.threads, self.replace = threads, replace
+        self.first, self.batches, self.checkpoint = first, batches, checkpoint
+        self.skipped = dict(skipped or {})
+        self.shards = OpenShards()
+        self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of touched files found to be the same recording
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ajepa-read")
+
+    def next(self) -> Clips | None:
+        """The next batch, None at the end. Raises DataError when no usable file is left."""
+        plan = self.plan(self.batches)
+        if plan is None:
+            return None
+        self.batches += 1
+        self.first, self.checkpoint = self.batches, None  # where DALI would begin to count
+
+        def clip(b: int, out: np.ndarray | None) -> tuple[int, np.ndarray]:
+            def read(row: int) -> tuple[int, np.ndarray]:
+                return row, self.read_clip(self.index.entries[row], float(plan.fractions[b]), float(plan.gains[b]), out)
+
+            return self.good_row(int(plan.items[b]), read, (-1, np.zeros(1, np.int16)))
+
+        return Clips(plan, clip)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.shards.close()
+
+    def spread(self, work: Callable[[int], T], size: int) -> list[T]:
+        """`[work(0), ..., work(size - 1)]` by all threads, the caller's one of them."""
+        results: list[Any] = [None] * size
+        left = iter(range(size))  # shared: whoever is free takes the next
+
+        def run() -> None:
+            for i in left:
+                results[i] = work(i)
+
+        others = [self.pool.submit(run) for _ in range(min(size, self.threads) - 1)]
+        try:
+            run()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+        return results
+
+    def good_row(self, item: int, read: Callable[[int], T], missing: T) -> T:
+        """`read(item)`, or of the next row that is good: the same one in every run that skips the same files."""
+        for row in range(item, item + (len(self.index) if self.replace else 1)):
+            row %= len(self.index)
+            if self.skipped and self.index.entries[row].name in self.skipped:
+                continue
+            try:
+                return read(row)
+            except (BadAudio, OSError) as error:
+                self.skipped[self.index.entries[row].name] = reason_of(error)
+        if self.replace:
+            raise DataError(f"{self.index.source}: no usable file is left, {len(self.skipped)} went bad since indexing")
+        return missing
+
+    def cut(self, entry: Entry, fraction: float) -> Cut:
+        """The clip that begins at this fraction of what the recording has to spare."""
+        alike = entry.sample_rate == self.sample_rate
+        total = entry.frames if alike else resampled_length(entry.frames, entry.sample_rate, self.sample_rate)
+        count = min(total, self.clip_samples)
+        first = min(int(fraction * (total - count + 1)), total - count)
+        if alike:
+            return Cut(first, count, first, first + count)
+        start, stop = input_span(first, count, entry.sample_rate, self.sample_rate)
+        return Cut(first, count, max(0, start), min(entry.frames, stop))
+
+    def size(self, entry: Entry) -> int:
+        """Bytes of a recording in a file of its own or in a tar. Raises BadAudio where it is no longer what it was."""
+        file_size, mtime = stat_file(entry.path)
+        size = entry.size if entry.member else file_size
+        if (file_size, mtime) != (entry.file_size, entry.mtime_ns) and (entry.name, mtime) not in self._unchanged:
+            in_tar, scale = bool(entry.member), self.index.float_scale
+            info = inspect(entry.path, entry.offset, size, in_tar=in_tar, float_scale=scale)
+            if info != (entry.total, entry.sample_rate, entry.channels, entry.format):
+                raise BadAudio("changed since it was indexed")
+            self._unchanged.add((entry.name, mtime))
+        return size
+
+    def stored(self, entry: Entry) -> bool:
+        """Whether it is mono 16-bit PCM at the loader's rate: there is nothing to decode."""
+        return entry.format in STORED and (entry.channels, entry.sample_rate) == (1, self.sample_rate)
+
+    def read_clip(self, entry: Entry, fraction: float, gain: float, out: np.ndarray | None = None) -> np.ndarray:
+        """The clip as `Clips.clip` gives it."""
+        cut = self.cut(entry, fraction)
+        if self.stored(entry):
+            return self._read_int16(entry, cut, np.empty(cut.samples, np.int16) if out is None else out[: cut.samples])
+        return self.convert(self._read(entry, cut), entry, cut, gain)
+
+    def convert(self, samples: np.ndarray, entry: Entry, cut: Cut, gain: float) -> np.ndarray:
+        """The clip as `Clips.clip` gives it, of samples `[cut.start:cut.stop, channels]`."""
+        # Rounded here already where nothing is done to it afterwards; what comes from float may not be finite.
+        dtype = torch.int16 if samples.dtype == np.int16 and gain == 1 else torch.float32
+        clip = resample(
+            torch.from_numpy(samples), entry.sample_rate, self.sample_rate, first=cut.first, count=cut.samples,
+            offset=cut.start, downmix=True, dtype=dtype,
+        )  # fmt: skip
+        return clip.numpy()
+
+    def _read(self, entry: Entry, cut: Cut) -> np.ndarray:
+        """Samples `[cut.start, cut.stop)` of all channels, int16 or float32 `[n, channels]`."""
+        count = cut.stop - cut.start
+        if entry.format == FORMATS["pcm"]:
+            return self._read_int16(entry, cut, np.empty(count, np.int16))[:, None]
+        if entry.format == FORMATS["flac"]:
+            data = self.shards.read(entry)  # all of it: the checksums are of the compressed bytes
+            return _decode_flac(data, cut.start, count)
+        return read_samples(
+            entry.path, entry.offset, self.size(entry), entry.start + cut.start, count,
+            in_tar=bool(entry.member), format=entry.format, float_scale=self.index.float_scale,
+        )  # fmt: skip
+
+    def _read_int16(self, entry: Entry, cut: Cut, out: np.ndarray) -> np.ndarray:
+        """The same samples of mono 16-bit PCM, in `out`."""
+        if entry.format in FORMATS.values():
+            self.shards.read(entry, 2 * cut.start, 2 * cut.stop, out.view(np.uint8))
+        else:
+            read_samples(
+                entry.path, entry.offset, self.size(entry), entry.start + cut.start, len(out),
+                in_tar=bool(entry.member), format=entry.format, out=out,
+            )  # fmt: skip
+        return out
+
+
+def iterate_entry(entry: Entry, float_scale: float) -> Iterator[np.ndarray]:
+    """A row from end to end in blocks `[n, channels]` at its own rate, int16 or float32. Raises BadAudio, OSError."""
+    if entry.format in FORMATS.values():
+        shard = Shard(entry.path)
+        data = shard.read(shard.find(entry.offset, entry.size))
+        pcm = entry.format == FORMATS["pcm"]
+        yield data.view(np.int16)[:, None] if pcm else _decode_flac(data, 0, entry.frames)
+        return
+    how: dict[str, Any] = {"in_tar": bool(entry.member), "format": entry.format, "float_scale": float_scale}
+    if entry.frames == entry.total:
+        frames = 0
+        for block in iterate_samples(entry.path, entry.offset, entry.size, **how):
+            frames += len(block)
+            yield block
+        if frames != entry.frames:
+            raise BadAudio(f"truncated: {frames} of {entry.frames} samples decode")
+        return
+    for start in range(entry.start, entry.start + entry.frames, SEGMENT):
+        count = min(SEGMENT, entry.start + entry.frames - start)
+        yield read_samples(entry.path, entry.offset, entry.size, start, count, **how)
+
+
+def _decode_flac(data: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Samples `[start, start + count)` of a FLAC file in memory, int16 `[count, channels]`. Raises BadAudio."""
+    try:
+        with sf.SoundFile(io.BytesIO(data.data)) as sound:
+            sound.seek(start)
+            samples = sound.read(count, dtype="int16", always_2d=True)
+    except sf.LibsndfileError as error:
+        raise BadAudio(f"cannot be decoded: {error.error_string.strip()}") from None
+    if len(samples) < count:
+        raise BadAudio(f"truncated: {start + len(samples)} of {start + count} samples decode")
+    return samples
+
+
+def all_stored(index: Index, sample_rate: int, formats: Collection[str] = STORED) -> bool:
+    """Whether every row is mono, at this rate and in one of these formats."""
+    numbers = index.entries.numbers
+    alike = (numbers["sample_rate"] == sample_rate) & (numbers["channels"] == 1)
+    return bool(alike.all()) and all(value in formats for value in index.entries.format.distinct())
+
+
+def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
+    """`out[:n] = round(32768 gain x)`, saturated, for float x in [-1, 1) or int16 samples that stand for x * 32768.
+
+    The samples may be `out[:n]` itself.
+    """
+    n = len(samples)
+    if samples.dtype == np.int16 and gain == 1:
+        if not np.may_share_memory(samples, out):
+            out[:n] = samples
+        return
+    scaled = np.empty(min(n, BLOCK), np.float32)  # small: fresh memory costs more than the arithmetic
+    for start in range(0, n, BLOCK):
+        x = samples[start : min(n, start + BLOCK)]
+        y = scaled[: len(x)]
+        if x.dtype == np.int16:
+            x = np.divide(x, np.float32(32768), out=y, dtype=np.float32)
+        np.multiply(x, np.float32(32768 * gain), out=y)
+        np.rint(y, out=y)
+        out[start : start + len(y)] = np.clip(y, -32768, 32767, out=y)
+
+
+def default_threads() -> int:
+    """The cores this process may use, shared among the ranks of this machine."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

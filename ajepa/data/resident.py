@@ -1,0 +1,112 @@
+"""The whole data set as PCM in the device's memory: a batch is then one gather, and nothing is read or copied."""
+
+import math
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+from ajepa.data.batch import Batch, fill_up
+from ajepa.data.decode import read_whole, resampled_lengths
+from ajepa.data.index import DataError, Index
+from ajepa.data.loader import AudioLoader
+from ajepa.data.reader import to_int16
+
+SHARE = 0.5  # of the free memory that the PCM may take: the rest is for the step
+
+
+class ResidentLoader(AudioLoader):
+    """An `AudioLoader` of the same batches, from PCM loaded once into `device`; its state fits that loader's, too.
+
+    The batches agree bit for bit.
+
+    Raises:
+        DataError: the PCM does not fit; states both sizes.
+    """
+
+    def __init__(self, index: Index, *, device: torch.device, **options: Any):
+        state = options.pop("state", None)
+        super().__init__(index, device=device, **options)
+        rate, samples = self._clip["sample_rate"], self._clip["clip_samples"]
+        slots = np.maximum(resampled_lengths(index, rate), samples)
+        need, free = 2 * float(slots.sum()), free_memory(device)
+        if need > SHARE * free:
+            raise DataError(
+                f"--resident: {need / 1e9:,.2f} GB of PCM do not fit on {device}: {free / 1e9:,.2f} GB are free, of "
+                f"which the data may take {SHARE:.0%}. Leave out --resident, or choose fewer recordings with --where"
+            )
+        self._starts = np.concatenate([np.zeros(1), np.cumsum(slots)]).astype(np.int64)
+        self._frames = np.zeros(len(index), np.int64)  # from each start on; 0 for a recording found bad
+        self._bank = torch.empty(int(self._starts[-1]), dtype=torch.int16, device=device)
+        self._lengths = np.zeros(len(index), np.int32)  # of a clip
+        self._bad: dict[str, str] = {}
+        whole = read_whole(
+            index, self._store, sample_rate=rate, max_samples=math.inf, threads=self._threads,
+            decoder=self._clip["decoder"],
+        )  # fmt: skip
+        for row, reason in enumerate(whole):
+            if reason is not None:
+                self._bad[index.entries[row].name] = reason
+        if not self._frames.any():
+            raise DataError(f"{index.source}: no usable file is left, {len(self._bad)} went bad since indexing")
+        self._last["skipped"] = dict(self._bad)
+        if state is not None:
+            self.load(state)
+
+    def _store(self, row: int, samples: np.ndarray) -> None:
+        """Writes a recording into the bank; one shorter than a clip is padded there."""
+        start, end = self._starts[row : row + 2].tolist()
+        frames = min(len(samples), end - start)
+        pcm = np.empty(max(frames, self._clip["clip_samples"]), np.int16)
+        to_int16(samples[:frames], 1.0, pcm)
+        self._lengths[row] = min(fill_up(pcm, frames, self._pad), self._clip["clip_samples"])
+        self._bank[start : start + len(pcm)] = torch.from_numpy(pcm)
+        self._frames[row] = len(pcm)
+
+    def __next__(self) -> Batch:
+        place, samples = self._last["batches"], self._clip["clip_samples"]
+        plan = self._stream.plan(place)
+        skipped = self._last["skipped"]
+        items = np.array([self._good(int(item), skipped) for item in plan.items], np.int64)
+        spare = self._frames[items] - samples
+        starts = self._starts[items] + np.minimum((plan.fractions * (spare + 1)).astype(np.int64), spare)
+        pcm = self._bank.unfold(0, samples, 1)[self._to_device(starts)]  # [B, S]
+        if (plan.gains != 1).any():
+            gains = self._to_device((32768 * plan.gains).astype(np.float32))
+            pcm = (pcm.float() / 32768 * gains[:, None]).round_().clamp_(-32768, 32767).to(torch.int16)
+        self._last = {"batches": place + 1, "first": place + 1, "dali": None, "skipped": skipped}
+        lengths = self._to_device(self._lengths[items])
+        return Batch(pcm, lengths, torch.from_numpy(self.index.labels[items]), torch.from_numpy(items))
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        """Without waiting for the steps under way, as a copy from memory that is not pinned would."""
+        host = torch.from_numpy(values)
+        if self._bank.device.type != "cuda":
+            return host
+        return host.pin_memory().to(self._bank.device, non_blocking=True)
+
+    def _good(self, item: int, skipped: dict[str, str]) -> int:
+        """The row, or the next one that is good, as `Reader.good_row` would choose it."""
+        if not skipped:
+            return item
+        for row in range(item, item + len(self.index)):
+            row %= len(self.index)
+            if self._frames[row] and self.index.entries[row].name not in skipped:
+                return row
+        raise DataError(f"{self.index.source}: no usable file is left, {len(skipped)} went bad since indexing")
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self._last["skipped"].update(self._bad)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows and macOS do not tell
+        return sys.maxsize

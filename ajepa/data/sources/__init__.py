@@ -1,0 +1,1 @@
+"""What a data set lists: folders, manifests, tars, and segments of their files."""

@@ -1,0 +1,165 @@
+"""Probes on frozen features: they learn from the training rows of a fold and name the test rows.
+
+Shapes: n recordings, D features of a recording, T tokens of all recordings (packed by `cu`), C features of a token.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ajepa.evaluation.features import knn_predict, standardised
+
+EPOCHS, BATCH, LR, LR_END = 10, 32, 1e-3, 1e-4  # X-ARES's schedule
+VALIDATION = 0.1  # share of the training rows of each class that chooses the epoch
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Frozen features of n recordings."""
+
+    clips: torch.Tensor  # float32 [n, D]
+    tokens: torch.Tensor | None = None  # float16 [T, C]
+    cu: torch.Tensor | None = None  # int64 [n + 1]
+
+    def padded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of these recordings, float32 `[b, L, C]`, and which of them are padding, bool `[b, L]`."""
+        assert self.tokens is not None and self.cu is not None
+        parts = [self.tokens[self.cu[i] : self.cu[i + 1]].float() for i in rows.tolist()]
+        lengths = torch.tensor([len(p) for p in parts])
+        return nn.utils.rnn.pad_sequence(parts, batch_first=True), torch.arange(int(lengths.max())) >= lengths[:, None]
+
+
+class LinearProbe(nn.Module):
+    """X-ARES's: layer norm of the pooled features, one linear layer."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x_bD: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(x_bD))
+
+
+class AttentiveProbe(nn.Module):
+    """One learnt query a head attends to all tokens of a recording; values and the rest as the linear probe.
+
+    softmax(q_h . x_t) over the layer-normalised tokens x_t; the head's values W_h x_t are summed with these weights.
+    With a learnt query a key projection would add nothing, and W_h may follow the sum: no product of all tokens.
+    """
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        heads = width // 64 if width % 64 == 0 else 1
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(torch.randn(heads, width) * 0.02)
+        self.value = nn.Parameter(torch.randn(heads, width // heads, width) * width**-0.5)
+        self.linear = LinearProbe(width, classes)
+
+    def forward(self, x_bLC: torch.Tensor, padding_bL: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x_bLC)
+        scores = (x @ self.query.T).masked_fill(padding_bL[..., None], -torch.inf)
+        pooled = scores.softmax(1).transpose(1, 2) @ x  # [b, heads, C]
+        return self.linear(torch.einsum("bhc,hdc->bhd", pooled, self.value).flatten(1))
+
+
+def predict(
+    head: str, x: Embedded, labels: torch.Tensor, train: torch.Tensor, test: torch.Tensor, seed: int, device="cpu"
+) -> torch.Tensor:
+    """Classes, int64 `[len(test)]`, that `head` learnt on the rows `train` gives to the rows `test`.
+
+    `head`: a name in HEADS. Everything random follows from `seed`.
+    """
+    return HEADS[head](x, labels, train, test, seed, torch.device(device))
+
+
+def validation_split(labels: torch.Tensor, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(to learn from, to choose the epoch by): a tenth of each class's rows is held back, never a class's only row."""
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(rows), dtype=torch.bool)
+    for c in labels[rows].unique():
+        own = (labels[rows] == c).nonzero()[:, 0]
+        count = max(int(len(own) > 1), round(VALIDATION * len(own)))
+        held[own[torch.randperm(len(own), generator=generator)[:count]]] = True
+    return rows[~held], rows[held]
+
+
+def fit(module: nn.Module, inputs: Callable, labels: torch.Tensor, rows: torch.Tensor, seed: int, device) -> nn.Module:
+    """Adam, cosine schedule; the weights of the epoch that is best on the validation rows.
+
+    `inputs(rows)` gives the module's arguments.
+    """
+    learn, held = validation_split(labels, rows, seed)
+    optimizer = torch.optim.Adam(module.parameters(), LR)
+    steps = EPOCHS * -(-len(learn) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, LR_END)
+    generator = torch.Generator().manual_seed(seed)
+    best, weights = -1.0, module.state_dict()
+    for _ in range(EPOCHS):
+        module.train()
+        for batch in learn[torch.randperm(len(learn), generator=generator)].split(BATCH):
+            loss = F.cross_entropy(module(*(t.to(device) for t in inputs(batch))), labels[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        score = (classify(module, inputs, held, device) == labels[held]).float().mean().item() if len(held) else 0.0
+        if score > best or not len(held):
+            best, weights = score, copy.deepcopy(module.state_dict())
+    module.load_state_dict(weights)
+    return module
+
+
+@torch.no_grad()
+def classify(module: nn.Module, inputs: Callable, rows: torch.Tensor, device) -> torch.Tensor:
+    module.eval()
+    batches = rows.split(8 * BATCH)
+    return torch.cat([module(*(t.to(device) for t in inputs(batch))).argmax(-1).cpu() for batch in batches])
+
+
+def _trained(probe: type[nn.Module], width: int, inputs, labels, train, test, seed, device) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = probe(width, int(labels.max()) + 1).to(device)
+        fit(module, inputs, labels, train, seed, device)
+    return classify(module, inputs, test, device)
+
+
+def _knn(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
+    return knn_predict(x.clips[train], labels[train], x.clips[test])
+
+
+def _knn_standardised(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
+    train_x, test_x = standardised(x.clips[train], x.clips[test])
+    return knn_predict(train_x, labels[train], test_x)
+
+
+def _linear(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
+    width = x.clips.shape[1]
+    return _trained(LinearProbe, width, lambda rows: (x.clips[rows],), labels, train, test, seed, device)
+
+
+def _attentive(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
+    assert x.tokens is not None
+    return _trained(AttentiveProbe, x.tokens.shape[1], x.padded, labels, train, test, seed, device)
+
+
+def _logistic(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
+    from sklearn.linear_model import LogisticRegression
+
+    train_x, test_x = standardised(x.clips[train], x.clips[test])
+    model = LogisticRegression(max_iter=10_000).fit(train_x.numpy(), labels[train].numpy())
+    return torch.from_numpy(model.predict(test_x.numpy()))
+
+
+HEADS: dict[str, Callable[..., torch.Tensor]] = {
+    "knn": _knn,
+    "knn-standardised": _knn_standardised,
+    "linear": _linear,
+    "attentive": _attentive,
+    "logistic": _logistic,
+}

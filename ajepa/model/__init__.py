@@ -1,0 +1,1 @@
+"""Log-mel patches, masks, encoders and predictor."""

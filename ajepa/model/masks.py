@@ -1,0 +1,271 @@
+"""Which patches the context encoder sees and which the predictor must give: four mask families, drawn without loops.
+
+A mask family draws booleans; `Masks.pack` turns them into the packed, ragged indices that the model reads. Shapes:
+B clips, R contexts (B x masks per clip), K target groups a context, N = F x T patches (frequency-major), G groups.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+
+from ajepa.config import MaskConfig
+from ajepa.utils.counter_rng import Noise
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Packed masks of one batch. Indices count patches over the whole batch: clip * N + patch.
+
+    Predictor sequence g is the context `context_of[g]` followed by the mask tokens of target group g.
+    """
+
+    context: torch.Tensor  # int64 [Tc], visible patches, context after context
+    context_cu: torch.Tensor  # int32 [R + 1]
+    target: torch.Tensor  # int64 [Tt], patches to predict, group after group
+    target_cu: torch.Tensor  # int32 [G + 1]
+    predict: torch.Tensor  # int64 [Tp], rows of (context tokens ++ mask tokens), packed per predictor sequence
+    predict_cu: torch.Tensor  # int32 [G + 1]
+    predicted: torch.Tensor  # int64 [Tt], the predictor's rows that answer for `target`
+    max_context: int
+    max_predict: int
+    max_target: int
+    clips: int
+    disjoint: bool  # group g holds the targets of clip g: no patch is predicted twice
+
+    BOUNDS: ClassVar = ("max_context", "max_predict", "max_target")
+
+    @classmethod
+    def pack(cls, context_RN: torch.Tensor, targets_RKN: torch.Tensor, masks_per_clip: int, present_RK=None) -> "Masks":
+        """From booleans. Groups outside `present_RK` (empty ones by default) get no predictor sequence."""
+        R, N = context_RN.shape
+        present = targets_RKN.any(-1) if present_RK is None else present_RK
+        groups_GN, context_of = targets_RKN[present], present.nonzero()[:, 0]
+        clip_R = torch.arange(R) // masks_per_clip
+
+        row, patch = context_RN.nonzero(as_tuple=True)
+        context = clip_R[row] * N + patch
+        context_len = context_RN.sum(-1)
+        context_cu = _offsets(context_len)
+
+        group, patch = groups_GN.nonzero(as_tuple=True)
+        target = clip_R[context_of][group] * N + patch
+        target_len = groups_GN.sum(-1)
+        target_cu = _offsets(target_len)
+
+        shown = context_len[context_of]
+        predict_cu = _offsets(shown + target_len)
+        sequence = torch.repeat_interleave(shown + target_len)
+        place = torch.arange(len(sequence)) - predict_cu[sequence]
+        is_context = place < shown[sequence]
+        bounds = torch.stack([_most(context_len), _most(shown + target_len), _most(target_len)]).tolist()
+        from_context = context_cu[context_of[sequence]] + place
+        from_target = len(context) + target_cu[sequence] + place - shown[sequence]
+        return cls(
+            context=context,
+            context_cu=context_cu.int(),
+            target=target,
+            target_cu=target_cu.int(),
+            predict=torch.where(is_context, from_context, from_target),
+            predict_cu=predict_cu.int(),
+            predicted=(~is_context).nonzero()[:, 0],
+            max_context=bounds[0],
+            max_predict=bounds[1],
+            max_target=bounds[2],
+            clips=R // masks_per_clip,
+            disjoint=masks_per_clip == 1 and targets_RKN.shape[1] == 1 and len(groups_GN) == R,
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Masks":
+        """The same masks, each tensor replaced by what `function` makes of it."""
+        changed: dict[str, Any] = {name: function(x) for name, x in self.tensors().items()}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> "Masks":
+        if device.type == "cpu":
+            return self
+        return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
+
+
+def _most(lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.max() if len(lengths) else lengths.new_zeros(())
+
+
+def _offsets(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def random_masks(R, grid, ratio, noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """Audio-JEPA: a share U(ratio) of the patches is masked, one share a batch, an own permutation each context."""
+    N = math.prod(grid)
+    masked = round(N * _uniform((), ratio, noise).item())
+    rank = noise((R, N)).argsort(-1).argsort(-1)
+    context = rank >= min(max(masked, 1), N - 1)
+    return context, ~context[:, None]
+
+
+def block_masks(R, grid, n_targets, target_scale, aspect, context_scale, noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """I-JEPA's multi-block: K target blocks; the context is one large block without them (arXiv 2301.08243, sec. 3)."""
+    targets = _blocks(R, n_targets, grid, target_scale, aspect, noise)
+    context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), noise)[:, 0]
+    return (context & ~targets.any(1)).flatten(1), targets.flatten(2)
+
+
+def time_frequency_masks(
+    R, grid, n_targets, target_scale, aspect, context_scale, min_context, noise
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A-JEPA's time-frequency masks: the context also loses every row and column that a target block touches.
+
+    The geometry is our reading of arXiv 2311.15830. Where it would leave fewer than `min_context` patches, the context
+    keeps the targets' rows (frequencies), and then their columns too.
+    """
+    targets = _blocks(R, n_targets, grid, target_scale, aspect, noise)
+    context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), noise)[:, 0]
+    union = targets.any(1)
+    rows, columns = union.any(2, keepdim=True), union.any(1, keepdim=True)
+    chosen = context & ~rows & ~columns
+    for relaxed in (context & ~columns, context & ~union):
+        short = chosen.sum((1, 2)) < min_context
+        chosen = torch.where(short[:, None, None], relaxed, chosen)
+    return chosen.flatten(1), targets.flatten(2)
+
+
+def curriculum_probability(step: int, steps: int, c0: float = 0.01) -> float:
+    """A-JEPA's schedule: f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2)), the chance of a time-frequency mask."""
+    return min(1.0, math.sqrt(step * (1 - c0**2) / steps + c0**2))
+
+
+def _uniform(shape: tuple[int, ...], span: tuple[float, float], noise: Noise) -> torch.Tensor:
+    low, high = span
+    return low + (high - low) * noise(shape)
+
+
+def _blocks(R, K, grid, scale, aspect, noise) -> torch.Tensor:
+    """K rectangles a context, bool [R, K, F, T]: area U(scale) of the grid, height / width U(aspect).
+
+    Height and width are shares of the grid's sides, so that a block of aspect 1 is as long as the grid is: on I-JEPA's
+    square grid this is its own definition, on a 8 x 64 one every block fits.
+    """
+    F, T = grid
+    area, ratio = _uniform((R, K), scale, noise), _uniform((R, K), aspect, noise)
+    height = (F * (area * ratio).sqrt()).round().clamp(1, F)
+    width = (F * T * area / height).round().clamp(1, T)
+    top = (noise((R, K)) * (F - height + 1)).floor()
+    left = (noise((R, K)) * (T - width + 1)).floor()
+
+    def span(start, length, size):
+        at = torch.arange(size)
+        return (at >= start[..., None]) & (at < (start + length)[..., None])
+
+    return span(top, height, F)[..., :, None] & span(left, width, T)[..., None, :]
+
+
+def _keep_minimum(context_RN, targets_RKN, minimum, noise):
+    """Give contexts below `minimum` patches some more: unused patches first, then targets, which they cease to be."""
+    short = context_RN.sum(-1) < minimum
+    if not short.any():
+        return context_RN, targets_RKN
+    tier = torch.where(context_RN, 0.0, torch.where(targets_RKN.any(1), 2.0, 1.0))
+    order = (tier + noise(tuple(tier.shape))).argsort(-1).argsort(-1)
+    context = torch.where(short[:, None], order < minimum, context_RN)
+    return context, targets_RKN & ~context[:, None]
+
+
+def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, noise):
+    """Exactly `n_context` visible and `n_target` target patches in the batch, still ragged from clip to clip.
+
+    Surplus patches are dropped at random (each context keeps `minimum`); a lack is filled from patches that are
+    neither, and from targets at the last.
+    """
+
+    def smallest(score, count):
+        chosen = torch.zeros(score.numel(), dtype=torch.bool)
+        chosen[score.flatten().argsort()[:count]] = True
+        return chosen.view(score.shape)
+
+    tier = torch.where(context_RN, 0.0, torch.where(targets_RKN.any(1), 2.0, 1.0)) + noise(context_RN.shape)
+    first = tier.argsort(-1).argsort(-1) < minimum
+    context = smallest(torch.where(first, tier - 3.0, tier), n_context)
+    free = ~context[:, None].expand_as(targets_RKN)
+    tier = torch.where(targets_RKN & free, 0.0, torch.where(free, 1.0, 2.0)) + noise(targets_RKN.shape)
+    return context, smallest(tier, n_target) & free
+
+
+class MaskSampler:
+    """Masks of step s as a pure function of (seed, s) and of each clip's place in the global batch.
+
+    Drawn on torch's default device. Nothing to save, and W ranks with B / W clips draw between them what one rank draws
+    for B. A fixed token budget is the exception: each rank meets its share of it.
+    """
+
+    def __init__(self, cfg: MaskConfig, grid: tuple[int, int], *, seed: int = 0, rank: int = 0, world_size: int = 1):
+        self.cfg, self.grid, self.seed, self.rank, self.world_size = cfg, grid, seed, rank, world_size
+        self.n_patches = math.prod(grid)
+        self.minimum = min(cfg.min_context, self.n_patches // 4)
+        self.budget = self._budget() if cfg.fixed_token_budget else None
+
+    def __call__(self, step: int, steps: int, batch: int) -> Masks:
+        return self.parts(step, steps, [batch])[0]
+
+    def parts(self, step: int, steps: int, sizes: list[int]) -> list[Masks]:
+        """Masks of this rank's part of one batch, packed apart for its successive parts of so many clips."""
+        per_clip = self.cfg.masks_per_clip
+        noise = Noise(self.seed, step, rank=self.rank, world_size=self.world_size, per_clip=per_clip)
+        rows = [size * per_clip for size in sizes]
+        context, targets = self._draw(self.cfg.mask, sum(rows), step, steps, noise)
+        if self.budget is None:
+            context, targets = _keep_minimum(context, targets, self.minimum, noise)
+        pieces = zip(context.split(rows), targets.split(rows), strict=True)
+        return [self._pack(*piece, noise) for piece in pieces]
+
+    def _pack(self, context: torch.Tensor, targets: torch.Tensor, noise: Noise) -> Masks:
+        per_clip = self.cfg.masks_per_clip
+        if self.budget is None:
+            return Masks.pack(context, targets, per_clip)
+        n_context, n_target = (round(len(context) * share) for share in self.budget)
+        if self.cfg.mask == "random":
+            n_target = context.numel() - n_context
+        context, targets = _fix_counts(context, targets, n_context, n_target, self.minimum, noise)
+        present = torch.ones(targets.shape[:2], dtype=torch.bool)  # static shapes: empty groups keep their sequence
+        return Masks.pack(context, targets, per_clip, present)
+
+    def _draw(self, mask, R, step, steps, noise) -> tuple[torch.Tensor, torch.Tensor]:
+        cfg = self.cfg
+        if mask == "random":
+            if not cfg.fixed_token_budget:
+                return random_masks(R, self.grid, cfg.mask_ratio, noise)
+            masked = self.n_patches * _uniform((R, 1), cfg.mask_ratio, noise)
+            context = noise((R, self.n_patches)).argsort(-1).argsort(-1) >= masked.round()
+            return context, ~context[:, None]
+        if mask == "block":
+            return block_masks(
+                R, self.grid, cfg.block_targets, cfg.block_scale, cfg.block_aspect, cfg.context_scale, noise
+            )
+        if mask == "time-frequency":
+            return time_frequency_masks(
+                R, self.grid, cfg.tf_targets, cfg.tf_scale, cfg.block_aspect, cfg.context_scale, self.minimum, noise
+            )
+        is_tf = noise((R,)) < curriculum_probability(step, steps, cfg.curriculum_c0)
+        easy, hard = (self._draw(kind, R, step, steps, noise) for kind in ("block", "time-frequency"))
+        K = max(easy[1].shape[1], hard[1].shape[1])
+        easy_targets, hard_targets = (
+            torch.nn.functional.pad(targets, (0, 0, 0, K - targets.shape[1])) for _, targets in (easy, hard)
+        )
+        context = torch.where(is_tf[:, None], hard[0], easy[0])
+        return context, torch.where(is_tf[:, None, None], hard_targets, easy_targets)
+
+    def _budget(self) -> tuple[float, float]:
+        """Mean visible and target patches a context, from a pilot draw: the smallest of the families in play."""
+        if self.cfg.mask == "random":
+            visible = self.n_patches * (1 - sum(self.cfg.mask_ratio) / 2)
+            return visible, self.n_patches - visible
+        families = ("block", "time-frequency") if self.cfg.mask == "curriculum" else (self.cfg.mask,)
+        noise = Noise()
+        pilots = [self._draw(family, 1024, 0, 1, noise) for family in families]
+        visible = min(context.sum().item() for context, _ in pilots) / 1024
+        return max(visible, self.minimum), min(targets.sum().item() for _, targets in pilots) / 1024

@@ -1,0 +1,1 @@
+"""The training step and what surrounds it: engine, schedules, ranks, checkpoints, logs."""

@@ -1,0 +1,132 @@
+"""The audio of a run: what it trains on, what its features are scored on, and what had to be left out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ajepa.config import Config
+from ajepa.data.index import Index, build_index, cache_root
+from ajepa.data.loader import AudioLoader, iterate_once
+from ajepa.data.reader import all_stored
+from ajepa.data.resident import ResidentLoader
+from ajepa.data.shards import is_shards
+from ajepa.data.synthetic import make_synthetic
+from ajepa.evaluation.features import Evaluation
+
+
+@dataclass(frozen=True)
+class Corpus:
+    index: Index
+    evaluation: Evaluation
+    skipped: list[tuple[str, str]]  # (path, reason), found when indexed or loaded for the evaluation
+    description: str
+
+    def loader(
+        self,
+        cfg: Config,
+        state: dict[str, Any] | None,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+    ) -> AudioLoader:
+        """Batches on `device`, copied ahead or held there (`--resident`); None: in host memory, for a few batches."""
+        options: dict[str, Any] = {
+            **clip_options(cfg),
+            "batch_size": cfg.optim.batch_size // world_size,
+            "rank": rank,
+            "world_size": world_size,
+            "seed": cfg.seed,
+            "gain_db": cfg.data.gain_db,
+            "prefetch": cfg.data.prefetch,
+            "state": state,
+        }
+        if device is not None and cfg.data.resident:
+            return ResidentLoader(self.index, device=device, **options)
+        return AudioLoader(self.index, device=device, **options)
+
+    def write_skipped(self, folder: Path, found: Iterable[tuple[str, str]]) -> int:
+        """List the files left out, with the reason, in `skipped.tsv`; `found` by the loaders. Returns their number."""
+        rows = dict([*self.skipped, *found])
+        lines = [f"{ascii(path)[1:-1]}\t{' '.join(reason.split())}\n" for path, reason in rows.items()]
+        (folder / "skipped.tsv").write_text("path\treason\n" + "".join(lines))
+        return len(rows)
+
+
+def clip_options(cfg: Config) -> dict[str, Any]:
+    """How recordings become clips, in training and in evaluation alike."""
+    rate = cfg.front_end.sample_rate
+    samples = round(cfg.data.clip_seconds * rate)
+    return {
+        "sample_rate": rate,
+        "clip_samples": samples,
+        "pad": cfg.data.pad,
+        "decoder": cfg.data.decoder,
+        "threads": cfg.data.loader_threads,
+    }
+
+
+def open_corpus(cfg: Config) -> Corpus:
+    """Index the training audio and load the clips to watch the features on. DataError where nothing is usable."""
+    data, watch = cfg.data, cfg.watch
+    source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
+    if source is None:
+        source = str(
+            make_synthetic(
+                cache_root() / "synthetic",
+                n_clips=max(220, round(4_000 / data.clip_seconds)),  # about an hour, whatever the clip
+                seconds=max(0.5, data.clip_seconds),
+                sample_rate=cfg.front_end.sample_rate,
+            )
+        )
+        where = "split=train"
+        if eval_source is None:
+            eval_source, eval_test = source, "split=test"
+    scale = data.float_scale
+    index = build_index(source, where=where, label_column=data.label, float_scale=scale)
+    evaluated = index
+    if eval_source is not None:
+        column = watch.eval_label or data.label
+        evaluated = build_index(eval_source, where=watch.eval_where, label_column=column, float_scale=scale)
+    skipped = [*index.skipped, *evaluated.skipped]
+    evaluation = load_evaluation(cfg, evaluated, eval_test, watch.eval_clips, skipped)
+    hours = index.seconds / 3600
+    description = f"{len(index):,} recordings, {hours:.2f} hours, from {data.data or 'the synthetic set'}"
+    if skipped:
+        description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
+    rate = cfg.front_end.sample_rate
+    if is_shards(source) and not all_stored(index, rate):
+        description += (
+            f"\nevery clip is decoded or resampled anew: ajepa.pack --rate {rate} --codec pcm would spare that"
+        )
+    return Corpus(index, evaluation, skipped, description)
+
+
+def load_evaluation(
+    cfg: Config, index: Index, test: str | None, limit: int | None, skipped: list[tuple[str, str]]
+) -> Evaluation:
+    """At most `limit` clips, spread evenly over the index (the labelled part where there is one), decoded into memory.
+
+    `test` names the rows to classify; by default every fourth.
+    """
+    labelled = np.flatnonzero(index.single_labels >= 0)
+    rows = labelled if len(labelled) else np.arange(len(index))
+    if limit is not None and len(rows) > limit:
+        rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+    chosen = index.subset(rows)
+    batches = list(iterate_once(chosen, **clip_options(cfg), batch_size=64, skipped=skipped))
+    items = torch.cat([batch.items for batch in batches])
+    if test is None:
+        is_test = torch.arange(len(items)) % 4 == 3
+    else:
+        is_test = torch.from_numpy(np.isin(rows[items.numpy()], index.rows(test)))
+    return Evaluation(
+        pcm=torch.cat([batch.pcm for batch in batches]),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        labels=torch.from_numpy(index.single_labels[rows[items.numpy()]]),
+        is_test=is_test,
+        items=torch.from_numpy(rows)[items],
+    )

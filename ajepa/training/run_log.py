@@ -1,0 +1,194 @@
+"""What a run says: one line per interval on the screen, JSONL and TensorBoard files, MFU, the collapse warning."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from ajepa.config import OptimConfig
+from ajepa.training.schedules import ema_decay, learning_rate
+from ajepa.utils.atomic_files import write_atomic
+
+# Dense bf16 tensor-core peak in FLOP/s, by a part of the device's name; from the vendor's data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+WARM_UP_STEPS = 3  # left out of the throughput: compilation, allocator, file cache
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient was not finite for many steps in a row."""
+
+
+class RunLog:
+    """Log of one run in `folder`. Values stay on the device until an interval ends: no sync in between.
+
+    A quiet one (of ranks other than 0) keeps the counts and writes nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        optim: OptimConfig,
+        start: int,
+        device: torch.device,
+        counts: dict[str, int],
+        quiet: bool = False,
+    ):
+        self.folder, self.optim, self.steps, self.counts = folder, optim, optim.steps, counts
+        self.jsonl = folder / "metrics.jsonl"
+        if not quiet:
+            _drop_after(self.jsonl, start)
+        self.file = open(os.devnull if quiet else self.jsonl, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        purge = start if start else None
+        self.board = None if quiet else SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.progress = Progress(
+            TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
+        )
+        self.task = self.progress.add_task("", total=self.steps, completed=start)
+        if self.console.is_terminal and not quiet:
+            self.progress.start()
+        self.pending: list[torch.Tensor] = []
+        self.flops: list[Callable[[], float]] = []
+        self.seconds = self.waited = 0.0  # of all counted steps
+        self.clips = self.seen = 0
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self.window = {"seconds": 0.0, "waited": 0.0, "clips": 0}
+
+    def add(
+        self, result: Iterable[torch.Tensor], clips: int, seconds: float, waited: float, flops: Callable[[], float]
+    ) -> None:
+        """One step: its device scalars (loss, gradient norm, bad), host times in seconds; `flops()`, asked when the
+        interval ends: it reads the masks from the device."""
+        self.pending.append(torch.stack(list(result)))
+        if self.peak:
+            self.flops.append(flops)
+        self.seen += 1
+        for key, value in (("seconds", seconds), ("waited", waited), ("clips", clips)):
+            self.window[key] += value
+        if self.seen > WARM_UP_STEPS:
+            self.seconds, self.waited, self.clips = self.seconds + seconds, self.waited + waited, self.clips + clips
+        if self.console.is_terminal:
+            self.progress.advance(self.task)
+
+    def flush(self, step: int) -> None:
+        """End an interval after `step` finished steps: read the device, write the line.
+
+        Raises NonFiniteError when the last `max_bad_steps` were all bad.
+        """
+        if not self.pending:
+            return
+        lr, ema = learning_rate(self.optim, step - 1), ema_decay(self.optim, step - 1)
+        tick = time.perf_counter()
+        values = torch.stack(self.pending).cpu()
+        self.window["seconds"] += time.perf_counter() - tick
+        self.seconds += time.perf_counter() - tick
+        self.pending.clear()
+        bad = values[:, 2] > 0
+        for is_bad in bad.tolist():
+            self.counts["bad_in_a_row"] = self.counts["bad_in_a_row"] + 1 if is_bad else 0
+        self.counts["bad_steps"] += int(bad.sum())
+        good = values[~bad]
+        rate = self.window["clips"] / self.window["seconds"]
+        per_step = self.window["seconds"] / len(values)
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": good[:, 0].mean().item() if len(good) else float("nan"),
+            "grad_norm": good[:, 1].mean().item() if len(good) else float("nan"),
+            "lr": lr,
+            "ema_decay": ema,
+            "clips_per_second": rate,
+            "data_wait_share": self.window["waited"] / self.window["seconds"],
+            "bad_steps": self.counts["bad_steps"],
+        }
+        if self.peak:
+            record["mfu"] = sum(flops() for flops in self.flops) / self.window["seconds"] / self.peak
+            self.flops.clear()
+        line = (
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {lr:.2e}  "
+            f"ema {ema:.5f}  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"
+        )
+        line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+        line += f"  skipped {self.counts['bad_steps']} steps" if self.counts["bad_steps"] else ""
+        self.say(f"{line}  ETA {timedelta(seconds=round((self.steps - step) * per_step))}")
+        self.write(record)
+        self._open_window()
+        if self.counts["bad_in_a_row"] >= self.optim.max_bad_steps:
+            raise NonFiniteError(
+                f"loss or gradient was not finite for {self.counts['bad_in_a_row']} steps in a row up to step {step} "
+                f"(learning rate {lr:.2e}, last finite loss {_last_finite(self.jsonl)}). The weights are those of the "
+                "last finite step. Lower --lr, lengthen --warmup-steps, set --clip-norm, or use --precision fp32."
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One JSON line (numbers that are not finite as null), and its scalars to TensorBoard."""
+        clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
+        self.file.write(json.dumps(clean) + "\n")
+        for key, value in clean.items():
+            if self.board and key != "step" and isinstance(value, int | float):
+                self.board.add_scalar(key, value, record["step"])
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False)
+
+    def warn_collapse(self, watch: dict[str, Any]) -> bool:
+        """Warn when the features have lost their variety. The thresholds are far below what healthy runs show."""
+        signs = []
+        if watch["target_variance"] < 0.05:
+            signs.append(f"target variance {watch['target_variance']:.3f} < 0.05")
+        if watch.get("effective_rank", 1e9) < 3:
+            signs.append(f"effective rank {watch['effective_rank']:.1f} < 3")
+        if watch.get("mean_cosine", 0) > 0.995:
+            signs.append(f"mean cosine between clips {watch['mean_cosine']:.4f} > 0.995")
+        if signs:
+            self.say(
+                f"WARNING: the features are collapsing ({'; '.join(signs)}). A falling loss means nothing now. Raise "
+                "--target-layers or --ema-start, or mask more (--mask-ratio).",
+                style="bold red",
+            )
+        return bool(signs)
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The run's JSONL records; a line cut short by a kill is left out."""
+    records = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _drop_after(jsonl: Path, step: int) -> None:
+    """Forget what a killed run logged after the checkpoint that it now continues from."""
+    kept = [r for r in read_metrics(jsonl.parent) if r["step"] <= step] if step else []
+    write_atomic(jsonl, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+
+def _last_finite(jsonl: Path) -> str:
+    losses = [r["loss"] for r in read_metrics(jsonl.parent) if r.get("loss") is not None]
+    return f"{losses[-1]:.4f}" if losses else "none"
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
