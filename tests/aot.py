@@ -157,20 +157,22 @@ META = {"device": "meta"}
 
 def attention(S: int, D: int, dtype: torch.dtype, tf32: bool = False, cross: bool = False) -> None:
     """cross: q, k, v apart, and keys of other lengths."""
-    from ajepa_kernels._attention_layout import packed_layout
-    from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
+    from ajepa_kernels.attention.inputs import Inputs
+    from ajepa_kernels.attention.layout import make_layout
+    from ajepa_kernels.attention.ops import _masked_attention_bwd, _masked_attention_fwd
 
     qkv, cu = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(5, dtype=torch.int32, **META)
     operands = [x.contiguous() for x in qkv.unbind(1)] if cross else [qkv, None, None]
-    keys = (cu, S) if cross else (None, None)
-    arguments = (*packed_layout(qkv, cu, S, *keys, None), 0.125, tf32)
+    keys = {"cu_seqlens_k": cu, "max_seqlen_k": S} if cross else {}
+    inputs = Inputs(operands[0], *operands[1:], cu_seqlens=cu, max_seqlen=S, **keys)
+    arguments = (*make_layout(inputs), 0.125, tf32)
     out, lse = _masked_attention_fwd(*operands, *arguments)
     _masked_attention_bwd(out, *operands, out, lse, *arguments)
 
 
 def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
-    from ajepa_kernels._attention_layout import Layout
-    from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
+    from ajepa_kernels.attention.layout import Layout
+    from ajepa_kernels.attention.ops import _masked_attention_bwd, _masked_attention_fwd
 
     qkv, rows = torch.empty(4 * S, 3, 12, D, dtype=dtype, **META), torch.empty(4 * S, dtype=torch.int64, **META)
     start = torch.empty(4, dtype=torch.int64, **META)

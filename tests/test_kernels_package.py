@@ -182,7 +182,7 @@ def no_wait_cases():
 @pytest.mark.parametrize("case", no_wait_cases())
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_host_never_waits(case, impl, monkeypatch):
-    monkeypatch.setattr("ajepa_kernels.attention._is_free_to_read", lambda x: False)  # as on a GPU
+    monkeypatch.setattr("ajepa_kernels.attention.can_be_checked_at_once", lambda x: False)  # as on a GPU
     function, leaves = no_wait_cases()[case]
     leaves = [x.requires_grad_() for x in leaves]
     with NoSync():

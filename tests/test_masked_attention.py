@@ -16,8 +16,9 @@ from oracle import (
 )
 
 from ajepa_kernels import _triton, masked_attention, masked_attention_reference
-from ajepa_kernels._attention_layout import dense_layout, packed_layout
-from ajepa_kernels._attention_ops import _masked_attention_bwd, _masked_attention_fwd
+from ajepa_kernels.attention.inputs import Inputs
+from ajepa_kernels.attention.layout import make_layout
+from ajepa_kernels.attention.ops import _masked_attention_bwd, _masked_attention_fwd
 
 
 def oracle(q, k, v, spans, scale=None):
@@ -96,7 +97,7 @@ def test_tiles_of_queries(arch, head_dim, lengths, forward, backward, monkeypatc
         [torch.randn(T, 3, 1, head_dim)], torch.randn(T, 1, head_dim), torch.float16,
     )  # fmt: skip
     arguments = (torch.empty(T, 3, 1, head_dim, dtype=torch.float16, device="meta"), None, None)
-    layout = packed_layout(arguments[0], cu.to("meta"), S, None, None, None)
+    layout = make_layout(Inputs(arguments[0], cu_seqlens=cu.to("meta"), max_seqlen=S))
     with _triton.record_launches(arch) as launches:
         out, lse = _masked_attention_fwd(*arguments, *layout, 0.1, False)
         _masked_attention_bwd(out, *arguments, out, lse, *layout, 0.1, False)
@@ -289,18 +290,17 @@ def test_compiles_once_for_all_counts(impl):
 def test_opcheck(S):
     qkv = torch.randn(2 * S, 3, 2, 32, device=DEVICE)
     cu = torch.tensor([0, S, 2 * S], device=DEVICE)
-    layouts = [
-        (qkv, packed_layout(qkv, cu, S, None, None, None)),
-        (qkv, dense_layout(qkv.unflatten(0, (2, S)), qkv.unflatten(0, (2, S)), torch.rand(2, S, device=DEVICE) < 0.5,
-                            None, None, None, True)),
-    ]  # fmt: skip
-    for x, layout in layouts:
-        arguments = (x, None, None, *layout, 0.2, False)
+    visible = torch.rand(2, S, device=DEVICE) < 0.5
+    for inputs in (
+        Inputs(qkv, cu_seqlens=cu, max_seqlen=S),
+        Inputs(qkv.unflatten(0, (2, S)), visible=visible, output="scattered"),
+    ):
+        arguments = (qkv, None, None, *make_layout(inputs), 0.2, False)
         torch.library.opcheck(torch.ops.ajepa.masked_attention_fwd.default, arguments)
         out, lse = torch.ops.ajepa.masked_attention_fwd(*arguments)
         torch.library.opcheck(
             torch.ops.ajepa.masked_attention_bwd.default,
-            (torch.randn_like(out), x, None, None, out, lse, *arguments[3:]),
+            (torch.randn_like(out), qkv, None, None, out, lse, *arguments[3:]),
         )
 
 

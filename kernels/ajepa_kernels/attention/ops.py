@@ -1,33 +1,42 @@
-"""The registered operations of `masked_attention` and their configurations. Shapes and terms as in attention.py."""
+"""The registered operations of `masked_attention` and their launches. Shapes and terms as in `__init__.py`."""
 
 from __future__ import annotations
 
 import torch
 
-from ajepa_kernels._attention_kernels import (
+from ajepa_kernels._autograd import Function, first_order
+from ajepa_kernels._triton import launch, power_of_2, register
+from ajepa_kernels._tuned import LONG, Tiles, tuned
+from ajepa_kernels.attention.kernels import (
     _masked_attention_bwd_kernel,
     _masked_attention_delta_kernel,
     _masked_attention_fwd_kernel,
     _masked_attention_long_bwd_kernel,
     _masked_attention_tiled_bwd_kernel,
 )
-from ajepa_kernels._attention_layout import Layout
-from ajepa_kernels._autograd import Function, first_order
-from ajepa_kernels._triton import launch, power_of_2, register
-from ajepa_kernels._tuned import LONG, Tiles, tuned
+from ajepa_kernels.attention.layout import Layout
 
 HEAD_DIMS = (32, 64, 96, 128)
 
 
+def why_no_kernel(q: torch.Tensor) -> str:
+    """The reason why no kernel takes `q`; empty where one does."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no kernel for {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"no kernel for head dim {q.shape[-1]}, only {', '.join(map(str, HEAD_DIMS))}"
+    return ""
+
+
 def _longest_tile(q: torch.Tensor) -> int:
-    """The longest sequence, a power of two, whose forward and backward are one launch each, keys on chip whole."""
+    """The longest sequence, a power of two, whose keys fit on chip at once. Both passes are then one launch each."""
     bits, D = 8 * q.element_size(), power_of_2(q.shape[-1])
     fits = lambda S: tuned(q, "attention_fwd", bits, S, D) and tuned(q, "attention_bwd", bits, S, D)  # noqa: E731
     return max(S for S in (16, 32, 64, 128) if fits(S))
 
 
 def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Tiles]:
-    """(all keys in one tile?, the configuration) for this GPU, dtype and rounded size."""
+    """Whether one tile holds all keys, and the launch configuration for this GPU, dtype and rounded size."""
     longest, bits, D = max(max_q, max_k), 8 * q.element_size(), power_of_2(q.shape[-1])
     tile = max(power_of_2(longest), 16)
     if tile > _longest_tile(q):
@@ -41,15 +50,16 @@ def _options(config: Tiles) -> dict[str, int | None]:
 
 
 def _keys(one_tile: bool, q_start, q_end, q_rows, k_start, k_end, k_rows):
-    """k_start None: the keys are those of the queries' slots. A kernel of one tile then reads the offsets once; one of
-    several tiles needs more registers where it knows that they are the same."""
+    """The keys' part of the layout as the kernels take it. Where `k_start` is None, the queries' slots hold the keys: a
+    kernel of one tile then reads the offsets once. A kernel of several tiles gets the offsets twice, because it would
+    need more registers if it knew that both are the same."""
     if k_start is not None:
         return k_start, k_end, k_rows
     return (None, None, q_rows) if one_tile else (q_start, q_end, q_rows)
 
 
 def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
-    """q, k, v as `[rows, H, D]` views, heads and channels dense: what the kernels take."""
+    """q, k and v as the `[rows, H, D]` views that the kernels take: heads and channels contiguous."""
     tensors = q.unbind(1) if k is None or v is None else (q, k, v)
     return [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in tensors]
 
@@ -77,10 +87,10 @@ _LAYOUT = (
 def _masked_attention_fwd(
     q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
-    """k None: q holds all three, `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is only written for long sequences."""
+    """Where k is None, q is `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is written only for long sequences."""
     one_tile, config = _config(q, max_q, max_k, "attention_fwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
-    allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns are zero
+    allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns must be zero
     H, D = q.shape[-2:]
     out = allocate(q.shape[0] if scatter else slots, H, D, dtype=q.dtype, device=q.device)
     lse = allocate(0 if one_tile else H, slots, dtype=torch.float32, device=q.device)
@@ -112,10 +122,10 @@ def _masked_attention_bwd_fake(
 def _masked_attention_bwd(
     do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
-    """k None: dq holds all three. out and lse are only read for long sequences."""
+    """Where k is None, dq holds all three gradients. out and lse are read only for long sequences."""
     one_tile, config = _config(q, max_q, max_k, "attention_bwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
-    # where rows are gathered, those that no sequence owns have zero gradient
+    # where rows are gathered, a row that no sequence owns has zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
     grads = [allocate(x, memory_format=torch.contiguous_format) for x in ([q] if k is None else [q, k, v])]
     dq, dk, dv = grads[0].unbind(1) if k is None else grads
@@ -148,7 +158,7 @@ def _masked_attention_bwd(
 
 
 class MaskedAttention(Function):
-    """Gives the output, and the log-sum-exps that its backward may need."""
+    """Returns the output, and the log-sum-exps that its backward may need."""
 
     @staticmethod
     def forward(q, k, v, scale, tf32, *layout):
@@ -161,7 +171,7 @@ class MaskedAttention(Function):
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         ctx.numbers = layout[6:]
-        # short sequences recompute their probabilities from q and k alone
+        # short sequences recompute their probabilities from q and k
         ctx.save_for_backward(q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6])
 
     @staticmethod

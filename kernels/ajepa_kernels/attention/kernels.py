@@ -1,4 +1,4 @@
-"""Triton kernels of `masked_attention`. Shapes and terms as in attention.py."""
+"""Triton kernels of `masked_attention`. Shapes and terms as in `__init__.py`."""
 
 from __future__ import annotations
 
