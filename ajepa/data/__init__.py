@@ -1,1 +1,1 @@
-"""From sources to batches of PCM: what a data set lists, how a file is judged and decoded, how clips are cut."""
+"""Turns a source into batches of PCM: lists the files, checks and decodes them, and cuts clips from the recordings."""

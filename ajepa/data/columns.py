@@ -1,4 +1,4 @@
-"""The columns of an index: a recording takes little more than its name here, a tenth of what Python objects take."""
+"""The columns of an index. They store a recording in little more than its name, a tenth of what Python objects need."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-CHUNK = 1 << 16  # values encoded at a time; equal ones are merged within a chunk
+CHUNK = 1 << 16  # values encoded at a time; equal values within a chunk are stored once
 NUMBERS = np.dtype(
     [(name, np.int64) for name in ("offset", "size", "mtime_ns", "file_size", "frames", "start", "total")]
     + [(name, np.int32) for name in ("sample_rate", "channels", "label")]
@@ -15,7 +15,7 @@ NUMBERS = np.dtype(
 
 
 class Entry(NamedTuple):
-    """One recording, or a segment of one: the recording is bytes `[offset, offset + size)` of `path`."""
+    """A recording, or a segment of it. The recording is bytes `[offset, offset + size)` of the file `path`."""
 
     path: str
     member: str  # name inside a tar or shard, else ""
@@ -23,13 +23,13 @@ class Entry(NamedTuple):
     size: int
     mtime_ns: int  # of the whole file at `path`
     file_size: int  # of the whole file at `path`
-    frames: int  # samples of this row: of the segment, where it is one
+    frames: int  # samples of this row: of the segment if the row is a segment
     start: int  # the row's first sample within the recording
     total: int  # samples of the whole recording
     sample_rate: int
     channels: int
     format: str
-    label: int  # row of `Index.label_names`, -1 where unknown
+    label: int  # row of `Index.label_names`, -1 if unknown
 
     @property
     def name(self) -> str:
@@ -37,13 +37,13 @@ class Entry(NamedTuple):
 
 
 def row_name(path: str, member: str, start: int, frames: int, total: int, rate: int) -> str:
-    """`path`, `tar!member`, and for a segment a media fragment in seconds behind it: `a.wav#t=1.5,2.5`."""
+    """`path` or `tar!member`; a segment has its times in seconds appended as a media fragment, `a.wav#t=1.5,2.5`."""
     name = f"{path}!{member}" if member else path
     return name if frames >= total else name + fragment(start / rate, (start + frames) / rate)
 
 
 def fragment(start: float, end: float | None) -> str:
-    """`#t=START,END`; a microsecond tells any two samples apart."""
+    """`#t=START,END` in seconds. Microseconds are fine enough to distinguish any two samples."""
     return "#t=" + ",".join("" if t is None else f"{t:.6f}".rstrip("0").rstrip(".") for t in (start, end)).rstrip(",")
 
 
@@ -58,7 +58,7 @@ class _Column(Sequence):
 
 
 class Strings(_Column):
-    """Read-only column of text: UTF-8 in one blob, names that are no valid text included."""
+    """Read-only column of text, stored as UTF-8 in one blob. Surrogates, as in undecodable file names, are kept."""
 
     def __init__(self, values: Iterable[str]):
         values, parts = iter(values), []
@@ -70,7 +70,7 @@ class Strings(_Column):
         self._join(parts)
 
     def _join(self, parts: list[tuple[np.ndarray, np.ndarray, bytes]]) -> None:
-        """Of each part: codes, and the lengths and the bytes of the values they stand for."""
+        """Joins parts, each of them (codes, lengths of the distinct values, bytes of the distinct values)."""
         base = np.cumsum([0] + [len(lengths) for _, lengths, _ in parts])
         codes = [codes + np.int32(first) for (codes, _, _), first in zip(parts, base[:-1], strict=True)]
         self.codes = np.concatenate([np.empty(0, np.int32), *codes])
@@ -84,7 +84,7 @@ class Strings(_Column):
         return joined
 
     def take(self, rows: np.ndarray) -> "Strings":
-        """The given rows; the text itself is shared."""
+        """The given rows. The text itself is shared, not copied."""
         taken = type(self).__new__(type(self))
         taken.codes, taken._ends, taken._blob = self.codes[rows], self._ends, self._blob
         return taken
@@ -105,7 +105,7 @@ class Strings(_Column):
 
 
 class Entries(_Column):
-    """Read-only sequence of `Entry`; `numbers` holds all its integers (`NUMBERS`), `[len(self)]`."""
+    """Read-only sequence of `Entry`. `numbers`, `[len(self)]` of dtype `NUMBERS`, holds the integers of the entries."""
 
     def __init__(self, numbers: np.ndarray, path: Strings, member: Strings, format: Strings):
         self.numbers, self.path, self.member, self.format = numbers, path, member, format
@@ -133,5 +133,5 @@ class Entries(_Column):
         return Entry._make((self.path[row], self.member[row], *numbers[:-1], self.format[row], numbers[-1]))
 
     def names(self) -> Iterable[str]:
-        places = (self.numbers[name].tolist() for name in ("start", "frames", "total", "sample_rate"))
-        return map(row_name, self.path, self.member, *places)
+        positions = (self.numbers[name].tolist() for name in ("start", "frames", "total", "sample_rate"))
+        return map(row_name, self.path, self.member, *positions)

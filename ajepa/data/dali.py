@@ -1,11 +1,11 @@
-"""The reader that has DALI decode whole compressed recordings on the CPU, where that is faster than libsndfile alone.
+"""A reader that uses DALI to decode whole compressed recordings on the CPU, where DALI is faster than libsndfile.
 
-DALI only decodes. Cropping, averaging of channels and resampling are `Reader.convert`'s, so that the samples are those
-of every other reader; DALI's own resampler does not lower its cutoff when it downsamples, and aliases.
+DALI only decodes. `Reader.convert` crops, averages channels and resamples, so every reader gives the same samples.
+DALI's own resampler is not used: it keeps its cutoff when it downsamples, and therefore aliases.
 
-DALI sees one stateless source: batch i of a run is a pure function of i, so DALI's own checkpoint restores the exact
-place, and a pipeline that a bad file has killed is rebuilt from the last good one within milliseconds. What DALI cannot
-decode is read through libsndfile, which alone decides whether a file is bad.
+DALI sees one stateless source: batch i of a run is a pure function of i. DALI's own checkpoint therefore restores the
+exact position, and a pipeline that a bad file has killed is rebuilt from the last checkpoint. Files that DALI cannot
+decode are read through libsndfile, and only libsndfile decides whether a file is bad.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ajepa.data.index import Index
 from ajepa.data.reader import Clips, Cut, Plan, Reader
 from ajepa.data.shards import FORMATS
 
-# `Entry.format` of what DALI decodes, and of what it decodes faster than soundfile does (benchmarks/bench_decode.py).
+# Values of `Entry.format` that DALI decodes faster than libsndfile (benchmarks/bench_decode.py), then all it decodes.
 FASTER = {"FLAC/PCM_16", "FLAC/PCM_24", "OGG/OPUS", "WAV/PCM_24", "WAVEX/PCM_24", FORMATS["flac"]}
 DECODES = {
     *FASTER,
@@ -28,41 +28,43 @@ DECODES = {
     "OGG/VORBIS",
     *(f"{kind}/{code}" for kind in ("WAV", "WAVEX") for code in ("PCM_16", "FLOAT")),
 }
-# Beyond either, libsndfile seeks and reads the crop alone; within both DALI decodes the whole file.
+# DALI decodes the whole file within both limits. Beyond either limit, libsndfile seeks and reads only the crop.
 WHOLE_FILE_CLIPS = 2
 WHOLE_FILE_BYTES = 64 << 20
 
 
 class Piece(NamedTuple):
-    """What DALI is given for one clip."""
+    """The input of DALI for one clip."""
 
     item: int
     data: np.ndarray  # uint8, an audio file in memory
-    frames: int  # samples that each channel must decode to
+    frames: int  # number of samples that each channel must decode to
     cut: Cut
-    clip: np.ndarray | None = None  # the clip itself: DALI has nothing to do, and is given SILENCE's data
+    clip: np.ndarray | None = None  # the clip if it is already read; DALI then gets the data of SILENCE
 
 
-# In place of a bad file.
+# Stands in for a bad file.
 SILENCE = Piece(-1, wav_bytes(np.zeros((1, 1), np.int16), 1000), 1, Cut(0, 1, 0, 1), np.zeros(1, np.int16))
 
 
 class DaliReader(Reader):
-    """A `Reader` of any index; `checkpoint` is DALI's after the last batch, None to count from `first`.
+    """A `Reader` of any index that decodes some of its formats with DALI.
+
+    `checkpoint` is DALI's checkpoint after the last batch; None makes DALI count from batch `first`.
 
     Args:
-        batch_size: of the largest plan.
-        formats: `Entry.format` of what DALI is to decode.
+        batch_size: number of clips in the largest plan.
+        formats: the values of `Entry.format` that DALI decodes.
     """
 
     def __init__(self, *args, batch_size: int, formats: set[str], **options):
-        _dali()  # a missing package is best told here
+        _dali()  # report a missing package before anything else is set up
         super().__init__(*args, **options)
         self.batch_size, self.formats = batch_size, formats
-        # Not int16 unless all are exactly that: DALI's int16 wraps round where Vorbis or Opus exceed full scale.
+        # DALI decodes to int16 only if all formats are 16-bit: it wraps around where Vorbis or Opus exceed full scale.
         self._int16 = (self.index.entries.format.distinct() & formats) <= INT16 | {FORMATS["flac"]}
         self._refused: set[int] = set()  # rows that DALI does not decode
-        # Batches read and not yet returned: DALI uses the arrays of the feed in place.
+        # Batches that DALI has taken and not yet returned: it uses their arrays in place, so they must stay alive.
         self._flying: dict[int, tuple[Plan, list[Piece]]] = {}
         self._pipe: Any = None
 
@@ -80,14 +82,14 @@ class DaliReader(Reader):
             except RuntimeError as error:
                 attempts += 1
                 if not self._refuse() and attempts > 1:
-                    raise RuntimeError(f"DALI failed on batch {self.batches}, and no file of it is to blame") from error
+                    raise RuntimeError(f"DALI failed on batch {self.batches}, but decodes each file of it") from error
                 self._pipe = None
                 continue
             plan, pieces = self._flying[self.batches]
-            # DALI plays a truncated WAV or Ogg without a word.
-            odd = {p.item for p, shape in zip(pieces, audio.shape(), strict=True) if shape[0] != p.frames}
-            if odd:
-                self._refused |= odd
+            # DALI decodes a truncated WAV or Ogg without an error.
+            wrong_length = {p.item for p, shape in zip(pieces, audio.shape(), strict=True) if shape[0] != p.frames}
+            if wrong_length:
+                self._refused |= wrong_length
                 self._pipe = None
                 continue
             self.checkpoint = self._pipe.checkpoint()
@@ -106,7 +108,7 @@ class DaliReader(Reader):
         except RuntimeError:
             if self.checkpoint is None:
                 raise
-            # Another DALI release wrote the checkpoint. The source is stateless, so counting on is just as exact.
+            # Another DALI release wrote the checkpoint. The source is stateless, so starting at this batch is exact.
             self.checkpoint, self.first = None, self.batches
             self._pipe = self._pipeline(self._source, self.batch_size, self.threads, None)
 
@@ -134,11 +136,11 @@ class DaliReader(Reader):
         return Piece(row, data, entry.total, cut)
 
     def _suits(self, entry: Entry, cut: Cut) -> bool:
-        """Whether DALI is to decode it, whole."""
+        """Whether DALI is to decode the whole file of this entry."""
         if entry.format not in self.formats or (entry.format.endswith("/FLOAT") and self.index.float_scale != 1):
             return False
-        most = WHOLE_FILE_CLIPS * (cut.stop - cut.start)
-        return not self.stored(entry) and entry.total <= most and entry.size <= WHOLE_FILE_BYTES
+        max_samples = WHOLE_FILE_CLIPS * (cut.stop - cut.start)
+        return not self.stored(entry) and entry.total <= max_samples and entry.size <= WHOLE_FILE_BYTES
 
     def _clip(
         self, pieces: list[Piece], gains: np.ndarray, audio: Any, b: int, out: np.ndarray | None
@@ -153,7 +155,7 @@ class DaliReader(Reader):
         return piece.item, self.convert(samples, entry, cut, gains[b])
 
     def _refuse(self) -> bool:
-        """After a DALI error: finds which of the files in flight it does not decode, for libsndfile to read."""
+        """After a DALI error, marks the files in flight that DALI cannot decode, so that libsndfile reads them."""
         pieces = [piece for _, pieces in self._flying.values() for piece in pieces if piece.clip is None]
         found = {piece.item for piece in pieces if self._fails(piece)}
         self._refused |= found
@@ -167,13 +169,13 @@ class DaliReader(Reader):
         return False
 
     def _pipeline(self, source: Callable, batch_size: int, threads: int, checkpoint: bytes | None) -> Any:
-        """Decodes to `[frames, channels]` at the file's own rate, int16 or float32."""
+        """A pipeline that decodes to `[frames, channels]` at the file's own rate, int16 or float32."""
         fn, pipeline_def, types = _dali()
         dtype = types.DALIDataType.INT16 if self._int16 else types.DALIDataType.FLOAT
 
         @pipeline_def()
         def decode():
-            # The bytes stay referenced until their batch is out, so DALI need not copy them.
+            # `_flying` keeps the bytes alive until their batch is returned, so DALI need not copy them.
             data = fn.external_source(source=source, batch=True, batch_info=True, no_copy=True)
             return fn.decoders.audio(data, dtype=dtype)[0]
 
@@ -190,9 +192,10 @@ class DaliReader(Reader):
 
 
 def formats_for(decoder: str, index: Index) -> set[str]:
-    """`Entry.format` of the rows that DALI is to decode; none where it is not installed, or not wanted.
+    """The values of `Entry.format` in `index` that DALI is to decode.
 
-    Raises ImportError where `decoder` is "dali" and DALI is not installed.
+    The set is empty for the decoder "soundfile", and for "auto" where DALI is not installed. For "dali", `DaliReader`
+    raises ImportError where DALI is not installed.
     """
     wanted = {"auto": FASTER, "dali": DECODES, "soundfile": set()}[decoder] & index.entries.format.distinct()
     if wanted and decoder == "auto":

@@ -1,4 +1,4 @@
-"""Chooses the reader of an index, and reads recordings from end to end."""
+"""Chooses the reader for an index, and decodes whole recordings."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
@@ -9,7 +9,7 @@ from ajepa.data.dali import DaliReader, formats_for
 from ajepa.data.index import Index
 from ajepa.data.reader import Clips, Plan, Reader, default_threads
 
-GROUP_CLIPS, GROUP_SAMPLES = 64, 1 << 24  # most recordings, and about as many samples, decoded whole at a time
+GROUP_CLIPS, GROUP_SAMPLES = 64, 1 << 24  # limits on the recordings, and roughly on the samples, decoded per batch
 
 Decoder = Literal["auto", "dali", "soundfile"]
 T = TypeVar("T")
@@ -21,9 +21,11 @@ def open_reader(
     """The reader for this index.
 
     Args:
-        batch_size: of the largest plan.
-        decoder: "auto" has DALI decode the formats at which it is faster, "dali" all that it can decode, "soundfile"
-            none; lossless recordings give the same samples bit for bit.
+        plan: the batch's rows, crops and gains, see `Reader`.
+        batch_size: number of clips in the largest plan.
+        decoder: "auto" uses DALI for the formats that it decodes faster than libsndfile, "dali" uses it for every
+            format that it can decode, and "soundfile" never uses it. The samples of lossless recordings are the same
+            bit for bit.
         options: see `Reader`.
     """
     formats = formats_for(decoder, index)
@@ -41,10 +43,10 @@ def read_whole(
     threads: int = 0,
     decoder: Decoder = "auto",
 ) -> Iterator[T | str]:
-    """`work(row, samples)` of every recording from end to end, or the reason why it cannot be had, in order.
+    """Yields, in row order, `work(row, samples)` of every whole recording, or the reason why it cannot be read.
 
-    `work` is called by many threads; its samples are as `Clips.clip` gives them. A recording of more than
-    `max_samples` (at `sample_rate`) is refused, which bounds the memory.
+    Several threads call `work`; its samples are those of `Clips.clip`. A recording of more than `max_samples` (at
+    `sample_rate`) is refused, which bounds the memory.
     """
     samples = resampled_lengths(index, sample_rate)
     too_long = samples > max_samples
@@ -83,13 +85,13 @@ def read_whole(
 
 
 def resampled_lengths(index: Index, sample_rate: int) -> np.ndarray:
-    """Samples of every recording at that rate, int64: `ajepa_kernels.resampled_length` of each."""
+    """Length of every recording in samples at `sample_rate`, int64: `ajepa_kernels.resampled_length` of each row."""
     numbers = index.entries.numbers
     return -(-numbers["frames"] * sample_rate // numbers["sample_rate"])
 
 
 def _groups(samples: Sequence[float] | np.ndarray) -> list[int]:
-    """Bounds of runs of rows to decode together."""
+    """Bounds of the runs of rows that are decoded together."""
     bounds, held = [0], 0.0
     for row, count in enumerate(samples):
         if row > bounds[-1] and (held + count > GROUP_SAMPLES or row - bounds[-1] == GROUP_CLIPS):

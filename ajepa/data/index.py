@@ -1,8 +1,8 @@
-"""The index of a data set: every usable recording with its length, rate and label, and every unusable one with why.
+"""The index of a data set: every usable recording with its length, rate and label, and every bad file with its reason.
 
-A source is a folder, a manifest (CSV, TSV, JSON, JSONL, Parquet), or webdataset tars. Each file is decoded once when it
-is first seen; the verdicts are kept in a cache keyed by path, size and modification time, so later runs look at changed
-files only. A row may stand for a segment of a file: the verdict is the file's, the place within it the row's.
+A source is a folder, a manifest (CSV, TSV, JSON, JSONL, Parquet), or webdataset tars. Each file is decoded once, when
+it is first indexed. Its verdict is cached by path, size and modification time, so later runs check only changed files.
+A row may be a segment of a file: the verdict belongs to the file, and the position of the segment to the row.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
 
 @dataclass(frozen=True)
 class Index:
-    """`entries[i]` is row i; `metadata[column][i]` its other manifest columns, as text."""
+    """`entries[i]` is row i, and `metadata[column][i]` holds its other manifest columns as text."""
 
     source: str
     entries: Entries
     label_names: list[str] = field(default_factory=list)
     metadata: dict[str, Strings] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
-    warnings: list[str] = field(default_factory=list)  # of what looks wrong in the source, but is used
+    warnings: list[str] = field(default_factory=list)  # about rows that look wrong but are used
     float_scale: float = 1.0  # full scale of samples stored as floating point
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Index:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 `[len(self)]`, -1 where unknown."""
+        """Label numbers, int64 `[len(self)]`, -1 if unknown."""
         return self.entries.numbers["label"].astype(np.int64)
 
     @property
@@ -59,33 +59,33 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the entries and their order: a data position means the same recordings only where it agrees."""
+        """Hash of the entries and their order. A saved data position is valid only for the same fingerprint."""
         digest = hashlib.sha256()
-        places = (self.entries.numbers[name] for name in ("start", "frames", "sample_rate"))
-        for name, start, frames, rate in zip(self.entries.names(), *places, strict=True):
+        positions = (self.entries.numbers[name] for name in ("start", "frames", "sample_rate"))
+        for name, start, frames, rate in zip(self.entries.names(), *positions, strict=True):
             digest.update(f"{name}\0{start}\0{frames}\0{rate}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
     def subset(self, rows: Iterable[int]) -> "Index":
-        """The given rows, in the given order; labels keep their numbers."""
+        """The given rows in the given order. Labels keep their numbers."""
         taken = np.fromiter(rows, np.int64)
         metadata = {name: column.take(taken) for name, column in self.metadata.items()}
         return replace(self, entries=self.entries.take(taken), metadata=metadata)
 
     def filter(self, where: str | Sequence[str]) -> "Index":
-        """Rows that meet `where` (see `build_index`). Raises DataError for an unknown column or an empty result."""
+        """The rows that match `where`, see `build_index`. Raises DataError for an unknown column or no matching row."""
         return self.subset(self.rows(where))
 
     def rows(self, where: str | Sequence[str]) -> list[int]:
-        """Numbers of the rows that meet `where`. Raises DataError as `filter`."""
+        """Numbers of the rows that match `where`. Raises the same errors as `filter`."""
         columns: dict[str, Sequence[str]] = {**self.metadata}
         columns.setdefault("label", [self.label_names[label] if label >= 0 else "" for label in self.labels])
         return _select(columns, where, self.source)
 
     @cached_property
     def single_labels(self) -> np.ndarray:
-        """`labels`, but -1 also where the label is a list of several."""
-        several = np.array([len(decode_label(name) or ()) > 1 for name in self.label_names] + [False])  # row -1: none
+        """`labels`, with -1 also for rows whose label is a list of several."""
+        several = np.array([len(decode_label(name) or ()) > 1 for name in self.label_names] + [False])  # last: label -1
         return np.where(several[self.labels], -1, self.labels)
 
 
@@ -100,28 +100,30 @@ def build_index(
     progress: bool = True,
     float_scale: float = 1.0,
 ) -> Index:
-    """Lists and checks a data set.
+    """Lists the files of a data set and checks each of them.
 
     Args:
         source: a folder, searched recursively; a .csv, .tsv, .json, .jsonl, .ndjson or .parquet manifest with a column
-            `filename`, `file`, `path`, `audio`..., whose rows stand for segments where it has columns such as `offset`
-            and `duration`, or `start` and `end`, in seconds; webdataset tars, as a path, a glob or a brace range
-            (`shard-{000..010}.tar`); or what `python -m ajepa.pack` wrote: its folder, or one shard.
-        where: keeps rows by column: `"fold=1,2,3"`, `"speaker!=theo"`; several are joined by `;` or given as a list.
-            A cell that holds a list has each of its values.
-        label_column: the manifest column to take labels from; default `label`, `target`, `category`, `class`...
-        cache_dir: where the verdicts are kept; default `cache_root() / "index"`.
-        threads: files checked at once; 0 takes the cores this process may use.
-        decode: decode every file to its end (finds damage inside a file); False trusts headers that state a length.
-        progress: report to stderr when it takes more than two seconds.
+            `filename`, `file`, `path`, `audio`..., whose rows are segments if it has columns such as `offset` and
+            `duration`, or `start` and `end`, in seconds; webdataset tars, as a path, a glob or a brace range
+            (`shard-{000..010}.tar`); or the output of `python -m ajepa.pack`: its folder, or one shard.
+        where: keeps the rows that match: `"fold=1,2,3"`, `"speaker!=theo"`. Join several conditions by `;` or give them
+            as a list. A cell that holds a list matches by each of its values.
+        label_column: the manifest column that holds the labels; default `label`, `target`, `category`, `class`...
+        cache_dir: folder of the cached verdicts; default `cache_root() / "index"`.
+        threads: number of files checked at once; 0 uses the number of cores this process may use.
+        decode: True decodes every file to its end, which finds damage inside a file. False trusts headers that state a
+            length.
+        progress: report progress on stderr if the check takes more than two seconds.
         float_scale: full scale of samples stored as floating point.
 
     Returns:
-        An `Index`; rows keep the listing's order (sorted paths, manifest rows, tar order). Labels are numbered over
-        the whole listing, before `where`, so folds and splits of one manifest agree.
+        An `Index` whose rows keep the order of the listing (sorted paths, manifest rows, tar order). Labels are
+        numbered over the whole listing, before `where`, so folds and splits of one manifest agree.
 
     Raises:
-        DataError: nothing usable, no such source, a bad manifest or an unknown column; says what to do.
+        DataError: the source does not exist or has no usable file, the manifest is bad, or a column is unknown. The
+            message states the remedy.
     """
     source = os.path.expanduser(os.fspath(source))
     if is_shards(source):
@@ -178,7 +180,7 @@ def _assemble(source: str, listing: Listing, files: list[Listed], verdicts: list
 
 
 def _repeats(source: str, files: list[Listed], entries: list[Entry]) -> Iterator[str]:
-    """Warnings of rows that stand for the same samples."""
+    """Yields a warning for each kind of rows that name the same samples."""
     keys = [(os.path.normpath(e.path), e.offset, e.start, e.frames) for e in entries]
     if len(set(keys)) == len(keys):
         return
@@ -192,11 +194,11 @@ def _repeats(source: str, files: list[Listed], entries: list[Entry]) -> Iterator
         example = f"{entries[same[0]].name}: {', '.join(map(str, labels))}"
         yield (f"{source}: {len(differing):,} files are named by several rows with different labels ({example}); "
                "for several labels a file use a list in one row, and --multi-label")  # fmt: skip
-    alike = [same for same, labels in several if len(same) > 1 and len(labels) <= 1]
-    if alike:
-        same = alike[0]
-        surplus = sum(map(len, alike)) - len(alike)
-        exact = sum(len(same) - len({(files[i].label, files[i].metadata) for i in same}) for same in alike)
+    repeated = [same for same, labels in several if len(same) > 1 and len(labels) <= 1]
+    if repeated:
+        same = repeated[0]
+        surplus = sum(map(len, repeated)) - len(repeated)
+        exact = sum(len(same) - len({(files[i].label, files[i].metadata) for i in same}) for same in repeated)
         yield (f"{source}: {surplus:,} rows repeat the recording of an earlier row, {exact:,} of them word for word "
                f"({entries[same[0]].name}: {len(same)} rows); each counts as a recording")  # fmt: skip
 
@@ -219,8 +221,8 @@ def _select(columns: Mapping[str, Sequence[str]], where: str | Sequence[str], so
         if name not in columns:
             raise DataError(f"where: {source} has no column {name!r}; its columns: {', '.join(columns) or 'none'}")
         wanted = {value.strip() for value in values.split(",")}
-        met = np.array([_has(value, wanted) != negate for value in columns[name]], bool)
-        keep = met if keep is None else keep & met
+        matches = np.array([_has(value, wanted) != negate for value in columns[name]], bool)
+        keep = matches if keep is None else keep & matches
     rows = [] if keep is None else np.flatnonzero(keep).tolist()
     if keep is not None and not rows:
         raise DataError(f"where: no row of {source} has {where if isinstance(where, str) else '; '.join(where)}")
@@ -228,17 +230,17 @@ def _select(columns: Mapping[str, Sequence[str]], where: str | Sequence[str], so
 
 
 def _has(value: str, wanted: set[str]) -> bool:
-    """Whether a cell is one of the values, or a list that holds one."""
+    """Whether a cell is one of the wanted values, or a list that holds one of them."""
     return value in wanted or (value.startswith("[") and not wanted.isdisjoint(decode_label(value) or ()))
 
 
 class _Cache:
-    """Verdicts by (path, offset, size, mtime_ns), as JSON lines under a header with their checksum."""
+    """Cached verdicts by (path, offset, size, mtime_ns): a file of JSON lines whose header holds their checksum."""
 
     def __init__(self, folder: Path, source: str, decode: bool, float_scale: float):
-        # Header-only verdicts and those at another scale live apart: they must not pass for these.
-        what = f"{os.path.abspath(source)}\0{decode}\0{float(float_scale)}"
-        name = hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()[:24]
+        # Verdicts from headers only, or at another float scale, differ and are kept in files of their own.
+        options = f"{os.path.abspath(source)}\0{decode}\0{float(float_scale)}"
+        name = hashlib.sha256(options.encode(errors="surrogateescape")).hexdigest()[:24]
         self.path = folder / f"{name}.jsonl"
         self.verdicts: dict[Key, AudioInfo | str] = self._load()
         self.changed = False
@@ -254,11 +256,11 @@ class _Cache:
         except OSError:
             return {}
         except (ValueError, KeyError, TypeError):
-            print(f"{self.path}: damaged or outdated index cache, rebuilding it", file=sys.stderr)
+            print(f"{self.path}: the index cache is damaged or outdated, rebuilding it", file=sys.stderr)
             return {}
 
     def save(self, keys: Iterable[Key]) -> None:
-        """Writes the verdicts, those in `keys` and those of a file no newer key replaces, in one step."""
+        """Writes the cache in one step, without the verdicts that a newer key in `keys` replaces."""
         newest = {key[:2]: key for key in keys}
         kept = {key: info for key, info in self.verdicts.items() if newest.get(key[:2], key) == key}
         body = b"".join(json.dumps([key, info]).encode() + b"\n" for key, info in kept.items())
@@ -269,19 +271,19 @@ class _Cache:
             aside.write_bytes(header + body)
             os.replace(aside, self.path)
         except OSError as error:
-            print(f"index cache not written ({error}): files are checked again next time", file=sys.stderr)
+            print(f"the index cache was not written ({error}): the next run checks the files again", file=sys.stderr)
 
 
 def _check(
     files: list[Listed], cache: _Cache, threads: int, decode: bool, progress: bool, float_scale: float
 ) -> list[AudioInfo | str]:
-    """A verdict per file: what it holds, or the reason it cannot be used. Segments of one file share its verdict."""
+    """One verdict per file: its `AudioInfo`, or the reason it is bad. Segments of one file share its verdict."""
     keys = [(file.path, file.offset, file.size, file.mtime_ns) for file in files]
     first_of: dict[Key, int] = {}
     for i, key in enumerate(keys):
         first_of.setdefault(key, i)
     todo = [i for key, i in first_of.items() if key not in cache.verdicts]
-    fresh: dict[Key, str] = {}  # reasons that may pass without the file changing: permissions, input/output errors
+    fresh: dict[Key, str] = {}  # reasons that may go away although the file is unchanged: permissions, I/O errors
     report = _Progress(len(todo), progress)
 
     def check(i: int) -> tuple[int, AudioInfo | str, bool]:
@@ -295,12 +297,12 @@ def _check(
             return i, str(error), True
         except OSError as error:
             return i, reason_of(error), False
-        except Exception as error:  # a decoder's own trouble must not end the check of all other files
+        except Exception as error:  # a fault of the decoder must not stop the check of the other files
             return i, f"cannot be checked: {type(error).__name__}: {error}", False
 
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for first in range(0, len(todo), 1024):  # a bounded number of futures, and a prompt Ctrl-C
+            for first in range(0, len(todo), 1024):  # bounds the number of futures, and lets Ctrl-C act promptly
                 for i, verdict, lasting in pool.map(check, todo[first : first + 1024]):
                     if lasting:
                         cache.verdicts[keys[i]] = verdict

@@ -1,11 +1,11 @@
 """Batches of int16 mono clips from an index: shuffled, sharded, cropped, padded, and resumable to the sample.
 
-The run is one endless stream: a fresh permutation of the index for every epoch, end to end. Sample g of the stream goes
-to rank g mod world_size, so the ranks never share a sample, every rank always has full batches, and nothing is dropped
-or repeated where sizes do not divide: a batch may hold the end of one epoch and the start of the next. Everything
-random about sample g (its row, its crop, its gain) is a hash of (seed, g).
+A run reads one endless stream of samples: one fresh permutation of the index per epoch, joined end to end. Sample g of
+the stream goes to rank g mod world_size. The ranks therefore never share a sample, and every batch is full. Where sizes
+do not divide, nothing is dropped or repeated: a batch may hold the end of one epoch and the start of the next.
+Everything random about sample g (its row, its crop, its gain) is a hash of (seed, g).
 
-Shapes: B batch, S samples a clip.
+Shapes: B batch, S samples per clip.
 """
 
 import atexit
@@ -29,38 +29,38 @@ from ajepa.utils.counter_rng import hash64
 
 Crop = Literal["random", "start", "center"]
 STATE_FORMAT = 2
-# What the order of the samples depends on: a state of other values describes another stream.
+# The order of the samples depends on these fields: a state with other values describes another stream.
 STREAM_FIELDS = ("seed", "global_batch", "shuffle")
 PERMUTATION, CROP, GAIN = range(3)  # purposes of the hash
 
 
 class AudioLoader:
-    """Iterates over batches for ever.
+    """Iterates over batches without end.
 
-    A file found bad while reading never stops the run: it is listed in `skipped`, and the next good row of the index
-    takes its place, in this run as in a resumed one.
+    A bad file never stops the run: the loader lists it in `skipped` and reads the next good row of the index instead.
+    A resumed run makes the same replacements.
 
     Args:
-        index: what to read (`ajepa.data.index.build_index`).
-        sample_rate: Hz of the clips; recordings at other rates are resampled, channels averaged. A clip is a slice of
-            the resampled recording.
+        index: the recordings to read (`ajepa.data.index.build_index`).
+        sample_rate: rate of the clips in Hz. Recordings at other rates are resampled, and channels are averaged. A clip
+            is a slice of the resampled recording.
         clip_samples: S.
-        batch_size: B, for this rank. May exceed the data set.
-        seed: the stream's; the same on every rank.
+        batch_size: B, for this rank. It may exceed the number of recordings.
+        seed: seed of the stream, the same on every rank.
         rank, world_size: this process's share of the stream.
         pad: a recording shorter than the clip is repeated ("cyclic") or followed by silence ("zero").
-        crop: where a longer one is cut: "random", "start" or "center".
-        gain_db: gain drawn from +-gain_db dB for each clip; saturates at full scale.
-        decoder: who decodes, see `ajepa.data.decode.open_reader`.
-        threads: readers and decoders; 0 takes the cores, shared among this machine's ranks (`LOCAL_WORLD_SIZE`).
-        prefetch: finished batches held ready; two more are being decoded.
-        shuffle: False reads the index in its order, over and over.
-        device: where `pcm` and `lengths` go; to CUDA they are copied ahead, beside the computation.
-        state: `state_dict()` of the loader to continue.
+        crop: where the clip is cut from a longer recording: "random", "start" or "center".
+        gain_db: each clip gets a gain drawn uniformly from +-gain_db dB; samples saturate at full scale.
+        decoder: the library that decodes, see `ajepa.data.decode.open_reader`.
+        threads: threads that read and decode; 0 divides the cores among this machine's ranks (`LOCAL_WORLD_SIZE`).
+        prefetch: number of finished batches kept ready; up to two more are being decoded.
+        shuffle: False reads the index in its own order in every epoch.
+        device: where `pcm` and `lengths` go. The copy to a CUDA device runs ahead, during computation.
+        state: `state_dict()` of the loader that this one continues.
 
     Raises:
-        ValueError: an argument out of range, or a state of another stream; names the field.
-        DataError: an empty index, or (from `next`) no usable file left.
+        ValueError: an argument is out of range, or `state` is of another stream; the message names the field.
+        DataError: the index is empty, or (from `next`) no usable file is left.
     """
 
     def __init__(
@@ -114,18 +114,18 @@ class AudioLoader:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """(path, reason) of files gone bad since they were indexed, as of the last batch returned."""
+        """(path, reason) of the files that have become bad since indexing, up to the last batch returned."""
         return list(self._last["skipped"].items())
 
     @property
     def epoch(self) -> float:
-        """Passes over the data set so far, all ranks together."""
+        """Number of passes over the data set so far, counting all ranks."""
         return self._last["batches"] * self.batch_size * self._stream.world_size / len(self.index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch returned, ready for JSON; the same for all ranks but for `skipped`.
+        """The position after the last batch returned, ready for JSON. Only `skipped` differs between ranks.
 
-        It holds for any number of ranks with the same global batch.
+        Any number of ranks with the same global batch can resume from it.
         """
         dali = self._last["dali"]
         return {
@@ -139,9 +139,9 @@ class AudioLoader:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continues after the batch at which `state` was taken. Raises ValueError for a state of another stream."""
+        """Continues after the batch at which `state` was saved. Raises ValueError for a state of another stream."""
         if state.get("format") != STATE_FORMAT:
-            raise ValueError(f"data state of format {state.get('format')}, expected {STATE_FORMAT}")
+            raise ValueError(f"the data state has format {state.get('format')}, expected format {STATE_FORMAT}")
         for name in STREAM_FIELDS:
             if state[name] != getattr(self._stream, name):
                 raise ValueError(
@@ -153,13 +153,13 @@ class AudioLoader:
         self.close()
         if state["world_size"] == self._stream.world_size and state["dali"] is not None:
             self._last = {"first": state["first"], "dali": base64.b64decode(state["dali"])}
-        else:  # DALI's own count is of other batches; its source is stateless, so counting on is just as exact
+        else:  # DALI's checkpoint counts other batches. Its source is stateless, so starting at this batch is exact.
             self._last = {"first": state["batches"], "dali": None}
         self._last["batches"] = state["batches"]
         self._last["skipped"] = dict(state["skipped"])
 
     def close(self) -> None:
-        """Stops the background work; iterating again continues after the last batch returned."""
+        """Stops the background thread. Iterating again continues after the last batch returned."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None
@@ -183,7 +183,7 @@ class AudioLoader:
             skipped=last["skipped"],
             **self._clip,
         )
-        # One batch in the making, `prefetch` ready, one at work on, one to spare.
+        # One batch is being assembled, `prefetch` are ready, the caller holds one, and one is spare.
         return _Worker(reader, Assembler(reader, self._pad, self._prefetch + 3, self._device), self._prefetch)
 
 
@@ -199,9 +199,10 @@ def iterate_once(
     threads: int = 0,
     skipped: list[tuple[str, str]] | None = None,
 ) -> Iterator[Batch]:
-    """Every row of the index once, in order; the last batch may be short. For evaluation.
+    """Yields every row of the index once, in order, for evaluation. The last batch may be short.
 
-    A file found bad is left out (no substitute) and appended to `skipped`. Arguments and errors as for `AudioLoader`.
+    A bad file is left out without a substitute and appended to `skipped`. The other arguments and the errors are those
+    of `AudioLoader`.
     """
     _check_arguments(index, sample_rate, clip_samples, batch_size, pad, crop)
     fraction = _fraction(crop)
@@ -222,10 +223,10 @@ def iterate_once(
     assembler = Assembler(reader, pad, keep=2)
     try:
         for first in itertools.count(step=batch_size):
-            made = assembler.next()
-            if made is None:
+            assembled = assembler.next()
+            if assembled is None:
                 break
-            batch, _ = made
+            batch, _ = assembled
             kept = batch.items == torch.arange(first, first + len(batch.items))
             if kept.any():
                 yield batch if kept.all() else Batch(*(field[kept] for field in batch))
@@ -252,12 +253,12 @@ def _fraction(crop: str) -> float:
 
 
 def _uniform(seed: int, purpose: int, counter: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1)."""
+    """Uniform float64 numbers in [0, 1), one per element of `counter`."""
     return (hash64(seed, purpose, 0, counter) >> np.uint64(11)) * 2.0**-53
 
 
 class _Stream:
-    """The endless stream of samples, as this rank sees it."""
+    """This rank's part of the endless stream of samples."""
 
     def __init__(self, rows, batch_size, seed, rank, world_size, shuffle, crop, gain_db):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
@@ -269,10 +270,10 @@ class _Stream:
     def plan(self, batch: int) -> Plan:
         local = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
         sample = local * self.world_size + self.rank
-        epoch, place = np.divmod(sample, self.rows)
-        items = np.empty_like(place)
+        epoch, position = np.divmod(sample, self.rows)
+        items = np.empty_like(position)
         for number in np.unique(epoch).tolist():
-            items[epoch == number] = self._permutation(number)[place[epoch == number]]
+            items[epoch == number] = self._permutation(number)[position[epoch == number]]
         random = self.crop == "random"
         fractions = _uniform(self.seed, CROP, sample) if random else np.full(len(sample), _fraction(self.crop))
         decibel = self.gain_db * (2 * _uniform(self.seed, GAIN, sample) - 1)
@@ -289,21 +290,21 @@ class _Stream:
 
 
 class _Worker:
-    """Decodes ahead in a thread of its own; holds no reference to the loader, so a dropped loader stops it."""
+    """Decodes ahead in a background thread. It holds no reference to the loader, so deleting the loader stops it."""
 
     def __init__(self, reader: Reader, assembler: Assembler, prefetch: int):
         self._reader, self._assembler = reader, assembler
         self._ready: queue.Queue = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ajepa-data", daemon=True)
-        # Registered after DALI's import, so it runs before DALI's own clean-up takes the pipeline from the thread.
+        # Registered after DALI's import, so it stops the thread before DALI's own clean-up destroys the pipeline.
         atexit.register(self.close)
         self._thread.start()
 
     def get(self) -> tuple[tuple[Batch, torch.cuda.Event | None], dict[str, Any]]:
         got = self._ready.get()
         if isinstance(got, BaseException):
-            self._ready.put(got)  # a later call finds it too
+            self._ready.put(got)  # a later call raises it again
             raise got
         return got
 
@@ -317,11 +318,11 @@ class _Worker:
         reader = self._reader
         try:
             while not self._stop.is_set():
-                made = self._assembler.next()
-                assert made is not None  # the stream is endless
-                place = {"batches": reader.batches, "first": reader.first, "dali": reader.checkpoint}
-                self._put((made, {**place, "skipped": dict(reader.skipped)}))
-                del made  # its memory may serve again
+                batch = self._assembler.next()
+                assert batch is not None  # the stream is endless
+                position = {"batches": reader.batches, "first": reader.first, "dali": reader.checkpoint}
+                self._put((batch, {**position, "skipped": dict(reader.skipped)}))
+                del batch  # drop the reference, so that the memory can be reused
         except BaseException as error:
             self._put(error)
         finally:

@@ -1,7 +1,7 @@
-"""Reads planned batches of clips by threads: the crop alone, through libsndfile, or straight from stored PCM.
+"""Reads planned batches of clips in several threads: only the crop, through libsndfile or directly from stored PCM.
 
-A clip is a slice of its recording resampled to the loader's rate, whatever is read of the file for it: training on a
-recording and on a shard packed from it, from a tar or with another decoder, gives the same samples.
+A clip is a slice of its recording resampled to the loader's rate, however much of the file is read for it. A recording
+therefore gives the same samples from its own file, from a tar, from a shard packed from it and by another decoder.
 """
 
 import io
@@ -20,15 +20,15 @@ from ajepa.data.index import DataError, Index
 from ajepa.data.shards import FORMATS, OpenShards, Shard
 from ajepa_kernels import input_span, resample, resampled_length
 
-# `Entry.format` of what needs no decoder.
+# The values of `Entry.format` that need no decoder.
 STORED = {FORMATS["pcm"], *(f"{kind}/PCM_16" for kind in ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"))}
-BLOCK = 1 << 15  # samples scaled at a time
-SEGMENT = 1 << 22  # samples of a segment read at a time
+BLOCK = 1 << 15  # samples that are scaled at a time
+SEGMENT = 1 << 22  # samples of a segment that are read at a time
 T = TypeVar("T")
 
 
 class Plan(NamedTuple):
-    """One batch to be: rows of the index, where to crop (0 start .. 1 end) and a linear gain, `[B]` each."""
+    """A batch to read: rows of the index, crop positions (0 start .. 1 end) and linear gains, `[B]` each."""
 
     items: np.ndarray
     fractions: np.ndarray
@@ -36,33 +36,35 @@ class Plan(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """A batch read."""
+    """A batch whose clips can be read."""
 
     plan: Plan
-    # clip(b, out) -> its row of the index, and its samples, mono at the loader's rate, before the plan's gain: int16
-    # where it is stored so (then perhaps in `out`, which is int16 and long enough, or None) or was resampled from int16
-    # and has a gain of 1; else float32. May be called by any thread, and is valid until the next batch.
+    # clip(b, out) returns the index row of clip b and its samples: mono, at the loader's rate, before the plan's gain.
+    # The samples are int16 if they need no conversion or were converted from int16 with a gain of 1, else float32.
+    # `out` is None or an int16 array long enough for a clip; the returned samples may be a view of it. Any thread may
+    # call `clip`, until the next batch is read.
     clip: Callable[[int, np.ndarray | None], tuple[int, np.ndarray]]
 
 
 class Cut(NamedTuple):
     """Where a clip lies in its recording."""
 
-    first: int  # sample of the recording at the loader's rate
-    samples: int  # at the loader's rate
-    start: int  # samples [start, stop) of the recording at its own rate: all that the clip depends on
+    first: int  # the clip's first sample, at the loader's rate
+    samples: int  # length of the clip, at the loader's rate
+    start: int  # the clip depends on samples [start, stop) of the recording at its own rate
     stop: int
 
 
 class Reader:
-    """Batches 0, 1, 2... of `plan(i)`, until it returns None.
+    """Reads the batches `plan(0)`, `plan(1)`... until `plan` returns None.
 
     Args:
-        plan: the batch's rows, crops and gains; called with growing i, sometimes again.
-        first, checkpoint: DALI's place, for `ajepa.data.dali.DaliReader`.
-        batches: number of the batch to begin with.
-        skipped: name -> reason of files not to be read; files found bad are added.
-        replace: the next good row of the index takes a bad one's place; False: a bad one is row -1, one zero sample.
+        plan: returns the rows, crops and gains of batch i. It is called with increasing i; DALI may repeat an i.
+        first, checkpoint: DALI's position, for `ajepa.data.dali.DaliReader`.
+        batches: number of the first batch to read.
+        skipped: name -> reason of files that are not read; bad files found while reading are added.
+        replace: True reads the next good row of the index in place of a bad one. False returns row -1 and a single zero
+            sample for a bad one.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Reader:
         self.first, self.batches, self.checkpoint = first, batches, checkpoint
         self.skipped = dict(skipped or {})
         self.shards = OpenShards()
-        self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of touched files found to be the same recording
+        self._unchanged: set[tuple[str, int]] = set()  # (name, mtime) of files with a new mtime and the same recording
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="ajepa-read")
 
     def next(self) -> Clips | None:
@@ -93,7 +95,7 @@ class Reader:
         if plan is None:
             return None
         self.batches += 1
-        self.first, self.checkpoint = self.batches, None  # where DALI would begin to count
+        self.first, self.checkpoint = self.batches, None  # the batch at which a DALI reader would start to count
 
         def clip(b: int, out: np.ndarray | None) -> tuple[int, np.ndarray]:
             def read(row: int) -> tuple[int, np.ndarray]:
@@ -108,12 +110,12 @@ class Reader:
         self.shards.close()
 
     def spread(self, work: Callable[[int], T], size: int) -> list[T]:
-        """`[work(0), ..., work(size - 1)]` by all threads, the caller's one of them."""
+        """Computes `[work(0), ..., work(size - 1)]` in the pool's threads and the caller's."""
         results: list[Any] = [None] * size
-        left = iter(range(size))  # shared: whoever is free takes the next
+        remaining = iter(range(size))  # shared by the threads: each takes the next number when it is free
 
         def run() -> None:
-            for i in left:
+            for i in remaining:
                 results[i] = work(i)
 
         others = [self.pool.submit(run) for _ in range(min(size, self.threads) - 1)]
@@ -126,7 +128,7 @@ class Reader:
         return results
 
     def good_row(self, item: int, read: Callable[[int], T], missing: T) -> T:
-        """`read(item)`, or of the next row that is good: the same one in every run that skips the same files."""
+        """`read` of row `item`, or of the next good row. Runs that skip the same files choose the same row."""
         for row in range(item, item + (len(self.index) if self.replace else 1)):
             row %= len(self.index)
             if self.skipped and self.index.entries[row].name in self.skipped:
@@ -140,18 +142,18 @@ class Reader:
         return missing
 
     def cut(self, entry: Entry, fraction: float) -> Cut:
-        """The clip that begins at this fraction of what the recording has to spare."""
-        alike = entry.sample_rate == self.sample_rate
-        total = entry.frames if alike else resampled_length(entry.frames, entry.sample_rate, self.sample_rate)
+        """The clip whose start lies at `fraction` (0 .. 1) of the possible starts in the recording."""
+        same_rate = entry.sample_rate == self.sample_rate
+        total = entry.frames if same_rate else resampled_length(entry.frames, entry.sample_rate, self.sample_rate)
         count = min(total, self.clip_samples)
         first = min(int(fraction * (total - count + 1)), total - count)
-        if alike:
+        if same_rate:
             return Cut(first, count, first, first + count)
         start, stop = input_span(first, count, entry.sample_rate, self.sample_rate)
         return Cut(first, count, max(0, start), min(entry.frames, stop))
 
     def size(self, entry: Entry) -> int:
-        """Bytes of a recording in a file of its own or in a tar. Raises BadAudio where it is no longer what it was."""
+        """Bytes of a recording in its own file or in a tar. Raises BadAudio if it has changed since indexing."""
         file_size, mtime = stat_file(entry.path)
         size = entry.size if entry.member else file_size
         if (file_size, mtime) != (entry.file_size, entry.mtime_ns) and (entry.name, mtime) not in self._unchanged:
@@ -163,19 +165,19 @@ class Reader:
         return size
 
     def stored(self, entry: Entry) -> bool:
-        """Whether it is mono 16-bit PCM at the loader's rate: there is nothing to decode."""
+        """Whether the recording is mono 16-bit PCM at the loader's rate, which needs no decoding."""
         return entry.format in STORED and (entry.channels, entry.sample_rate) == (1, self.sample_rate)
 
     def read_clip(self, entry: Entry, fraction: float, gain: float, out: np.ndarray | None = None) -> np.ndarray:
-        """The clip as `Clips.clip` gives it."""
+        """Reads a clip; the samples are those of `Clips.clip`."""
         cut = self.cut(entry, fraction)
         if self.stored(entry):
             return self._read_int16(entry, cut, np.empty(cut.samples, np.int16) if out is None else out[: cut.samples])
         return self.convert(self._read(entry, cut), entry, cut, gain)
 
     def convert(self, samples: np.ndarray, entry: Entry, cut: Cut, gain: float) -> np.ndarray:
-        """The clip as `Clips.clip` gives it, of samples `[cut.start:cut.stop, channels]`."""
-        # Rounded here already where nothing is done to it afterwards; what comes from float may not be finite.
+        """Makes the samples of `Clips.clip` from the decoded samples `[cut.start:cut.stop, channels]`."""
+        # Round to int16 here only if no gain follows. Samples of a float format stay float32: they may be non-finite.
         dtype = torch.int16 if samples.dtype == np.int16 and gain == 1 else torch.float32
         clip = resample(
             torch.from_numpy(samples), entry.sample_rate, self.sample_rate, first=cut.first, count=cut.samples,
@@ -189,7 +191,7 @@ class Reader:
         if entry.format == FORMATS["pcm"]:
             return self._read_int16(entry, cut, np.empty(count, np.int16))[:, None]
         if entry.format == FORMATS["flac"]:
-            data = self.shards.read(entry)  # all of it: the checksums are of the compressed bytes
+            data = self.shards.read(entry)  # the whole payload: the checksums cover compressed bytes
             return _decode_flac(data, cut.start, count)
         return read_samples(
             entry.path, entry.offset, self.size(entry), entry.start + cut.start, count,
@@ -197,7 +199,7 @@ class Reader:
         )  # fmt: skip
 
     def _read_int16(self, entry: Entry, cut: Cut, out: np.ndarray) -> np.ndarray:
-        """The same samples of mono 16-bit PCM, in `out`."""
+        """Reads samples `[cut.start, cut.stop)` of mono 16-bit PCM into `out`."""
         if entry.format in FORMATS.values():
             self.shards.read(entry, 2 * cut.start, 2 * cut.stop, out.view(np.uint8))
         else:
@@ -209,17 +211,17 @@ class Reader:
 
 
 def iterate_entry(entry: Entry, float_scale: float) -> Iterator[np.ndarray]:
-    """A row from end to end in blocks `[n, channels]` at its own rate, int16 or float32. Raises BadAudio, OSError."""
+    """Yields a whole row in blocks `[n, channels]` at its own rate, int16 or float32. Raises BadAudio, OSError."""
     if entry.format in FORMATS.values():
         shard = Shard(entry.path)
         data = shard.read(shard.find(entry.offset, entry.size))
         pcm = entry.format == FORMATS["pcm"]
         yield data.view(np.int16)[:, None] if pcm else _decode_flac(data, 0, entry.frames)
         return
-    how: dict[str, Any] = {"in_tar": bool(entry.member), "format": entry.format, "float_scale": float_scale}
+    options: dict[str, Any] = {"in_tar": bool(entry.member), "format": entry.format, "float_scale": float_scale}
     if entry.frames == entry.total:
         frames = 0
-        for block in iterate_samples(entry.path, entry.offset, entry.size, **how):
+        for block in iterate_samples(entry.path, entry.offset, entry.size, **options):
             frames += len(block)
             yield block
         if frames != entry.frames:
@@ -227,7 +229,7 @@ def iterate_entry(entry: Entry, float_scale: float) -> Iterator[np.ndarray]:
         return
     for start in range(entry.start, entry.start + entry.frames, SEGMENT):
         count = min(SEGMENT, entry.start + entry.frames - start)
-        yield read_samples(entry.path, entry.offset, entry.size, start, count, **how)
+        yield read_samples(entry.path, entry.offset, entry.size, start, count, **options)
 
 
 def _decode_flac(data: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -244,16 +246,16 @@ def _decode_flac(data: np.ndarray, start: int, count: int) -> np.ndarray:
 
 
 def all_stored(index: Index, sample_rate: int, formats: Collection[str] = STORED) -> bool:
-    """Whether every row is mono, at this rate and in one of these formats."""
+    """Whether every row is mono, at `sample_rate`, and in one of `formats`."""
     numbers = index.entries.numbers
-    alike = (numbers["sample_rate"] == sample_rate) & (numbers["channels"] == 1)
-    return bool(alike.all()) and all(value in formats for value in index.entries.format.distinct())
+    fits = (numbers["sample_rate"] == sample_rate) & (numbers["channels"] == 1)
+    return bool(fits.all()) and all(value in formats for value in index.entries.format.distinct())
 
 
 def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
-    """`out[:n] = round(32768 gain x)`, saturated, for float x in [-1, 1) or int16 samples that stand for x * 32768.
+    """`out[:n] = round(32768 gain x)`, saturated, for n samples x: float in [-1, 1), or int16 that hold 32768 x.
 
-    The samples may be `out[:n]` itself.
+    `samples` may be `out[:n]` itself.
     """
     n = len(samples)
     if samples.dtype == np.int16 and gain == 1:
@@ -272,5 +274,5 @@ def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
 
 
 def default_threads() -> int:
-    """The cores this process may use, shared among the ranks of this machine."""
+    """The cores this process may use, divided by the number of ranks on this machine."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,4 +1,4 @@
-"""The whole data set as PCM in the device's memory: a batch is then one gather, and nothing is read or copied."""
+"""Keeps the whole data set as PCM in device memory: a batch is then one gather, without file reads or decoding."""
 
 import math
 import os
@@ -14,16 +14,16 @@ from ajepa.data.index import DataError, Index
 from ajepa.data.loader import AudioLoader
 from ajepa.data.reader import to_int16
 
-SHARE = 0.5  # of the free memory that the PCM may take: the rest is for the step
+SHARE = 0.5  # the PCM may take this share of the free memory; the rest is left for the training step
 
 
 class ResidentLoader(AudioLoader):
-    """An `AudioLoader` of the same batches, from PCM loaded once into `device`; its state fits that loader's, too.
+    """An `AudioLoader` that decodes every recording once, into PCM held in the memory of `device`.
 
-    The batches agree bit for bit.
+    Its batches equal those of `AudioLoader` bit for bit, and each loader resumes from the state of the other.
 
     Raises:
-        DataError: the PCM does not fit; states both sizes.
+        DataError: the PCM does not fit; the message states its size and the free memory.
     """
 
     def __init__(self, index: Index, *, device: torch.device, **options: Any):
@@ -38,9 +38,9 @@ class ResidentLoader(AudioLoader):
                 f"which the data may take {SHARE:.0%}. Leave out --resident, or choose fewer recordings with --where"
             )
         self._starts = np.concatenate([np.zeros(1), np.cumsum(slots)]).astype(np.int64)
-        self._frames = np.zeros(len(index), np.int64)  # from each start on; 0 for a recording found bad
+        self._frames = np.zeros(len(index), np.int64)  # samples stored per recording; 0 if it is bad
         self._bank = torch.empty(int(self._starts[-1]), dtype=torch.int16, device=device)
-        self._lengths = np.zeros(len(index), np.int32)  # of a clip
+        self._lengths = np.zeros(len(index), np.int32)  # `Batch.lengths` of each recording
         self._bad: dict[str, str] = {}
         whole = read_whole(
             index, self._store, sample_rate=rate, max_samples=math.inf, threads=self._threads,
@@ -56,7 +56,7 @@ class ResidentLoader(AudioLoader):
             self.load(state)
 
     def _store(self, row: int, samples: np.ndarray) -> None:
-        """Writes a recording into the bank; one shorter than a clip is padded there."""
+        """Writes a recording into the bank, padded to the length of a clip if it is shorter."""
         start, end = self._starts[row : row + 2].tolist()
         frames = min(len(samples), end - start)
         pcm = np.empty(max(frames, self._clip["clip_samples"]), np.int16)
@@ -66,29 +66,29 @@ class ResidentLoader(AudioLoader):
         self._frames[row] = len(pcm)
 
     def __next__(self) -> Batch:
-        place, samples = self._last["batches"], self._clip["clip_samples"]
-        plan = self._stream.plan(place)
+        batch_number, samples = self._last["batches"], self._clip["clip_samples"]
+        plan = self._stream.plan(batch_number)
         skipped = self._last["skipped"]
         items = np.array([self._good(int(item), skipped) for item in plan.items], np.int64)
-        spare = self._frames[items] - samples
-        starts = self._starts[items] + np.minimum((plan.fractions * (spare + 1)).astype(np.int64), spare)
+        surplus = self._frames[items] - samples
+        starts = self._starts[items] + np.minimum((plan.fractions * (surplus + 1)).astype(np.int64), surplus)
         pcm = self._bank.unfold(0, samples, 1)[self._to_device(starts)]  # [B, S]
         if (plan.gains != 1).any():
             gains = self._to_device((32768 * plan.gains).astype(np.float32))
             pcm = (pcm.float() / 32768 * gains[:, None]).round_().clamp_(-32768, 32767).to(torch.int16)
-        self._last = {"batches": place + 1, "first": place + 1, "dali": None, "skipped": skipped}
+        self._last = {"batches": batch_number + 1, "first": batch_number + 1, "dali": None, "skipped": skipped}
         lengths = self._to_device(self._lengths[items])
         return Batch(pcm, lengths, torch.from_numpy(self.index.labels[items]), torch.from_numpy(items))
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        """Without waiting for the steps under way, as a copy from memory that is not pinned would."""
+        """Copies `values` from pinned memory, so that the host does not wait for the queued steps."""
         host = torch.from_numpy(values)
         if self._bank.device.type != "cuda":
             return host
         return host.pin_memory().to(self._bank.device, non_blocking=True)
 
     def _good(self, item: int, skipped: dict[str, str]) -> int:
-        """The row, or the next one that is good, as `Reader.good_row` would choose it."""
+        """The row `item`, or the next good row if it is bad; `Reader.good_row` chooses the same one."""
         if not skipped:
             return item
         for row in range(item, item + len(self.index)):
@@ -103,10 +103,10 @@ class ResidentLoader(AudioLoader):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device, as far as the system tells."""
+    """Free memory of the device in bytes; `sys.maxsize` where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows and macOS do not tell
+    except (AttributeError, ValueError):  # Windows and macOS do not report it
         return sys.maxsize

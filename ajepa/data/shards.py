@@ -1,14 +1,14 @@
-"""Shards: recordings decoded once, as mono int16 PCM (or FLAC), in files read by position and checked when read.
+"""Shards: files of recordings decoded once to mono int16 PCM (or FLAC), read by position and checked when read.
 
-A shard, little-endian throughout:
+The layout of a shard, in which all numbers are little-endian:
 
-    header    256 bytes, `HEADER`, zeros, CRC-32 of the 252 bytes before
-    payload   the clips, one after the other; each is divided into blocks of `BLOCK` bytes, its last one shorter
-    records   `RECORD`, one a clip
+    header    256 bytes: `HEADER`, zeros, and the CRC-32 of the 252 bytes before it
+    payload   the clips one after the other, each divided into blocks of `BLOCK` bytes; its last block may be shorter
+    records   one `RECORD` per clip
     CRCs      CRC-32 of each block of each clip, uint32
-    notes     JSON: names, labels and other columns of the clips, and what was left out, with the reason
+    notes     JSON: names, labels and other columns of the clips, and the recordings left out with the reason
 
-The header holds the CRC-32 of records, CRCs and notes. A set of shards covers its source's rows without a gap.
+The header holds the CRC-32 of records, CRCs and notes. A set of shards covers all rows of its source.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from ajepa.data.formats.audiofile import BadAudio, Truncated, read_into, reason_
 from ajepa.data.sources.source import DataError
 
 try:
-    from isal.isal_zlib import crc32  # the same CRC-32, several times as fast
+    from isal.isal_zlib import crc32  # the same CRC-32, several times faster
 except ImportError:
     from zlib import crc32
 
 SUFFIX = ".shard"
 MAGIC = b"AJEPAPCM"
-VERSION = 2  # 1 is laid out alike, but clips resampled for it hold aliases of all above the new Nyquist frequency
+VERSION = 2  # version 1 has the same layout, but its resampled clips contain aliases
 HEADER_SIZE = 256
 BLOCK = 1 << 16
-OPEN_FILES = 512  # the limit of a process is often 1,024
+OPEN_FILES = 512  # a process is often limited to 1,024 open files
 CODECS = ("pcm", "flac")
 FORMATS = {codec: f"SHARD/{codec.upper()}" for codec in CODECS}  # `Entry.format`
 HEADER = struct.Struct("<8sIIIIQQQQ16sQQI")
@@ -44,11 +44,11 @@ RECORD = np.dtype(
     [("row", "<i8"), ("offset", "<i8"), ("size", "<i8"), ("frames", "<i8"), ("first_block", "<i8")]
     + [("source_rate", "<i4"), ("source_channels", "<i4"), ("digest", "V16")]
 )
-REMEDY = "run `python -m ajepa.pack SOURCE TARGET --verify` as when it was packed: it makes damaged shards again"
+REMEDY = "run `python -m ajepa.pack SOURCE TARGET --verify` with the same options as before: it repairs damaged shards"
 
 
 class ShardError(DataError):
-    """A shard that cannot be used; the message names it and the remedy."""
+    """The shard cannot be used. The message names it and the remedy."""
 
 
 class Header(NamedTuple):
@@ -58,11 +58,11 @@ class Header(NamedTuple):
     sample_rate: int  # Hz
     block: int  # bytes
     clips: int
-    first_row: int  # of the source: this shard stands for rows [first_row, end_row)
+    first_row: int  # this shard holds rows [first_row, end_row) of the source
     end_row: int
-    rows: int  # of the whole source
-    key: bytes  # of the source and of how it was packed: the same in all shards of a set
-    payload: int  # bytes
+    rows: int  # number of rows in the whole source
+    key: bytes  # hash of the source and the packing options, the same in all shards of a set
+    payload: int  # bytes of the payload
     tables: int  # bytes of records, CRCs and notes
     tables_crc: int
 
@@ -78,7 +78,7 @@ class Clip(NamedTuple):
     frames: int
     source_rate: int
     source_channels: int
-    digest: bytes  # of the PCM, 16 bytes
+    digest: bytes  # 16-byte digest of the PCM
     crcs: list[int]
 
 
@@ -88,7 +88,7 @@ def block_crcs(payload: bytes) -> list[int]:
 
 
 class ShardWriter:
-    """Appends clips to `file`; `finish` writes the tables and then the header."""
+    """Appends clips to `file`. `finish` writes the tables and then the header."""
 
     def __init__(self, file: BinaryIO, columns: Sequence[str]):
         self.file, self.position = file, HEADER_SIZE
@@ -123,13 +123,13 @@ class ShardWriter:
 
 
 class Shard:
-    """One shard; every byte of it is checked before use. Raises ShardError where it is damaged.
+    """A shard; every byte read from it is checked before use. Raises ShardError if the shard is damaged.
 
-    Read with pread straight into the caller's memory, not through a map: there, a disk's read error or a file cut short
-    while in use is a signal that kills the process.
+    The file is read with pread directly into the caller's memory. It is not memory-mapped: a disk error, or a file cut
+    short while in use, would then raise a signal that kills the process.
 
     Args:
-        stay_open: keep the file open between reads.
+        stay_open: keeps the file open between reads.
     """
 
     def __init__(self, path: str, stay_open: bool = False):
@@ -151,20 +151,20 @@ class Shard:
             raise ShardError(f"{path}: {error}; {REMEDY}") from None
         if crc32(tables) != header.tables_crc:
             raise ShardError(f"{path}: the shard's index is damaged; {REMEDY}")
-        # The CRC has vouched for what follows; the sizes are looked at all the same, for a CRC can be forged.
+        # The CRC of the tables is right. Their sizes are checked nevertheless, because a CRC can be forged.
         end = header.clips * RECORD.itemsize
         self.records = tables[:end].view(RECORD) if end <= len(tables) else np.empty(0, RECORD)
         offsets, sizes, first = (self.records[name].astype(np.int64) for name in ("offset", "size", "first_block"))
         blocks = int((-(-sizes // BLOCK)).sum())
         self._notes = tables[end + 4 * blocks :]
-        sound = len(self.records) == header.clips and blocks >= 0 and end + 4 * blocks <= len(tables)
+        consistent = len(self.records) == header.clips and blocks >= 0 and end + 4 * blocks <= len(tables)
         limits = np.concatenate([np.full(1, HEADER_SIZE), offsets + sizes])
-        sound = sound and bool((sizes > 0).all() and (offsets == limits[:-1]).all())
-        sound = sound and limits[-1] == HEADER_SIZE + header.payload
-        sound = sound and bool((first == np.cumsum(-(-sizes // BLOCK)) - -(-sizes // BLOCK)).all())
-        if sound and header.codec == CODECS.index("pcm"):
-            sound = bool((sizes == 2 * self.records["frames"]).all())
-        if not sound or bool((self.records["frames"] <= 0).any()):
+        consistent = consistent and bool((sizes > 0).all() and (offsets == limits[:-1]).all())
+        consistent = consistent and limits[-1] == HEADER_SIZE + header.payload
+        consistent = consistent and bool((first == np.cumsum(-(-sizes // BLOCK)) - -(-sizes // BLOCK)).all())
+        if consistent and header.codec == CODECS.index("pcm"):
+            consistent = bool((sizes == 2 * self.records["frames"]).all())
+        if not consistent or bool((self.records["frames"] <= 0).any()):
             raise ShardError(f"{path}: the shard's index contradicts itself; {REMEDY}")
         if header.version == 1 and bool((self.records["source_rate"] != header.sample_rate).any()):
             raise ShardError(
@@ -182,10 +182,12 @@ class Shard:
         if crc32(head[:-4]) != int.from_bytes(head[-4:], "little"):
             raise ShardError(f"{self.path}: the shard's header is damaged; {REMEDY}")
         if not 1 <= header.version <= VERSION or header.block != BLOCK or header.codec >= len(CODECS):
-            raise ShardError(f"{self.path}: shard format {header.version}, this version reads {VERSION}: pack it again")
+            raise ShardError(
+                f"{self.path}: the shard has format {header.version}, this version reads {VERSION}: pack it again"
+            )
         if size != HEADER_SIZE + header.payload + header.tables:
             expected = HEADER_SIZE + header.payload + header.tables
-            raise ShardError(f"{self.path}: {size:,} bytes instead of {expected:,}, cut short; {REMEDY}")
+            raise ShardError(f"{self.path}: the shard has {size:,} bytes instead of {expected:,}; {REMEDY}")
         if not 1_000 <= header.sample_rate <= 384_000:
             raise ShardError(f"{self.path}: implausible sample rate of {header.sample_rate} Hz; {REMEDY}")
         return header
@@ -205,19 +207,19 @@ class Shard:
         return notes
 
     def find(self, offset: int, size: int) -> int:
-        """The clip whose payload is bytes `[offset, offset + size)` of the file."""
+        """Number of the clip whose payload is bytes `[offset, offset + size)` of the file."""
         clip = int(np.searchsorted(self.offsets, offset))
         if clip == len(self.offsets) or (self.offsets[clip], self.records["size"][clip]) != (offset, size):
             raise BadAudio("the shard was replaced since it was indexed: start again")
         return clip
 
     def read(self, clip: int, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """Bytes `[start, stop)` of a clip's payload, uint8, in `out` where given. Raises BadAudio, OSError."""
+        """Bytes `[start, stop)` of a clip's payload, uint8, in `out` if given. Raises BadAudio, OSError."""
         record = self.records[clip]
         offset, size, first_block = int(record["offset"]), int(record["size"]), int(record["first_block"])
         stop = size if stop is None else stop
         out = np.empty(stop - start, np.uint8) if out is None else out
-        # Checksums are of whole blocks: those that stick out at either end are read apart.
+        # A checksum covers a whole block, so a block that is only partly wanted at either end is read separately.
         first, last = -(-start // BLOCK) * BLOCK, stop if stop == size else stop // BLOCK * BLOCK
         inside = out[first - start : last - start] if first < last else None
         with contextlib.nullcontext(self._file) if self._file else open(self.path, "rb", buffering=0) as file:
@@ -240,7 +242,7 @@ class Shard:
         return out
 
     def damaged(self) -> list[tuple[str, str]]:
-        """(name, reason) of the clips whose payload is damaged, after reading all of it."""
+        """Reads all clips and returns (name, reason) of those whose payload is damaged."""
         found = []
         for clip, name in enumerate(self.notes()["names"]):
             try:
@@ -250,21 +252,21 @@ class Shard:
         return found
 
     def close(self) -> None:
-        """Reading goes on, but opens the file each time."""
+        """Closes the file. Later reads are possible, but open it each time."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 class OpenShards:
-    """The shards of an index, each opened when first read, the first `OPEN_FILES` for good; used by many threads."""
+    """The shards of an index, opened at their first read. The first `OPEN_FILES` of them stay open. Thread-safe."""
 
     def __init__(self) -> None:
         self._open: dict[str, Shard] = {}
         self._lock = threading.Lock()
 
     def read(self, entry: Entry, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """Checked bytes `[start, stop)` of the entry's payload, uint8, in `out` where given; errors as `Shard.read`."""
+        """Checked bytes `[start, stop)` of the entry's payload; result and errors are those of `Shard.read`."""
         shard = self._open.get(entry.path)
         if shard is None:
             with self._lock:
@@ -276,14 +278,14 @@ class OpenShards:
         return shard.read(shard.find(entry.offset, entry.size), start, stop, out)
 
     def close(self) -> None:
-        """When no thread reads any more."""
+        """Closes all shards. Call it only when no thread reads any more."""
         for shard in self._open.values():
             shard.close()
         self._open.clear()
 
 
 def is_shards(source: str) -> bool:
-    """Whether `source` is a folder that holds shards, or a shard itself, by its header or by its name."""
+    """Whether `source` is a folder of shards, or a file whose header or name is that of a shard."""
     if os.path.isdir(source):
         return bool(_shard_paths(source))
     try:
@@ -307,11 +309,11 @@ def read_shards(source: str, label_column: str | None, order: Any) -> ShardSet:
     """The clips of a shard or of a folder of shards, in the source's order.
 
     Args:
-        label_column: take labels from this column instead of those found when packing.
-        order: sorts distinct labels.
+        label_column: column that replaces the labels found when the shards were packed.
+        order: function that sorts the distinct labels.
 
     Raises:
-        ShardError: a damaged or foreign shard, or rows of the source that no shard holds.
+        ShardError: a shard is damaged or from another packing, or rows of the source are in no shard.
     """
     shards = [Shard(path) for path in (_shard_paths(source) if os.path.isdir(source) else [source])]
     shards.sort(key=lambda shard: shard.header.first_row)
@@ -352,11 +354,11 @@ def _repeat(value: str, count: int) -> Strings:
 
 
 def _check_whole(folder: str, shards: list[Shard]) -> None:
-    """Shards of one packing, and all of them."""
+    """Raises ShardError unless the shards come from one packing and cover all rows of the source."""
     first = shards[0]
     for shard in shards:
         if shard.header.key != first.header.key:
-            raise ShardError(f"{folder}: {shard.path} and {first.path} come from two packings: give each its folder")
+            raise ShardError(f"{folder}: {shard.path} and {first.path} come from two packings: use a folder for each")
     gaps = list(missing_rows(shards, first.header.rows))
     if gaps:
         start, end = gaps[0]
@@ -367,11 +369,11 @@ def _check_whole(folder: str, shards: list[Shard]) -> None:
 
 
 def missing_rows(shards: Sequence[Shard], rows: int) -> Iterator[tuple[int, int]]:
-    """Rows [start, end) of the source that none of the shards stands for; the shards sorted by `first_row`."""
-    done = 0
+    """Yields the rows [start, end) of the source that no shard covers. `shards` must be sorted by `first_row`."""
+    covered = 0
     for shard in shards:
-        if shard.header.first_row > done:
-            yield done, shard.header.first_row
-        done = max(done, shard.header.end_row)
-    if done < rows:
-        yield done, rows
+        if shard.header.first_row > covered:
+            yield covered, shard.header.first_row
+        covered = max(covered, shard.header.end_row)
+    if covered < rows:
+        yield covered, rows

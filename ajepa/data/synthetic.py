@@ -1,8 +1,8 @@
 """A labelled set of synthetic sounds, for a first run without data and for tests of what an encoder learns.
 
-Classes come in pairs of nearly equal average spectrum that differ in time (rising or falling, slow or fast, steady or
-modulated), so that a spectrum averaged over the clip tells them apart poorly. Pitch, timbre, level, onset, length and
-background vary within every class.
+Classes come in pairs that have nearly the same average spectrum and differ in time: rising or falling, slow or fast,
+steady or modulated. A spectrum averaged over the clip therefore separates them poorly. Pitch, timbre, level, onset,
+length and background vary within every class.
 """
 
 import csv
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-VERSION = 2  # raise it with any change to the sounds: the folder's name holds it
-TABLE = 2048  # samples of one period
+VERSION = 2  # increase it with any change to the sounds: the folder name depends on it
+TABLE = 2048  # samples of one period in a wavetable
 FORMANTS_HZ = {"a": (730, 1090, 2440), "i": (270, 2290, 3010), "u": (300, 870, 2240)}  # Peterson & Barney, men
 Generator = np.random.Generator
 
 
 @dataclass(frozen=True)
 class _Event:
-    """The stretch of a clip that sounds: `t` seconds from its onset, `u` the same from 0 to 1, both `[T]`."""
+    """The part of a clip that holds sound: `t` `[T]` is the time in seconds since its onset, `u` the same as 0 to 1."""
 
     rng: Generator
     t: np.ndarray
@@ -43,7 +43,7 @@ class _Event:
         return np.sin(2 * np.pi * (hertz * self.t + self.rng.uniform()))
 
     def play(self, hertz: np.ndarray | float, amplitudes: np.ndarray) -> np.ndarray:
-        """A tone of the given pitch (constant or `[T]`) with harmonics 1, 2... of `amplitudes`, below Nyquist."""
+        """A tone of the given pitch (constant or `[T]`) whose harmonics 1, 2... below Nyquist have `amplitudes`."""
         pitch = np.broadcast_to(hertz, self.t.shape)
         harmonics = max(1, min(len(amplitudes), int(0.48 * self.sample_rate / pitch.max())))
         spectrum = np.zeros(TABLE // 2 + 1, complex)
@@ -202,14 +202,14 @@ def make_synthetic(
     sample_rate: int = 16000,
     seed: int = 0,
 ) -> Path:
-    """Writes the set once, or finds it whole, and returns its manifest (`filename,label,split`).
+    """Writes the set unless it is already complete, and returns the path of its manifest (`filename,label,split`).
 
-    16-bit mono WAV files, `n_clips` spread evenly over `CLASSES`; a quarter of each class has split "test", the rest
-    "train". The set lies in a sub-folder of `folder` named after the arguments; it is written aside and moved into
-    place, and made anew when a file is missing or of the wrong size.
+    The set holds `n_clips` 16-bit mono WAV files, spread evenly over `CLASSES`. A quarter of each class has the split
+    "test", the rest "train". The set lies in a sub-folder of `folder` whose name is derived from the arguments. It is
+    written to a temporary folder and moved into place, and written again if a file is missing or has the wrong size.
 
     Raises:
-        ValueError: fewer clips than classes, under 0.5 s, or under 8 kHz.
+        ValueError: `n_clips` is below the number of classes, `seconds` below 0.5, or `sample_rate` below 8 kHz.
         OSError: the folder cannot be written.
     """
     if n_clips < len(CLASSES) or seconds < 0.5 or sample_rate < 8000:
@@ -227,7 +227,7 @@ def make_synthetic(
         try:
             _write(aside, n_clips, samples, sample_rate, seed)
             (aside / "spec.json").write_text(json.dumps(spec) + "\n")
-            if not _complete(home, n_clips, samples):  # else another process was quicker
+            if not _complete(home, n_clips, samples):  # otherwise another process has finished the set first
                 shutil.rmtree(home, ignore_errors=True)
                 _move(aside, home, n_clips, samples)
         finally:
@@ -238,7 +238,7 @@ def make_synthetic(
 def _move(aside: Path, home: Path, n_clips: int, samples: int) -> None:
     try:
         os.replace(aside, home)
-    except OSError:  # another process has put its set there since: a folder does not replace a full one
+    except OSError:  # another process has moved its own set there, and a full folder is not replaced
         if not _complete(home, n_clips, samples):
             raise
 
@@ -249,7 +249,7 @@ def _complete(home: Path, n_clips: int, samples: int) -> bool:
             rows = list(csv.DictReader(file))
         return len(rows) == n_clips and all(
             os.stat(home / row["filename"]).st_size == 44 + 2 * samples for row in rows
-        )  # 44: the header
+        )  # the header has 44 bytes
     except (OSError, KeyError, TypeError, ValueError, csv.Error):
         return False
 
@@ -281,7 +281,7 @@ def _render(sound: Callable[[_Event], np.ndarray], rng: Generator, backgrounds: 
     body = body * fade * fade[::-1]
     clip = np.zeros(samples)
     clip[onset : onset + length] = body / (np.sqrt((body**2).mean()) + 1e-12)
-    if rng.random() > 0.15:  # else digital silence around the event
+    if rng.random() > 0.15:  # otherwise digital silence surrounds the event
         noise = np.roll(backgrounds[rng.integers(len(backgrounds))], rng.integers(samples))
         clip += noise * 10 ** (-rng.uniform(20, 50) / 20)
     peak = 10 ** (rng.uniform(-30, 0) / 20)
@@ -289,7 +289,7 @@ def _render(sound: Callable[[_Event], np.ndarray], rng: Generator, backgrounds: 
 
 
 def _backgrounds(rng: Generator, samples: int) -> np.ndarray:
-    """Noises of unit power from white to brown, `[32, samples]`, each without a seam where its end meets its start."""
+    """Noises of unit power from white to brown, `[32, samples]`. Each can be looped without a seam."""
     spectrum = np.fft.rfft(rng.standard_normal((32, samples)))
     spectrum *= np.maximum(np.arange(spectrum.shape[1]), 20.0) ** -np.linspace(0, 1, 32)[:, None]
     noise = np.fft.irfft(spectrum, samples)

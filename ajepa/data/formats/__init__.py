@@ -1,1 +1,1 @@
-"""Audio files: which bytes hold a whole recording, and its samples."""
+"""Audio file formats: finds the bytes that hold a whole recording, and reads its samples."""

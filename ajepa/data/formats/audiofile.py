@@ -1,7 +1,7 @@
-"""One audio file, or one member of a tar: is it whole, and what are its samples?
+"""Checks whether an audio file, or the member of a tar, is whole, and reads its samples.
 
-A source is (path, offset, size): a plain file has offset 0, a tar member is read in place and never extracted.
-`ajepa.data.formats.containers` judges the bytes, libsndfile decodes them. What either says depends on the bytes alone.
+A source is (path, offset, size): a plain file has offset 0, and a tar member is read in place without extracting it.
+`ajepa.data.formats.containers` examines the bytes, and libsndfile decodes them. Both results depend only on the bytes.
 """
 
 import contextlib
@@ -40,22 +40,22 @@ __all__ = [
     "wav_bytes",
 ]
 
-# Containers looked for in folders and tars. The second set is audio that libsndfile cannot read: listed as skipped.
+# Suffixes of the audio files in folders and tars. libsndfile cannot read the second set: it is listed as skipped.
 READABLE: tuple[str, ...] = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 READABLE += (".aif", ".aiff", ".aifc", ".au", ".snd", ".w64", ".rf64", ".caf")
 UNREADABLE = (".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".amr", ".ape", ".wv", ".ac3", ".dsf")
 
-# Values of `AudioInfo.format` that decode to int16 without loss: 16-bit samples, stored as they are or losslessly.
+# Values of `AudioInfo.format` that decode to int16 without loss: 16-bit samples, uncompressed or losslessly compressed.
 INT16 = frozenset({"CAF/ALAC_16", *(f"{container}/PCM_16" for container in sf.available_formats())})
 PLAIN = {"WAV/PCM_16", "WAVEX/PCM_16"}  # read without libsndfile
-# Encodings in which libsndfile seeks to the exact sample. All others are decoded from the start, or by `Layout`.
+# Encodings in which libsndfile seeks to the exact sample. Others are decoded from the start, or by `Layout.index`.
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 SEEKABLE |= {"IMA_ADPCM", "MS_ADPCM", "ALAC_16"}
-OTHERS = (b"Crea", b"RIFF", b"FORM", b"2BIT")  # what else libsndfile knows by its first bytes
-OPUS_RATE = 48_000  # Hz, the unit of an Opus stream whatever it decodes to
-LOUD = 16.0  # float samples beyond this are no overshoot of 1.0: they are in another unit
+OTHERS = (b"Crea", b"RIFF", b"FORM", b"2BIT")  # first bytes of the other formats that libsndfile recognises
+OPUS_RATE = 48_000  # Hz; an Opus stream counts samples at this rate, whatever rate it decodes to
+LOUD = 16.0  # float samples beyond this do not just overshoot 1.0: they are in another unit
 
-RATES = (1_000, 384_000)  # Hz, the lowest and highest that are plausible and can be resampled
+RATES = (1_000, 384_000)  # Hz; the lowest and highest sample rate that is plausible and can be resampled
 BLOCK = 1 << 17  # samples decoded at a time
 
 
@@ -67,9 +67,9 @@ class AudioInfo(NamedTuple):
 
 
 class Sound(sf.SoundFile):
-    """A decoder that only moves when told to.
+    """A decoder that seeks only when `seek` is called.
 
-    soundfile seeks after each read of a seekable file, to where it already is. That restarts an MP3 decoder and fails
+    After each read of a seekable file, soundfile seeks to the current position. That restarts an MP3 decoder and fails
     in a FLAC whose header does not state its length.
     """
 
@@ -83,12 +83,13 @@ def inspect(
     """Checks a source from end to end in bounded memory.
 
     Args:
-        decode: decode all samples, which finds damage inside the file; False judges the container alone.
+        decode: True decodes all samples, which finds damage inside the file. False checks only the container.
         float_scale: full scale of samples stored as floating point.
 
     Raises:
-        BadAudio: empty, header only, truncated, garbage, no samples, not finite, or of no format libsndfile reads.
-        OSError: it cannot be opened or read.
+        BadAudio: the source is empty, header only, truncated, garbage, without samples, not finite, or in a format that
+            libsndfile does not read.
+        OSError: the file cannot be opened or read.
     """
     if size == 0:
         raise BadAudio("empty file")
@@ -120,7 +121,7 @@ def read_samples(
     float_scale: float = 1.0,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Samples `[start, start + count)` of a source, `[count, channels]`, as a decode from its start gives them.
+    """Samples `[start, start + count)` of a source, `[count, channels]`, exactly as a decode from its start gives them.
 
     Args:
         format: the source's `AudioInfo.format`.
@@ -128,11 +129,11 @@ def read_samples(
         out: int16 `[count]` to fill and return, for a mono source whose format is in `INT16`.
 
     Returns:
-        int16 where `format` is in `INT16`, else float32 in [-1, 1).
+        int16 if `format` is in `INT16`, else float32 in [-1, 1).
 
     Raises:
-        BadAudio: fewer samples decode, or the source is not what `format` says.
-        OSError: it cannot be opened or read.
+        BadAudio: fewer samples decode, or the source no longer has this format.
+        OSError: the file cannot be opened or read.
     """
     if format in PLAIN and sys.byteorder == "little":
         samples = _read_plain(path, offset, size, start, count, out)
@@ -141,7 +142,7 @@ def read_samples(
     whole = _layout(path, offset, size, thorough=False)
     if whole.frames is not None and start + count > whole.frames:
         raise BadAudio(f"truncated: {whole.frames} of {start + count} samples")
-    layout, skip, behind = _part(path, offset, size, in_tar, whole, start, count)
+    layout, skip, part_end = _part(path, offset, size, in_tar, whole, start, count)
     dtype = np.dtype(np.int16 if format in INT16 else np.float32)
     with _opened(path, offset, size, in_tar, layout) as sound:
         if _format(sound, layout) != format:
@@ -149,9 +150,9 @@ def read_samples(
         promised = _promised(sound, layout, size) if layout is whole else None
         if promised is not None and start + count > promised:
             raise BadAudio(f"truncated: {promised} of {start + count} samples")
-        if behind is not None:
+        if part_end is not None:
             samples = np.concatenate([block.copy() for block in _blocks(sound, dtype, 1.0, BLOCK)])
-            samples = samples[max(0, start - behind + len(samples)) :][:count]
+            samples = samples[max(0, start - part_end + len(samples)) :][:count]
         else:
             _skip(sound, skip, layout)
             samples = sound.read(count, dtype.name, always_2d=True) if out is None else sound.read(out=out)
@@ -161,8 +162,10 @@ def read_samples(
 
 
 def _read_plain(path: str, offset: int, size: int, start: int, count: int, out: np.ndarray | None) -> np.ndarray | None:
-    """The samples of a WAV that needs no decoder, None for any other file. The header is read anew each time: a set has
-    more files than a cache could hold."""
+    """The samples of a WAV that needs no decoder, None for any other file.
+
+    The header is read each time, because a data set has more files than a cache could hold.
+    """
     header = bytearray(min(size, containers.PLAIN_HEADER))
     fd = open_fd(path)
     try:
@@ -182,8 +185,11 @@ def _read_plain(path: str, offset: int, size: int, start: int, count: int, out: 
 def _part(
     path: str, offset: int, size: int, in_tar: bool, layout: Layout, start: int, count: int
 ) -> tuple[Layout, int, int | None]:
-    """What to decode for samples `[start, start + count)`: a layout; the samples to discard at its beginning or, where
-    only its end is known, the number of the sample behind it."""
+    """The part of a source to decode for samples `[start, start + count)`: (layout, skip, end).
+
+    `skip` samples must be discarded at the start of the layout. If only the end of the layout is known, `end` is the
+    number of the sample after it, else None.
+    """
     if isinstance(layout.index, MpegFrames):
         part = layout.index.part(path, offset, start, count)
         if part is not None:
@@ -209,9 +215,9 @@ def iterate_samples(
     float_scale: float = 1.0,
     block: int = BLOCK,
 ) -> Iterator[np.ndarray]:
-    """The whole recording in order, as blocks `[n, channels]` that are the caller's to keep.
+    """Yields the whole recording in order, as blocks `[n, channels]` that the caller may keep.
 
-    For arguments, dtype and errors see `read_samples`.
+    Arguments, dtype and errors are those of `read_samples`.
     """
     layout = _layout(path, offset, size, thorough=True)
     with _opened(path, offset, size, in_tar, layout) as sound:
@@ -225,7 +231,7 @@ def iterate_samples(
 
 
 def _layout(path: str, offset: int, size: int, *, thorough: bool) -> Layout:
-    """Raises BadAudio where the bytes show that samples are missing, OSError where they cannot be read."""
+    """The layout of a source. Raises BadAudio if its bytes show missing samples, OSError if it is unreadable."""
     state = os.stat(path)
     layout = _layout_cached(path, offset, size, state.st_mtime_ns, state.st_ino)
     if thorough and layout.unproven:
@@ -254,7 +260,7 @@ def _layout_cached(path: str, offset: int, size: int, *changed: int) -> Layout:
             return layout._replace(begin=begin + layout.begin, end=end)
         with Window(path, offset, size) as raw:
             return _judge(raw, begin, size)
-    except (struct.error, IndexError, KeyError) as error:  # no header is to be trusted so far
+    except (struct.error, IndexError, KeyError) as error:  # parsing a damaged header fails
         raise BadAudio(f"cannot be read: its header is damaged ({error})") from None
 
 
@@ -277,7 +283,7 @@ def _judge(raw: Window, begin: int, size: int) -> Layout:
         return containers.au(raw, size)
     if name == b"NIST":
         return containers.nist(raw, size)
-    if name == b"\0\x05\x16\x07":  # what macOS keeps beside a file, under the file's own suffix
+    if name == b"\0\x05\x16\x07":  # a resource fork, which macOS stores beside a file under the same suffix
         raise BadAudio("not a recognised audio format")
     if name in OTHERS:
         return Layout()
@@ -288,13 +294,13 @@ def _open(path: str, offset: int, size: int, in_tar: bool, layout: Layout) -> tu
     if in_tar or not layout.whole or os.name == "nt":
         window = layout.window(path, offset, size)
         return Sound(window), window
-    # By descriptor, for libsndfile given a name looks at the files beside it. It reads without a Python call per block.
+    # With a file name, libsndfile would look at neighbouring files. With a descriptor it reads without calling Python.
     return Sound(open_fd(path), closefd=True), None
 
 
 @contextlib.contextmanager
 def _opened(path: str, offset: int, size: int, in_tar: bool, layout: Layout) -> Iterator[Sound]:
-    """The decoder; whatever goes wrong inside it is raised as BadAudio or OSError."""
+    """Opens a decoder. Its errors inside the `with` block are raised as BadAudio or OSError."""
     window = None
     try:
         sound, window = _open(path, offset, size, in_tar, layout)
@@ -321,12 +327,13 @@ def _format(sound: Sound, layout: Layout) -> str:
 
 
 def _promised(sound: Sound, layout: Layout, size: int) -> int | None:
-    """Samples that a source says it holds, None where it does not. Raises BadAudio where its bytes cannot hold them."""
+    """The number of samples that the source states, or None. Raises BadAudio if its bytes cannot hold so many."""
     if layout.frames is None and (layout.must_decode or layout.overstate):
         return None
     frames = sound.frames if layout.frames is None else layout.frames
     compressed = sound.format in ("FLAC", "OGG", "MP3") or sound.subtype.startswith("ALAC")
-    if frames > (8192 if compressed else 8) * size + 65_536:  # silence that is compressed, or one bit a sample
+    # Compressed silence reaches the first limit, one bit per sample the second.
+    if frames > (8192 if compressed else 8) * size + 65_536:
         raise BadAudio(f"its header claims {frames:,} samples, more than {size:,} bytes can hold")
     return frames
 
@@ -339,16 +346,16 @@ def _check_count(frames: int, promised: int | None) -> None:
 
 
 def _blocks(sound: Sound, dtype: np.dtype, float_scale: float, block: int) -> Iterator[np.ndarray]:
-    """All samples; a header may claim any length. The same memory is used for each block."""
+    """Yields all samples in blocks that reuse the same memory, because a header may claim any length."""
     buffer, left = np.empty((max(1, block // sound.channels), sound.channels), dtype), sound.frames
-    # Not beyond what libsndfile counted: an Opus stream whose end has no mark is an error there.
+    # Do not read more than libsndfile counted: at the end of an Opus stream without an end mark it reports an error.
     while left > 0 and len(samples := sound.read(out=buffer[: min(left, len(buffer))])):
         left -= len(samples)
         yield _scaled(samples, sound, float_scale)
 
 
 def _skip(sound: Sound, start: int, layout: Layout) -> None:
-    """Moves from the first sample to sample `start`; the samples that follow are those of a decode from the first."""
+    """Moves from the first sample to sample `start`; what follows equals a decode from the first sample."""
     if sound.subtype in SEEKABLE and layout.seekable:
         sound.seek(start)
         return
@@ -381,7 +388,7 @@ def _scaled(samples: np.ndarray, sound: Sound, float_scale: float) -> np.ndarray
 
 
 def read_bytes(path: str, offset: int, size: int) -> np.ndarray:
-    """The source's bytes, uint8 `[size]`. Raises BadAudio where the file ends early, OSError where it is unreadable."""
+    """The bytes of a source, uint8 `[size]`. Raises BadAudio if the file ends early, OSError if it is unreadable."""
     data = np.empty(size, np.uint8)
     fd = open_fd(path)
     try:
@@ -392,26 +399,26 @@ def read_bytes(path: str, offset: int, size: int) -> np.ndarray:
 
 
 def audio_bytes(path: str, offset: int, size: int) -> np.ndarray:
-    """The source's bytes for another decoder, uint8: without tags, and with the length where it was never written.
+    """The bytes of a source for another decoder, uint8: without tags, and with the length filled in if it was missing.
 
-    Errors as of `inspect`.
+    The errors are those of `inspect`.
     """
     with _layout(path, offset, size, thorough=False)._replace(overstate=False).window(path, offset, size) as window:
         data = window.read_at(0, window.size)
     if data[:4] == b"fLaC" and not 0 < int.from_bytes(data[18:26], "big") & (1 << 36) - 1 <= 8192 * size:
-        raise BadAudio("damaged: its header claims no length, or more than its bytes can hold")  # and decoders crash
+        raise BadAudio("damaged: its header claims no length, or more than its bytes can hold")  # decoders crash on it
     return np.frombuffer(data, np.uint8)
 
 
 def read_into(data: np.ndarray, fd: int, offset: int) -> None:
-    """Fills uint8 `data` from there on. Raises BadAudio where the file ends early, OSError where it is unreadable."""
+    """Fills uint8 `data` from byte `offset` on. Raises BadAudio if the file ends early, OSError if it is unreadable."""
     done = read_at(fd, data.data, offset)
     if done < len(data):
         raise Truncated(f"truncated: {done} of {len(data)} bytes")
 
 
 def wav_bytes(samples: np.ndarray, rate: int) -> np.ndarray:
-    """float32 or int16 samples `[frames, channels]` as the bytes of a WAV file, uint8."""
+    """The bytes of a WAV file, uint8, of float32 or int16 samples `[frames, channels]`."""
     body, width, channels = samples.tobytes(), samples.dtype.itemsize, samples.shape[1]
     kind = 1 if samples.dtype == np.int16 else 3
     header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(body), b"WAVE", b"fmt ", 16, kind, channels, rate,
@@ -420,18 +427,18 @@ def wav_bytes(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def stat_file(path: str) -> tuple[int, int]:
-    """(size in bytes, mtime in ns). Raises BadAudio for a folder, pipe or device, OSError where there is nothing."""
+    """(size in bytes, mtime in ns). Raises BadAudio if the path is not a regular file, OSError if it does not exist."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
-        raise BadAudio("not a regular file")  # opening a named pipe would wait for ever
+        raise BadAudio("not a regular file")  # opening a named pipe would block forever
     return info.st_size, info.st_mtime_ns
 
 
 def cores() -> int:
-    """Processors this process may use."""
+    """Number of processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reason_of(error: Exception) -> str:
-    """In the words of a list of skipped files."""
+    """The reason to list for a file that is skipped because of `error`."""
     return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)

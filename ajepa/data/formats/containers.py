@@ -1,4 +1,4 @@
-"""What the bytes of an audio file say: where its samples are, and whether all of them are there."""
+"""Examines the bytes of an audio file: finds where its samples are, and whether all of them are present."""
 
 import io
 import os
@@ -8,7 +8,7 @@ import threading
 from typing import Any, NamedTuple
 
 TAG = 128  # bytes of an ID3v1 tag
-_position = threading.Lock()  # a descriptor has one, which threads share where no positional read exists
+_position = threading.Lock()  # threads share the position of a descriptor where the system has no positional read
 
 
 class BadAudio(Exception):
@@ -24,7 +24,7 @@ def open_fd(path: str) -> int:
 
 
 def read_at(fd: int, buffer: memoryview, position: int) -> int:
-    """Fills the buffer from that position of the file on; returns the bytes read, fewer only at the file's end."""
+    """Fills `buffer` from byte `position` of the file on. Returns the bytes read, which are fewer only at its end."""
     buffer, done = memoryview(buffer).cast("B"), 0
     while done < len(buffer):
         if hasattr(os, "preadv"):
@@ -46,12 +46,12 @@ def read_at(fd: int, buffer: memoryview, position: int) -> int:
 
 
 class Window(io.RawIOBase):
-    """Read-only, seekable view of `head`, bytes `[offset, offset + size)` of a file, and `tail`.
+    """Read-only, seekable view of `head`, then bytes `[offset, offset + size)` of a file, then `tail`.
 
-    An error while reading is kept in `failure` and reads as the end of the file: a decoder's callback cannot raise.
+    A read error is kept in `failure` and looks like the end of the file, because a decoder's callback cannot raise.
 
     Args:
-        claimed: bytes that it seems to hold, where a decoder should estimate more samples than there are.
+        claimed: size in bytes to report if larger than the true one, so that a decoder overestimates the samples.
     """
 
     def __init__(self, path: str, offset: int, size: int, head: bytes = b"", tail: bytes = b"", claimed: int = 0):
@@ -78,7 +78,7 @@ class Window(io.RawIOBase):
     def readinto(self, buffer) -> int:
         view = memoryview(buffer).cast("B")
         if self._size < self.size and self._position >= self.size - TAG:
-            view[:] = bytes(len(view))  # libmpg123 looks for a tag here, and gives up if it finds the end of the file
+            view[:] = bytes(len(view))  # libmpg123 looks for a tag here, and fails if the file ends before it
             self._position += len(view)
             return len(view)
         view = view[: max(0, min(len(view), self._size - self._position))]
@@ -100,7 +100,7 @@ class Window(io.RawIOBase):
         return len(data)
 
     def read_at(self, position: int, count: int) -> bytes:
-        """Bytes from that position on, fewer only at the end. Raises OSError."""
+        """`count` bytes from `position` on, fewer only at the end. Raises OSError."""
         self.seek(position)
         buffer = bytearray(max(0, min(count, self._size - position)))
         got = self.readinto(buffer)
@@ -115,47 +115,47 @@ class Window(io.RawIOBase):
 
 
 class Plain(NamedTuple):
-    """16-bit samples, lowest byte first, as they lie in the file: there is nothing to decode."""
+    """Little-endian 16-bit samples that can be read from the file without decoding."""
 
-    begin: int  # bytes before them
+    begin: int  # bytes before the samples
     channels: int
     frames: int
 
 
 class Layout(NamedTuple):
-    """The bytes to give to a decoder, and what is known without one."""
+    """The bytes to give to a decoder, and what is known about them without decoding."""
 
-    begin: int = 0  # where the audio begins in the source, behind tags or garbage; `head` goes in front
-    end: int | None = None  # where it ends, before tags; None: with the source
-    head: bytes = b""
-    tail: bytes = b""  # goes behind
-    container: str = ""  # what it is, where `head` makes libsndfile call it something else
-    frames: int | None = None  # samples per channel; None: ask the decoder
-    must_decode: bool = False  # only decoding tells whether it is whole, or how many samples it holds
-    mpeg: bool = False  # MPEG frames, yet to be looked at
-    unproven: bool = False  # a FLAC whose end was not looked at
-    seekable: bool = True  # where its encoding is
-    overstate: bool = False  # present it to the decoder as longer than it is
-    index: Any = None  # places in it where a decode may begin
+    begin: int = 0  # where the audio begins in the source, after tags or garbage
+    end: int | None = None  # where the audio ends, before tags; None: at the end of the source
+    head: bytes = b""  # placed before the audio
+    tail: bytes = b""  # placed after the audio
+    container: str = ""  # name of the container, if `head` makes libsndfile report another
+    frames: int | None = None  # samples per channel; None: the decoder reports them
+    must_decode: bool = False  # only decoding shows whether it is whole and how many samples it holds
+    mpeg: bool = False  # the bytes are MPEG frames, not examined yet
+    unproven: bool = False  # a FLAC whose end was not examined
+    seekable: bool = True  # False: the decoder cannot seek, even if the encoding is seekable
+    overstate: bool = False  # present the audio to the decoder as longer than it is
+    index: Any = None  # the positions at which decoding can begin
 
     @property
     def whole(self) -> bool:
-        """Whether a decoder may be given the source as it is."""
+        """Whether a decoder can be given the unchanged source."""
         return not (self.begin or self.head or self.tail or self.end is not None or self.overstate)
 
     def window(self, path: str, offset: int, size: int) -> Window:
         length = (size if self.end is None else self.end) - self.begin
-        # The largest frame of a stream has 120 times the bytes of the smallest.
+        # The largest frame of an MPEG stream can have 120 times the bytes of the smallest.
         claimed = 128 * (length + len(self.head)) + TAG if self.overstate else 0
         return Window(path, offset + self.begin, length, self.head, self.tail, claimed)
 
 
-def more_sound(what: str, remedy: str) -> BadAudio:
-    return BadAudio(f"holds more sound than its header says: {what}: {remedy}")
+def more_sound(finding: str, remedy: str) -> BadAudio:
+    return BadAudio(f"holds more sound than its header says: {finding}: {remedy}")
 
 
 def id3_size(head: bytes) -> int:
-    """Bytes of the ID3v2 tag that begins with these ten; 0 where none does."""
+    """Size in bytes of the ID3v2 tag whose first ten bytes are `head`; 0 if they do not begin a tag."""
     if head[:3] != b"ID3" or len(head) < 10 or max(head[6:10]) > 127:
         return 0
     size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
@@ -163,7 +163,7 @@ def id3_size(head: bytes) -> int:
 
 
 def before_tags(raw: Window, end: int) -> int:
-    """Where tags at the end of a stream begin: ID3v1, APE and Lyrics3, in any order."""
+    """Where the tags at the end of a stream begin: ID3v1, APE, Lyrics3 and ID3v2 footers, in any order."""
     while True:
         tail = raw.read_at(max(0, end - 160), min(end, 160))
         if tail[-128:-125] == b"TAG":
@@ -184,26 +184,26 @@ def before_tags(raw: Window, end: int) -> int:
 
 # --- containers that state how many bytes of samples they hold -------------------------------------------------------
 
-# A program that writes into a pipe cannot state the length. It leaves one of these, or the largest whole number of
-# sample frames below, sometimes less the bytes of the header.
+# A program that writes into a pipe cannot state the length. It writes one of these values, or the largest whole number
+# of sample frames below it, sometimes minus the bytes of the header.
 UNKNOWN_32 = (0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000, 0x7F000000)
 UNKNOWN_64 = (2**64 - 1, 2**63 - 1, 2**63)
-CHUNKS = 10_000  # looked through at most
-STRAY = 4096  # bytes behind everything that nothing explains, and that are too few to be sound
+CHUNKS = 10_000  # at most this many chunks are examined
+STRAY = 4096  # up to this many unexplained bytes at the end are too few to be sound
 METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"_PMX", b"JUNK", b"junk", b"FLLR", b"ANNO", b"NAME", b"APPL")
-PLAIN_HEADER = 4096  # bytes in which the samples of a WAV begin, if they are to be read without libsndfile
+PLAIN_HEADER = 4096  # the samples of a WAV read without libsndfile begin within this many bytes
 PCM_GUID = bytes.fromhex("000000001000800000aa00389b71")
-PADDING = 1 << 20  # zeros behind everything
+PADDING = 1 << 20  # up to this many zero bytes at the end are padding
 
 
 class Chunks(NamedTuple):
-    """How a container of chunks is written."""
+    """The format of a container that consists of chunks."""
 
     sample_chunk: bytes
     size: str  # struct format of a chunk's length
     name_bytes: int = 4
-    own: int = 0  # bytes of the chunk's header that its length counts in
-    align: int = 2
+    own: int = 0  # bytes of the chunk's header that its length includes
+    align: int = 2  # chunks begin at multiples of this many bytes
     extra: int = 0  # bytes in the sample chunk before the first sample
 
 
@@ -217,12 +217,12 @@ W64 = Chunks(b"data" + W64_END, "<Q", name_bytes=16, own=24, align=8)
 
 
 def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
-    """Judges a WAV, AIFF, CAF or W64 file by its chunks: libsndfile plays what is left of a cut one without a word.
+    """The layout of a WAV, AIFF, CAF or W64 file by its chunks. libsndfile would play a truncated one without error.
 
-    Raises BadAudio where samples are missing, or where there are more than the header states.
+    Raises BadAudio if samples are missing, or if there are more than the header states.
     """
     header = kind.name_bytes + struct.calcsize(kind.size)
-    seen: dict[bytes, tuple[int, int]] = {}  # name -> (where its contents are, length)
+    seen: dict[bytes, tuple[int, int]] = {}  # name -> (position of the contents, length)
     while position + header <= size and len(seen) < CHUNKS:
         name, length = _chunk(raw, position, kind)
         position += header
@@ -243,10 +243,10 @@ def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
     frame = _frame_bytes(raw, kind, seen)
     mpeg = kind is RIFF and b"fmt " in seen and raw.read_at(seen[b"fmt "][0], 2) in (b"\x50\0", b"\x55\0")
     if _never_written(length, position, frame or 1, kind, is_64):
-        explained = 0 <= length <= present and _skip_chunks(raw, position + length + length % 2, size, kind) >= size
-        if not explained and mpeg:
+        complete = 0 <= length <= present and _skip_chunks(raw, position + length + length % 2, size, kind) >= size
+        if not complete and mpeg:
             return Layout(position, size, mpeg=True)
-        if not explained:
+        if not complete:
             return _until_the_end(raw, size, kind, position, frame, is_64, seen)
     if length > present:
         raise Truncated(f"truncated: {present - kind.extra} of {length - kind.extra} bytes of samples")
@@ -259,15 +259,15 @@ def chunked(raw: Window, size: int, kind: Chunks, position: int) -> Layout:
             raise Truncated(f"truncated: {length - kind.extra} of {frames * frame} bytes of samples")
     if mpeg:
         return Layout(position, position + length, mpeg=True)
-    if kind is W64 and position + length < size:  # libsndfile takes the rest for samples
+    if kind is W64 and position + length < size:  # libsndfile would read the rest as samples
         return Layout(end=position + length)
-    if raw.read_at(0, 4) == b"BW64":  # the same as RF64 but for its name
+    if raw.read_at(0, 4) == b"BW64":  # differs from RF64 only in its name
         return Layout(begin=4, head=b"RF64")
     return Layout()
 
 
 def plain_wav(head: bytes, size: int) -> Plain | None:
-    """The samples of a WAV file of `size` bytes that begins with `head`; None where more must be known to read them."""
+    """The samples of a WAV file of `size` bytes that begins with `head`; None if it needs more than this check."""
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         return None
     position, form = 12, b""
@@ -281,7 +281,7 @@ def plain_wav(head: bytes, size: int) -> Plain | None:
         position += length + length % 2
     else:
         return None
-    # From the least length on that stands for an unknown one, `chunked` must tell what it means.
+    # A length that may be a placeholder for an unknown one is left to `chunked`.
     if len(form) < 16 or not 0 < length <= min(size - position, min(UNKNOWN_32) - PLAIN_HEADER):
         return None
     code, channels, _, _, frame, bits = struct.unpack_from("<HHIIHH", form)
@@ -293,18 +293,18 @@ def plain_wav(head: bytes, size: int) -> Plain | None:
 
 
 def _chunk(raw: Window, position: int, kind: Chunks) -> tuple[bytes, int]:
-    """Name and length of contents of the chunk there; -1: not stated, where that is legal."""
+    """Name of the chunk at `position`, and the length of its contents; -1 if unstated, where the format allows that."""
     header = raw.read_at(position, kind.name_bytes + struct.calcsize(kind.size))
     (length,) = struct.unpack(kind.size, header[kind.name_bytes :])
     return header[: kind.name_bytes], length - kind.own
 
 
 def _frame_bytes(raw: Window, kind: Chunks, seen: dict[bytes, tuple[int, int]]) -> int:
-    """Bytes of one sample of all channels, or of a block of an encoding; 0 where that is not known."""
+    """Bytes of one sample of all channels, or of one block of an encoding; 0 if unknown."""
     if kind is AIFF and b"COMM" in seen:
-        place, length = seen[b"COMM"]
-        channels, _, bits = struct.unpack(">hIh", raw.read_at(place, 8).ljust(8, b"\0"))
-        plain = length < 22 or raw.read_at(place + 18, 4) in (b"NONE", b"sowt", b"twos", b"raw ", b"fl32", b"fl64")
+        comm, length = seen[b"COMM"]
+        channels, _, bits = struct.unpack(">hIh", raw.read_at(comm, 8).ljust(8, b"\0"))
+        plain = length < 22 or raw.read_at(comm + 18, 4) in (b"NONE", b"sowt", b"twos", b"raw ", b"fl32", b"fl64")
         return max(0, channels) * ((max(0, bits) + 7) // 8) if plain else 0
     if kind is CAF and b"desc" in seen:
         return int.from_bytes(raw.read_at(seen[b"desc"][0] + 16, 4), "big")
@@ -315,7 +315,7 @@ def _frame_bytes(raw: Window, kind: Chunks, seen: dict[bytes, tuple[int, int]]) 
 
 
 def _never_written(length: int, position: int, frame: int, kind: Chunks, is_64: bool) -> bool:
-    """Whether a length is one of those that stand for an unknown one."""
+    """Whether a length is one of the placeholders for an unknown length."""
     if length <= kind.extra:
         return True
     limits = UNKNOWN_64 if is_64 or struct.calcsize(kind.size) == 8 else UNKNOWN_32
@@ -327,7 +327,7 @@ def _never_written(length: int, position: int, frame: int, kind: Chunks, is_64: 
 def _until_the_end(
     raw: Window, size: int, kind: Chunks, position: int, frame: int, is_64: bool, seen: dict[bytes, tuple[int, int]]
 ) -> Layout:
-    """The layout of a file whose length was never written: all that follows is samples."""
+    """The layout of a file whose length was never written: all bytes from `position` on are samples."""
     if not frame or position > 1 << 24:
         raise BadAudio("length never written by the program that made it: convert it, e.g. with ffmpeg")
     samples = size - position - kind.extra
@@ -346,13 +346,13 @@ def _until_the_end(
         head[:4] = b"RF64"
     elif length < 1 << 32 or struct.calcsize(kind.size) == 8:
         struct.pack_into(kind.size, head, at, length)
-        if head[:4] in (b"RF64", b"BW64"):  # but without the chunk that states its length
+        if head[:4] in (b"RF64", b"BW64"):  # an RF64 without the ds64 chunk that would state the length
             head[:4] = b"RIFF"
     elif kind is RIFF:  # too long for a WAV
-        place, count = seen[b"fmt "]
-        facts = struct.pack("<4sI4s4sIQQQI", b"RF64", 0xFFFFFFFF, b"WAVE", b"ds64", 28, samples + 72 + count, samples,
+        fmt, count = seen[b"fmt "]
+        ds64 = struct.pack("<4sI4s4sIQQQI", b"RF64", 0xFFFFFFFF, b"WAVE", b"ds64", 28, samples + 72 + count, samples,
                             samples // frame, 0)  # fmt: skip
-        head = bytearray(facts + raw.read_at(place - 8, 8 + count) + b"data" + b"\xff" * 4)
+        head = bytearray(ds64 + raw.read_at(fmt - 8, 8 + count) + b"data" + b"\xff" * 4)
         container = "WAV"
     else:
         raise BadAudio("length never written, and more than its container can state: convert it, e.g. with ffmpeg")
@@ -360,7 +360,7 @@ def _until_the_end(
 
 
 def _skip_chunks(raw: Window, position: int, end: int, kind: Chunks) -> int:
-    """Where chunks that follow the samples cease."""
+    """Where the chunks that follow the samples end."""
     header = kind.name_bytes + struct.calcsize(kind.size)
     for _ in range(CHUNKS):
         if position + header > end:
@@ -376,7 +376,7 @@ def _skip_chunks(raw: Window, position: int, end: int, kind: Chunks) -> int:
 
 
 def _check_rest(raw: Window, position: int, length: int, size: int, kind: Chunks) -> None:
-    """Raises where what lies behind the samples is more than metadata."""
+    """Raises BadAudio if the bytes after the samples are more than metadata."""
     ends = [position + -(-length // kind.align) * kind.align, position + length]  # some writers do not pad
     after = max(_skip_chunks(raw, end, size, kind) for end in ends)
     check_rest(raw, after, before_tags(raw, size), length)
@@ -403,12 +403,12 @@ def check_rest(raw: Window, position: int, end: int, length: int) -> None:
         return
     if not joined and rest <= PADDING and not any(raw.read_at(position, rest)):
         return
-    what = f"{rest:,} bytes follow the {length:,} of its samples"
-    raise more_sound(what, "mend its header, or convert all of it, e.g. with ffmpeg -ignore_length 1")
+    finding = f"{rest:,} bytes follow the {length:,} of its samples"
+    raise more_sound(finding, "repair its header, or convert all of it, e.g. with ffmpeg -ignore_length 1")
 
 
 def au(raw: Window, size: int) -> Layout:
-    """Sun AU: offset and length of the samples in bytes, the second perhaps unknown."""
+    """The layout of a Sun AU file, whose header states the offset and, if known, the length of the samples in bytes."""
     order = ">" if raw.read_at(0, 4) == b".snd" else "<"
     head = raw.read_at(0, 24)
     if len(head) < 24:
@@ -433,7 +433,7 @@ def au(raw: Window, size: int) -> Layout:
 
 
 def nist(raw: Window, size: int) -> Layout:
-    """NIST SPHERE: a header in words."""
+    """The layout of a NIST SPHERE file, which has a text header."""
     head = raw.read_at(0, 4096)
     values = {key: int(value) for key, value in re.findall(rb"(?m)^(\w+) -i (\d{1,18})\s*$", head)}
     count, width = values.get(b"sample_count", 0), values.get(b"sample_n_bytes", 0)
@@ -463,7 +463,7 @@ CRC_8, CRC_16, CRC_32 = _crc_table(8, 0x07), _crc_table(16, 0x8005), _crc_table(
 
 
 def checksum(data: bytes, bits: int, table: list[int]) -> int:
-    """A cyclic redundancy check; 0 for data with its checksum behind it."""
+    """The cyclic redundancy check of `data`; 0 if the data end with their own checksum."""
     crc, shift, mask = 0, bits - 8, (1 << bits) - 1
     for byte in data:
         crc = (crc << 8 & mask) ^ table[crc >> shift ^ byte]

@@ -1,4 +1,4 @@
-"""A FLAC file: how many samples it holds, whether its end is there, and where tags around it begin."""
+"""Examines a FLAC file: counts its samples, checks that its end is present, and finds the tags around it."""
 
 from ajepa.data.formats.containers import (
     CHUNKS,
@@ -15,9 +15,9 @@ from ajepa.data.formats.containers import (
 
 
 def judge(raw: Window, begin: int, size: int, thorough: bool) -> Layout:
-    """Tags around a FLAC are left out; a number of samples that was never written is read from the last frame."""
+    """The layout of a FLAC without the tags around it. The last frame gives the sample count if the header does not."""
     position, end = begin + 4, before_tags(raw, size)
-    for _ in range(CHUNKS):  # blocks of metadata
+    for _ in range(CHUNKS):  # metadata blocks
         header = raw.read_at(position, 4)
         if len(header) < 4:
             raise Truncated("truncated: its header is cut short")
@@ -28,7 +28,7 @@ def judge(raw: Window, begin: int, size: int, thorough: bool) -> Layout:
         raise BadAudio("cannot be read: its header is damaged")
     info = raw.read_at(begin, 42)
     if len(info) < 42 or info[4] & 127:
-        return Layout()  # the decoder will say
+        return Layout()  # the decoder reports the fault
     if position >= end:
         raise BadAudio("header only, no samples")
     stated = int.from_bytes(info[18:26], "big") & (1 << 36) - 1
@@ -62,7 +62,7 @@ def _find(raw: Window, pattern: bytes, begin: int, end: int) -> int:
 
 
 def _last_sample(raw: Window, info: bytes, begin: int, end: int) -> int | None:
-    """The number of the sample after the last frame's, None where the stream does not end with a whole frame."""
+    """The number of the sample after the last frame, None if the stream does not end with a whole frame."""
     largest = int.from_bytes(info[15:18], "big") or 1 << 17
     tail = raw.read_at(max(begin, end - largest - 64), min(end - begin, largest + 64))
     at = len(tail)
@@ -76,7 +76,7 @@ def _last_sample(raw: Window, info: bytes, begin: int, end: int) -> int | None:
 
 
 def _flac_frame(head: bytes, blocksize: int) -> int | None:
-    """The number of the sample after this frame's, None where no frame begins so."""
+    """The number of the sample after the frame with this header, None if it is not a valid frame header."""
     if len(head) < 6:
         return None
     size_code, rate_code, ones = head[2] >> 4, head[2] & 15, 0
@@ -91,11 +91,11 @@ def _flac_frame(head: bytes, blocksize: int) -> int | None:
             return None
         number = number << 6 | byte & 63
     at = 4 + length
-    wide = {6: 1, 7: 2}.get(size_code, 0)
-    samples = int.from_bytes(head[at : at + wide], "big") + 1
-    if not wide:
+    size_bytes = {6: 1, 7: 2}.get(size_code, 0)
+    samples = int.from_bytes(head[at : at + size_bytes], "big") + 1
+    if not size_bytes:
         samples = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
-    at += wide + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    at += size_bytes + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
     if at >= len(head) or checksum(head[: at + 1], 8, CRC_8):
         return None
     return (number if head[1] & 1 else number * blocksize) + samples

@@ -1,6 +1,6 @@
-"""Ogg and MPEG streams, page by page and frame by frame: what they hold, and where to start decoding in the middle.
+"""Examines Ogg streams page by page and MPEG streams frame by frame: what they hold, and where decoding can start.
 
-Neither states where its samples are, so both are walked from end to end. No sample is decoded here.
+Neither format states where its samples are, so both are read from end to end. No sample is decoded here.
 """
 
 import itertools
@@ -19,7 +19,7 @@ BLOCK = 1 << 18  # bytes read at a time
 
 
 class _Bytes:
-    """Random access to a window's bytes that reads ahead."""
+    """Random access to the bytes of a window, with read-ahead."""
 
     def __init__(self, raw: Window):
         self.raw, self.base, self.block = raw, 0, b""
@@ -31,7 +31,7 @@ class _Bytes:
         return self.block[at : at + count]
 
     def places(self, pattern: re.Pattern, begin: int, end: int) -> Iterator[int]:
-        """Where a pattern of at most 8 bytes begins."""
+        """Yields the positions at which a pattern of at most 8 bytes begins."""
         while begin < end:
             block = self.raw.read_at(begin, min(BLOCK, end - begin))
             last = begin + len(block) >= end or len(block) < BLOCK
@@ -47,22 +47,25 @@ class _Bytes:
 
 
 class VorbisPages:
-    """Where the pages of a Vorbis stream are: a decode may begin at any, for it depends on one packet before."""
+    """Positions of the pages of a Vorbis stream.
 
-    MARGIN = 3 * 8192  # samples; a packet holds at most 8192, and two must be decoded before the first that counts
+    Decoding can begin at any page, because a packet depends only on the packet before it.
+    """
+
+    MARGIN = 3 * 8192  # samples; a packet holds at most 8192, and two are decoded before the first wanted one
 
     def __init__(self, head: bytes, positions: array, granules: array, end: int, tail: bytes):
         self.head, self.positions, self.granules = head, positions, granules
-        self.end, self.tail = end, tail  # as of `Layout`
-        self.origin: int | None = None  # granule of the first sample, which only a decoder knows
+        self.end, self.tail = end, tail  # see `Layout`
+        self.origin: int | None = None  # granule of the first sample, which only a decoder can find
 
     def part(self, start: int, count: int) -> tuple[Layout, int] | None:
-        """A layout of the pages that hold samples `[start, start + count)`, and the number of the sample behind them.
+        """A layout of the pages that hold samples `[start, start + count)`, and the number of the sample after it.
 
-        Samples count as granules do. None where they are best decoded from the first page on.
+        Samples are numbered like granules. Returns None if it is better to decode from the first page on.
         """
-        last = bisect_left(self.granules, start + count)  # the first page that ends there or later
-        # The last page of a stream is cut to where it ends only if another page is decoded before it.
+        last = bisect_left(self.granules, start + count)  # the first page that ends at the last wanted sample or later
+        # A decoder cuts the last page of a stream to its stated end only if it has decoded a page before it.
         first = min(bisect_right(self.granules, start - self.MARGIN), last - 1)
         if first <= 0 or last >= len(self.granules):
             return None
@@ -73,21 +76,23 @@ class VorbisPages:
 
 
 class OpusPages:
-    """Which pages of an Opus stream hold music coding (CELT) alone: within seconds of it a decoder forgets its past.
+    """Records which pages of an Opus stream hold only music coding (CELT).
 
-    It never quite forgets in speech coding (SILK), but begins afresh when it changes into it.
+    A decoder forgets its past within seconds of music coding. Speech coding (SILK) never fully forgets, but a decoder
+    starts it with a fresh state after music coding.
     """
 
-    FORGOTTEN = 3 * 48_000  # samples at 48 kHz, the unit of Opus
-    FAR = 1800 * 48_000  # beyond this, near enough to a decode from the start must do
-    NEAR = 60 * 48_000
+    # All in samples at 48 kHz, the unit of Opus.
+    FORGOTTEN = 3 * 48_000  # a decoder has forgotten its past after so much music coding
+    FAR = 1800 * 48_000  # an exact start is not searched for farther back than this
+    NEAR = 60 * 48_000  # decoding then begins this far before `start`, which is nearly exact
 
     def __init__(self, granules: array, pure: bytearray):
         self.granules, self.pure = granules, pure
 
     def begin(self, start: int) -> int:
-        """Where to begin to decode for the samples from `start` on to be right: 0, or an earlier sample."""
-        stop = start  # end of the pages of music coding that are being measured
+        """The sample at which decoding must begin for the samples from `start` on to be right; 0 is the first one."""
+        stop = start  # end of the run of music pages that is being measured
         for page in range(min(bisect_right(self.granules, start), len(self.pure) - 1), 0, -1):
             begin = self.granules[page - 1]
             if start - begin > self.FAR:
@@ -100,7 +105,7 @@ class OpusPages:
 
 
 def ogg(raw: Window, begin: int, end: int) -> Layout:
-    """Raises BadAudio for a cut stream, and for several, one after the other or interleaved."""
+    """The layout of an Ogg stream. Raises BadAudio if it is truncated, or if streams are chained or interleaved."""
     data = _Bytes(raw)
     serial, position, page_end, last = None, begin, begin, b""
     head_end, packets, only_heads, codec, holes = begin, 0, True, "", False
@@ -113,7 +118,7 @@ def ogg(raw: Window, begin: int, end: int) -> Layout:
             again = next(data.places(PAGE, position, end), -1)
             if again < 0:
                 break  # tags, padding or garbage
-            position, holes = again, True  # which the decoder will report
+            position, holes = again, True  # the decoder reports the hole
             continue
         table = header[27 : 27 + header[26]] if len(header) >= 27 else b""
         size = 27 + len(table) + sum(table)
@@ -131,7 +136,7 @@ def ogg(raw: Window, begin: int, end: int) -> Layout:
             start = data(position + 27 + len(table), 8)
             codec = "vorbis" if start[:7] == b"\x01vorbis" else "opus" if start == b"OpusHead" else "other"
             serial = number
-        if packets < HEADS.get(codec, 1):  # headers, which end with their page
+        if packets < HEADS.get(codec, 1):  # header packets, the last of which ends its page
             packets += sum(length < 255 for length in table)
             head_end = position + size
         else:
@@ -147,13 +152,13 @@ def ogg(raw: Window, begin: int, end: int) -> Layout:
     if not last[0] & 4:
         if last[-1] == 255 and len(last) > 1:
             raise Truncated("truncated: the last packet continues on a page that is missing")
-        if positions:  # the decoder wants to be told that it is the last page
+        if positions:  # mark the last page as such, which the decoder requires
             audio_end = positions[-1]
             page = raw.read_at(audio_end, page_end - audio_end)
-            bare = page[:22] + bytes(4) + page[26:]
-            if checksum(bare, 32, CRC_32).to_bytes(4, "little") == page[22:26]:
-                bare = bare[:5] + bytes([bare[5] | 4]) + bare[6:]
-                tail = bare[:22] + checksum(bare, 32, CRC_32).to_bytes(4, "little") + bare[26:]
+            without_crc = page[:22] + bytes(4) + page[26:]
+            if checksum(without_crc, 32, CRC_32).to_bytes(4, "little") == page[22:26]:
+                without_crc = without_crc[:5] + bytes([without_crc[5] | 4]) + without_crc[6:]
+                tail = without_crc[:22] + checksum(without_crc, 32, CRC_32).to_bytes(4, "little") + without_crc[26:]
             else:
                 audio_end = page_end
     index: VorbisPages | OpusPages | None = None
@@ -166,11 +171,11 @@ def ogg(raw: Window, begin: int, end: int) -> Layout:
 
 
 PAGE = re.compile(b"OggS\\0")
-HEADS = {"vorbis": 3, "opus": 2}  # packets before the first of sound
+HEADS = {"vorbis": 3, "opus": 2}  # number of header packets before the first audio packet
 
 
 def _pure(body: bytes, table: bytes, continued: bool) -> bool:
-    """Whether all packets that begin on a page are coded as music."""
+    """Whether all packets that begin on a page use music coding."""
     at = 0
     for length in table:
         if not continued and at < len(body) and length and body[at] < 16 << 3:
@@ -183,7 +188,7 @@ def _pure(body: bytes, table: bytes, continued: bool) -> bool:
 # --- MPEG audio -----------------------------------------------------------------------------------------------------
 
 RATES = (44100, 48000, 32000)
-KBPS = {  # by (MPEG-1?, layer): the 14 bit rates that have a number
+KBPS = {  # by (whether MPEG-1, layer): the bit rates with the numbers 1 to 14
     (True, 1): range(32, 449, 32),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -191,11 +196,11 @@ KBPS = {  # by (MPEG-1?, layer): the 14 bit rates that have a number
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-KIND = 0xFFFE0C00  # the bits of a frame's header that all frames of a stream share: version, layer and rate
-DELAY = 529  # samples by which a decoder lags
-SEARCH = 1 << 18  # bytes without a frame that are looked through for the next
-CHAIN = 4  # frames in a row that are no accident
-# The beginning of a frame, as far as bytes tell: 11 bits set, no reserved version, layer, bit rate or sample rate.
+KIND = 0xFFFE0C00  # mask of the header bits that all frames of a stream share: version, layer and sample rate
+DELAY = 529  # samples by which the output of a decoder lags
+SEARCH = 1 << 18  # the next frame is searched for in this many bytes
+CHAIN = 4  # so many frames in a row are not a coincidence
+# Matches the start of a frame header: 11 bits set, and no reserved version, layer, bit rate or sample rate.
 HEADER = re.compile(
     b"\xff(?=[%b][%b])"
     % (
@@ -206,12 +211,12 @@ HEADER = re.compile(
 
 
 class Frame:
-    """What the header of a frame says."""
+    """The fields of a frame header, given as a 32-bit number."""
 
     def __init__(self, header: int):
         version, self.layer = header >> 19 & 3, 4 - (header >> 17 & 3)  # 0: MPEG-2.5, 2: MPEG-2, 3: MPEG-1
         rate, kbps = header >> 10 & 3, header >> 12 & 15
-        self.size = 0  # 0: not a header
+        self.size = 0  # bytes of the frame; 0 if this is not a frame header
         if header >> 21 != 0x7FF or version == 1 or self.layer == 4 or rate == 3 or kbps in (0, 15) or header & 3 == 2:
             return
         mpeg1 = version == 3
@@ -225,38 +230,39 @@ class Frame:
         bits, padding = KBPS[mpeg1, self.layer][kbps - 1] * 1000, header >> 9 & 1
         slot = 4 if self.layer == 1 else 1
         self.size = slot * (self.samples * bits // (8 * slot) // self.rate + padding)
-        self.back = 9 if mpeg1 else 8  # bits of the distance to where a frame's data begins
+        self.back = 9 if mpeg1 else 8  # bits of the field that states how far back a frame's data begins
 
 
 class MpegFrames:
-    """Where the frames of an MPEG stream are, every `STEP`th of them."""
+    """Positions of every `STEP`th frame of an MPEG stream, from which decoding can start."""
 
     STEP = 16
-    # The filter bank adds in an order that turns with each granule of 18 samples a band, and comes round after 8.
+    # The filter bank rotates its order of summation with each granule of 18 samples per band, and repeats after 8.
     TURN = 8
-    RESERVOIR = 511  # bytes that the data of a frame may begin before it
+    RESERVOIR = 511  # the data of a frame may begin up to this many bytes before the frame
 
     def __init__(self, positions: array, end: int, first: Frame, skipped: int, spoiled: list[tuple[int, int]]):
         self.positions, self.end = positions, end
-        self.samples, self.skipped = first.samples, skipped  # of a frame; at the beginning, by the decoder
+        self.samples = first.samples  # samples per frame
+        self.skipped = skipped  # samples that the decoder skips at the start
         self.granules = 1 if first.samples == 576 else 2
-        # Frames that cannot be decoded, and the granules lost with each: the filter bank does not turn in them.
+        # (frame, lost granules) of frames that cannot be decoded. The filter bank does not rotate in a lost granule.
         self.spoiled = spoiled
 
     def part(self, path: str, offset: int, start: int, count: int) -> tuple[Layout, int] | None:
-        """A layout of the frames that hold these samples, and how many samples to discard.
+        """A layout of the frames that hold samples `[start, start + count)`, and how many samples to discard first.
 
-        Two frames before the first wanted are decoded, for each depends on the one before. Those before them are made
-        silent: they turn the filter bank to where it would be, and hold data of the two.
-        None where samples are best decoded from the first frame on.
+        The two frames before the first wanted one are decoded too, because a frame depends on the frame before it. The
+        frames before those two are silenced: they rotate the filter bank to its position and hold data of the two.
+        Returns None if it is better to decode from the first frame on.
         """
         wanted = (start + self.skipped) // self.samples
         bad = dict(self.spoiled)
         clean = wanted - 2
         while clean in bad or clean + 1 in bad:
             clean -= 1
-        turned = sum(lost for frame, lost in self.spoiled if frame < clean)
-        if turned % self.granules:
+        lost_granules = sum(lost for frame, lost in self.spoiled if frame < clean)
+        if lost_granules % self.granules:
             return None
         last = (start + self.skipped + count) // self.samples // self.STEP + 2
         end = self.positions[last] if last < len(self.positions) else self.end
@@ -267,7 +273,7 @@ class MpegFrames:
             position = self.positions[step]
             with Window(path, offset + position, end - position) as raw:
                 data = raw.read_at(0, min(end - position, (back + 1) * self.STEP * 1500))
-            first = step * self.STEP + turned // self.granules % self.TURN
+            first = step * self.STEP + lost_granules // self.granules % self.TURN
             silent = _silent(data, first - step * self.STEP, clean - first)
             if silent is not None and silent[2] >= self.RESERVOIR:
                 layout = Layout(begin=position + silent[1], end=end, head=silent[0], overstate=True)
@@ -276,9 +282,10 @@ class MpegFrames:
 
 
 def _silent(data: bytes, left_out: int, count: int) -> tuple[bytes, int, int] | None:
-    """Leaves out frames and makes the next ones silent, with their data kept for those that follow.
+    """Drops `left_out` frames and silences the next `count`, which keep their data for the frames that follow.
 
-    Returns their bytes, where the next frame begins, and how much data of layer III they hold.
+    Returns the bytes of the silent frames, where the next frame begins, and how many bytes of layer III data the silent
+    frames hold; None if `data` holds too few frames.
     """
     at, out, held = 0, bytearray(), 0
     for number in range(left_out + count):
@@ -288,7 +295,7 @@ def _silent(data: bytes, left_out: int, count: int) -> tuple[bytes, int, int] | 
         if number >= left_out:
             side = bytearray(frame.side)
             if frame.layer == 3:
-                # Data that begins before the first frame given would be an error.
+                # Data that begins before the first frame would be an error to the decoder.
                 side[:2] = (min(held, (1 << frame.back) - 1) << (16 - frame.back)).to_bytes(2, "big")
             info = at + 4 + frame.crc
             out += data[at:info] + side + data[info + frame.side : at + frame.size]
@@ -298,11 +305,11 @@ def _silent(data: bytes, left_out: int, count: int) -> tuple[bytes, int, int] | 
 
 
 def _spoiled(block: bytes, places: list[int], first: Frame, frames: int) -> list[tuple[int, int]]:
-    """Frames of layer III whose data is said to be longer than it is, and the granules that a decoder loses in each.
+    """(frame, granules that a decoder loses) of the layer III frames that state more data than they have.
 
     Args:
-        places: of the frames in the block.
-        frames: the number of the first.
+        places: positions of the frames in the block.
+        frames: number of the first of these frames in the stream.
     """
     if first.layer != 3 or not places:
         return []
@@ -320,8 +327,8 @@ def _spoiled(block: bytes, places: list[int], first: Frame, frames: int) -> list
     granules, width = (2, 59) if mpeg1 else (1, 63)
     sizes = np.diff(at, append=len(block)) if len(at) else at
     own = np.minimum(sizes, 1500) - (info - at) - first.side
-    # At the beginning of a stream that was cut out of another, data is missing that should lie before it. libmpg123
-    # then clears what the frame says, but for the first two bytes.
+    # A stream that was cut out of another lacks the data before its start. libmpg123 then clears the side information
+    # of the frame, except for its first two bytes.
     back = bits(0, first.back)
     before = np.minimum(np.cumsum(own) - own, (1 << first.back) - 1) if not frames else back
     missing = back > before
@@ -336,7 +343,10 @@ def _spoiled(block: bytes, places: list[int], first: Frame, frames: int) -> list
 
 
 def mpeg(raw: Window, begin: int, end: int) -> Layout | None:
-    """None where no frames are found. Raises BadAudio for a cut stream, and where several are joined."""
+    """The layout of an MPEG stream, None if no frames are found.
+
+    Raises BadAudio if the stream is truncated, or if several streams are joined.
+    """
     data = _Bytes(raw)
     begin, kind = _first_frame(data, begin, min(end, begin + SEARCH), end)
     if begin < 0:
@@ -387,22 +397,22 @@ def mpeg(raw: Window, begin: int, end: int) -> Layout | None:
         skipped = DELAY + info.delay
         samples = stated * first.samples - max(0, info.padding - DELAY) - skipped
     index = None if gaps else MpegFrames(positions, audio_end, first, skipped, spoiled)
-    # Without a stated length libsndfile estimates one, and stops there: it is made to estimate too much.
+    # Without a stated length libsndfile stops at an estimated one, so the layout makes it overestimate.
     counted = samples if skipped or not gaps else None
     return Layout(begin, audio_end, frames=counted, must_decode=gaps > 0, overstate=not skipped, index=index)
 
 
 class Info(NamedTuple):
-    """What the first frame says about the stream where it holds no sound."""
+    """The facts about a stream in its first frame, if that is an information frame (Xing, Info or VBRI)."""
 
-    frames: int  # 0: not stated
-    delay: int = 0  # samples the encoder added in front
-    padding: int = 0  # and behind
-    silent: bool = True  # the decoder leaves out this frame
+    frames: int  # number of frames in the stream; 0 if not stated
+    delay: int = 0  # samples that the encoder added at the start
+    padding: int = 0  # samples that the encoder added at the end
+    silent: bool = True  # whether the decoder skips this frame
 
 
 def _info(data: bytes, frame: Frame) -> Info | None:
-    """Read as libmpg123 reads it, for that decides which samples are left out."""
+    """Reads an information frame as libmpg123 does, because libmpg123 decides which samples are left out."""
     at = 4 + frame.crc + frame.side
     if frame.layer == 3 and data[36:40] == b"VBRI" and len(data) >= 54:
         return Info(int.from_bytes(data[50:54], "big"), silent=False)
@@ -418,7 +428,7 @@ def _info(data: bytes, frame: Frame) -> Info | None:
 
 
 def _check_single(block: bytes, first: Frame) -> None:
-    """Raises where a block of frames holds one that begins another stream."""
+    """Raises BadAudio if a frame of the block begins another stream."""
     at = 4 + first.side
     for name in (b"Xing", b"Info"):
         found = block.find(name)
@@ -437,7 +447,7 @@ def _after_tag(data: _Bytes, position: int) -> int:
 
 
 def _first_frame(data: _Bytes, begin: int, last: int, end: int) -> tuple[int, int]:
-    """The place before `last` where frames begin and what they share; -1 where there is none."""
+    """(position before `last` at which frames begin, header bits that the frames share); (-1, 0) if there is none."""
     for position in data.places(HEADER, begin, last):
         header = int.from_bytes(data(position, 4), "big")
         at, frames = position, 0

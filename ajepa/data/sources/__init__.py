@@ -1,1 +1,1 @@
-"""What a data set lists: folders, manifests, tars, and segments of their files."""
+"""Lists the files of a data set: folders, manifests, tars, and segments of their files."""

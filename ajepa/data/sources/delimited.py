@@ -1,7 +1,7 @@
-"""CSV and TSV as rows: every line of the file is a row, part of one, or reported; a stray quote swallows nothing.
+"""Reads CSV and TSV files as rows. Every line is a row, part of a row, or reported: a stray quote hides no rows.
 
-CSV follows RFC 4180, line breaks within quotes included. TSV as corpora publish it has no quoting at all, while
-spreadsheets and Python's `excel-tab` quote as CSV does: the reading under which the file is consistent is taken.
+CSV follows RFC 4180, with line breaks inside quotes. TSV files of published corpora have no quoting at all, while those
+of spreadsheets and of Python's `excel-tab` quote as CSV does: a TSV file is read in the way that makes it consistent.
 """
 
 import os
@@ -12,31 +12,31 @@ from typing import NamedTuple
 from ajepa.data.formats.audiofile import READABLE, UNREADABLE, reason_of
 from ajepa.data.sources.listing import DataError, Listing, find_column
 
-BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
+BYTE_ORDER_MARKS = (  # the little-endian mark of UTF-32 begins with that of UTF-16
     (b"\xff\xfe\x00\x00", "utf-32"),
     (b"\x00\x00\xfe\xff", "utf-32"),
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
     (b"\xef\xbb\xbf", "utf-8-sig"),
 )
-DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the usual one first; another where only it shows a path column
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the usual one first; another if only it gives a path column
 
 
 class _Row(NamedTuple):
     line: int  # number of the first physical line, from 1
     fields: list[str]
-    swallows: bool = False  # a quoted field seems to hold rows of the table: its quote is a stray one
+    swallows: bool = False  # a quoted field seems to hold rows of the table, so its quote is stray
     multi_line: bool = False
-    opened: int = 0  # where on the first line the quoted field begins that runs over its end
-    consistent: bool = True  # fields are either quoted as RFC 4180 says or hold no quote
+    opened: int = 0  # where on the first line a quoted field begins that runs past its end
+    consistent: bool = True  # each field is quoted as RFC 4180 requires, or holds no quote
 
 
 class _Unclosed(Exception):
-    """A quoted field that runs to the end of the file; the argument is the line that it begins on."""
+    """A quoted field runs to the end of the file. The argument is the line on which it begins."""
 
 
 def read_text(path: str) -> str:
-    """A manifest's text by its byte order mark, else UTF-8. Bytes that are no UTF-8 survive, as in file names."""
+    """The text of a manifest, decoded by its byte order mark or as UTF-8. Invalid UTF-8 is kept as surrogates."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -50,14 +50,14 @@ def read_text(path: str) -> str:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
-            f"{path}:{line}: the manifest holds NUL bytes: it is damaged, no text, or UTF-16 without a byte order "
+            f"{path}:{line}: the manifest holds NUL bytes: it is damaged, not text, or UTF-16 without a byte order "
             "mark; save it as UTF-8"
         )
     return text
 
 
 def split_lines(text: str) -> list[str]:
-    """Physical lines, ended by LF, CRLF, or by CR where there is no LF; other separators belong to the text."""
+    """Physical lines, which end with LF or CRLF, or with CR if there is no LF. Other separators belong to the text."""
     if "\n" not in text:
         return text.split("\r")
     return [line.removesuffix("\r") for line in text.split("\n")]
@@ -66,14 +66,14 @@ def split_lines(text: str) -> list[str]:
 def read_table(
     path: str, suffix: str, path_columns: Sequence[str], used: Sequence[str], listing: Listing
 ) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """(column names, (line, row) of each whole row); rows of another width are skipped with the reason.
+    """(column names, (line, row) of each complete row). Rows of another width are added to `listing.skipped`.
 
-    Raises DataError where two columns share a name among `used`, or where an unbalanced quote swallows rows.
+    Raises DataError if two columns share a name that is in `used`, or if an unbalanced quote would hide rows.
     """
     lines = split_lines(read_text(path))
     first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
     delimiters = DELIMITERS[suffix]
-    if first < len(lines) and (stated := re.fullmatch("sep=(.)", lines[first])):  # a spreadsheet's own note
+    if first < len(lines) and (stated := re.fullmatch("sep=(.)", lines[first])):  # a line that spreadsheets write
         first, delimiters = first + 1, stated[1]
     headers = {d: _header(path, lines, first, d) for d in delimiters}
     chosen = next((d for d, (names, _) in headers.items() if find_column(names, path_columns)), delimiters[0])
@@ -93,7 +93,7 @@ def read_table(
 
 
 def _header(path: str, lines: list[str], first: int, delimiter: str) -> tuple[list[str], int]:
-    """(column names, the line after them)."""
+    """(column names, number of the line after the header)."""
     if first >= len(lines):
         return [], first
     try:
@@ -114,20 +114,20 @@ def _named_once(path: str, names: list[str], used: Sequence[str], listing: Listi
     twice = [name for name, count in seen.items() if count > 1]
     if twice:
         listing.warnings.append(
-            f"{path}: several columns are called {twice[0]!r}: the later are read as '{twice[0]}.2'"
+            f"{path}: several columns are called {twice[0]!r}: the second is read as '{twice[0]}.2', and so on"
         )
     return result
 
 
-def _read(path: str, lines: list[str], body: int, delimiter: str, width: int, place: int) -> list[_Row]:
-    """The rows behind the header; `width` is its number of fields, `place` that of the path's."""
+def _read(path: str, lines: list[str], body: int, delimiter: str, width: int, path_field: int) -> list[_Row]:
+    """The rows after the header. `width` is the number of columns, and `path_field` that of the path column."""
     quotes = any('"' in line for line in lines[body:])
     if delimiter == "\t" or not quotes:
         plain = [_Row(i + 1, lines[i].split(delimiter)) for i in range(body, len(lines)) if lines[i].strip()]
     if not quotes:
         return plain
     try:
-        quoted = list(_quoted_rows(lines, body, delimiter, width, place))
+        quoted = list(_quoted_rows(lines, body, delimiter, width, path_field))
         unclosed = None
     except _Unclosed as error:
         quoted, unclosed = [], int(error.args[0])
@@ -135,18 +135,19 @@ def _read(path: str, lines: list[str], body: int, delimiter: str, width: int, pl
         odd_plain, odd_quoted = (sum(len(row.fields) != width for row in rows) for rows in (plain, quoted))
         spans = any(row.multi_line for row in quoted)
         consistent = unclosed is None and all(row.consistent and not row.swallows for row in quoted)
-        # Where each physical line is a row of the right width, no quoted field runs over several of them.
+        # If each physical line is a row of the right width, no quoted field runs over several lines.
         return quoted if consistent and (odd_quoted < odd_plain if spans else odd_quoted <= odd_plain) else plain
     bad = unclosed or next((row.line for row in quoted if row.swallows), None)
     if bad is not None:
-        where = "runs to the end of the file" if unclosed else "takes the rows that follow into the field"
+        extent = "runs to the end of the file" if unclosed else "takes the rows that follow into the field"
         raise DataError(
-            f'{path}:{bad}: an unbalanced " {where}: close the quote, or write a quote within a field as ""'
+            f'{path}:{bad}: an unbalanced " {extent}: close the quote, or write a quote within a field as ""'
         )
     return quoted
 
 
-def _quoted_rows(lines: list[str], body: int, delimiter: str, width: int, place: int) -> Iterator[_Row]:
+def _quoted_rows(lines: list[str], body: int, delimiter: str, width: int, path_field: int) -> Iterator[_Row]:
+    """Yields the rows after the header, with quotes read as in RFC 4180. Raises _Unclosed."""
     i = body
     while i < len(lines):
         line = lines[i]
@@ -159,28 +160,29 @@ def _quoted_rows(lines: list[str], body: int, delimiter: str, width: int, place:
         if row.multi_line and len(row.fields) != width:
             row = row._replace(swallows=True)
         elif row.multi_line and not row.swallows:
-            bare = not _is_audio(row.fields[place])  # paths without a suffix
-            held = [lines[k].split(delimiter) for k in range(i + 1, after - 1)]
-            held += [_alone(lines[k], delimiter) for k in range(i + 1, after - 1) if '"' in lines[k]]
-            before = line[: row.opened].count(delimiter)  # fields of the first line in front of the quote
-            if place > before:
-                held.append(line.split(delimiter))
+            bare = not _is_audio(row.fields[path_field])  # paths have no suffix
+            lines_as_rows = [lines[k].split(delimiter) for k in range(i + 1, after - 1)]
+            lines_as_rows += [_line_fields(lines[k], delimiter) for k in range(i + 1, after - 1) if '"' in lines[k]]
+            before = line[: row.opened].count(delimiter)  # fields of the first line before the quote
+            if path_field > before:
+                lines_as_rows.append(line.split(delimiter))
             inside = lines[after - 1][: _closing(lines[after - 1])].split(delimiter)
-            if len(inside) > place + 1 or place + 1 == len(inside) == width:
-                held.append(lines[after - 1].split(delimiter))
-            swallows = any(len(fields) == width and _path_like(fields[place], bare) for fields in held)
+            if len(inside) > path_field + 1 or path_field + 1 == len(inside) == width:
+                lines_as_rows.append(lines[after - 1].split(delimiter))
+            swallows = any(len(fields) == width and _path_like(fields[path_field], bare) for fields in lines_as_rows)
             row = row._replace(swallows=swallows)
         yield row
         i = after
 
 
 def _closing(line: str) -> int:
-    """Where a quoted field that began on an earlier line ends."""
+    """Where a quoted field that began on an earlier line ends in `line`."""
     found = re.search(r'(?<!")(?:"")*"(?!")', line)
     return found.end() - 1 if found else len(line)
 
 
-def _alone(line: str, delimiter: str) -> list[str]:
+def _line_fields(line: str, delimiter: str) -> list[str]:
+    """The fields of a line read by itself; none if a quote in it is not closed."""
     try:
         return _tokenize([line], 0, delimiter)[0].fields
     except _Unclosed:
@@ -196,7 +198,7 @@ def _path_like(field: str, bare: bool) -> bool:
 
 
 def _tokenize(lines: list[str], first: int, delimiter: str) -> tuple[_Row, int]:
-    """The row that begins on line `first`, and the line after it. Raises _Unclosed."""
+    """The row that begins on line `first`, and the number of the line after it. Raises _Unclosed."""
     i, position, fields, consistent, broken, opened = first, 0, [], True, False, 0
     blanks = " " if delimiter != "\t" else ""
     while True:
@@ -221,7 +223,7 @@ def _tokenize(lines: list[str], first: int, delimiter: str) -> tuple[_Row, int]:
 
 
 def _quoted_field(lines: list[str], i: int, begin: int, delimiter: str, blanks: str) -> tuple[str, int, int, bool]:
-    """(value, line and place where it ends, whether it is quoted properly) of the field whose quote is at `begin`."""
+    """(value, line and position of its end, whether it is quoted properly) of the field whose quote is at `begin`."""
     first, line, position = i, lines[i], begin + 1
     parts: list[str] = []
     while True:
@@ -243,6 +245,6 @@ def _quoted_field(lines: list[str], i: int, begin: int, delimiter: str, blanks: 
             end += 1
         if end == len(line) or line[end] == delimiter:
             return "".join(parts), i, end, True
-        end = line.find(delimiter, quote)  # text behind the closing quote: the field is kept as it is written
+        end = line.find(delimiter, quote)  # text follows the closing quote: keep the field as it is written
         end = len(line) if end < 0 else end
         return line[begin if i == first else 0 : end], i, end, False

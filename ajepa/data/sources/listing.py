@@ -1,7 +1,7 @@
-"""What a listing holds: files with their label, segment and other columns, and what was left out. No file is read here.
+"""The listing of a data set: files with their label, segment and other columns, and the files that were left out.
 
-A label is text. A list of labels, as JSON and Parquet give it, is the text of a JSON array: `encode_label` writes it
-and `decode_label` reads it; every other label is its own text.
+A label is text. A list of labels, as in JSON and Parquet, is stored as the text of a JSON array: `encode_label` writes
+it and `decode_label` reads it. Every other label is stored unchanged. This module reads no file.
 """
 
 import ast
@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 from ajepa.data.columns import fragment
 
 LABEL_COLUMNS = ("label", "target", "category", "class", "class_name", "labels")
-MISSING = ("nan", "NaN", "<NA>", "NaT")  # how data frames write a missing value into a column of text
+MISSING = ("nan", "NaN", "<NA>", "NaT")  # how data frames write a missing value into a text column
 _SCALAR = r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*"""
 PYTHON_LIST = re.compile(rf"\[(?:{_SCALAR}(?:,{_SCALAR})*,?)?\s*\]")  # as data frames write lists into CSV
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; the message names it and the remedy."""
+    """The data set cannot be used. The message names it and the remedy."""
 
 
 class Listed(NamedTuple):
-    """A file, a tar's member, or a segment of one, that may hold audio. Sizes are in bytes, times in seconds."""
+    """A file, a member of a tar, or a segment of either, that may hold audio. Sizes are in bytes, times in seconds."""
 
     path: str
     member: str
@@ -43,7 +43,7 @@ class Listed(NamedTuple):
     @property
     def name(self) -> str:
         name = f"{self.path}!{self.member}" if self.member else self.path
-        if self.start is None:  # a duration alone usually is the whole recording's
+        if self.start is None:  # a duration without a start usually is that of the whole recording
             return name
         return name + fragment(self.start, None if self.duration is None else self.start + self.duration)
 
@@ -58,27 +58,27 @@ class Listing:
 
 
 def cache_root() -> Path:
-    """`AJEPA_CACHE`, else `ajepa` in the user's cache folder (XDG)."""
+    """The folder `AJEPA_CACHE` if it is set, else `ajepa` in the user's cache folder (XDG)."""
     if root := os.environ.get("AJEPA_CACHE"):
         return Path(root).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ajepa"
 
 
 def find_column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
-    """The column called by the first name in `wanted` that there is; case and blanks around a name do not count."""
+    """The column with the first name of `wanted` that exists. Case and surrounding blanks are ignored."""
     lower = {name.strip().lower(): name for name in reversed(list(names))}
     return next((lower[name] for name in wanted if name in lower), None)
 
 
 def label_column_of(source: str, names: Sequence[str], wanted: str | None) -> str | None:
-    """The column that holds the labels, None where there is none. Raises DataError where `wanted` is missing."""
+    """The column that holds the labels, None if there is none. Raises DataError if `wanted` is missing."""
     if wanted is not None and wanted not in names:
         raise DataError(f"{source}: no column {wanted!r} to take labels from; its columns: {', '.join(names)}")
     return wanted if wanted is not None else find_column(names, LABEL_COLUMNS)
 
 
 def readable(text: str) -> str:
-    """Text that can be shown: bytes that are no UTF-8, kept as surrogates so far, are read as Latin-1."""
+    """Text that can be shown. Bytes that are not UTF-8, held as surrogates until now, are read as Latin-1."""
     if text.isascii():
         return text
     try:
@@ -88,12 +88,12 @@ def readable(text: str) -> str:
         pass
     try:
         return text.encode(errors="surrogateescape").decode("latin-1")
-    except UnicodeEncodeError:  # half of a pair, as JSON can hold
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
         return text.encode(errors="backslashreplace").decode()
 
 
 def text_of(value: Any) -> str:
-    """A cell of a manifest as text; a missing value is empty, and a whole number has no fraction."""
+    """The cell of a manifest as text. A missing value becomes empty, and a whole number loses its fraction."""
     if isinstance(value, str):
         return readable(value)
     if value is None or isinstance(value, bytes) or (isinstance(value, float) and math.isnan(value)):
@@ -108,7 +108,7 @@ def text_of(value: Any) -> str:
 
 
 def encode_label(value: Any) -> str | None:
-    """The label of a cell, None for no label; a list keeps its order, and its parts are trimmed and distinct."""
+    """The label of a cell, None if it has none. A list keeps its order; its parts are trimmed and made distinct."""
     if isinstance(value, str):
         value = _listed_in(value) if value.lstrip().startswith("[") else value
     if not isinstance(value, (list, tuple)):
@@ -116,12 +116,12 @@ def encode_label(value: Any) -> str | None:
         return None if text in MISSING else text or None
     parts = list(dict.fromkeys(part for item in value if (part := encode_label(item)) is not None))
     if len(parts) == 1 and not re.search(r"[,;\[]", parts[0]):
-        return parts[0]  # the same class as that text alone
+        return parts[0]  # the same class as the text by itself
     return json.dumps(parts, ensure_ascii=False) if parts else None
 
 
 def decode_label(label: str) -> list[str] | None:
-    """The parts of a label that is a list, None for any other."""
+    """The parts of a label that is a list, None for any other label."""
     if label.startswith("["):
         try:
             parts = json.loads(label)
@@ -133,8 +133,11 @@ def decode_label(label: str) -> list[str] | None:
 
 
 def classes_of(label: str, multi_label: bool) -> list[str]:
-    """The classes that a label stands for: the parts of a list; of other text its parts between commas or semicolons
-    with `multi_label`, else all of it. Raises DataError for a list of several without `multi_label`."""
+    """The classes that a label names.
+
+    They are the parts of a list. Any other text is one class, or with `multi_label` one class per part between commas
+    or semicolons. Raises DataError for a list of several parts without `multi_label`.
+    """
     parts = decode_label(label)
     if parts is not None and len(parts) > 1 and not multi_label:
         raise DataError(
@@ -146,7 +149,7 @@ def classes_of(label: str, multi_label: bool) -> list[str]:
 
 
 def _listed_in(text: str) -> list | str:
-    """The list that a text holds, in JSON's or Python's notation, else the text itself."""
+    """The list that a text holds in the notation of JSON or Python, else the text itself."""
     text = text.strip()
     try:
         value = json.loads(text)

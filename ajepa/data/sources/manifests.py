@@ -1,6 +1,6 @@
-"""Manifests: CSV, TSV, JSON, JSONL and Parquet files whose rows name recordings, or segments of them.
+"""Lists manifests: CSV, TSV, JSON, JSONL and Parquet files whose rows name recordings, or segments of them.
 
-A row is listed, or it is among the skipped with its reason; none is lost.
+Every row is either listed or skipped with a reason; no row is lost.
 """
 
 import itertools
@@ -28,17 +28,17 @@ from ajepa.data.sources.listing import (
 from ajepa.data.sources.parquet import Stored, read_parquet
 from ajepa.data.sources.segments import DURATION, END, START, SegmentColumns, SegmentError
 
-# Where several are there, the first in this order names the files.
+# If a manifest has several of these columns, the first in this order names the files.
 PATH_COLUMNS: tuple[str, ...] = ("filename", "file", "path", "audio", "audio_filepath", "file_name", "audio_path")
 PATH_COLUMNS += ("audio_file", "audio_filename", "filepath", "file_path", "wav_path", "wav_file", "wav", "fname")
 PATH_COLUMNS += ("clip",)
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-FOLDERS = ("", "audio", "clips")  # beside the manifest, where its relative paths are looked for
-Rows = list[tuple[int, dict[str, Any]]]  # (line or number, values by column)
+FOLDERS = ("", "audio", "clips")  # folders beside the manifest that its relative paths may start from
+Rows = list[tuple[int, dict[str, Any]]]  # (line or record number, values by column)
 
 
 def list_manifests(paths: list[str], suffix: str, label_column: str | None) -> Listing:
-    """The rows and the columns of all manifests. Raises DataError where one cannot be read or names no file."""
+    """The joined rows and columns of all manifests. Raises DataError if one cannot be read or names no file."""
     parts = [_list_manifest(path, suffix, label_column) for path in paths]
     if len(parts) == 1:
         return parts[0]
@@ -90,32 +90,33 @@ def _add_rows(listing: Listing, path: str, rows: Rows, path_column: str, label_c
             label = encode_label(row.get(label_column)) if label_column else None
             values = tuple(text_of(row.get(name)) for name in listing.columns)
             if isinstance(file, Stored):
-                place, where = file, f"{file.path}!{file.member}"
+                stored, where = file, f"{file.path}!{file.member}"
             else:
                 where = _find(folder, _path_in(file))
                 size, mtime = stat_file(where)
-                place = Stored(where, "", 0, size, mtime, size)
+                stored = Stored(where, "", 0, size, mtime, size)
             start, duration = columns.read(row) if listing.segment_columns else (None, None)
         except SegmentError as error:
             listing.skipped.append((f"{path}:{line}", f"{where}: {error}"))
         except RecursionError:
             listing.skipped.append((f"{path}:{line}", "its values are nested too deeply"))
-        except ValueError:  # a NUL in the name
+        except ValueError:  # the name holds a NUL byte
             listing.skipped.append((repr(where), "not a file name"))
         except (OSError, BadAudio) as error:
             listing.skipped.append((where, reason_of(error)))
         else:
-            listing.files.append(Listed(*place, label, values, start, duration))
-    odd = [f.label for f in listing.files if f.label and not f.label.isascii()] if label_column else []
-    raw = [row.get(label_column) for _, row in rows] if label_column and odd else []
+            listing.files.append(Listed(*stored, label, values, start, duration))
+    non_ascii = [f.label for f in listing.files if f.label and not f.label.isascii()] if label_column else []
+    raw = [row.get(label_column) for _, row in rows] if label_column and non_ascii else []
     if any(isinstance(cell, str) and readable(cell) != cell for cell in raw):
-        listing.warnings.append(f"{path}: not UTF-8; labels such as {odd[0]!r} are read as Latin-1: save it as UTF-8")
+        shown = f"labels such as {non_ascii[0]!r} are read as Latin-1"
+        listing.warnings.append(f"{path}: not UTF-8; {shown}: save it as UTF-8")
     if label_column:
         _check_labels(listing, path, [row.get(label_column) for _, row in rows])
 
 
 def _check_labels(listing: Listing, path: str, cells: list[Any]) -> None:
-    """Tell of texts that stand for a missing label, and take the fraction off numbers that a data frame gave one."""
+    """Warns of texts that mean a missing label, and removes the fraction that data frames add to whole numbers."""
     texts = [cell.strip() for cell in cells if isinstance(cell, str)]
     for word in (*MISSING, "None", "null"):
         if count := texts.count(word):
@@ -123,12 +124,12 @@ def _check_labels(listing: Listing, path: str, cells: list[Any]) -> None:
             listing.warnings.append(f"{path}: {count} rows have the label {word!r}, which is taken as {meaning}")
     filled = [text for text in texts if text]
     if len(filled) < len(texts) and filled and all(re.fullmatch(r"-?\d+\.0", text) for text in filled):
-        # A column of whole numbers with gaps is written as 3.0 by data frames; without gaps it is written as 3.
+        # Data frames write a column of whole numbers with gaps as 3.0, and one without gaps as 3.
         listing.files = [f._replace(label=f.label and f.label.removesuffix(".0")) for f in listing.files]
 
 
 def _path_in(value: Any) -> str:
-    """The file that a cell names. Raises BadAudio where it names none, or holds something else."""
+    """The file that a cell names. Raises BadAudio if the cell names no file or holds something else."""
     if isinstance(value, dict):
         if value.get("path"):
             return _path_in(value["path"])
@@ -147,9 +148,9 @@ def _path_in(value: Any) -> str:
 
 
 def _find(folder: str, text: str) -> str:
-    """The path of a file named in a manifest in `folder`: as it is written where that exists, else its usual variants.
+    """The path of a file that a manifest in `folder` names: as it is written if that exists, else its usual variants.
 
-    Raises BadAudio for an address that is no file's.
+    Raises BadAudio for an address of anything but a file.
     """
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+)://", text)
     if scheme and scheme[1].lower() == "file":
@@ -164,7 +165,7 @@ def _find(folder: str, text: str) -> str:
 
 
 def _json_rows(path: str, listing: Listing) -> Rows:
-    """Objects, one a line or in one array; what is no object is skipped by its line or number."""
+    """The JSON objects of a file: one per line, or in one array. Anything else is skipped by its line or number."""
     text = read_text(path)
     lines = [(number, line) for number, line in enumerate(split_lines(text), 1) if line.strip()]
     if not lines:
@@ -204,7 +205,7 @@ def _parsed(line: str) -> Any:
 
 
 def _documents(text: str) -> tuple[list[Any], str]:
-    """The JSON values that follow each other in a text, and what stopped the reading, if anything did."""
+    """The JSON values that follow each other in a text, and the error that stopped the reading, or an empty string."""
     decoder, position = json.JSONDecoder(), 0
     values: list[Any] = []
     while (start := re.compile(r"\s*").match(text, position).end()) < len(text):  # type: ignore[union-attr]
@@ -217,14 +218,14 @@ def _documents(text: str) -> tuple[list[Any], str]:
 
 
 def _records_in(value: Any) -> list[Any] | None:
-    """The one list of objects within an object, such as `{"data": [...]}`."""
+    """The single list of objects within an object such as `{"data": [...]}`, None if there is no such list."""
     lists = [v for v in value.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)]
     named = find_column(value, [*PATH_COLUMNS, "recording", "sources"]) is not None
     return lists[0] if len(lists) == 1 and not named else None
 
 
 def _plain_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A row as it is, or Lhotse's nested cut or recording as one. Raises BadAudio for a cut of another kind."""
+    """An unchanged row, or a nested cut or recording of Lhotse as a row. Raises BadAudio for other kinds of cuts."""
     recording = record.get("recording") if isinstance(record.get("recording"), dict) else None
     if record.get("type") in ("MixedCut", "PaddingCut") or "tracks" in record:
         raise BadAudio("a cut that is mixed or padding has no file of its own: save the cuts' audio first")

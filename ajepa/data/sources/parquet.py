@@ -1,4 +1,4 @@
-"""Parquet manifests: rows that name files, or that hold the recordings, which are then read from a copy in a tar."""
+"""Reads Parquet manifests, whose rows name files or hold the recordings, which are then copied to a tar once."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ AT_ONCE = 64  # rows held in memory while recordings are copied
 
 
 class Stored(NamedTuple):
-    """Where a recording that was in a Parquet file lies now."""
+    """The place in a tar of a recording that was in a Parquet file."""
 
     path: str
     member: str
@@ -41,9 +41,9 @@ class Stored(NamedTuple):
 def read_parquet(
     path: str, path_columns: Sequence[str], listing: Listing
 ) -> tuple[list[str], str | None, list[tuple[int, dict[str, Any]]]]:
-    """(columns, the one that names or holds the recordings, (number, row) of each row).
+    """(columns, the column that names or holds the recordings, (number, row) of each row).
 
-    A row that holds a recording has a `Stored` in that column. Raises DataError where the file cannot be read.
+    A row that holds a recording gets a `Stored` in that column. Raises DataError if the file cannot be read.
     """
     try:
         import pyarrow
@@ -66,14 +66,14 @@ def read_parquet(
                 _take_recordings(path, file, column, kinds[column], rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: the manifest cannot be read: {' '.join(str(error).split())}") from None
-    left = [name for name in kinds if name not in names]
-    if left:
-        listing.warnings.append(f"{path}: columns of bytes, vectors or records are not read: {', '.join(left)}")
+    unread = [name for name in kinds if name not in names]
+    if unread:
+        listing.warnings.append(f"{path}: columns of bytes, vectors or records are not read: {', '.join(unread)}")
     return names, column, list(enumerate(rows, 1))
 
 
 def _kind(types: Any, kind: Any) -> str:
-    """`plain` values, `audio` as a record of bytes and path, `bytes`, or `other`."""
+    """The kind of a column: `plain` values, `audio` (a record of bytes and path), `bytes`, or `other`."""
     if types.is_struct(kind):
         fields = {kind.field(i).name for i in range(kind.num_fields)}
         return "audio" if "bytes" in fields or fields == {"path"} else "other"
@@ -86,7 +86,7 @@ def _kind(types: Any, kind: Any) -> str:
 
 
 def _audio_column(kinds: dict[str, str], path_columns: Sequence[str]) -> str | None:
-    """Recordings within the file come before names of files, which often are those of the machine that made it."""
+    """The column of the recordings. A column that holds them comes first: paths are often those of another machine."""
     held = [name for name, kind in kinds.items() if kind in ("audio", "bytes")]
     column = find_column(held, path_columns) or find_column([n for n in kinds if kinds[n] == "plain"], path_columns)
     records = [name for name in held if kinds[name] == "audio"]
@@ -94,7 +94,7 @@ def _audio_column(kinds: dict[str, str], path_columns: Sequence[str]) -> str | N
 
 
 def _take_recordings(path: str, file: Any, column: str, kind: str, rows: list[dict[str, Any]]) -> None:
-    """Set each row's `column` to where its recording lies: in the copy, or in the file that the row names."""
+    """Sets `column` of each row to the recording's place in the copy, or to the path of the file that the row names."""
     fields = [field.name for field in file.schema_arrow.field(column).type] if kind == "audio" else []
     records = file.read(columns=[f"{column}.path"]).column(column).to_pylist() if "path" in fields else rows
     for row, held in zip(rows, records, strict=True):
@@ -118,14 +118,14 @@ def _take_recordings(path: str, file: Any, column: str, kind: str, rows: list[di
         with tarfile.open(tar, "r:") as members:
             for member in members:
                 number = int(member.name.partition("-")[0])
-                place = (member.offset_data, member.size, info.st_mtime_ns, info.st_size)
-                rows[number - 1][column] = Stored(str(tar), member.name, *place)
+                position = (member.offset_data, member.size, info.st_mtime_ns, info.st_size)
+                rows[number - 1][column] = Stored(str(tar), member.name, *position)
     except (tarfile.TarError, EOFError, ValueError, IndexError) as error:
-        raise DataError(f"{tar}: a damaged copy of the recordings in {path} ({error}): delete it") from None
+        raise DataError(f"{tar}: the copy of the recordings in {path} is damaged ({error}): delete it") from None
 
 
 def _texts(file: Any, column: str) -> list[str | None] | None:
-    """The values of a column of bytes where they are file names: some writers do not mark text as such."""
+    """The values of a column of bytes if they are file names, else None. Some writers do not mark text as such."""
     first = next(file.iter_batches(batch_size=1, columns=[column]), None)
     value = first.column(0)[0].as_py() if first is not None and len(first) else None
     if not value or len(value) > 1024 or not re.fullmatch(rb"[^\x00-\x1f\x7f]+\.\w{2,5}", value):
@@ -134,7 +134,7 @@ def _texts(file: Any, column: str) -> list[str | None] | None:
 
 
 def _copy(path: str, file: Any, column: str, names: list[str], tar: Path, mtime: int) -> None:
-    """Copy the recordings into a tar that appears whole or not at all. Raises DataError where it cannot be written."""
+    """Copies the recordings into a tar, which appears complete or not at all. Raises DataError if writing fails."""
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
     root = re.compile(re.escape(column) + r"(\.bytes)?")
@@ -146,7 +146,7 @@ def _copy(path: str, file: Any, column: str, names: list[str], tar: Path, mtime:
         if need > free:
             raise DataError(
                 f"{path}: its recordings are copied to {tar.parent} once, which takes {need / 1e9:,.3g} GB; "
-                f"{free / 1e9:,.3g} GB are free: make room, or set AJEPA_CACHE to a folder on another disk"
+                f"only {free / 1e9:,.3g} GB are free: make room, or set AJEPA_CACHE to a folder on another disk"
             )
         count = 0
         with tarfile.open(aside, "w") as target:
@@ -160,20 +160,20 @@ def _copy(path: str, file: Any, column: str, names: list[str], tar: Path, mtime:
             return
         with open(aside, "rb+") as copy:
             os.fsync(copy.fileno())
-        os.utime(aside, ns=(mtime, mtime))  # a copy made again passes for the same file
+        os.utime(aside, ns=(mtime, mtime))  # a copy made again counts as the same file
         size = aside.stat().st_size
-        print(f"{path}: {count:,} recordings ({size / 1e9:,.3g} GB) copied to {tar}, once", file=sys.stderr)
+        print(f"{path}: {count:,} recordings ({size / 1e9:,.3g} GB) were copied to {tar} for all runs", file=sys.stderr)
         os.replace(aside, tar)
     except OSError as error:
-        what = f"{tar}: {reason_of(error)}; set AJEPA_CACHE to a folder that can be written"
-        raise DataError(f"{path}: its recordings cannot be copied to {what}") from None
+        problem = f"{tar}: {reason_of(error)}; set AJEPA_CACHE to a folder that can be written"
+        raise DataError(f"{path}: its recordings cannot be copied to {problem}") from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
 
 
 def _held(file: Any, column: str) -> Iterator[tuple[int, bytes | None]]:
-    """(row from 1, its bytes)"""
+    """Yields (row number from 1, the bytes of its recording)."""
     number = 0
     for batch in file.iter_batches(batch_size=AT_ONCE, columns=[column]):
         for value in batch.column(0):

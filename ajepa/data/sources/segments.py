@@ -1,4 +1,4 @@
-"""Segments of recordings: where a manifest's row says that its part of a file starts and ends."""
+"""Segments of recordings: reads from a manifest's row where its part of a file starts and ends."""
 
 import math
 import re
@@ -10,25 +10,25 @@ from ajepa.data.sources.listing import find_column
 START = ("offset", "start", "start_time", "begin", "begin_time", "start_seconds", "start_sec", "start_s")
 END = ("end", "end_time", "stop", "end_seconds", "end_sec", "end_s")
 DURATION = ("duration", "duration_seconds", "duration_sec", "duration_s")
-EVENT = ("onset", "offset")  # sound event tables: there, `offset` is the end
+EVENT = ("onset", "offset")  # in tables of sound events, `offset` is the end
 _EDGE = "(?:start|begin|onset|offset|end|stop)"
 _UNIT = "(?:samples?|frames?|ms|msec|milliseconds)"
 OTHER_UNIT = re.compile(rf"(?:{_EDGE}_?{_UNIT}|{_UNIT}_?{_EDGE})")
-SLACK = 0.1  # seconds by which a stated end or length may miss the recording's: manifests round
+SLACK = 0.1  # a stated end or length may differ from the recording's by so many seconds: manifests round
 SLACK_SHARE = 1e-3  # or this share of the recording's length
 
 
 class SegmentError(ValueError):
-    """A row whose segment cannot be read; the message is the reason."""
+    """The segment of a row cannot be read. The message is the reason."""
 
 
 class SegmentColumns(NamedTuple):
-    """Names of the columns that say which part of a file a row stands for."""
+    """Names of the columns that state which part of a file a row means."""
 
     start: list[str]
     end: list[str]
     duration: list[str]
-    other_unit: list[str]  # that look like a segment, but not in seconds
+    other_unit: list[str]  # columns of segments in a unit other than seconds
 
     @classmethod
     def among(cls, names: Sequence[str]) -> "SegmentColumns":
@@ -41,7 +41,7 @@ class SegmentColumns(NamedTuple):
                 starts, ends = ("onset", *START[1:]), ("offset", *END)
 
         def present(wanted: Sequence[str]) -> list[str]:
-            return [name for one in wanted if (name := find_column(names, [one])) is not None]
+            return [name for want in wanted if (name := find_column(names, [want])) is not None]
 
         found = cls(present(starts), present(ends), present(DURATION), [])
         other = [name for name in names if OTHER_UNIT.fullmatch(re.sub(r"[\s-]+", "_", name.strip().lower()))]
@@ -51,7 +51,7 @@ class SegmentColumns(NamedTuple):
         return [*self.start, *self.end, *self.duration, *self.other_unit]
 
     def read(self, row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-        """(start, duration) in seconds, None where the row does not say. Raises SegmentError."""
+        """(start, duration) in seconds, None for what the row does not state. Raises SegmentError."""
         for name in self.other_unit:
             if not _blank(row.get(name)):
                 raise SegmentError(f"the segment is given by {name!r}: give its start and end in seconds")
@@ -70,13 +70,13 @@ class SegmentColumns(NamedTuple):
 
 
 def place(start: float | None, duration: float | None, total: int, rate: int) -> tuple[int, int]:
-    """(first sample, samples) of a segment of a recording of `total` samples. Raises SegmentError beyond its end."""
+    """(first sample, number of samples) of a segment. Raises SegmentError beyond the recording's `total` samples."""
     length, begin = total / rate, start or 0.0
     slack = max(SLACK, SLACK_SHARE * length)
     rounded = start is None and duration is not None and float(duration).is_integer() and length < duration < length + 1
     if start is None and (duration is None or rounded or abs(duration - length) <= slack):
-        return 0, total  # a duration alone usually is the whole file's, as manifests state it
-    first = round(min(begin, length) * rate)  # a number of seconds may be too large for any number of samples
+        return 0, total  # a duration without a start usually is that of the whole file
+    first = round(min(begin, length) * rate)  # `begin` may be too large to be counted in samples
     count = total - first if duration is None else round(min(duration, length + 2 * slack) * rate)
     if first >= total or first + count > total + slack * rate:
         span = f"from {begin:.6g}" if duration is None else f"{round(begin, 3)} to {round(begin + duration, 3)}"
@@ -94,7 +94,7 @@ def _blank(value: Any) -> bool:
 
 
 def _agreed(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """The number of seconds in the columns `names`, which must agree where several are filled."""
+    """The number of seconds in the columns `names`, None if all are empty. Filled columns must agree."""
     found = [(name, _seconds(name, row[name])) for name in names if not _blank(row.get(name))]
     for name, value in found[1:]:
         if abs(value - found[0][1]) > SLACK:

@@ -1,4 +1,4 @@
-"""Listing a data set's files: a folder, a manifest or webdataset tars. Nothing is decoded here."""
+"""Lists the files of a data set: a folder, a manifest or webdataset tars. Nothing is decoded here."""
 
 import glob
 import itertools
@@ -17,7 +17,7 @@ PACKED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst"
 
 
 def list_source(source: str, label_column: str | None = None) -> Listing:
-    """Files of a folder, manifest or tars, in a fixed order. Raises DataError (see `ajepa.data.index.build_index`)."""
+    """The files of a folder, manifest or tars, in a fixed order. Raises DataError as `ajepa.data.index.build_index`."""
     suffix = os.path.splitext(source)[1].lower()
     if os.path.isdir(source):
         return _list_folder(source)
@@ -47,7 +47,7 @@ def list_source(source: str, label_column: str | None = None) -> Listing:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Braces (`{000..010}`, `{a,b}`), then globs. A brace's path is kept though it does not exist: a missing shard."""
+    """Expands braces (`{000..010}`, `{a,b}`), then globs. A path from braces is kept even if it is missing."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found:
         span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
@@ -65,7 +65,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _list_folder(root: str) -> Listing:
-    """Labels are the root's sub-folders, where at least two of them hold audio directly."""
+    """Lists a folder. The sub-folders of `root` are the labels if at least two of them hold audio directly."""
     listing = Listing()
     found: list[tuple[str, str, tuple[int, int]]] = []  # (sub-folder, path, (size, mtime))
     class_folders = set()
@@ -87,7 +87,7 @@ def _list_folder(root: str) -> Listing:
 
 
 def _walk(root: str, listing: Listing) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its audio files), sorted. Symbolic links are followed, each folder once."""
+    """Yields (folder, its audio files), sorted. Symbolic links are followed, but each folder is visited once."""
     seen: set[tuple[int, int]] = set()
 
     def failed(error: OSError) -> None:

@@ -1,6 +1,7 @@
-"""Webdataset tars: audio members, and the labels and fields of the `.cls` and `.json` members beside them.
+"""Lists webdataset tars: audio members, with labels and fields from the `.cls` and `.json` members beside them.
 
-Members are read in place. Tars appended to each other are read to the last one; links stand for the member they name.
+Members are read in place. If tars are appended to each other, all of them are read. A link is listed as the member that
+it points to.
 """
 
 import itertools
@@ -14,12 +15,12 @@ from ajepa.data.formats.audiofile import READABLE, UNREADABLE, BadAudio, read_by
 from ajepa.data.sources.listing import Listed, Listing, encode_label, label_column_of, text_of
 from ajepa.data.sources.segments import SegmentColumns
 
-# First bytes of compressed files, and what unpacks them.
+# First bytes of compressed files, and the tools that unpack them.
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
-NOTE_BYTES = 1 << 20  # the largest .cls or .json that is read
+NOTE_BYTES = 1 << 20  # larger .cls and .json members are not read
 SCAN_BYTES = 1 << 20
 BLOCK = tarfile.BLOCKSIZE
-Notes = dict[str, dict[str, Any]]  # fields by a member's key
+Notes = dict[str, dict[str, Any]]  # fields by the key of their member
 
 
 class _Found(NamedTuple):
@@ -55,7 +56,7 @@ def list_tars(paths: list[str], label_column: str | None) -> Listing:
 
 
 def _members(path: str, size: int, listing: Listing) -> list[_Found]:
-    """Audio members of all tars in the file; raises BadAudio where it is none, OSError where it cannot be read."""
+    """The audio members of all tars in the file. Raises BadAudio if it is not a tar, OSError if it cannot be read."""
     found: list[_Found] = []
     with open(path, "rb") as file:
         head = file.read(8)
@@ -87,7 +88,7 @@ def _members(path: str, size: int, listing: Listing) -> list[_Found]:
 
 
 def _next_block(file: Any, position: int) -> int | None:
-    """Where the next block that is not all zeros begins, at or after `position`."""
+    """Position of the first block at or after `position` that is not all zeros, None if there is none."""
     file.seek(position)
     while data := file.read(SCAN_BYTES):
         rest = data.lstrip(b"\0")
@@ -98,11 +99,11 @@ def _next_block(file: Any, position: int) -> int | None:
 
 
 def _with_notes(path: str, size: int, members: list[tarfile.TarInfo], listing: Listing) -> list[_Found]:
-    """The audio among one tar's members, with the fields of the notes of the same key."""
+    """The audio members of one tar, each with the fields of the `.cls` and `.json` members of the same key."""
     audio: list[tuple[str, tarfile.TarInfo]] = []
     notes: Notes = {}
     by_name: dict[str, tarfile.TarInfo] = {}
-    for member in members:  # a link may have the name of the member it stands for
+    for member in members:  # a link may have the name of its own target
         if not (member.islnk() or member.issym()) or posixpath.normpath(member.name) not in by_name:
             by_name[posixpath.normpath(member.name)] = member
     unread: list[str] = []
@@ -139,9 +140,9 @@ def _with_notes(path: str, size: int, members: list[tarfile.TarInfo], listing: L
 
 
 def _target(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """The member whose data a member or a link stands for, None where the link leads out of the tar."""
+    """The member that holds the data of a member or link, None if the link leads out of the tar."""
     at: tarfile.TarInfo | None = member
-    for _ in range(20):  # a chain of links that is longer is a loop
+    for _ in range(20):  # a longer chain of links is a loop
         if at is None or not (at.islnk() or at.issym()):
             return at
         folder = os.path.dirname(at.name) if at.issym() else ""
@@ -162,7 +163,7 @@ def _unusable(link: tarfile.TarInfo, member: tarfile.TarInfo | None, size: int) 
 
 
 def _distinct(path: str, found: list[_Found], listing: Listing) -> list[_Found]:
-    """Members of one name, as appended tars have, told apart by the byte they begin at."""
+    """Renames members of the same name, as in appended tars, by appending the byte at which they begin."""
     seen: set[str] = set()
     result, twice = [], []
     for member in found:
@@ -178,12 +179,12 @@ def _distinct(path: str, found: list[_Found], listing: Listing) -> list[_Found]:
 
 
 def is_audio(name: str) -> bool:
-    base = os.path.basename(name)  # a leading dot: hidden, or a resource fork that only looks like audio
+    base = os.path.basename(name)  # a leading dot marks a hidden file, or a resource fork that only looks like audio
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in READABLE + UNREADABLE
 
 
 def _keys(name: str) -> tuple[str, str]:
-    """A member's key: the name without its last suffix, or by webdataset's rule up to the base name's first dot."""
+    """The keys of a member: its name without the last suffix, and its name up to the first dot, as in webdataset."""
     folder, base = os.path.split(name)
     return os.path.splitext(name)[0], os.path.join(folder, base.split(".")[0])
 
