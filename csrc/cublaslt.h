@@ -1,6 +1,6 @@
-// The part of cuBLASLt's C interface that gelu_product.cpp calls, and the library itself: the one that torch has loaded.
-// Declared here because the header lies in no CPU build of torch and in few CUDA toolkits; the numbers are those of
-// cuBLASLt 12 and 13, and tests/test_gelu_mlp.py compares them with the header where there is one.
+// The part of cuBLASLt's C interface that gelu_product.cpp calls, resolved in the library that torch has loaded. It is
+// declared here because CPU builds of torch and most CUDA toolkits do not contain the header. The numbers are those of
+// cuBLASLt 12 and 13; tests/test_gelu_mlp.py compares them with the header if it finds one.
 #pragma once
 #include <dlfcn.h>
 
@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifndef AJEPA_CUBLASLT  // tests put one in its place that computes on the host
+#ifndef AJEPA_CUBLASLT  // tests substitute a library that computes on the host
 #define AJEPA_CUBLASLT "libcublasLt.so.13", "libcublasLt.so.12"
 #endif
 
@@ -18,7 +18,7 @@ constexpr int kSuccess = 0, kNoTranspose = 0, kTranspose = 1, kComputeFloat = 68
 constexpr int kFloat = 0, kHalf = 2, kBFloat16 = 14;
 constexpr int kDescTransposeA = 3, kDescTransposeB = 4, kDescEpilogue = 7, kDescBias = 8, kDescAux = 11, kDescAuxLd = 12;
 constexpr int kEpilogueGeluBias = 36, kEpilogueGeluAuxBias = 164, kEpilogueDGeluBGrad = 208;
-constexpr int kPrefWorkspace = 1, kPrefAlignment[4] = {5, 6, 7, 8};  // of A, B, C, D
+constexpr int kPrefWorkspace = 1, kPrefAlignment[4] = {5, 6, 7, 8};  // for A, B, C, D
 
 struct Algorithm {
   uint64_t data[8];
@@ -53,7 +53,7 @@ inline const Library& library() {
   static const Library found = [] {
     Library l{};
     void* handle = nullptr;
-    for (const int mode : {RTLD_LAZY | RTLD_NOLOAD, RTLD_LAZY})  // torch's own before any other
+    for (const int mode : {RTLD_LAZY | RTLD_NOLOAD, RTLD_LAZY})  // prefer the library that torch has loaded
       for (const char* name : {AJEPA_CUBLASLT})
         if (!handle) handle = dlopen(name, mode);
     if (!handle) return l;

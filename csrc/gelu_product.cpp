@@ -1,4 +1,5 @@
-// Products with GELU in their epilogue, by cuBLASLt. No torch header: ops.cpp checks, allocates and finds the stream.
+// Matrix products with a GELU epilogue, by cuBLASLt. This file includes no torch header: ops.cpp checks the arguments,
+// allocates memory and finds the stream.
 #include "gelu_product.h"
 
 #include <array>
@@ -21,7 +22,7 @@ void need(int status, const char* what) {
 }
 
 template <int (*lt::Library::*destroy)(void*)>
-struct Owned {  // of cuBLASLt
+struct Owned {  // owns an object of cuBLASLt
   void* it = nullptr;
   Owned() = default;
   Owned(const Owned&) = delete;
@@ -33,8 +34,8 @@ using Desc = Owned<&lt::Library::desc_destroy>;
 using Layout = Owned<&lt::Library::layout_destroy>;
 using Preference = Owned<&lt::Library::preference_destroy>;
 
-void* handle_of(int device) {  // the current one
-  static std::map<int, void*> handles;  // kept for good
+void* handle_of(int device) {  // `device` must be the current device
+  static std::map<int, void*> handles;  // never destroyed
   void*& handle = handles[device];
   if (!handle) need(lt::library().create(&handle), "cublasLtCreate");
   return handle;
@@ -45,11 +46,11 @@ void set(void* desc, int attribute, T value) {
   need(lt::library().desc_set(desc, attribute, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
 }
 
-// cuBLASLt's matrices are column-major, so that each of ours is there its transpose: result^T = weight x^T, whose rows,
-// along which a bias runs, are our columns.
+// cuBLASLt's matrices are column-major, so it sees each of our matrices as its transpose and computes result^T =
+// weight x^T. Its epilogue adds one bias value per row, which is one per column of our result.
 void run(const GeluProduct& p, void* stream) {
   static std::mutex mutex;
-  static std::map<std::array<int64_t, 6>, lt::Heuristic> chosen;  // asking takes longer than launching
+  static std::map<std::array<int64_t, 6>, lt::Heuristic> chosen;  // the heuristic takes longer than a launch
   const std::lock_guard<std::mutex> lock(mutex);
   const auto& lib = lt::library();
   void* const handle = handle_of(p.device);
@@ -94,7 +95,7 @@ void run(const GeluProduct& p, void* stream) {
   }
   const float one = 1, zero = 0;
   const lt::Heuristic algorithm = at->second;
-  if (chosen.size() > 4096) chosen.clear();  // ragged batches
+  if (chosen.size() > 4096) chosen.clear();  // ragged batches have many row counts
   need(lib.matmul(handle, desc.it, &one, p.weight, weight.it, p.x, x.it, &zero, p.result, result.it, p.result, result.it,
                   &algorithm.algorithm, p.workspace, p.workspace_bytes, stream),
        "cublasLtMatmul");

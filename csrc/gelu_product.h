@@ -8,8 +8,8 @@ namespace ajepa {
 
 enum class Gelu : int { kForward = 0, kForwardKeep = 1, kBackward = 2 };
 
-// z = x weight^T + bias; forward: result = gelu(z), by the tanh, and z is kept where asked for.
-// Backward, of x = d result of the next layer: result = (x weight) gelu'(z), bias = its sum over rows.
+// Forward: z = x weight^T + bias and result = gelu(z) in its tanh form; kForwardKeep also writes z.
+// Backward: x is the gradient of the next layer's output, result = (x weight) gelu'(z), and bias is its sum over rows.
 struct GeluProduct {
   const void* x;       // [rows, in]
   const void* weight;  // forward [out, in], backward [in, out]
@@ -21,10 +21,10 @@ struct GeluProduct {
   int64_t rows, in, out;
   int device;
   Gelu kind;
-  bool is_half;  // float16; else bfloat16
+  bool is_half;  // float16, else bfloat16
 };
 
-bool has_gelu_product();  // is cuBLASLt there?
-std::string gelu_product(const GeluProduct& p, void* stream);  // "" or what went wrong
+bool has_gelu_product();  // whether cuBLASLt was found
+std::string gelu_product(const GeluProduct& p, void* stream);  // returns "" or an error message
 
 }  // namespace ajepa

@@ -1,4 +1,5 @@
-// Launches the log-mel kernels. No torch header: ops.cpp checks, allocates and finds the stream.
+// Launches the log-mel kernels. This file includes no torch header: ops.cpp checks the arguments, allocates memory and
+// finds the stream.
 #include "log_mel_cuda.h"
 #include "log_mel_kernel.cuh"
 
@@ -11,7 +12,7 @@ cudaError_t launch(const LogMel& p, cudaStream_t stream) {
   const int64_t chunks = (int64_t(p.patches) * p.patch_frames + kChunk - 1) / kChunk;
   const int64_t bytes = shared_bytes(p, S::kTogether, S::kValues);
   const auto kernel = log_mel_fwd_kernel<Points, Sample>;
-  // Always: the static part counts towards the 48 KB that need no asking.
+  // Set even below 48 KB of dynamic shared memory, because static shared memory counts towards that limit as well.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
     return error;
   kernel<<<unsigned(p.batch * chunks), S::kBlock, size_t(bytes), stream>>>(p);
@@ -21,7 +22,7 @@ cudaError_t launch(const LogMel& p, cudaStream_t stream) {
 template <class Sample, class Sum>
 cudaError_t launch_all(const LogMel& p, cudaStream_t stream) {
   if (p.stats) log_mel_stats_kernel<Sample, Sum><<<unsigned(p.batch), kStatsBlock, 0, stream>>>(p);
-  if (p.peaks)  // below every key of `ordered`
+  if (p.peaks)  // an initial value below every key of `ordered`
     if (const cudaError_t error = cudaMemsetAsync(p.peaks, 0x80, size_t(p.batch) * sizeof(float), stream)) return error;
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.n_fft) {

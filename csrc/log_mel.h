@@ -1,41 +1,43 @@
-// What one call of log_mel needs, shared by the CPU and the CUDA kernels. Samples are counted in raw units (int16 steps
-// or floats): the chain up to the power spectrum is linear, so the clip's gain is applied to the mel power.
+// The arguments of one call of log_mel, shared by the CPU and the CUDA kernels. Samples are in raw units (int16 steps
+// or floats). The chain up to the spectrum is linear, so the clip's gain is applied to the mel power instead.
 #pragma once
 #include <cstdint>
 
 namespace ajepa {
 
-constexpr int kSegment = 16;  // most bins of one mel segment
-constexpr int twiddle_rows(int n_fft) {  // of the passes of radix 16 after the first, and of a last one; 400 is 20 x 20
+constexpr int kSegment = 16;  // largest number of bins in one mel segment
+// Rows for the passes of radix 16 after the first and for a last pass of smaller radix; 400 is 20 x 20.
+constexpr int twiddle_rows(int n_fft) {
   if (n_fft == 400) return 20;
   int rows = 0, done = 16;
   for (; 16 * done <= n_fft; done *= 16) rows += done;
   return rows + (done < n_fft ? n_fft / 16 : 0);
 }
 
-enum class Edge : int { kInside = 0, kRepeat = 1, kReflect = 2 };  // mirrored ends, edge sample repeated or not
+// kRepeat and kReflect mirror the ends of a clip, with and without repeating the edge sample.
+enum class Edge : int { kInside = 0, kRepeat = 1, kReflect = 2 };
 enum class Out : int { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
 
 struct LogMel {
   const void* pcm;          // [batch, samples], int16 or float
   const int64_t* lengths;   // [batch] or null
   const float* window;      // [win_length]
-  const float* weights;     // [kSegment, n_segments, 2]: weight of a segment's bin in the band it falls and rises in
-  const int32_t* segments;  // [n_segments, 2]: first bin, bins
+  const float* weights;     // [kSegment, n_segments, 2]: weight of a segment's bin in its falling and rising band
+  const int32_t* segments;  // [n_segments, 2]: first bin, number of bins
   const int32_t* offsets;   // [n_mels + 2]: segments of interval i, which lies between mel edges i and i + 1
-  const float* twiddles;    // CUDA: [twiddle_rows(n_fft), 4]: w and w^4 of the transform's threads, pass after pass
-  float* stats;             // [batch, 2]: subtrahend and gain of a clip; null without waveform norm
-  float* peaks;             // CPU: [items], CUDA: [batch]: greatest log value, for top_db; null without it
+  const float* twiddles;    // CUDA: [twiddle_rows(n_fft), 4]: w and w^4 for each pass of the transform
+  float* stats;             // [batch, 2]: mean to subtract and gain of a clip; null without waveform norm
+  float* peaks;             // CPU: [items], CUDA: [batch]: largest log value, for top_db; null without it
   void* out;                // [batch, n_mels / patch_mels, patches, patch_mels, patch_frames]
   int64_t batch, samples;
   int n_fft, win_length, hop_length, first_sample, frame_bias, frame_add, min_samples;
-  int n_mels, n_segments, n_frames, patch_mels, patch_frames, patches;  // n_frames: kept; patches x patch_frames: written
-  int patch_rows, patch_mels_inverse;  // n_mels / patch_mels; x / patch_mels is x * inverse >> 16 below 256
+  int n_mels, n_segments, n_frames, patch_mels, patch_frames, patches;  // n_frames kept, patches x patch_frames written
+  int patch_rows, patch_mels_inverse;  // n_mels / patch_mels; x / patch_mels is x * inverse >> 16 for x < 256
   int power, waveform_norm;
   bool is_int16, remove_dc;
   Edge edge;
   Out dtype;
-  float preemphasis, scale, floor, log_scale, log_shift, top;  // scale: of the input; top < 0: no limit
+  float preemphasis, scale, floor, log_scale, log_shift, top;  // scale of the input; top < 0: no limit
 
 #if defined(__CUDACC__) || defined(AJEPA_CUDA_ON_HOST)
 #define AJEPA_HD __host__ __device__
@@ -58,7 +60,7 @@ struct LogMel {
     if (i >= length) i = 2 * length - 2 + repeat - i;
     return i < 0 ? 0 : i;
   }
-  AJEPA_HD int64_t out_index(int64_t clip, int mel, int frame) const {  // of patch order
+  AJEPA_HD int64_t out_index(int64_t clip, int mel, int frame) const {  // in patch order
     const int64_t patch = (clip * patch_rows + mel / patch_mels) * patches + frame / patch_frames;
     return (patch * patch_mels + mel % patch_mels) * patch_frames + frame % patch_frames;
   }

@@ -1,15 +1,15 @@
-// Log-mel on the CPU, with one frame a SIMD lane: every step is plain arithmetic on vectors of frames, no shuffles but
-// the transpose that loads them. A real transform of n_fft points is a complex one of half the size. Compiled once per
-// instruction set (AJEPA_KERNEL, AJEPA_LANES); everything here has internal linkage, so that no function built for
-// AVX-512 can be linked into the portable path.
+// Log-mel on the CPU, with one frame per SIMD lane. Every step is plain arithmetic on vectors of frames; only the
+// transpose that loads frames shuffles values. A real transform of n_fft points is a complex one of half the size. This
+// file is compiled once per instruction set (AJEPA_KERNEL, AJEPA_LANES). Everything here has internal linkage, so that
+// the linker cannot put a function built for AVX-512 into the portable path.
 #include "log_mel_cpu.h"
 
 #include <math.h>
 #include <string.h>
 
-#include <utility>  // for simd_cpu.h: types only
+#include <utility>  // for simd_cpu.h, types only
 #if defined(__F16C__)
-#include <immintrin.h>  // every function of it is forced inline
+#include <immintrin.h>  // all its functions are forced inline
 #endif
 
 namespace ajepa {
@@ -20,17 +20,17 @@ constexpr int W = AJEPA_LANES;
 
 // ---- Transform: decimation in frequency, in place, result in digit-reversed order ----
 
-// Strides of 2^n bytes would put every input of a butterfly into one set of the cache, so blocks of 2^granule values lie
-// one value apart. Blocks below that size have no pads inside.
+// Strides of 2^n bytes would put all inputs of a butterfly into one set of the cache, so a padding value follows each
+// block of 2^granule values. Smaller blocks have no padding inside.
 constexpr int kMaxPasses = 5, kNoPads = 31;
 inline int padded(int j, int granule) { return j + (j >> granule); }
 
-struct Plan {  // of a complex transform of `size` points
+struct Plan {  // a complex transform of `size` points
   int size = 0, passes = 0, radix[kMaxPasses];
-  int granule[kMaxPasses];      // log2 of the values between two pads of one value, at each pass
-  float* twiddles[kMaxPasses];  // [size of the pass / radix, radix - 1, 2]
+  int granule[kMaxPasses];      // for each pass, log2 of the values between two padding values
+  float* twiddles[kMaxPasses];  // for each pass, [its size / radix, radix - 1, 2]
   float* post;                  // [size / 2 + 1, 2]: exp(-i pi k / size)
-  int32_t* slot;                // [size]: where bin k stands, in vectors
+  int32_t* slot;                // [size]: the place of bin k, in vectors
 };
 
 template <int R>
@@ -54,7 +54,8 @@ void pass(vf* x, int size, const float* twiddles, int granule, int blocks, int a
     }
 }
 
-// Depth first: the small ones stay in the first cache; the last pass takes all its neighbours in one go.
+// Runs the passes depth first, so that small transforms stay in the first-level cache. The last pass processes all
+// blocks of its parent in one call.
 void transform(const Plan& plan, int level, vf* x, int size, int blocks = 1, int apart = 0) {
   const int radix = plan.radix[level], granule = plan.granule[level];
   switch (radix) {
@@ -103,7 +104,7 @@ Plan make_plan(int size) {
   return plan;
 }
 
-const Plan& plan_for(int size) {  // made once, kept for good
+const Plan& plan_for(int size) {  // plans are made once and never freed
   switch (size) {
 #define AJEPA_PLAN(n) \
   case n: {           \
@@ -116,7 +117,7 @@ const Plan& plan_for(int size) {  // made once, kept for good
   }
 }
 
-// Spectrum of the real signal behind the complex one, as power in the order of the bins. The window carries the 1/2.
+// The power spectrum of the real signal from the complex transform, in the order of bins. The window has the factor 1/2.
 void power_spectrum(const Plan& plan, const vf* x, vf* power) {
   const int size = plan.size;
   const vf re = x[0], im = x[1];
@@ -131,12 +132,12 @@ void power_spectrum(const Plan& plan, const vf* x, vf* power) {
   }
 }
 
-// ---- Frames in ----
+// ---- Loading frames ----
 
 double sum(const int16_t* x, int64_t n) {
   int64_t total = 0;
   for (int64_t i = 0; i < n;) {
-    const int64_t stop = n - i > 32768 ? i + 32768 : n;  // 2^15 samples of 2^15 fit 32 bits
+    const int64_t stop = n - i > 32768 ? i + 32768 : n;  // 2^15 samples of up to 2^15 fit 32 bits
     int32_t part = 0;
     for (; i < stop; ++i) part += x[i];
     total += part;
@@ -166,14 +167,15 @@ void stats_of(const LogMel& p, int64_t begin, int64_t end) {
   }
 }
 
-// Frames side by side, as the first pass wants them: vectors of sample pairs (2 j, 2 j + 1), zeros after the last. A pair
-// of int16 is one 32-bit element.
+// Returns samples 2 j and 2 j + 1 of all frames as a complex number, the input of the first pass. A pair of int16
+// samples is one 32-bit element.
 inline Complex pair(const int16_t*, const vf* pairs, int j) {
   const vi both = reinterpret_cast<const vi*>(pairs)[j];
   return {__builtin_convertvector(both << 16 >> 16, vf), __builtin_convertvector(both >> 16, vf)};
 }
 inline Complex pair(const float*, const vf* pairs, int j) { return {pairs[2 * j], pairs[2 * j + 1]}; }
 
+// Transposes W frames into vectors of sample pairs, with zeros after the last sample.
 template <class T>
 void load_frames(const T* const (&row)[W], int length, vf* pairs) {
   constexpr int step = W * int(sizeof(float) / sizeof(T));  // samples of one frame in one vector
@@ -189,8 +191,8 @@ void load_frames(const T* const (&row)[W], int length, vf* pairs) {
   }
 }
 
-// The first pass of the transform, on frames as they are loaded: (sample - offset), pre-emphasised, windowed, zeros after
-// them. Every first radix is 8. half_window: half the window, and zeros up to n_fft.
+// Loads frames as (sample - offset), pre-emphasised, windowed and padded with zeros, and runs the first pass of the
+// transform on them. The first radix is always 8. half_window: half the window, followed by zeros up to n_fft.
 template <class T>
 void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t length, const int* frame, float clip_mean,
                    const float* half_window, T* edge_rows, vf* pairs, vf* x) {
@@ -211,7 +213,7 @@ void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t len
   const int used = (p.win_length + 1) / 2, count = plan.size / R, granule = plan.granule[0];
   const int stride = padded(count, granule);  // complex values
   const float c = p.preemphasis, *twiddles = plan.twiddles[0];
-  vf before[R];  // the sample before each of the R
+  vf before[R];  // for each of the R inputs, the sample before it
   before[0] = pair(clip, pairs, 0).re - offset;
   for (int q = 1; q < R; ++q) before[q] = q * count <= used ? pair(clip, pairs, q * count - 1).im - offset : vf{};
   for (int j = 0; j < count; ++j, twiddles += 2 * (R - 1)) {
@@ -230,15 +232,16 @@ void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t len
   }
 }
 
-// ---- Mel, log, out ----
+// ---- Mel bands, logarithm, output ----
 
 inline vf square_root(vf x) {
   for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
 }
 
-// ln of positive normal numbers: 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), ln(1 + f) = f - f^2 / 2 + f^3 P(f) with P
-// fitted by weighted least squares, relative error 6e-9 before rounding; ln 2 in two parts.
+// ln of positive normal numbers 2^e (1 + f), where 1 + f is in [sqrt(1/2), sqrt(2)): ln(1 + f) is computed as
+// f - f^2 / 2 + f^3 P(f). P is fitted by weighted least squares, with a relative error of 6e-9 before rounding. ln 2 is
+// split into two parts.
 inline vf ln(vf x) {
   constexpr float fit[] = {0.333333284f,  -0.250008464f, 0.200014129f, -0.166227534f,
                            0.141978756f, -0.131616011f, 0.127863303f, -0.0766083002f};
@@ -250,8 +253,8 @@ inline vf ln(vf x) {
   return exponent * 0.693359375f + (f - (0.5f - f * series) * f * f + exponent * -2.12194440e-4f);
 }
 
-// The table of segments by bin: every bin lies in one interval between two mel edges. weights: [bins, 2], of a bin in the
-// band that it falls in and in the one that it rises in; starts: [n_mels + 2], the first bin of each interval.
+// Expands the table of segments to bins; every bin lies in one interval between two mel edges. weights: [bins, 2], the
+// weight of a bin in its falling and its rising band; starts: [n_mels + 2], the first bin of each interval.
 void spread_weights(const LogMel& p, float* weights, int32_t* starts) {
   int32_t bin = p.n_segments ? p.segments[0] : 0;
   for (int i = 0; i <= p.n_mels; ++i) {
@@ -267,9 +270,9 @@ template <int Power>
 void mel_bands(const LogMel& p, const float* weights, const int32_t* starts, const vf* spectrum, float gain, int valid,
                vf* bands) {
   const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
-  vi outside;  // lanes after the clip's last frame: rows of zeros
+  vi outside;  // lanes after the clip's last frame, whose rows are zeros
   for (int lane = 0; lane < W; ++lane) outside[lane] = lane < valid ? 0 : -1;
-  vf rising = vf{};  // of interval i - 1, into band i - 1
+  vf rising = vf{};  // sum of interval i - 1 for band i - 1
   for (int i = 0; i <= p.n_mels; ++i) {
     vf up = vf{}, down = rising;
     for (int k = starts[i]; k < starts[i + 1]; ++k) {
@@ -280,7 +283,7 @@ void mel_bands(const LogMel& p, const float* weights, const int32_t* starts, con
     rising = up;
     if (!i) continue;
     const vf mel = down * gain, log = ln(mel > floor ? mel : vf{} + floor);
-    const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN stay themselves
+    const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN are kept
     bands[i - 1] = (outside ? vf{} : value) * log_scale + log_shift;
   }
 }
@@ -305,7 +308,7 @@ inline void store(Half* out, vf x) {  // to nearest, ties to even
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(reinterpret_cast<__m256&>(x), 0));
 #else  // _Float16 needs GCC 12
   const vi bits = reinterpret_cast<const vi&>(x), size = bits & 0x7fffffff;
-  const vf fixed = reinterpret_cast<const vf&>(size) + 0.5f;  // its last place is that of half's subnormals
+  const vf fixed = reinterpret_cast<const vf&>(size) + 0.5f;  // its last bit has the value of half's smallest subnormal
   const vi subnormal = reinterpret_cast<const vi&>(fixed) - 0x3f000000;
   const vi normal = (size - (112 << 23) + 0xfff + (size >> 13 & 1)) >> 13;  // exponents are biased by 15, not 127
   const vi infinite = size > 0x7f800000 ? vi{} + 0x7e00 : vi{} + 0x7c00;
@@ -320,7 +323,7 @@ inline void store(BFloat16* out, vf x) {  // to nearest, ties to even
 template <class T>
 void store_bands(const LogMel& p, int64_t clip, int first, int count, const vf* bands) {
   const int height = p.patch_mels, width = p.patch_frames;
-  for (int from = 0; from < count;) {  // runs of frames within one patch
+  for (int from = 0; from < count;) {  // a run is the frames within one patch
     const int room = width - (first + from) % width, run = count - from < room ? count - from : room;
     for (int mel = 0; mel < p.n_mels; mel += height) {
       T* to = static_cast<T*>(p.out) + p.out_index(clip, mel, first + from);
@@ -338,8 +341,8 @@ void store_bands(const LogMel& p, int64_t clip, int first, int count, const vf* 
   }
 }
 
-int transform_vectors(const LogMel& p) { return p.n_fft + p.n_fft / 8; }  // with the most pads
-int frame_vectors(const LogMel& p) {  // the loaded frames, then the power in their place
+int transform_vectors(const LogMel& p) { return p.n_fft + p.n_fft / 8; }  // with the most padding
+int frame_vectors(const LogMel& p) {  // the loaded frames, later overwritten by the power spectrum
   const int frames = p.win_length + W, bins = p.n_fft / 2 + 1;
   return frames > bins ? frames : bins;
 }

@@ -4,7 +4,7 @@
 
 namespace ajepa {
 
-// Launches on `stream` of the current device. Returns "" or what went wrong.
+// Launches on `stream` of the current device. Returns "" or an error message.
 const char* log_mel_cuda(const LogMel& p, void* stream);
 
 }  // namespace ajepa

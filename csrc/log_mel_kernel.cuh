@@ -1,7 +1,8 @@
-// Log-mel on the GPU: PCM to patches in one kernel (two more, both tiny, where a clip's peak or its top_db is asked for).
-// A block makes kChunk frames of one clip. Two real frames share a complex transform; 16 points a thread, radix 16 (20 and
-// 20 for n_fft 400), one exchange through shared memory between passes (Stockham, natural order). fp32 throughout: tf32 or fp16 would put a nat
-// of error on quiet bins. Nothing here needs nvcc: the tests run this file on a CPU, one fiber a thread.
+// Log-mel on the GPU: one kernel computes patches from PCM. A waveform norm and top_db need one more tiny kernel each.
+// A block computes kChunk frames of one clip. Two real frames share a complex transform. A thread holds 16 points,
+// passes have radix 16 (both 20 for n_fft 400), and the passes exchange values through shared memory (Stockham, natural
+// order). All arithmetic is fp32, because tf32 or fp16 would cause an error of a nat in quiet bins. Nothing here needs
+// nvcc: the tests run this file on a CPU, with one fiber per CUDA thread.
 #pragma once
 #include "log_mel.h"
 
@@ -13,25 +14,25 @@
 
 namespace ajepa {
 
-constexpr int kChunk = 16;   // frames of a block: a patch row of 32 bytes in bf16
+constexpr int kChunk = 16;   // frames of a block, so that a patch row has 32 bytes in bf16
 constexpr int kStageStride = kChunk + 1;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 constexpr int passes(int n, int radix) { return n < radix ? 0 : 1 + passes(n / radix, radix); }
 constexpr int rest(int n, int radix) { return n < radix ? n : rest(n / radix, radix); }
 
-template <int Points>  // of the transform
+template <int Points>  // points of the transform
 struct Shape {
   static constexpr int N = Points;
   static constexpr bool kPowerOfTwo = (N & (N - 1)) == 0;
-  static constexpr int kRadix = kPowerOfTwo ? 16 : 20;             // complex values a thread holds
-  static constexpr int kLanes = N / kRadix;                        // threads of a transform that hold some
-  static constexpr int kThreads = kPowerOfTwo ? kLanes : 32;       // all its threads
+  static constexpr int kRadix = kPowerOfTwo ? 16 : 20;             // complex values that a thread holds
+  static constexpr int kLanes = N / kRadix;                        // threads of a transform that hold values
+  static constexpr int kThreads = kPowerOfTwo ? kLanes : 32;       // all threads of a transform
   static constexpr int kTogether = kThreads >= 256 ? 1 : 256 / kThreads < kChunk / 2 ? 256 / kThreads : kChunk / 2;
   static constexpr int kBlock = kThreads * kTogether, kRounds = kChunk / 2 / kTogether;
-  static constexpr int kResident = (kPowerOfTwo ? 1024 : 768) / kBlock;  // blocks on a multiprocessor: 64, 80 registers
+  static constexpr int kResident = (kPowerOfTwo ? 1024 : 768) / kBlock;  // blocks per multiprocessor (64, 80 registers)
   static constexpr int kWide = passes(N, kRadix), kLast = rest(N, kRadix);  // passes of kRadix, then one of radix kLast
-  static constexpr int kValues = N + N / kRadix;  // of shared memory, padded: no bank is hit twice
+  static constexpr int kValues = N + N / kRadix;  // in shared memory, padded to avoid bank conflicts
   static_assert(kPowerOfTwo || N == 400);
 
   static __device__ __forceinline__ int padded(int i) { return i + int(unsigned(i) / kRadix); }
@@ -48,7 +49,7 @@ __device__ __forceinline__ float2 times_minus_i(float2 a) { return make_float2(a
 __device__ __forceinline__ float2 mul(float2 a, float2 b) {
   return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
 }
-__device__ __forceinline__ float2 sixteenth(int i) {  // exp(-2 pi i / 16)^i, folded where i is known
+__device__ __forceinline__ float2 sixteenth(int i) {  // exp(-2 pi i / 16)^i, a constant if i is known at compile time
   constexpr float kCos[16] = {1.0f,  0.92387953251128674f,  0.70710678118654752f,  0.38268343236508977f,
                               0.0f,  -0.38268343236508977f, -0.70710678118654752f, -0.92387953251128674f,
                               -1.0f, -0.92387953251128674f, -0.70710678118654752f, -0.38268343236508977f,
@@ -138,8 +139,8 @@ __device__ __forceinline__ void dft<16>(float2* a) {
   }
 }
 
-// a[q] *= w^q, from w and w^4. The rounding of w grows with the power and is alike for all frames: a chain of powers would
-// set an echo 100 dB below a loud bin.
+// a[q] *= w^q, from w and w^4. The rounding error of w grows with the power and is the same in all frames. A longer
+// chain of powers would therefore produce an echo 100 dB below a loud bin.
 template <int R>
 __device__ __forceinline__ void twist(float2* a, float2 w, float2 w4) {
   a[1] = mul(a[1], w);
@@ -157,9 +158,9 @@ __device__ __forceinline__ void twist(float2* a, float2 w, float2 w4) {
   }
 }
 
-// The transform of one pair: `a` holds inputs t + q N / kRadix; leaves the spectrum in `z`, natural order. Offsets are
-// split so that one register and immediates address all of a thread's values. Twiddles of a pass: w and w^4 of its
-// threads, those of the next pass behind them.
+// The transform of a pair of frames. `a` holds the inputs t + q N / kRadix, and `z` receives the spectrum in natural
+// order. Offsets are split so that one register plus immediate values address all values of a thread. `twiddles` holds
+// w and w^4 for the threads of each pass, one pass after the other.
 template <class S>
 __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int t, const float4* twiddles) {
   constexpr int R = S::kRadix, T = S::kLanes;
@@ -211,12 +212,13 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
 }
 
 template <class T>
-struct Range {  // sum, least and greatest of a frame's samples
+struct Range {  // sum, minimum and maximum of a frame's samples
   T sum, low, high;
   __device__ __forceinline__ void take(T x) { sum += x, low = min(low, x), high = max(high, x); }
   __device__ __forceinline__ void take(T x, bool counts);
 };
-// A frame's first sample stands for those outside it. Of integers it is taken off the sum at the end, which costs less.
+// The frame's first sample replaces values outside the frame. For integers, `surplus` removes it from the sum at the
+// end, which costs less.
 template <>
 __device__ __forceinline__ void Range<int>::take(int x, bool) { take(x); }
 template <>
@@ -251,7 +253,7 @@ __device__ __forceinline__ float as<float>(int bits) { return __int_as_float(bit
 __device__ __forceinline__ int bits_of(int x) { return x; }
 __device__ __forceinline__ int bits_of(float x) { return __float_as_int(x); }
 
-// Both frames' ranges over the threads of a transform; every thread gets the result.
+// Merges the ranges of both frames over the threads of a transform. Every thread receives the result.
 template <int Threads, class T>
 __device__ __forceinline__ void merge_threads(Range<T> (&both)[2], int (*scratch)[6]) {
   constexpr int warps = Threads / 32;
@@ -262,14 +264,14 @@ __device__ __forceinline__ void merge_threads(Range<T> (&both)[2], int (*scratch
     if (threadIdx.x % 32 == 0)
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        int* const of = scratch[warp] + 3 * f;
-        of[0] = bits_of(both[f].sum), of[1] = bits_of(both[f].low), of[2] = bits_of(both[f].high);
+        int* const to = scratch[warp] + 3 * f;
+        to[0] = bits_of(both[f].sum), to[1] = bits_of(both[f].low), to[2] = bits_of(both[f].high);
       }
     __syncthreads();
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
-      const int* of = scratch[first + threadIdx.x % warps] + 3 * f;
-      both[f] = {as<T>(of[0]), as<T>(of[1]), as<T>(of[2])};
+      const int* from = scratch[first + threadIdx.x % warps] + 3 * f;
+      both[f] = {as<T>(from[0]), as<T>(from[1]), as<T>(from[2])};
       merge_lanes<warps>(both[f]);
     }
   }
@@ -284,19 +286,20 @@ struct Total<int16_t> {
   using type = int;  // exact
 };
 __device__ __forceinline__ float mean_of(float sum, int count) { return sum / float(count); }
-__device__ __forceinline__ float mean_of(int sum, int count) {  // rounded once, though a sum may need 29 bits
+__device__ __forceinline__ float mean_of(int sum, int count) {  // rounds only once, although a sum may need 29 bits
   const float whole = rintf(float(sum) / float(count));
   return whole + float(sum - int(whole) * count) / float(count);
 }
 
-struct Chunk {  // of a block, in shared memory: registers are short
-  int clip, length, first, valid;  // first frame, frames that the clip has
+struct Chunk {  // the frames of a block; in shared memory, to save registers
+  int clip, length, first, valid;  // `first`: first frame; `valid`: frames of the chunk that the clip has
   float mean, gain;
 };
 
-// Two frames of the clip into `a`: (sample - offset), pre-emphasised and windowed. Rounding leaks from one frame of a
-// transform into the other, so the second is brought to the first's level, by a power of two, which is exact, and what
-// leaks into a silent frame is dropped. `gains`: of the frames' powers, or magnitudes, as they come from twice the spectrum.
+// Loads two frames of the clip into `a`: (sample - offset), pre-emphasised and windowed. Rounding errors leak from one
+// frame of a transform into the other. The second frame is therefore scaled to the first one's level, by a power of
+// two, which is exact; and a silent frame gets gain 0, which drops the leak. `gains` holds the factors of the frames'
+// powers (or magnitudes), which the transform yields from twice the spectrum.
 template <class S, class Sample>
 __device__ __forceinline__ void load_frames(const LogMel& p, const Chunk& chunk, int frame, int t, float2 (&a)[S::kRadix],
                                             float* gains, int (*scratch)[6], float2* places) {
@@ -305,11 +308,11 @@ __device__ __forceinline__ void load_frames(const LogMel& p, const Chunk& chunk,
   const int x_start = even * p.hop_length + p.first_sample, y_start = odd * p.hop_length + p.first_sample;
   const int length = chunk.length;
   const Sample* const clip = static_cast<const Sample*>(p.pcm) + chunk.clip * p.samples;
-  // Barriers stand outside these branches: transforms of one block may differ here.
+  // No barrier may be inside these branches, because the transforms of one block may take different ones.
   const bool inside = x_start >= 0 && y_start + p.win_length <= length;
   const Sample *const x_from = clip + x_start + t, *const y_from = clip + y_start + t;
   const auto mirrored = [&](int i) { return clip[p.mirror(i, length)]; };
-  const int left = S::holds(t) ? p.win_length - t : 0;  // a thread's samples are those at q kLanes < left
+  const int left = S::holds(t) ? p.win_length - t : 0;  // a thread has the samples with q kLanes < left
 
   const Sum x_any = mirrored(x_start), y_any = mirrored(y_start);
   Range<Sum> range[2] = {{0, x_any, x_any}, {0, y_any, y_any}};
@@ -347,7 +350,7 @@ __device__ __forceinline__ void load_frames(const LogMel& p, const Chunk& chunk,
     if (c != 0) {
 #pragma unroll
       for (int q = 0; q < S::kRadix; ++q) {
-        const bool in = q * S::kLanes < left && (q || t);  // none before the first: itself
+        const bool in = q * S::kLanes < left && (q || t);  // the first sample has none before it and uses itself
         const float x = in ? float(x_from[q * S::kLanes - 1]) : a[q].x, y = in ? float(y_from[q * S::kLanes - 1]) : a[q].y;
         a[q].x = fmaf(-c, x - x_offset, a[q].x - x_offset);
         a[q].y = fmaf(-c, fmaf(y, lift, -y_lifted), fmaf(a[q].y, lift, -y_lifted));
@@ -361,7 +364,7 @@ __device__ __forceinline__ void load_frames(const LogMel& p, const Chunk& chunk,
       const float w = q * S::kLanes < left ? window[q * S::kLanes] : 0.0f;
       a[q] = make_float2(a[q].x * w, a[q].y * w);
     }
-  } else {  // rare: a loop, by way of the places in shared memory that this thread writes next
+  } else {  // rare, so a loop; it uses the shared memory that this thread writes next
     if (S::holds(t)) {
 #pragma unroll 1
       for (int q = 0; q < S::kRadix; ++q) {
@@ -389,7 +392,7 @@ __device__ __forceinline__ __half rounded<__half>(float x) { return __float2half
 template <>
 __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// 16 bytes of the result from consecutive values.
+// Packs consecutive values into 16 bytes of the result.
 __device__ __forceinline__ uint4 packed(const float* x, float) {
   return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
@@ -404,7 +407,7 @@ __device__ __forceinline__ uint4 packed(const float* x, __nv_bfloat16) {
                     bits_of(__floats2bfloat162_rn(x[4], x[5])), bits_of(__floats2bfloat162_rn(x[6], x[7])));
 }
 
-// Bands `mel`, mel + bands and so on, from `from` to `out`, `Frames` frames of each.
+// Stores `Frames` frames of bands mel, mel + bands, mel + 2 bands ..., from `from` to `out`.
 template <int Frames, class Value>
 __device__ __forceinline__ void store_bands(const LogMel& p, int mel, int bands, const float* from, int64_t at) {
   const int64_t skipped = (p.patches - 1) * int64_t(p.patch_mels) * p.patch_frames;
@@ -416,7 +419,7 @@ __device__ __forceinline__ void store_bands(const LogMel& p, int mel, int bands,
     else *to = rounded<Value>(*from);
   }
 }
-// The chunk from `first` on, in patch order, 16 bytes at once where frames that share a patch allow it.
+// Stores the chunk that begins at frame `first`, in patch order, with 16-byte stores if the patch width allows it.
 template <int Block>
 __device__ __forceinline__ void store_chunk(const LogMel& p, int64_t clip, int first, const float* stage) {
   const int most = p.dtype == Out::kFloat ? 4 : 8;
@@ -437,7 +440,7 @@ __device__ __forceinline__ void store_chunk(const LogMel& p, int64_t clip, int f
     else store_bands<1, __nv_bfloat16>(p, mel, bands, from, at);
   }
 }
-__device__ __forceinline__ int ordered(float x) {  // integers in the order of floats
+__device__ __forceinline__ int ordered(float x) {  // maps floats to integers in the same order
   const int bits = __float_as_int(x);
   return bits >= 0 ? bits : bits ^ 0x7fffffff;
 }
@@ -450,13 +453,13 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
   AJEPA_DYNAMIC_SHARED(float4, shared);
   __shared__ int scratch[S::kBlock > 32 ? S::kBlock / 32 : 1][6];
   const int group = threadIdx.x / T, t = threadIdx.x % T;
-  float4* partials = shared + group * p.n_segments;  // of a segment: falling and rising sums of both frames
+  float4* partials = shared + group * p.n_segments;  // per segment: falling and rising sums of both frames
   float2* z = reinterpret_cast<float2*>(shared + S::kTogether * p.n_segments) + group * S::kValues;
   float* stage = reinterpret_cast<float*>(reinterpret_cast<float2*>(shared + S::kTogether * p.n_segments) +
                                           S::kTogether * S::kValues);
 
   __shared__ Chunk chunk;
-  __shared__ float gains[S::kTogether][2];  // of a pair's frames
+  __shared__ float gains[S::kTogether][2];  // for both frames of a pair
   if (threadIdx.x == 0) {
     const int chunks = (p.patches * p.patch_frames + kChunk - 1) / kChunk;
     chunk.clip = blockIdx.x / chunks, chunk.first = int(blockIdx.x % chunks) * kChunk;
@@ -472,7 +475,7 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
     load_frames<S, Sample>(p, chunk, 2 * pair, t, a, gains[group], scratch, z + (R + 1) * t);
     transform<S>(a, z, t, reinterpret_cast<const float4*>(p.twiddles));
 
-    // X = (Z[k] + conj Z[N - k]) / 2, Y = (Z[k] - conj Z[N - k]) / 2i; each bin pair has one reader, which is its writer.
+    // X = (Z[k] + conj Z[N - k]) / 2, Y = (Z[k] - conj Z[N - k]) / 2i. The same thread reads and writes a pair of bins.
     const auto split = [&](float2* at, float2 v) {
       const float2 u = *at, x = make_float2(u.x + v.x, u.y - v.y), y = make_float2(u.y + v.y, v.x - u.x);
       *at = make_float2(x.x * x.x + x.y * x.y, y.x * y.x + y.y * y.y);
@@ -512,7 +515,7 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
       for (int s = begin; s < middle; ++s) x += partials[s].z, y += partials[s].w;
 #pragma unroll 1
       for (int s = middle; s < end; ++s) x += partials[s].x, y += partials[s].y;
-      x *= gain_x, y *= gain_y;  // NaN stays NaN, in both frames of the pair
+      x *= gain_x, y *= gain_y;  // NaN stays NaN in both frames of the pair
       x = __log2f(x < p.floor ? p.floor : x) * log_scale + p.log_shift;
       y = __log2f(y < p.floor ? p.floor : y) * log_scale + p.log_shift;
       stage[m * kStageStride + 2 * pair] = x, stage[m * kStageStride + 2 * pair + 1] = y;
@@ -538,7 +541,7 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
 
 constexpr int kStatsBlock = 1024;
 
-// Subtrahend and gain of each clip. Grid: batch.
+// Computes the mean to subtract and the gain of each clip. Grid: batch.
 template <class Sample, class Sum>
 __global__ void __launch_bounds__(kStatsBlock) log_mel_stats_kernel(const LogMel p) {
   __shared__ Sum sums[kStatsBlock / 32];
@@ -552,7 +555,7 @@ __global__ void __launch_bounds__(kStatsBlock) log_mel_stats_kernel(const LogMel
     low = fminf(low, float(x[i])), high = fmaxf(high, float(x[i]));
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {  // lanes, then warps
+  for (int half = 0; half < 2; ++half) {  // first over lanes, then over warps
 #pragma unroll
     for (int m = 16; m > 0; m >>= 1) {
       sum += __shfl_xor_sync(kAllLanes, sum, m);

@@ -1,5 +1,5 @@
-// Registers the ops and checks what reaches them; the kernels are elsewhere. Only torch's stable ABI: one library
-// serves torch 2.11 and later. Fake kernels are registered from Python.
+// Registers the ops and checks their arguments; the kernels are in the other files. Only torch's stable ABI is used, so
+// one library serves torch 2.11 and later. Fake kernels are registered from Python.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,8 +32,8 @@ using ajepa::LogMel;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// From libtorch_cuda, which a CPU build of torch has not. A weak symbol would stay unresolved: torch loads its libraries
-// for itself alone.
+// Looks the function up in libtorch_cuda, which CPU builds of torch do not have. A weak symbol would stay unresolved,
+// because torch loads its libraries with RTLD_LOCAL.
 void* current_stream(int32_t device) {
   static const auto get = [] {
     void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
@@ -41,7 +41,7 @@ void* current_stream(int32_t device) {
     return reinterpret_cast<int32_t (*)(int32_t, void**)>(found);
   }();
   void* stream = nullptr;
-  STD_TORCH_CHECK(get && get(device, &stream) == 0, "ajepa: no current CUDA stream");
+  STD_TORCH_CHECK(get && get(device, &stream) == 0, "ajepa: torch did not return its current CUDA stream");
   return stream;
 }
 
@@ -67,17 +67,18 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
                   "log_mel_fwd: out must be contiguous [B, F, T, patch mels, patch frames] on pcm's device");
   STD_TORCH_CHECK((n_fft >= 128 && n_fft <= 8192 && (n_fft & (n_fft - 1)) == 0) || n_fft == 400,
                   "log_mel_fwd: n_fft must be a power of two in 128..8192 or 400, got ", n_fft);
-  // What the kernels compute with 32 bits stays below 2^31: the place of a frame is at most samples + frame_bias + first_sample.
+  // The kernels' 32-bit arithmetic stays below 2^31: a frame's index is at most samples + frame_bias + first_sample.
   const auto below = [](int64_t bits, std::initializer_list<int64_t> values) {
     return std::all_of(values.begin(), values.end(), [=](int64_t x) { return x >> bits == 0 || x >> bits == -1; });
   };
   STD_TORCH_CHECK(hop_length > 0 && min_samples > 0 && below(30, {hop_length, min_samples, pcm.size(1)}) &&
                       below(29, {first_sample, frame_bias}) && (frame_add == 0 || frame_add == 1) && edge >= 0 && edge <= 2 &&
                       (power == 1 || power == 2) && waveform_norm >= 0 && waveform_norm <= 2,
-                  "log_mel_fwd: an argument is out of range");
+                  "log_mel_fwd: hop_length, min_samples, first_sample, frame_bias, frame_add, edge, power, waveform_norm "
+                  "or the length of pcm is out of range");
   STD_TORCH_CHECK(below(30, {out.size(1), out.size(2), out.size(3), out.size(4)}) && below(30, {out.size(2) * out.size(4)}) &&
                       out.size(3) > 0 && out.size(4) > 0,
-                  "log_mel_fwd: out has patches of no size, or 2^30 frames or more");
+                  "log_mel_fwd: out must have patches that are not empty, and fewer than 2^30 frames");
   const int64_t n_mels = out.size(1) * out.size(3), n_segments = segments.size(0);
   STD_TORCH_CHECK(n_mels >= 1 && n_mels <= 256, "log_mel_fwd: out must hold 1 to 256 mel bands, got ", n_mels);
   check_table(window, pcm, ScalarType::Float, 2, "window");
@@ -85,10 +86,12 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
   check_table(segments, pcm, ScalarType::Int, 2 * n_segments, "segments");
   check_table(offsets, pcm, ScalarType::Int, n_mels + 2, "offsets");
   check_table(twiddles, pcm, ScalarType::Float, 4 * ajepa::twiddle_rows(int(n_fft)), "twiddles");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(twiddles.data_ptr()) % 16 == 0, "log_mel_fwd: twiddles is not aligned");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(twiddles.data_ptr()) % 16 == 0,
+                  "log_mel_fwd: twiddles must be aligned to 16 bytes");
   STD_TORCH_CHECK(window.numel() <= n_fft, "log_mel_fwd: the window is longer than n_fft");
   if (lengths) check_table(*lengths, pcm, ScalarType::Long, pcm.size(0), "lengths");
-  STD_TORCH_CHECK(n_frames >= 0 && n_frames <= out.size(2) * out.size(4), "log_mel_fwd: out holds fewer than n_frames");
+  STD_TORCH_CHECK(n_frames >= 0 && n_frames <= out.size(2) * out.size(4),
+                  "log_mel_fwd: out holds fewer frames than n_frames");
 
   LogMel p{};
   p.pcm = pcm.data_ptr(), p.lengths = lengths ? static_cast<const int64_t*>(lengths->data_ptr()) : nullptr;
@@ -125,7 +128,7 @@ const ajepa::CpuKernel& cpu_kernel() {
   return ajepa::kPortableKernel;
 }
 
-float* scratch(size_t floats) {  // of this thread, kept between calls
+float* scratch(size_t floats) {  // scratch memory of this thread, kept between calls
   struct Free {
     void operator()(float* x) const { std::free(x); }
   };
@@ -158,17 +161,17 @@ void log_mel_cpu(const LogMel& described) {
     torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) { kernel.clip_stats(p, begin, end); });
   }
   if (p.top >= 0) p.peaks = peaks.data();
-  std::atomic<bool> complete = true;  // nothing may be thrown through the C interface of parallel_for
+  std::atomic<bool> complete = true;  // no exception may pass through parallel_for's C interface
   torch::stable::parallel_for(0, p.batch * groups, 1, [&](int64_t begin, int64_t end) {
     if (float* memory = scratch(size_t(kernel.scratch_floats(p)))) kernel.run(p, begin, end, memory);
     else complete = false;
   });
-  STD_TORCH_CHECK(complete, "log_mel_fwd: out of memory");
+  STD_TORCH_CHECK(complete, "log_mel_fwd: the CPU kernel could not allocate its scratch memory");
   if (p.top < 0) return;
   torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t clip = begin; clip < end; ++clip) {
-      const float* of_clip = p.peaks + clip * groups;
-      const float cutoff = *std::max_element(of_clip, of_clip + groups) - p.top;
+      const float* peaks_of_clip = p.peaks + clip * groups;
+      const float cutoff = *std::max_element(peaks_of_clip, peaks_of_clip + groups) - p.top;
       using torch::headeronly::BFloat16;
       using torch::headeronly::Half;
       const auto load = [](auto x) { return float(x); };
@@ -203,7 +206,7 @@ void log_mel_fwd_cuda(LOG_MEL_ARGS) {
                   "log_mel_fwd: too many frames for one call; split the batch");
   const int32_t device = pcm.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  // From the caching allocator: also inside a CUDA graph.
+  // Allocated by torch's caching allocator, which also works while a CUDA graph is captured.
   std::optional<Tensor> stats, peaks;
   if (p.waveform_norm) {
     stats = torch::stable::new_empty(window, {p.batch, 2});
@@ -220,7 +223,7 @@ void log_mel_fwd_cuda(LOG_MEL_ARGS) {
 
 // ---- resample ----
 
-// Passes of a transform of `size` points; 0 where their radices do not make it up.
+// The number of passes of a transform of `size` points; 0 if the radices do not multiply to `size`.
 int count_passes(int64_t size, int64_t radices) {
   int passes = 0;
   for (uint64_t left = uint64_t(radices); left; left >>= 4, ++passes) {
@@ -248,7 +251,7 @@ int64_t twiddle_floats(int64_t size, int64_t radices) {
                     size_in, size_out, hop, radices_in, radices_out, first, offset)
 
 ajepa::Resample describe_resample(RESAMPLE_ARGS) {
-  constexpr int64_t kMost = int64_t(1) << 40;  // of samples: products with rates below 2^19 stay within 64 bits
+  constexpr int64_t kMost = int64_t(1) << 40;  // limit of samples: products with rates below 2^19 fit 64 bits
   STD_TORCH_CHECK(pcm.dim() == 3 && pcm.is_contiguous(), "resample_fwd: pcm must be contiguous [B, T, C]");
   const auto in = pcm.scalar_type(), dtype = out.scalar_type();
   STD_TORCH_CHECK((in == ScalarType::Short || in == ScalarType::Float) &&
@@ -284,7 +287,7 @@ ajepa::Resample describe_resample(RESAMPLE_ARGS) {
   }
   STD_TORCH_CHECK(size_in >= 2 && size_in < 1 << 20 && size_out >= 2 && size_out < 1 << 20 &&
                       count_passes(size_in, radices_in) && count_passes(size_out, radices_out),
-                  "resample_fwd: radices do not make up the transforms");
+                  "resample_fwd: the radices do not multiply to the sizes of the transforms");
   STD_TORCH_CHECK(hop >= 1 && hop % up == 0 && hop <= size_out && size_in * up == size_out * down &&
                       hop / up * down + 2 * half <= size_in,
                   "resample_fwd: hop is out of range");
@@ -309,7 +312,7 @@ const ajepa::resample_cpu::Kernel& resample_kernel() {
 
 void resample_fwd_cpu(RESAMPLE_ARGS) {
   const ajepa::Resample p = RESAMPLE_DESCRIBE;
-  uint32_t from = 0, to = 0;  // the greatest places; negative ones count as far outside
+  uint32_t from = 0, to = 0;  // the largest places; unsigned, so that negative ones are out of range
   for (int i = 0; i < p.bins; ++i)
     from = std::max(from, uint32_t(p.positions[2 * i])), to = std::max(to, uint32_t(p.positions[2 * i + 1]));
   STD_TORCH_CHECK(!p.bins || (from < uint32_t(p.size_in) && to < uint32_t(p.size_out)),
@@ -323,13 +326,13 @@ void resample_fwd_cpu(RESAMPLE_ARGS) {
   };
   if (p.batch == 1) run(0, 1);
   else torch::stable::parallel_for(0, p.batch, 1, run);
-  STD_TORCH_CHECK(complete, "resample_fwd: out of memory");
+  STD_TORCH_CHECK(complete, "resample_fwd: the CPU kernel could not allocate its scratch memory");
 }
 
 #ifdef AJEPA_CUDA
 void resample_fwd_cuda(RESAMPLE_ARGS) {
   const ajepa::Resample p = RESAMPLE_DESCRIBE;
-  STD_TORCH_CHECK(!p.size_in, "resample_fwd: CUDA takes the direct method alone");
+  STD_TORCH_CHECK(!p.size_in, "resample_fwd: on CUDA only the direct method exists; size_in must be 0");
   if (!p.batch || !p.count) return;
   const int32_t device = pcm.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -351,7 +354,8 @@ bool has_cuda() {
 void gelu_product_cuda(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> z, Tensor result, Tensor workspace,
                        int64_t kind) {
   STD_TORCH_CHECK(kind >= 0 && kind <= 2 && z.has_value() == (kind != 0), "gelu_product_: kind is out of range");
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && result.dim() == 2, "gelu_product_: matrices expected");
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && result.dim() == 2,
+                  "gelu_product_: x, weight and result must be matrices");
   const auto type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, "gelu_product_: x must be bfloat16 or float16");
   const int64_t rows = x.size(0), in = x.size(1), out = result.size(1);
@@ -371,7 +375,8 @@ void gelu_product_cuda(Tensor x, Tensor weight, Tensor bias, std::optional<Tenso
                                 result.data_ptr(), workspace.data_ptr(), size_t(workspace.numel()), rows, in, out,
                                 device, ajepa::Gelu(kind), type == ScalarType::Half};
   const std::string error = ajepa::gelu_product(p, current_stream(device));
-  STD_TORCH_CHECK(error.empty(), "gelu_mlp: ", error, " for ", rows, " rows of ", in, " to ", out, "; impl='reference' runs without");
+  STD_TORCH_CHECK(error.empty(), "gelu_mlp: ", error, " for ", rows, " rows of ", in, " to ", out,
+                  "; use impl='reference'");
 }
 
 bool has_gelu_product() { return ajepa::has_gelu_product(); }

@@ -1,11 +1,12 @@
-// Launches the resampling kernels. No torch header: ops.cpp checks, allocates and finds the stream.
+// Launches the resampling kernels. This file includes no torch header: ops.cpp checks the arguments, allocates memory
+// and finds the stream.
 #include "resample_cuda.h"
 #include "resample_kernel.cuh"
 
 namespace ajepa {
 namespace {
 
-constexpr int kSharing = 4;  // outputs of a thread that share their taps
+constexpr int kSharing = 4;  // outputs of one thread, which share their taps
 
 template <class Sample, class Result, int kParts, bool Interpolated>
 cudaError_t launch(const Resample& p, cudaStream_t stream) {
@@ -35,11 +36,11 @@ cudaError_t launch_all(const Resample& p, cudaStream_t stream) {
 }  // namespace
 
 const char* resample_cuda(const Resample& p, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = p.pcm_int16   ? p.out_int16 ? launch_all<int16_t, int16_t>(p, on)
-                                                        : launch_all<int16_t, float>(p, on)
-                            : p.out_int16 ? launch_all<float, int16_t>(p, on)
-                                          : launch_all<float, float>(p, on);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = p.pcm_int16   ? p.out_int16 ? launch_all<int16_t, int16_t>(p, cuda_stream)
+                                                        : launch_all<int16_t, float>(p, cuda_stream)
+                            : p.out_int16 ? launch_all<float, int16_t>(p, cuda_stream)
+                                          : launch_all<float, float>(p, cuda_stream);
   return error ? cudaGetErrorString(error) : "";
 }
 

@@ -1,6 +1,7 @@
-// What one call of `resample` needs, shared by the CPU and the CUDA kernels. Output m of a recording lies at the input
-// time m * down / up. Two methods give the same filter: a direct sum over the taps (any rates, and always on CUDA), and
-// overlapping blocks that are filtered and resampled as spectra (CPU, where up and down have no factor above 7).
+// The arguments of one call of `resample`, shared by the CPU and the CUDA kernels. Output m of a recording is at the
+// input time m * down / up. Two methods implement the same filter: a direct sum over the taps (for any rates, and
+// always on CUDA), and overlapping blocks that are filtered and resampled as spectra (on the CPU, if up and down have
+// no prime factor above 7).
 #pragma once
 #include <cstdint>
 
@@ -16,18 +17,18 @@ constexpr int kTapGroup = 16;  // rows of coefficients are padded with zeros to 
 
 struct Resample {
   const void* pcm;           // [batch, samples, channels], int16 or float
-  const int64_t* lengths;    // [batch] or null: samples of each recording
-  const float* rows;         // direct: [phases + interpolated, width]: taps of each phase; on CUDA a column each
-  const float* twiddles;     // spectra: of every pass of both transforms, [size / radix, radix - 1, 2] each
+  const int64_t* lengths;    // [batch] or null: number of samples of each recording
+  const float* rows;         // direct: [phases + interpolated, width]: taps of each phase; transposed on CUDA
+  const float* twiddles;     // spectra: [size / radix, radix - 1, 2] for every pass of both transforms
   const float* response;     // spectra: [bins, 2]: complex gain of each bin that is kept
-  const int32_t* positions;  // spectra: [bins, 2]: where the bin stands after the first and before the second transform
+  const int32_t* positions;  // spectra: [bins, 2]: place of the bin after the first and before the second transform
   void* out;                 // [batch, count], int16 or float
   int64_t batch, samples, count, first, offset;  // pcm starts at sample `offset`, out at output `first`
   int64_t up, down;          // to_rate : from_rate in lowest terms
   int64_t half;              // output m depends on the inputs in (m * down / up - half, m * down / up + half)
   int channels, width, phases, bins;
-  int size_in, size_out, hop;  // spectra: points of both transforms, outputs a block; size_in = 0: direct
-  uint64_t radices_in, radices_out;  // one hexadecimal digit a pass, the first pass lowest
+  int size_in, size_out, hop;  // spectra: points of both transforms, outputs per block; size_in = 0: direct
+  uint64_t radices_in, radices_out;  // one hexadecimal digit per pass, the first pass in the lowest digit
   bool interpolated, pcm_int16, out_int16;
 
   // One past the last sample that counts, as an index into pcm.
@@ -36,7 +37,7 @@ struct Resample {
     const int64_t n = lengths[clip] - offset;
     return n < 0 ? 0 : n > samples ? samples : n;
   }
-  // Outputs of this call that lie before the end of the recording; the rest of its row is zeros.
+  // Number of outputs of this call before the end of the recording; the rest of the row is zeros.
   AJEPA_RESAMPLE_HD int64_t outputs(int64_t clip) const {
     if (!lengths) return count;
     const int64_t n = lengths[clip] <= 0 ? 0 : (lengths[clip] * up + down - 1) / down - first;

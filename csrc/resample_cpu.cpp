@@ -1,32 +1,33 @@
-// Resampling on the CPU. Where the ratio of the rates has small factors, blocks of `size_in` samples overlap by the
-// length of the filter. A block's spectrum is multiplied by the filter's and cut (or padded) to `size_out` points, and
-// their inverse transform is the block at the new rate. The filter is real, so two neighbouring blocks share a complex
+// Resampling on the CPU. If the ratio of the rates has only small prime factors, blocks of `size_in` samples overlap by
+// the length of the filter. A block's spectrum is multiplied by the filter's and cut (or padded) to `size_out` points;
+// its inverse transform is the block at the new rate. The filter is real, so two neighbouring blocks share a complex
 // transform as its real and imaginary part; a SIMD lane holds one such pair. For all other rates the taps are summed.
 //
-// An output's bits depend on its index and on the samples of its pair of blocks alone, not on the lane, the thread or
-// the call: hence a stream equals the whole. Vectors have at most 8 lanes: AVX2 and AVX-512 then add in the same order,
-// and Zen 4 is as fast with 8 as with 16. Compiled once per instruction set (AJEPA_KERNEL, AJEPA_LANES); everything here
-// has internal linkage, so that no function built for AVX-512 can be linked into the portable path.
+// The bits of an output depend only on its index and on the samples of its pair of blocks, not on the lane, the thread
+// or the call, so a stream gives the same bits as the whole recording. Vectors have at most 8 lanes, because AVX2 and
+// AVX-512 then add in the same order, and Zen 4 is as fast with 8 lanes as with 16. This file is compiled once per
+// instruction set (AJEPA_KERNEL, AJEPA_LANES). Everything here has internal linkage, so that the linker cannot put a
+// function built for AVX-512 into the portable path.
 #include "resample_cpu.h"
 
 #include <string.h>
 
-#include <utility>  // for simd_cpu.h: types only
+#include <utility>  // for simd_cpu.h, types only
 
 namespace ajepa::resample_cpu {
 namespace {
 
 constexpr int W = AJEPA_LANES < 8 ? AJEPA_LANES : 8;
 constexpr int kPiece = 64;           // samples of each row that are converted and transposed together
-constexpr int64_t kSpan = 1 << 13;   // direct: samples that are converted together, besides the filter's length
-constexpr int kOutputs = 256;        // direct: most outputs of that span
-constexpr int kTogether = 4;         // direct: outputs computed side by side
+constexpr int64_t kSpan = 1 << 13;   // direct: samples that are converted together, plus the filter's length
+constexpr int kOutputs = 256;        // direct: largest number of outputs of such a span
+constexpr int kTogether = 4;         // direct: outputs that are computed together
 #include "simd_cpu.h"
 
-// ---- Samples in, samples out ----
+// ---- Reading and writing samples ----
 
-// The mean of each sample's channels, times 1 / 32768 for int16. Sums of int16 are exact, and a division rounds once,
-// so that the result of a mere average is the nearest number.
+// The mean of each sample's channels, divided by 32768 for int16. Sums of int16 are exact and the division rounds once,
+// so an average without resampling is the nearest float.
 template <class Sum, class T, class Scale>
 inline void average(const T* from, float* to, int64_t n, int channels, Scale scale) {
   if (channels == 1) {
@@ -52,16 +53,17 @@ void average(const T* from, float* to, int64_t n, int channels, float divisor) {
 struct Clip {  // one row of pcm
   const Resample& p;
   const char* pcm;
-  int64_t stop, start;  // samples of the row that count; `start` is not 0 where pcm begins before the recording
+  int64_t stop, start;  // range of samples that count; `start` is not 0 if pcm begins before the recording
 
   Clip(const Resample& p, int64_t clip) : p(p), stop(p.stop(clip)), start(p.offset < 0 ? -p.offset : 0) {
     pcm = static_cast<const char*>(p.pcm) + clip * p.samples * p.channels * (p.pcm_int16 ? 2 : 4);
   }
-  // `n` samples from `at` on (an index into pcm), zeros outside. May return a place in pcm itself.
+  // Returns `n` samples from index `at` of pcm on, with zeros outside the range: in `buffer`, or a pointer into pcm.
   const float* read(int64_t at, int64_t n, float* buffer) const {
     const bool inside = at >= start && at + n <= stop;
     const int64_t frame = p.channels * (p.pcm_int16 ? 2 : 4), bytes = n * frame;
-    if (inside && bytes <= 2048)  // the row's next piece but one: so many rows take turns that no processor foresees it
+    // Prefetch the piece after the next one. Hardware prefetching fails, because many rows are read in turn.
+    if (inside && bytes <= 2048)
       for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(pcm + (at + 2 * n) * frame + line);
     if (inside && !p.pcm_int16 && p.channels == 1) return reinterpret_cast<const float*>(pcm) + at;
     const int64_t low = at > start ? at : start, high = at + n < stop ? at + n : stop;
@@ -89,7 +91,7 @@ struct Row {  // one row of out
   Row(const Resample& p, int64_t clip) : p(p), outputs(p.outputs(clip)) {
     out = static_cast<char*>(p.out) + clip * p.count * (p.out_int16 ? 2 : 4);
   }
-  // Outputs m to m + n - 1 of the recording; those that the call does not ask for are dropped.
+  // Writes outputs m to m + n - 1 of the recording; those that are outside the call's range are dropped.
   void write(int64_t m, int64_t n, const float* values) const {
     const int64_t at = m - p.first, low = at > 0 ? at : 0, high = at + n < outputs ? at + n : outputs;
     if (low >= high) return;
@@ -103,7 +105,8 @@ struct Row {  // one row of out
       float x = values[i] == values[i] ? values[i] * 32768 : 0;
       x = x > -32768 ? x : -32768;
       x = x < 32767 ? x : 32767;
-      to[i] = int16_t(int32_t((x + 12582912.0f) - 12582912.0f));  // 1.5 * 2^23: its last place is 1, ties go to even
+      // The last place of 1.5 * 2^23 is 1, so adding it rounds to a whole number, with ties to even.
+      to[i] = int16_t(int32_t((x + 12582912.0f) - 12582912.0f));
     }
   }
   void zeros_after_the_end() const {
@@ -114,7 +117,8 @@ struct Row {  // one row of out
 
 // ---- Transforms: decimation in frequency to digit-reversed order, and back by decimation in time ----
 
-// One pass over `total` points in blocks of `size`. A forward pass multiplies by the twiddles last, the others first.
+// One pass over `total` points in blocks of `size`. A forward pass ends with the twiddles, an inverse pass begins with
+// them.
 template <int R, bool Forward>
 void pass(vf* x, int total, int size, const float* twiddles) {
   const int stride = size / R;
@@ -153,14 +157,14 @@ struct Plan {
   int passes = 0, size = 0, radix[16], sizes[16];
   const float* twiddles[16];
 
-  Plan(int points, uint64_t radices, const float*& table) : size(points) {  // takes its part of the table
+  Plan(int points, uint64_t radices, const float*& table) : size(points) {  // moves `table` past its twiddles
     for (int left = points; radices; radices >>= 4, ++passes) {
       radix[passes] = int(radices & 15), sizes[passes] = left, twiddles[passes] = table;
       table += 2 * (left / radix[passes]) * (radix[passes] - 1);
       left /= radix[passes];
     }
   }
-  // The widest pass goes over everything; what is left of each block then stays in the first-level cache.
+  // The first pass has the largest radix. The blocks that remain after it fit the first-level cache.
   void forward(vf* x) const {
     pass<true>(radix[0], x, size, size, twiddles[0]);
     if (passes == 1) return;
@@ -175,11 +179,11 @@ struct Plan {
   }
 };
 
-// ---- Rows of samples to vectors and back ----
+// ---- Conversion between rows of samples and vectors ----
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Lane l holds block + 2 l in the real and block + 2 l + 1 in the imaginary part.
+// Lane l holds block + 2 l in its real part and block + 2 l + 1 in its imaginary part.
 void load_blocks(const Resample& p, const Clip& clip, int64_t block, int used, float* buffer, vf* x) {
   const int64_t hop_in = p.hop / p.up * p.down, begin = block * hop_in - p.half - p.offset;
   for (int i = 0; i < p.size_in; i += kPiece) {
@@ -207,7 +211,7 @@ void store_blocks(const Resample& p, const Row& row, int64_t block, int used, fl
     for (int odd = 0; odd < 2; ++odd) {
       for (int k = 0; k < n; k += W) {
         vf v[W];
-        for (int q = 0; q < W; ++q) v[q] = y[2 * (i + k + q) + 1 - odd];  // see `spectra`: parts have changed places
+        for (int q = 0; q < W; ++q) v[q] = y[2 * (i + k + q) + 1 - odd];  // `spectra` has exchanged the parts
         transpose(v);
         for (int lane = 0; lane < W; ++lane) *reinterpret_cast<vf*>(buffer + lane * kPiece + k) = v[lane];
       }
@@ -217,8 +221,8 @@ void store_blocks(const Resample& p, const Row& row, int64_t block, int used, fl
   }
 }
 
-// Real and imaginary parts change places in between: a forward transform of that is the inverse one with its parts
-// exchanged.
+// Filters blocks as spectra. It exchanges real and imaginary parts between the transforms: the forward transform of the
+// exchanged values is the inverse transform with its parts exchanged.
 void spectra(const Resample& p, const Clip& clip, const Row& row, float* scratch) {
   const float* table = p.twiddles;
   const Plan in(p.size_in, p.radices_in, table), out(p.size_out, p.radices_out, table);
@@ -243,7 +247,7 @@ void spectra(const Resample& p, const Clip& clip, const Row& row, float* scratch
   }
 }
 
-// ---- Direct ----
+// ---- The direct method ----
 
 template <bool Interpolated>
 void dots(const float* const (&x)[kTogether], const float* const (&row)[kTogether], const float (&share)[kTogether],
@@ -271,7 +275,7 @@ void dots(const float* const (&x)[kTogether], const float* const (&row)[kTogethe
 void direct(const Resample& p, const Clip& clip, const Row& row, float* scratch) {
   const int64_t end = p.first + row.outputs;
   for (int64_t m = p.first; m < end;) {
-    int64_t n = (kSpan - p.down / p.up - 1) * p.up / p.down;  // outputs that kSpan samples serve
+    int64_t n = (kSpan - p.down / p.up - 1) * p.up / p.down;  // number of outputs that kSpan samples suffice for
     n = n < kTogether ? kTogether : n < kOutputs ? n / kTogether * kTogether : kOutputs;
     n = n < end - m ? n : end - m;
     const int64_t begin = m * p.down / p.up - p.half + 1, last = (m + n - 1) * p.down / p.up - p.half + 1;

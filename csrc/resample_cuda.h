@@ -4,7 +4,7 @@
 
 namespace ajepa {
 
-// Launches on `stream` of the current device. Returns "" or what went wrong.
+// Launches on `stream` of the current device. Returns "" or an error message.
 const char* resample_cuda(const Resample& p, void* stream);
 
 }  // namespace ajepa

@@ -1,7 +1,7 @@
-// Resampling on the GPU: the direct sum over the taps. A block computes kParts runs of up to kRun consecutive outputs of
-// one clip. The runs lie whole periods of the filter apart: a thread's outputs share their taps, which it loads once.
-// The samples of each run wait in shared memory, converted and averaged. Nothing here needs nvcc: the tests run this
-// file on a CPU, one fiber a thread.
+// Resampling on the GPU by a direct sum over the taps. A block computes kParts runs of up to kRun consecutive outputs
+// of one clip. The runs are whole periods of the filter apart, so that a thread's outputs share their taps, which it
+// loads once. The samples of each run are converted, averaged over the channels and kept in shared memory. Nothing here
+// needs nvcc: the tests run this file on a CPU, with one fiber per CUDA thread.
 #pragma once
 #include "resample.h"
 
@@ -12,14 +12,14 @@
 namespace ajepa {
 
 constexpr int kRun = 256;
-constexpr int kMostStaged = 48 * 1024;  // bytes of shared memory that need no asking
+constexpr int kMostStaged = 48 * 1024;  // bytes of dynamic shared memory that a launch may use without opting in
 
 struct ResampleGrid {
-  int64_t step;       // outputs from a run of a block to its next one: whole periods
-  int64_t step_in;    // the same in samples
-  int64_t runs;       // that a step is cut into, one a block
-  int64_t groups;     // of kParts steps each, which make up a row of out
-  int staged;         // samples of a run
+  int64_t step;       // outputs between two runs of a block, a whole number of periods
+  int64_t step_in;    // samples between two runs of a block
+  int64_t runs;       // runs that a step is cut into, each for another block
+  int64_t groups;     // groups of kParts steps in a row of out
+  int staged;         // samples of a run in shared memory; 0: they do not fit
   int64_t blocks(const Resample& p) const { return p.batch * groups * runs; }
 };
 
@@ -38,7 +38,7 @@ inline ResampleGrid resample_grid(const Resample& p, int parts) {
   return grid;
 }
 
-// The mean of a sample's channels in full scale 1; zero outside of what counts.
+// The mean of a sample's channels with full scale 1; zero outside the recording.
 template <class Sample>
 __device__ __forceinline__ float mean_of_channels(const Resample& p, const Sample* clip, int64_t at, int64_t stop) {
   if (at < 0 || at >= stop || at + p.offset < 0) return 0;

@@ -1,5 +1,6 @@
-// Vectors of W floats, complex numbers of such vectors, and the discrete Fourier transforms of a few of them. Included
-// inside the anonymous namespace of each CPU kernel, which has its own W and is compiled once per instruction set.
+// Vectors of W floats, complex numbers made of such vectors, and discrete Fourier transforms of 2 to 8 of them. Each
+// CPU kernel includes this file inside its anonymous namespace, has its own W, and is compiled once per instruction
+// set.
 typedef float vf __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * W), may_alias));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));

@@ -1,4 +1,4 @@
-"""Drop-in operations for joint-embedding predictive architectures. Needs torch alone; imports without a GPU."""
+"""Drop-in operations for joint-embedding predictive architectures. It needs only torch, and imports without a GPU."""
 
 from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference

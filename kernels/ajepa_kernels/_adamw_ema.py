@@ -11,10 +11,11 @@ import torch
 from ajepa_kernels._tables import BLOCK, CHUNK, cached, is_aligned, load_pointer, load_size, table, tl_dtype, to_device
 from ajepa_kernels._triton import jit, launch, register, tl
 
-# columns of a row: 0 first chunk, 1 param, 2 exp_avg, 3 exp_avg_sq, 4 remainder, 5 ema, 6 copy, 7 ema copy, 8 step,
-# 9 lr, 10 weight decay, 11 group, 12 size; of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 eps, 5 lr,
-# 6 weight decay (each for where the row has no pointer to one), 7 what gradients are multiplied by.
-# Gradients, new tensors at each step, have a table of addresses of their own: the other one then lasts.
+# Columns of a table row: 0 first chunk, 1 param, 2 exp_avg, 3 exp_avg_sq, 4 remainder, 5 ema, 6 copy, 7 ema copy,
+# 8 step, 9 lr, 10 weight decay, 11 group, 12 size.
+# Numbers of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 eps, 5 lr and 6 weight decay (used if the row has no
+# pointers to them), 7 factor of the gradients (-1 to maximise).
+# Gradients are new tensors at each step. Their addresses have a separate table, so that the rows can be reused.
 
 
 @jit
@@ -32,7 +33,7 @@ def _adamw_ema_kernel(
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if found_inf_ptr is not None:  # noqa: SIM102 (the outer one is settled when compiling)
+    if found_inf_ptr is not None:  # noqa: SIM102 (the outer condition is decided at compile time)
         if tl.load(found_inf_ptr) != 0.0:
             return
     row = tl.load(chunk_row_ptr + pid)
@@ -55,7 +56,7 @@ def _adamw_ema_kernel(
 
     if decay_ptr is not None:
         decay = tl.load(decay_ptr).to(tl.float32)
-    # float64 scalars: 1 - beta2^step loses its digits in float32
+    # float64 scalars, because 1 - beta2^step loses its digits in float32
     hyper_ptr += tl.load(row_ptr + 11) * 8
     beta1, beta2 = tl.load(hyper_ptr), tl.load(hyper_ptr + 1)
     eps = tl.load(hyper_ptr + 4).to(tl.float32)
@@ -91,8 +92,8 @@ def _adamw_ema_kernel(
             tl.store(exp_avg_ptr + offsets, exp_avg.to(STATE), mask=mask)
             tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq.to(STATE), mask=mask)
             if REMAINDER:
-                # the nearest bfloat16, halves away from zero, so that what is left fits in 16 signed bits; where that
-                # would carry a NaN past the largest number, its upper half made quiet
+                # Round to the nearest bfloat16, ties away from zero, so that the remainder fits in 16 signed bits. A
+                # NaN keeps its upper half, made quiet, because rounding could carry into its sign bit.
                 bits = param.to(tl.int32, bitcast=True)
                 high = tl.where(param != param, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
                 low = tl.where(param != param, 0, bits - (high << 16))
@@ -105,10 +106,10 @@ def _adamw_ema_kernel(
         tl.store(ema_ptr + offsets, ema.to(EMA), mask=mask & has_ema)
         tl.store(ema_copy_ptr + offsets, ema.to(EMA_COPY), mask=mask & has_ema_copy)
 
-    # every thread has read the step before this program counts as done; the row's last one moves it
+    # All threads must have read the step before this program counts as done; the row's last program increments it.
     tl.debug_barrier()
     if has_grad:
-        row = tl.load(chunk_row_ptr + pid)  # read again, instead of holding registers through the loop
+        row = tl.load(chunk_row_ptr + pid)  # loaded again, so that it occupies no register during the loop
         chunks = tl.maximum(tl.cdiv(tl.load(table_ptr + row * COLUMNS + 12), CHUNK), 1)
         if tl.atomic_add(done_ptr + row, 1) == chunks - 1:
             step_ptr = load_pointer(table_ptr + row * COLUMNS, 8, tl.float32, False)
@@ -117,7 +118,7 @@ def _adamw_ema_kernel(
 
 
 def _kind(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
-    """Rows of one kind share a launch; what a row lacks counts as the usual dtype."""
+    """Returns the kind of a row: rows of one kind share a launch. A missing tensor counts as one of the usual dtype."""
     param, grad, exp_avg, _, remainder, ema, copy, ema_copy = tensors
     p = param.dtype  # type: ignore[union-attr]
     usual = (p, p, p if remainder is None else torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
@@ -129,7 +130,7 @@ def _kind(tensors: tuple[torch.Tensor | None, ...]) -> tuple:
 def updated_together(
     params, grads, exp_avgs, exp_avg_sqs, remainders, emas, copies, ema_copies, places
 ) -> list[tuple[torch.Tensor | None, ...]]:
-    """For each parameter what goes with it, element by element; arguments as of the operation."""
+    """For each parameter, the tensors that are updated with it element by element. Arguments as in the operation."""
     of = lambda tensors, i: tensors[i] if 0 <= i < len(tensors) else None  # noqa: E731
     return [
         (
@@ -143,14 +144,14 @@ def updated_together(
 
 
 class Rows(NamedTuple):
-    """Of one launch."""
+    """The rows that one launch updates."""
 
-    rows: tuple[tuple[int, ...], ...]  # of its table
-    grads: tuple[int, ...]  # the place of each row's gradient, -1: it has none
+    rows: tuple[tuple[int, ...], ...]  # rows of its table
+    grads: tuple[int, ...]  # the index of each row's gradient, -1 if it has none
 
 
 def launch_rows(together: list[tuple], steps, rates, places, groups) -> dict[tuple, Rows]:
-    """The rows of each kind of launch. `together`: of `updated_together`."""
+    """The rows of each kind of launch. `together` is the result of `updated_together`."""
     address = lambda x: 0 if x is None else x.data_ptr()  # noqa: E731
     rate = [0 if i < 0 else rates[i].data_ptr() for i in groups]
     kinds: dict[tuple, list[tuple]] = {}
@@ -170,14 +171,14 @@ def _array(values: list, dtype: torch.dtype, x: torch.Tensor) -> tuple[torch.Ten
 def launch_adamw_ema(
     kinds: dict[tuple, Rows], grads: list[int], x, hyper, grad_scale, found_inf, decay_tensor, decay
 ) -> None:
-    """`kinds`: of `launch_rows`; `grads`: addresses; x: a tensor that is written; the others as of the operation."""
+    """kinds: result of `launch_rows`; grads: addresses; x: a tensor that is written; the rest as in the operation."""
     logarithms = lambda beta: math.log(beta) if beta else -math.inf  # noqa: E731
     numbers = [
         (b1, b2, logarithms(b1), logarithms(b2), *rest)
         for b1, b2, *rest in (hyper[i : i + 6] for i in range(0, len(hyper), 6))
     ]
     (hyper,) = cached((x.device, "hyper", *hyper), partial(_array, numbers, torch.float64, x), x)
-    grads = [*grads, 0]  # at place -1
+    grads = [*grads, 0]  # for index -1
     for kind, (rows, places) in kinds.items():
         made = cached((x.device, rows), partial(table, rows, x), x)
         addresses = [grads[i] for i in places]
@@ -200,11 +201,11 @@ def _adamw_ema(
     params, grads, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies,
     rates, places, groups, hyper, grad_scale, found_inf, decay_tensor, decay,
 ):  # fmt: skip
-    """The first `len(grads)` parameters have a gradient and moments; of the others only the average and copies move.
+    """The first `len(grads)` parameters have a gradient and moments; of the rest, only average and copies are updated.
 
-    places: for each parameter its place in remainders, emas, copies, ema_copies (-1: it has none) and its group.
-    groups: for each group the places in `rates` of its learning rate and weight decay, -1: the number in `hyper` holds.
-    hyper: for each group beta1, beta2, eps, learning rate, weight decay, and 1 or, to maximise, -1.
+    places: for each parameter, its index in remainders, emas, copies, ema_copies (-1 if it has none) and its group.
+    groups: for each group, the indices in `rates` of its learning rate and weight decay (-1: a number in `hyper`).
+    hyper: for each group, beta1, beta2, eps, learning rate, weight decay, and 1, or -1 to maximise.
     """
     together = updated_together(params, grads, exp_avgs, exp_avg_sqs, remainders, emas, copies, ema_copies, places)
     kinds = launch_rows(together, steps, rates, places, groups)

@@ -1,4 +1,4 @@
-"""What the operations share of autograd and autocast."""
+"""Autograd and autocast helpers that the operations share."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that autocast gives `x`: its own outside of autocast, and for float64, which autocast leaves alone."""
+    """The dtype that autocast casts `x` to: x's own outside autocast, and for float64, which autocast never casts."""
     if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 
 
 class Function(torch.autograd.Function):
-    """With `setup_context`, which `torch.func` needs, but without what torch pays for it at every call."""
+    """`torch.autograd.Function` with `setup_context`, which `torch.func` needs, without torch's overhead per call."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        # does not inspect forward's signature: 40 us
+        # skips torch's inspection of forward's signature, which takes 40 us
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
@@ -38,19 +38,19 @@ class _NotTwice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError("ajepa_kernels: gradients of gradients are not implemented; impl='reference' has them")
+        raise RuntimeError("ajepa_kernels: the kernels do not implement gradients of gradients; use impl='reference'")
 
 
 def first_order(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Makes `backward(ctx, saved, *grads)` a Function's backward whose results raise when they are differentiated.
+    """Turns `backward(ctx, saved, *grads)` into a Function's backward whose results raise when they are differentiated.
 
-    torch's `once_differentiable` sees to that only where an incoming gradient requires grad: otherwise second-order
-    terms, which also come from what was saved, would go missing in silence.
+    torch's `once_differentiable` raises only if an incoming gradient requires grad. Second-order terms also come from
+    the saved tensors, and would then be missing without an error.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        saved = ctx.saved_tensors  # once: checkpointing frees what it hands out
+        saved = ctx.saved_tensors  # read once, because activation checkpointing frees the tensors on access
         with torch.no_grad():
             results = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():

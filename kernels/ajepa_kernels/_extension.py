@@ -1,4 +1,4 @@
-"""Loads the compiled ops, where the package was built with them."""
+"""Loads the compiled ops if the package was built with them."""
 
 import os
 import warnings
@@ -9,12 +9,12 @@ import torch
 
 
 def _load() -> str:
-    """Registers the ops of `_C` as `torch.ops.ajepa.*`; "" or why they are not there."""
+    """Registers the ops of `_C` as `torch.ops.ajepa.*`; returns "" or the reason why they are missing."""
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
-        return "it was installed without; AJEPA_EXTENSION=1 pip install -v shows why"
+        return "it was installed without them; AJEPA_EXTENSION=1 pip install -v shows why"
     if os.environ.get("AJEPA_EXTENSION") == "0":
-        return "AJEPA_EXTENSION=0"
+        return "AJEPA_EXTENSION=0 disables them"
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
@@ -29,5 +29,5 @@ CUDA = AVAILABLE and torch.ops.ajepa.has_cuda()
 
 @cache
 def warn_plain(op: str, reason: str) -> None:
-    """Says once that an op runs in plain PyTorch."""
+    """Warns once that an op runs in plain PyTorch, with the reason."""
     warnings.warn(f"{op} runs in plain PyTorch: {reason}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Tables of pointers on the device, through which one launch updates many tensors."""
+"""Tables of pointers on the device, with which one launch updates many tensors."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ajepa_kernels._triton import jit, tl
 
-BLOCK = 1024  # elements of a tensor in flight in a program
-CHUNK = 4 * BLOCK  # elements that a program updates
+BLOCK = 1024  # elements that a program updates at a time
+CHUNK = 4 * BLOCK  # elements that a program updates in all
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16)  # int16: the remainder of a bfloat16
 
 
 class Table(NamedTuple):
-    """One row of int64 for each tensor to update; its first column is the first of the chunks that it is cut into."""
+    """The tensors that one launch updates, one row for each. A tensor is cut into chunks, one for each program."""
 
-    rows: torch.Tensor
+    rows: torch.Tensor  # int64; the first column is the number of the row's first chunk
     chunk_row: torch.Tensor  # int32, the row of each chunk
-    done: torch.Tensor  # int32, of each row the chunks that a launch has updated; zero between launches
+    done: torch.Tensor  # int32, how many chunks of each row a launch has updated; zero between launches
 
 
 class _Made(NamedTuple):
     value: tuple[torch.Tensor, ...]
-    ready: torch.cuda.Event | None  # after the copies to the device
-    streams: set[int]  # whose launches read it
+    ready: torch.cuda.Event | None  # recorded after the copies to the device
+    streams: set[int]  # the streams whose launches read the value
 
 
 _cached: OrderedDict[tuple, _Made] = OrderedDict()
@@ -41,20 +41,23 @@ def _capturing(x: torch.Tensor) -> bool:
 
 
 def _keep(value: Any, x: torch.Tensor) -> None:
-    """For graphs that hold its address: none is replayed once the memory of `x`, which they write, is gone."""
+    """Keeps `value` alive for captured graphs that hold its address, until the memory of `x` is freed.
+
+    The graphs write `x`, so none of them is replayed after that.
+    """
     owner = StorageWeakRef(x.untyped_storage())
     _captured[:] = [(o, v) for o, v in _captured if not o.expired() and not (v is value and o == owner)]
     _captured.append((owner, value))
 
 
 def cached(key: tuple, make: Callable[[], tuple[torch.Tensor, ...]], x: torch.Tensor) -> Any:
-    """`make()`, tensors that launches read; or what it made for an equal `key` lately.
+    """Returns `make()`, tensors that launches read, or the result of a recent call with an equal `key`.
 
     x: a tensor that the launch writes.
     """
     capturing = _capturing(x)
     if capturing and key not in _cached:
-        return make()  # filled by the graph's replays alone, so no one else's to read; the memory is the graph's
+        return make()  # not cached: only replays fill these tensors, and the graph owns their memory
     made = _cached.pop(key, None)
     stream = None if capturing or not x.is_cuda else torch.cuda.current_stream(x.device)
     if made is None:
@@ -64,29 +67,29 @@ def cached(key: tuple, make: Callable[[], tuple[torch.Tensor, ...]], x: torch.Te
     if len(_cached) > 32:
         _cached.popitem(last=False)
     if capturing:
-        _keep(made.value, x)  # ready: before it captures, torch.cuda.graph waits for the device
+        _keep(made.value, x)  # needs no wait: torch.cuda.graph synchronizes the device before it captures
     elif stream is not None and stream.cuda_stream not in made.streams:
         assert made.ready is not None
-        stream.wait_event(made.ready)  # another stream may have made it
+        stream.wait_event(made.ready)  # the copies may be on another stream
         made.streams.add(stream.cuda_stream)
-        for tensor in made.value:  # when evicted, their memory waits for every stream that read it
+        for tensor in made.value:  # after eviction, the memory is reused only when these streams have read it
             tensor.record_stream(stream)
     return made.value
 
 
 def to_device(host: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`host` on the device of `x`, without waiting for it."""
+    """Copies `host` to the device of `x` without waiting for the copy."""
     if not x.is_cuda:
         return host
     host = host.pin_memory()
     if _capturing(x):
-        _keep(host, x)  # a replay copies from it again
+        _keep(host, x)  # each replay copies from it again
     return host.to(x.device, non_blocking=True)
 
 
 def table(rows: Sequence[Sequence[int]], x: torch.Tensor) -> Table:
-    """`rows`: pointers and other numbers of each tensor, its size last."""
-    chunks = [max(-(-row[-1] // CHUNK), 1) for row in rows]  # an empty tensor's step counts, too
+    """Builds a `Table` from `rows`: the pointers and other numbers of each tensor, with its size last."""
+    chunks = [max(-(-row[-1] // CHUNK), 1) for row in rows]  # an empty tensor also needs a program to count its step
     first = itertools.accumulate(chunks, initial=0)
     numbered = [(chunk, *row) for chunk, row in zip(first, rows, strict=False)]
     row = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(chunks))
@@ -98,7 +101,7 @@ def table(rows: Sequence[Sequence[int]], x: torch.Tensor) -> Table:
 
 
 def is_aligned(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Fit for 16-byte accesses: a tensor that is not goes to a launch of its own."""
+    """Whether all tensors allow 16-byte accesses. Other tensors are updated in a launch of their own."""
     return all(x is None or (x.data_ptr() % 16 == 0 and x.numel() % 16 == 0) for x in tensors)
 
 
@@ -108,7 +111,7 @@ def _axes(x: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _is_dense(x: torch.Tensor) -> bool:
-    """Whether the elements fill their memory, whatever the order of the axes: kernels take them as they lie there."""
+    """Whether the elements have no gaps in memory, in any order of the axes. Kernels process them in memory order."""
     end = 1
     for stride, size in sorted(_axes(x)):
         if stride != end:
@@ -118,7 +121,7 @@ def _is_dense(x: torch.Tensor) -> bool:
 
 
 def unsupported(rows: Iterable[Sequence[torch.Tensor | None]]) -> str:
-    """Why no kernel can update these together, a row's tensors element by element; empty where one can."""
+    """The reason why no kernel can update the tensors of each row element by element; empty if one can."""
     device = None
     for row in rows:
         first = None
@@ -137,7 +140,7 @@ def unsupported(rows: Iterable[Sequence[torch.Tensor | None]]) -> str:
                 if not _is_dense(x):
                     return "a tensor is not dense in its memory"
                 if _axes(x) != _axes(first):
-                    return "tensors to update together have other strides"
+                    return "tensors that are updated together have different strides"
     return ""
 
 
@@ -148,7 +151,7 @@ def tl_dtype(dtype: torch.dtype) -> Any:
 @jit
 def load_pointer(table_ptr, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(table_ptr + column).to(tl.pointer_type(dtype))
-    if ALIGNED:  # else the accesses would be one element wide
+    if ALIGNED:  # without this hint, each access is one element wide
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 

@@ -1,4 +1,4 @@
-"""Triton where it is installed, the choice between it and plain PyTorch, and the one place that launches a kernel."""
+"""Imports Triton if it is installed, chooses between Triton and plain PyTorch, and launches every kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the plain definitions work without it
+except ImportError:  # the plain PyTorch definitions work without Triton
     triton = tl = None
 
 IMPLS = ("auto", "triton", "reference")
@@ -29,9 +29,9 @@ _announced: set[tuple[str, str]] = set()
 
 
 def jit(fn: Callable) -> Any:
-    """`triton.jit`, or the function itself where there is no Triton and nothing will launch it.
+    """`triton.jit`; without Triton, `fn` itself, which is then never launched.
 
-    Counts that change from step to step must not make it compile anew, nor where in a buffer a scalar lies.
+    A kernel must not be recompiled when a count changes between steps, or when a scalar moves within its buffer.
     """
     if triton is None:
         return fn
@@ -43,7 +43,7 @@ def jit(fn: Callable) -> Any:
 
 
 def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Defines `ajepa::<schema>` with its fake kernel; the decorated launcher serves CUDA, and CPU when interpreted."""
+    """Defines `ajepa::<schema>` and its fake kernel. The decorated launcher serves CUDA, and the interpreter on CPU."""
     library.define(schema)
     name = schema[: schema.index("(")]
 
@@ -57,7 +57,7 @@ def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 
 def constant(fn: Callable) -> Any:
-    """`torch.compiler.assume_constant_result`, which would import torch._dynamo: a second and a half of every start."""
+    """`torch.compiler.assume_constant_result` without its import of torch._dynamo, which adds 1.5 s to every start."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
 
@@ -66,7 +66,7 @@ def constant(fn: Callable) -> Any:
 
 
 def cannot_launch(x: torch.Tensor) -> str:
-    """Why no kernel can run on `x`; empty where one can."""
+    """The reason why no kernel can run on `x`; empty if one can."""
     if _recorded is not None:
         return ""
     if triton is None:
@@ -88,19 +88,19 @@ def check_impl(op: str, impl: str) -> None:
 
 
 def use_triton(op: str, impl: str, x: torch.Tensor, unsupported: str = "") -> bool:
-    """Resolves `impl` for `op` on `x`. `unsupported`: why its kernel cannot take these arguments, or empty."""
+    """Whether `op` launches its kernel on `x`. `unsupported`: why the kernel cannot take these arguments, or empty."""
     check_impl(op, impl)
     if impl == "reference" or (impl == "auto" and not x.is_cuda and _recorded is None):
         return False
     why_not = cannot_launch(x) or unsupported
     if impl == "triton" and why_not:
-        raise ValueError(f"{op}: impl='triton' is impossible: {why_not}")
+        raise ValueError(f"{op}: impl='triton' is impossible: {why_not}; use impl='auto' or 'reference'")
     if why_not:
         _announce(op, why_not)
     return not why_not
 
 
-@constant  # under torch.compile said while tracing, which it does not break
+@constant  # under torch.compile the warning is given while tracing, without a graph break
 def _announce(op: str, why_not: str) -> None:
     if (op, why_not) not in _announced:
         _announced.add((op, why_not))
@@ -112,10 +112,10 @@ def _announce(op: str, why_not: str) -> None:
 
 @contextlib.contextmanager
 def record_launches(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
-    """Collects what would be launched on a GPU of compute capability `arch` (90 for Hopper) instead of launching it.
+    """Collects the launches for a GPU of compute capability `arch` (90 for Hopper) instead of performing them.
 
-    Launchers run on `meta` tensors then, which is how every shipped kernel is compiled without a GPU. On CPU tensors
-    `impl="auto"` takes the kernels, too, so that whole models show what they launch.
+    Launchers then accept `meta` tensors, which is how the tests compile every shipped kernel without a GPU.
+    `impl="auto"` then also chooses the kernels for CPU tensors, so that the launches of a whole model can be collected.
     """
     global _recorded, _recorded_arch
     _recorded, _recorded_arch = [], arch
@@ -126,7 +126,7 @@ def record_launches(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
 
 
 def launch(kernel: Any, programs: int, x: torch.Tensor, *args: Any, **options: Any) -> None:
-    """Starts `kernel` on the device and current stream of `x`; `args` in the kernel's order, constexprs included."""
+    """Launches `kernel` on the device and current stream of `x`. `args` follow its signature, constexprs included."""
     if programs == 0:
         return
     if _recorded is not None:
@@ -134,7 +134,7 @@ def launch(kernel: Any, programs: int, x: torch.Tensor, *args: Any, **options: A
         return
     if why_not := cannot_launch(x):
         raise RuntimeError(f"{kernel.__name__} cannot be launched: {why_not}")
-    # Triton launches on the current device, which need not be the tensors'
+    # Triton launches on the current device, which may not be the tensors' device
     with torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](*args, **options)
 
@@ -145,7 +145,7 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
-@constant  # of which torch.compile could not trace what it asks
+@constant  # torch.compile cannot trace the query of the device
 def _device_arch(index: int) -> int:
     return _capability(index)
 
@@ -156,7 +156,7 @@ def _device_multiprocessors(index: int) -> int:
 
 
 def arch(x: torch.Tensor) -> int:
-    """10 x compute capability of the GPU that `x` is on; Hopper's where `x` is not on a GPU."""
+    """10 x the compute capability of x's GPU; without a GPU, that of `record_launches`, or Hopper's."""
     return _device_arch(x.device.index) if x.is_cuda else _recorded_arch
 
 
@@ -165,7 +165,7 @@ def multiprocessors(x: torch.Tensor) -> int:
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """`[M, C]` whose rows are contiguous, as the row kernels read them; a stride between rows stays."""
+    """`x` `[M, C]` with contiguous rows, as the row kernels need. The stride between rows may have any value."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""AdamW and the exponential moving average of the target encoder, as one update of every parameter in one launch."""
+"""AdamW and the target encoder's exponential moving average (EMA): one launch updates every parameter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ajepa_kernels._triton import check_impl, register, use_triton
 from ajepa_kernels.ema_update import checked_decay, ema_update_reference_, scalar
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
-HOW = ("fused", "foreach", "capturable", "differentiable")  # of a group: how its step is computed, not what
+HOW = ("fused", "foreach", "capturable", "differentiable")  # how a group's step is computed, not its result
 
 
 @register(
@@ -28,7 +28,7 @@ def _fused_adamw(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps,
     lr_tensor, lr, beta1, beta2, weight_decay, eps, amsgrad, maximize, grad_scale, found_inf,
 ):  # fmt: skip
-    """torch's fused AdamW, which torch.compile does not trace, as one operation."""
+    """torch's fused AdamW as one operation, because torch.compile does not trace it."""
     tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     adam(
         *tensors, amsgrad=amsgrad, beta1=beta1, beta2=beta2, lr=lr if lr_tensor is None else lr_tensor,
@@ -40,7 +40,7 @@ def _fused_adamw(
 
 
 class _Tensors(NamedTuple):
-    """What a step updates. The first `len(grads)` parameters have a gradient, group after group."""
+    """The tensors of one step. The first `len(grads)` parameters have a gradient; they are in the order of groups."""
 
     params: list
     grads: list
@@ -52,18 +52,18 @@ class _Tensors(NamedTuple):
     emas: list
     copies: list
     ema_copies: list
-    places: list  # five numbers for each parameter, as `_adamw_ema` takes them
+    places: list  # five numbers for each parameter, see `_adamw_ema`
 
 
 def join_remainder(param: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """The float32 values that a bfloat16 tensor and its int16 remainder hold between them."""
+    """The float32 values that a bfloat16 tensor and its int16 remainder represent together."""
     return ((param.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
 
 
 def split_remainder(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 as the nearest bfloat16 (halves away from zero) and the int16 that `join_remainder` needs.
+    """Splits float32 into the nearest bfloat16 (ties away from zero) and the int16 that `join_remainder` needs.
 
-    Of a NaN the upper half, made quiet, and zero: rounded, it might be carried past the largest number, to -0.
+    A NaN keeps its upper half, made quiet, and gets remainder zero: rounding could carry into its sign bit and give -0.
     """
     bits, nan = value.view(torch.int32), value.isnan()
     high = torch.where(nan, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
@@ -78,16 +78,16 @@ def _together(t: _Tensors) -> list[tuple[torch.Tensor | None, ...]]:
 
 
 class _Plan(NamedTuple):
-    """What a step launches."""
+    """The launches of one step."""
 
     kinds: dict[tuple, Rows]
-    facts: list  # what `kinds` follows from: addresses rather than tensors, so that nothing outlives its owner
-    grads: list[int]  # addresses, which `kinds` leaves out
+    facts: list  # everything that `kinds` depends on; addresses instead of tensors, so that none is kept alive
+    grads: list[int]  # addresses of the gradients, which `kinds` does not contain
     written: list[torch.Tensor]
 
 
 def _like(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """`grad` in the dtype and memory order of `p`: torch's fused step on a GPU takes no other."""
+    """`grad` in the dtype and memory order of `p`, which torch's fused step on a GPU requires."""
     return grad.to(p.dtype) if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
 
 
@@ -96,34 +96,35 @@ def _tensor_or_number(x: float | torch.Tensor | None) -> tuple[torch.Tensor | No
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """`torch.optim.AdamW` that also moves an EMA copy of its parameters and writes low-precision copies, in one launch.
+    """`torch.optim.AdamW` that also updates EMA copies and low-precision copies of its parameters, in one launch.
 
     p <- p (1 - lr weight_decay) - lr m^ / (sqrt(v^) + eps), where m and v average grad / grad_scale (arXiv 1711.05101);
-    ema <- ema_decay ema + (1 - ema_decay) p. Param groups, hooks and closures are torch's. The state dict is AdamW's:
-    either loads the other's, and `fused`, `foreach`, `capturable` and `differentiable` stay as they were here.
+    ema <- ema_decay ema + (1 - ema_decay) p. Param groups, hooks and closures work as in torch. AdamW and AdamWEMA load
+    each other's state dicts; loading does not change `fused`, `foreach`, `capturable` and `differentiable` here.
 
-    `torch.compile(fullgraph=True)` takes a function that calls `step`. Let the learning rate be a tensor there: each
-    new number would be compiled anew.
+    `torch.compile(fullgraph=True)` compiles a function that calls `step`. Use a tensor as the learning rate there,
+    because every new number triggers a recompilation.
 
-    On a GPU all parameters of equal dtypes are updated by one kernel, in float32, whatever the order of their axes in
-    memory, where it is that of all that goes with them. The learning rate, `ema_decay`, `grad_scale`, `found_inf` and a
-    group's weight decay may be scalars on the device, which a captured CUDA graph reads again at each replay; numbers
-    are frozen into the graph. Addresses that the capture is the first to see are copied to the device at each replay.
-    The kernel leaves `.grad` as it was; torch's fused AdamW divides it by the scale.
+    On a GPU one kernel launch updates all parameters of equal dtypes, in float32. The axes of a parameter may have any
+    order in memory, if its gradient, state, average and copies have the same order. The learning rate, `ema_decay`,
+    `grad_scale`, `found_inf` and a group's weight decay may be scalar tensors on the device, which a captured CUDA
+    graph reads again at each replay; numbers are frozen into the graph. Addresses that are new at the capture are
+    copied to the device at each replay. The kernel does not change `.grad`, which torch's AdamW divides by the scale.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
-        ema: pairs (parameter, its EMA tensor). Parameters without a pair have no average; pairs whose parameter has no
-            gradient are averaged all the same.
-        copies: pairs (parameter or EMA tensor, low-precision tensor of its shape) that each step writes.
-        remainder: keep bfloat16 parameters to float32 precision by 16 more bits in the state ("remainder"), beside
-            moments in float32. Without it, and in AdamW, such a state dict loads rounded; AdamW's loads with remainders
-            of zero.
-        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
-        **kwargs: AdamW's own. `fused=True` is the default, and what the kernel stands in for.
+        ema: pairs (parameter, its EMA tensor). A parameter without a pair has no average. A pair is averaged even if
+            its parameter has no gradient.
+        copies: pairs (parameter or EMA tensor, low-precision tensor of its shape). Each step writes the second tensor.
+        remainder: keep bfloat16 parameters in float32 precision, with 16 more bits in the state ("remainder") and
+            moments in float32. AdamW, and AdamWEMA without this option, load such a state dict rounded. A state dict of
+            AdamW is loaded with remainders of zero.
+        impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
+            a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
+        **kwargs: arguments of AdamW. `fused=True` is the default; the kernel replaces torch's fused step.
 
     Raises:
-        ValueError: pairs or options that cannot be, or AdamW's own reasons.
+        ValueError: pairs or options are invalid, or AdamW refuses an argument.
 
     Example::
 
@@ -137,7 +138,7 @@ class AdamWEMA(torch.optim.AdamW):
         optimizer.step(ema_decay=0.999)
     """
 
-    _plan: _Plan | None = None  # of the last step, without its tensors
+    _plan: _Plan | None = None  # the plan of the last step, without its tensors
 
     def __init__(self, params, ema: Pairs = (), copies: Pairs = (), *, remainder=False, impl="auto", **kwargs):
         check_impl("AdamWEMA", impl)
@@ -149,7 +150,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.add_pairs(ema, copies)
 
     def add_pairs(self, ema: Pairs = (), copies: Pairs = ()) -> None:
-        """Averages and copies beside those there are, as of a group that was added. Raises what `AdamWEMA` does."""
+        """Adds averages and copies, for example those of a new param group. Raises the errors of `AdamWEMA`."""
         ema, copies = [*zip(self.ema_sources, self.ema_targets, strict=True), *ema], [*self.copies, *copies]
         for source, target in ema + copies:
             if source.shape != target.shape or source.device != target.device:
@@ -158,9 +159,9 @@ class AdamWEMA(torch.optim.AdamW):
                 raise ValueError("AdamWEMA: an average or a copy must be another tensor, of floating-point numbers")
         for pairs in (ema, copies):
             if len({source for source, _ in pairs}) < len(pairs):
-                raise ValueError("AdamWEMA: a tensor has two averages or two copies")
+                raise ValueError("AdamWEMA: a tensor has two averages or two copies; give each tensor one of each")
         if len({target for _, target in ema + copies}) < len(ema + copies):
-            raise ValueError("AdamWEMA: two pairs write one tensor")
+            raise ValueError("AdamWEMA: two pairs write one tensor; give each pair a target of its own")
         self.ema_sources, self.ema_targets = [p for p, _ in ema], [t for _, t in ema]
         self.copies = copies
 
@@ -173,20 +174,21 @@ class AdamWEMA(torch.optim.AdamW):
         grad_scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
     ):
-        """One update. Gradients are divided by `grad_scale`; where `found_inf` is 1 nothing changes (both scalars).
+        """Performs one update. It divides gradients by `grad_scale`, and changes nothing if `found_inf` is 1.
 
-        Without `ema_decay` the averages stay as they are. What a `GradScaler` brings comes on top: scales multiply.
-        ValueError, before anything changes: a decay outside [0, 1], no scalar, or one on another device.
+        Both are scalar tensors. A `GradScaler` may set them, too; its scale and this one multiply. Without `ema_decay`
+        the averages do not change. Raises ValueError, before anything changes, if the decay is outside [0, 1] or an
+        argument is not a scalar or is on another device.
         """
         ema_decay, grad_scale, found_inf = self._scalars(ema_decay, grad_scale, found_inf)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # a dispatch mode is to see the operation
+        # an active dispatch mode must see the operation
         eager = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
         with_ema = ema_decay is not None
-        plan = self._recall(with_ema) if eager else None
+        plan = self._last_plan(with_ema) if eager else None
         if plan is None:
             tensors = _Tensors(*([] for _ in _Tensors._fields))
             self._init_group(with_ema, *tensors)
@@ -200,7 +202,7 @@ class AdamWEMA(torch.optim.AdamW):
                 self._step_operation(tensors, ema_decay, grad_scale, found_inf)
                 return loss
             rates, groups, _ = self._rates()
-            plan = _Plan(launch_rows(together, tensors.steps, rates, tensors.places, groups), *self._found(with_ema))
+            plan = _Plan(launch_rows(together, tensors.steps, rates, tensors.places, groups), *self._inspect(with_ema))
             self._plan = plan._replace(grads=[], written=[])
         decay = _tensor_or_number(ema_decay)
         launch_adamw_ema(plan.kinds, plan.grads, plan.written[0], self._rates()[2], grad_scale, found_inf, *decay)
@@ -208,7 +210,7 @@ class AdamWEMA(torch.optim.AdamW):
         return loss
 
     def _scalars(self, ema_decay, grad_scale, found_inf):
-        """The arguments of a step, checked, with what GradScaler hands over as attributes."""
+        """Checks the scalar arguments of a step and combines them with the attributes that GradScaler sets."""
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         if device is None:
             return ema_decay, grad_scale, found_inf
@@ -228,10 +230,10 @@ class AdamWEMA(torch.optim.AdamW):
         return ema_decay, grad_scale, found_inf
 
     def _init_group(self, with_ema: bool, *lists: list) -> None:
-        """Fills the lists of `_Tensors` for all groups, creating what state is missing.
+        """Fills the lists of `_Tensors` for all groups, and creates missing state.
 
-        Named as torch's, because torch.compile runs the method of that name, instead of tracing it, and makes inputs of
-        the graph of the tensors that it put into the lists.
+        The name is that of torch's method, because torch.compile runs a method of this name instead of tracing it, and
+        turns the tensors that it put into the lists into inputs of the graph.
         """
         t = _Tensors(*lists)
         groups: dict[torch.Tensor, int] = {}
@@ -283,7 +285,7 @@ class AdamWEMA(torch.optim.AdamW):
             if start == end:
                 continue
             params, lr, weight_decay = values[start:end], group["lr"], group["weight_decay"]
-            if isinstance(weight_decay, torch.Tensor):  # without reading it back
+            if isinstance(weight_decay, torch.Tensor):  # multiplied on the device, so that the host need not read it
                 shrink = 1 - lr * weight_decay
                 torch._foreach_mul_(params, shrink if found_inf is None else torch.where(found_inf > 0, 1.0, shrink))
                 weight_decay = 0.0
@@ -331,13 +333,13 @@ class AdamWEMA(torch.optim.AdamW):
                 return "no kernel for betas that are tensors"
             for rate in (group["lr"], group["weight_decay"]):
                 if isinstance(rate, torch.Tensor) and (rate.dtype, rate.device) != (torch.float32, t.params[0].device):
-                    return "learning rates and weight decays that are tensors must be float32 beside the parameters"
+                    return "learning rates and weight decays that are tensors must be float32 on the parameters' device"
         if any((step.dtype, step.device) != (torch.float32, t.params[0].device) for step in t.steps):
-            return "step counts must be float32 beside the parameters"
+            return "step counts must be float32 on the parameters' device"
         return unsupported(together)
 
     def _rates(self) -> tuple[list[torch.Tensor], list[int], list[float]]:
-        """rates, groups and hyper, as the operation takes them."""
+        """Returns the arguments rates, groups and hyper of the operation."""
         rates: list[torch.Tensor] = []
         groups: list[int] = []
         hyper: list[float] = []
@@ -359,20 +361,20 @@ class AdamWEMA(torch.optim.AdamW):
             rates, t.places, groups, hyper, grad_scale, found_inf, *_tensor_or_number(ema_decay),
         )  # fmt: skip
 
-    # --- one launch as the last, for a quarter of the host's time ---
+    # --- repeating the last step's launch, which takes a quarter of the host's time ---
 
-    def _recall(self, with_ema: bool) -> _Plan | None:
-        """The last step's plan with this step's gradients, where it would be made again."""
+    def _last_plan(self, with_ema: bool) -> _Plan | None:
+        """The last step's plan with this step's gradients; None if this step needs a new plan."""
         if self._plan is None:
             return None
         try:
-            plan = _Plan(self._plan.kinds, *self._found(with_ema))
-        except (KeyError, RuntimeError):  # a state is yet to be made, or a gradient has no memory
+            plan = _Plan(self._plan.kinds, *self._inspect(with_ema))
+        except (KeyError, RuntimeError):  # a state does not exist yet, or a gradient has no memory
             return None
         return plan if plan.facts == self._plan.facts else None
 
-    def _found(self, with_ema: bool) -> tuple[list, list[int], list[torch.Tensor]]:
-        """facts, grads and written of the plan of a step."""
+    def _inspect(self, with_ema: bool) -> tuple[list, list[int], list[torch.Tensor]]:
+        """Returns facts, grads and written of this step's plan."""
         facts: list = [self.impl, with_ema]
         written: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
@@ -406,10 +408,10 @@ class AdamWEMA(torch.optim.AdamW):
         return super().__getstate__() | {name: self.__dict__[name] for name in own if name in self.__dict__}
 
     def load_state_dict(self, state_dict) -> None:
-        """torch's, but how a step is computed stays as it is (`fused` and the like), what it reads goes where that
-        needs it, and moments beside a remainder are not rounded to the parameter's bfloat16."""
+        """Loads as torch does, but keeps this optimizer's `fused` and similar options, moves scalars to the device that
+        those options require, and does not round moments to bfloat16 if the parameter has a remainder."""
         how = [{name: group[name] for name in HOW} for group in self.param_groups]
-        given: list[dict] = []  # what the pre-hooks made of it
+        given: list[dict] = []  # the state dict after the pre-hooks
         hooks = (
             self.register_load_state_dict_pre_hook(lambda _, given_dict: given.append(given_dict)),
             self.register_load_state_dict_post_hook(lambda _: self._restore(how, given[0]), prepend=True),

@@ -1,4 +1,4 @@
-"""Bias and GELU as one pass over memory, and one back.
+"""Bias and GELU in one pass over memory, and their gradients in another.
 
 Shapes: M rows (all leading axes), C width.
 """
@@ -14,14 +14,17 @@ from ajepa_kernels._tuned import Rows, tuned
 
 
 def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
-    """(channels, rows, warps, stages) of a program: up to 1,024 channels, if it can be a divisor of C from 128 up; 16
-    elements a thread, 8 where float32 ones and the sums would not fit the registers."""
+    """Returns (channels, rows, warps, stages) of a program.
+
+    A program has at most 1,024 channels; their number divides C if a divisor of at least 128 exists. A thread has 16
+    elements, but 8 float32 elements in backward, where more would not fit the registers together with the sums.
+    """
     C = x.shape[1]
     divisor = min(C & -C, 1024)
     block_c = divisor if divisor >= 128 else min(power_of_2(C), 1024)
-    back = op == "bias_gelu_bwd"
-    elements = 8192 // x.element_size() if back else 4096
-    rows = Rows(max(1, min(elements // block_c, 16)), 8, 3 if back else 1)
+    backward = op == "bias_gelu_bwd"
+    elements = 8192 // x.element_size() if backward else 4096
+    rows = Rows(max(1, min(elements // block_c, 16)), 8, 3 if backward else 1)
     return block_c, *(tuned(x, op, block_c) or rows)
 
 
@@ -30,11 +33,12 @@ def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
 
 @jit
 def _gelu(x, TANH: tl.constexpr):
-    """gelu(x) / x, and the derivative of that: what value and gradient are made of.
+    """Returns gelu(x) / x and its derivative, from which callers compute the value and the gradient.
 
-    With the tanh, (1 + tanh u) / 2 is the logistic function of 2u, from exp(-|2u|): exact in both tails. Else
-    Phi(-|x|) = 2^P(|x|), where P is the polynomial whose largest error in Phi and in x Phi is least (1.4e-8, so less
-    than float32 rounds): a third of erff's instructions, which would take longer than memory does.
+    The tanh form computes (1 + tanh u) / 2 as the logistic function of 2u, from exp(-|2u|), which is accurate in both
+    tails. The exact form computes Phi(-|x|) = 2^P(|x|). The polynomial P minimises the largest error in Phi and in
+    x Phi, which is 1.4e-8 and so below float32 rounding. This takes a third of erff's instructions, which would take
+    longer than the memory accesses.
     """
     if TANH:
         x2 = x * x
@@ -98,7 +102,7 @@ def _bias_gelu_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, dx_ptr, dbias_ptr, stride_dy, stride_x, M, tiles, programs,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TANH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A fixed number of programs walks the rows of each tile of channels: few partial sums, in a set order."""
+    """A fixed number of programs loops over the rows of each tile of channels: few partial sums, in a fixed order."""
     pid = tl.program_id(0)
     first = pid // tiles
     c = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -125,7 +129,7 @@ def _bias_gelu_bwd_kernel(
     ),
 )
 def _bias_gelu_bwd(dy, x, bias, tanh):
-    """dx `[M, C]` and dbias `[C]` of dy `[M, C]`."""
+    """Returns dx `[M, C]` and dbias `[C]` for dy `[M, C]`."""
     M, C = x.shape
     block_c, rows, num_warps, stages = _config(x, "bias_gelu_bwd")
     tiles = -(-C // block_c)
@@ -171,24 +175,25 @@ def bias_gelu_reference(
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none", impl: str = "auto") -> torch.Tensor:
     """gelu(x + bias) over the last axis: gelu(z) = z Phi(z), or z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2.
 
-    The first half of a transformer's MLP after its product without bias (arXiv 1606.08415). Backward gives the
-    gradients of x and of the bias in one pass, where PyTorch reads the gradient of z again to sum it.
+    In a transformer's MLP it follows the first linear layer, called without its bias (GELU: arXiv 1606.08415). Backward
+    computes the gradients of x and of the bias in one pass, whereas PyTorch reads the gradient of z again to sum it.
 
     Args:
-        x: `[..., C]`. bfloat16, float16 or float32 have a kernel, which computes in float32.
+        x: `[..., C]`. The kernel takes bfloat16, float16 or float32, and computes in float32.
         bias: `[C]`.
-        approximate: "none" or "tanh", as `torch.nn.functional.gelu`.
-        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+        approximate: "none" or "tanh", as in `torch.nn.functional.gelu`.
+        impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
+            a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Returns:
-        The shape of x, in its dtype, or under autocast in autocast's.
+        A tensor of the shape of x, in its dtype or, under autocast, in autocast's.
 
-    Saved for backward: x and bias; z is computed again. The bias' gradient is summed in a fixed order.
-    `torch.func.grad` works, `torch.vmap` only with impl="reference".
+    Saved for backward: x and bias; z is recomputed. The gradient of the bias is summed in a fixed order.
+    `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that cannot be, before any launch.
-        RuntimeError: differentiating the gradients again.
+        ValueError: shapes, dtypes, devices or options are invalid; raised before any launch.
+        RuntimeError: the gradients are differentiated again.
 
     Example::
 

@@ -63,14 +63,14 @@ def _ema_update(targets, sources, decay_tensor, decay):
 
 
 def scalar(op: str, name: str, x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` without axes; a ValueError where it is no scalar on the device."""
+    """`x` without axes. Raises ValueError if it is not a scalar on the device."""
     if not isinstance(x, torch.Tensor) or x.numel() != 1 or x.device != device:
         raise ValueError(f"{op}: {name} must be a scalar on {device}")
     return x.reshape(())
 
 
 def checked_decay(op: str, decay: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
-    """A number in [0, 1], or a scalar on the device, whose value is not read."""
+    """The decay: a number in [0, 1], or a scalar on the device, whose value is not read. Else raises ValueError."""
     if isinstance(decay, torch.Tensor):
         return scalar(op, "a decay tensor", decay, device)
     if not 0.0 <= float(decay) <= 1.0:
@@ -79,7 +79,7 @@ def checked_decay(op: str, decay: float | torch.Tensor, device: torch.device) ->
 
 
 def _split(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> tuple[list, list]:
-    """Pairs to average and pairs of integers, which are copied: an average of counters means nothing."""
+    """Pairs to average, and pairs of integers, which are copied because an average of counters means nothing."""
     pairs = list(zip(targets, sources, strict=True))
     averages = [(t, s) for t, s in pairs if t.is_floating_point() or t.is_complex()]
     return averages, [(t, s) for t, s in pairs if not (t.is_floating_point() or t.is_complex())]
@@ -98,7 +98,7 @@ def ema_update_reference_(
     targets, sources = [t for t, _ in averages], [s.to(t.dtype) for t, s in averages]
     if isinstance(decay, torch.Tensor) and decay.device.type == "cpu":
         torch._foreach_lerp_(targets, sources, [1 - decay] * len(targets))
-    elif isinstance(decay, torch.Tensor):  # without a launch for each tensor, and without reading the decay back
+    elif isinstance(decay, torch.Tensor):  # saves a launch for each tensor, and the host need not read the decay
         torch._foreach_mul_(targets, decay)
         torch._foreach_add_(targets, torch._foreach_mul(sources, 1 - decay))
     else:
@@ -116,16 +116,18 @@ def ema_update_(
     """target <- decay * target + (1 - decay) * source, in place, for all tensors at once.
 
     On a GPU this is one launch for each pair of dtypes, computed in float32. Integer and boolean targets (the
-    num_batches_tracked of a batch norm) are copies of their sources.
+    num_batches_tracked of a batch norm) are copied from their sources.
 
     Args:
-        targets: each once. The kernel takes tensors that are dense in memory and lie there as their sources do.
+        targets: tensors to update. The kernel takes tensors that are dense in memory and have their sources' strides.
         sources: tensors of the same shapes and devices.
-        decay: a number, or a scalar on the device, which a captured CUDA graph reads again at each replay.
-        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+        decay: a number, or a scalar tensor on the device, which a captured CUDA graph reads again at each replay.
+        impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
+            a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Raises:
-        ValueError: the two lists do not match, a target comes twice, or a decay outside [0, 1] or on another device.
+        ValueError: the lists do not match, a target is listed twice, or the decay is outside [0, 1] or on another
+            device.
 
     Example::
 
@@ -140,7 +142,7 @@ def ema_update_(
     if any(t.device != s.device for t, s in zip(targets, sources, strict=True)):
         raise ValueError("ema_update_: a target and its source must share a device")
     if len(set(targets)) < len(targets):
-        raise ValueError("ema_update_: a target comes twice")
+        raise ValueError("ema_update_: a target is listed twice; list each target once")
     if not targets:
         return
     decay = checked_decay("ema_update_", decay, targets[0].device)

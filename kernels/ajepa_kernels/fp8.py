@@ -1,10 +1,10 @@
-"""8-bit floats with a scale a row: products for networks that need no gradient, such as an EMA target encoder.
+"""Matrix products in 8-bit floats with one scale per row, for networks without gradients, such as a target encoder.
 
-What feeds such a product, a layer norm or a GELU, is quantised where it is made: no pass of its own over memory.
+The layer norm or GELU before such a product quantises its own output, which saves a pass over memory.
 Shapes: M rows (all leading axes), K input and N output features.
 """
 
-# Kernels grow tuples.
+# Triton kernels build tuples inside static loops, which mypy cannot type.
 # mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ajepa_kernels.bias_gelu import _gelu
 from ajepa_kernels.layer_norm import sum_rows
 
 E4M3_MAX = 448.0
-LEAST = 1e-12  # largest magnitude of a row of zeros, instead of zero
+LEAST = 1e-12  # lower limit of a row's largest magnitude, so that the scale of a row of zeros is not zero
 MAX_WIDTH = 8192
-LANES = 16  # `torch._scaled_mm` takes multiples of it
-GELUS = (None, "none", "tanh")  # as torch.nn.functional.gelu
+LANES = 16  # `torch._scaled_mm` takes only widths that are multiples of this
+GELUS = (None, "none", "tanh")  # None for no GELU, else `approximate` of torch.nn.functional.gelu
 
 
 class Quantized(NamedTuple):
-    """values x scale."""
+    """The matrix values x scale."""
 
     values: torch.Tensor  # float8_e4m3fn [..., K]
     scale: torch.Tensor  # float32 [..., 1]
 
     def rows(self, index: torch.Tensor) -> Quantized:
-        bits = self.values.view(torch.uint8).index_select(0, index)  # which torch has no float8 kernel for
+        bits = self.values.view(torch.uint8).index_select(0, index)  # torch has no index_select for float8
         return Quantized(bits.view(torch.float8_e4m3fn), self.scale.index_select(0, index))
 
 
@@ -43,7 +43,7 @@ def _store_quantized(
     out_ptr, scale_ptr, chunks, row, valid,
     K: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """`chunks` of rows, zero where there are no channels."""
+    """Quantises and stores rows. Their `chunks` are zero beyond channel K."""
     largest = tl.abs(chunks[0])
     for i in tl.static_range(1, COUNT):
         largest = tl.maximum(largest, tl.abs(chunks[i]))
@@ -51,7 +51,7 @@ def _store_quantized(
     inverse = (1.0 / scale)[:, None]
     for i in tl.static_range(COUNT):
         k, mask = chunk(i, valid, K, WIDTH, VECTOR)
-        x = tl.minimum(tl.maximum(chunks[i] * inverse, -448.0), 448.0)  # rounding may pass the largest number
+        x = tl.minimum(tl.maximum(chunks[i] * inverse, -448.0), 448.0)  # rounding may exceed the largest number
         tl.store(out_ptr + row[:, None] * K + k, x.to(tl.float8e4nv), mask=mask)
     tl.store(scale_ptr + row, scale, mask=valid)
 
@@ -83,7 +83,7 @@ def _quantized_like(x):
 
 @register("quantize_rows(Tensor x, int gelu) -> (Tensor values, Tensor scale)", lambda x, gelu: _quantized_like(x))
 def _quantize_rows(x, gelu):
-    """gelu: place in GELUS of what comes before."""
+    """gelu: index in GELUS of the GELU that is applied to x."""
     M, K = x.shape
     chunks, config = row_chunks("quantize_rows", x)
     values, scale = _quantized_like(x)
@@ -148,21 +148,22 @@ def quantize_rows_reference(x_MK: torch.Tensor, *, gelu: str | None = None) -> Q
 
 
 def quantize_rows(x_MK: torch.Tensor, *, gelu: str | None = None, impl: str = "auto") -> Quantized:
-    """scale = max |row| / 448; values = x / scale, rounded to float8 e4m3; x, or gelu(x), computed in float32.
+    """scale = max |row| / 448; values = x / scale, rounded to float8 e4m3; x or gelu(x) is computed in float32.
 
     Args:
-        x_MK: `[M, K]` bfloat16, float16 or float32; K up to 8,192 has a kernel, on compute capability 8.9 and later.
-        gelu: None, or "none" or "tanh" as of `torch.nn.functional.gelu`: quantise gelu(x).
-        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+        x_MK: `[M, K]` bfloat16, float16 or float32. The kernel takes K up to 8,192, on compute capability 8.9 up.
+        gelu: None to quantise x; "none" or "tanh" to quantise gelu(x), as `approximate` of `torch.nn.functional.gelu`.
+        impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
+            a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Returns:
-        `[M, K]` float8_e4m3fn and `[M, 1]` float32; a row of zeros has values of zero. No gradient.
+        Values `[M, K]` float8_e4m3fn and scale `[M, 1]` float32, without gradients. A row of zeros has values of zero.
 
     Raises:
-        ValueError: shapes, dtypes or options that cannot be, before any launch.
+        ValueError: shapes, dtypes or options are invalid; raised before any launch.
     """
     if x_MK.dim() != 2 or not x_MK.is_floating_point():
-        raise ValueError(f"quantize_rows: [M, K] floating point expected, got {list(x_MK.shape)} {x_MK.dtype}")
+        raise ValueError(f"quantize_rows: x must be floating point [M, K], got {list(x_MK.shape)} {x_MK.dtype}")
     if gelu not in GELUS:
         raise ValueError(f"quantize_rows: gelu must be None, 'none' or 'tanh', got {gelu!r}")
     x = x_MK.detach()
@@ -180,21 +181,22 @@ def norm_quantize_rows(
     *,
     impl: str = "auto",
 ) -> tuple[Quantized, torch.Tensor]:
-    """`add_layer_norm` whose normed output leaves as `quantize_rows` would give it; and the sum x + residual.
+    """Returns the normed output of `add_layer_norm`, quantised as by `quantize_rows`, and the sum x + residual.
 
     Args:
-        x_MK, residual_MK: `[M, K]` bfloat16, float16 or float32; K up to 4,096 has a kernel.
-        weight_K, bias_K, eps: of the layer norm.
-        impl: as of `quantize_rows`.
+        x_MK, residual_MK: `[M, K]` bfloat16, float16 or float32. The kernel takes K up to 4,096.
+        weight_K, bias_K: `[K]`, weight and bias of the layer norm.
+        eps: added to the variance.
+        impl: as in `quantize_rows`.
 
     Raises:
-        ValueError: shapes or dtypes that cannot be, before any launch.
+        ValueError: shapes or dtypes are invalid; raised before any launch.
     """
     tensors = tuple(t.detach() for t in (x_MK, residual_MK, weight_K, bias_K))
     x, residual, weight, bias = tensors
     if x.dim() != 2 or residual.shape != x.shape or not weight.shape == bias.shape == x.shape[1:]:
         shapes = ", ".join(str(list(t.shape)) for t in tensors)
-        raise ValueError(f"norm_quantize_rows: x, residual [M, K] and weight, bias [K] expected, got {shapes}")
+        raise ValueError(f"norm_quantize_rows: x, residual must be [M, K] and weight, bias [K], got {shapes}")
     if any(t.device != x.device or not t.is_floating_point() for t in tensors):
         raise ValueError("norm_quantize_rows: all tensors must be floating point and on one device")
     if use_triton("norm_quantize_rows", impl, x, _unsupported(tensors, MAX_NORM_WIDTH)):
@@ -217,20 +219,20 @@ def _unsupported(tensors: tuple[torch.Tensor, ...], widest: int) -> str:
 def fp8_linear(
     x: torch.Tensor | Quantized, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, *, impl: str = "auto"
 ) -> torch.Tensor:
-    """x W^T + b by one float8 product: rows of x and of W in e4m3 with a scale each, sums in float32.
+    """x W^T + b by one float8 product, torch's `_scaled_mm`. Rows of x and W are e4m3 with a scale; sums are float32.
 
-    Forward only; relative error about 2 to 4 % of an output's standard deviation. torch's `_scaled_mm` multiplies.
+    It has no backward. The error is about 2 to 4 % of an output's standard deviation.
 
     Args:
-        x: `[..., K]`, or `Quantized` already; K and N are multiples of 16.
-        weight_NK, bias_N: as of `torch.nn.Linear`.
-        impl: as of `quantize_rows`.
+        x: `[..., K]`, or a `Quantized` of it. K and N must be multiples of 16.
+        weight_NK, bias_N: weight and bias of a `torch.nn.Linear`.
+        impl: as in `quantize_rows`.
 
     Returns:
         bfloat16 `[..., N]`.
 
     Raises:
-        ValueError: K or N are no multiples of 16.
+        ValueError: K or N is not a multiple of 16, or x and the weight have different K.
 
     Example::
 
@@ -242,7 +244,7 @@ def fp8_linear(
     shape = (x.values if isinstance(x, Quantized) else x).shape
     if K % LANES or N % LANES or shape[-1] != K:
         raise ValueError(
-            f"fp8_linear: x [..., K] and weight [N, K] with N and K multiples of {LANES} expected, "
+            f"fp8_linear: x must be [..., K] and weight [N, K], with N and K multiples of {LANES}, "
             f"got {list(shape)} and {list(weight_NK.shape)}"
         )
     values, scale = x if isinstance(x, Quantized) else quantize_rows(x.reshape(-1, K), impl=impl)
@@ -250,7 +252,7 @@ def fp8_linear(
     bias = None if bias_N is None else bias_N.detach().to(torch.bfloat16)
     if values.is_cuda:
         y = torch._scaled_mm(values, weight.T, scale, weight_scale.T, bias=bias, out_dtype=torch.bfloat16)
-    else:  # `_scaled_mm` has scales a row there from torch 2.12 on
+    else:  # on a CPU, `_scaled_mm` has one scale per row only from torch 2.12 on
         y = (values.float() @ weight.float().T * scale * weight_scale.T).to(torch.bfloat16)
         y = y if bias is None else y + bias
     return y.unflatten(0, shape[:-1]) if len(shape) != 2 else y

@@ -1,9 +1,9 @@
-"""The JEPA loss: distance between predicted latents and the target encoder's at the masked patches.
+"""The JEPA loss: the distance between predicted latents and the target encoder's latents at the masked patches.
 
 Shapes: T masked tokens, M rows of latents, C width.
 """
 
-# Kernels grow tuples.
+# Triton kernels build tuples inside static loops, which mypy cannot type.
 # mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _latent_l2_loss_fwd_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
     KIND: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Distance of each token and its gradient times `grad_factor`; the gathered, normalised target stays on chip."""
+    """Computes each token's distance and its gradient times `grad_factor`. The normalised target stays on chip."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < T
     index = tl.load(index_ptr + row, mask=valid, other=0).to(tl.int64)
@@ -36,7 +36,8 @@ def _latent_l2_loss_fwd_kernel(
     for i in tl.static_range(COUNT):
         c, mask = chunk(i, valid, C, WIDTH, VECTOR)
         predictions += (tl.load(prediction_ptr + row[:, None] * stride_p + c, mask=mask, other=0.0),)
-    tl.debug_barrier()  # waits for nothing, but holds the loads above here: left alone they sink below the sums over t
+    # The barrier keeps the compiler from moving the loads above below the sums over the targets.
+    tl.debug_barrier()
     targets = ()
     for i in tl.static_range(COUNT):
         c, mask = chunk(i, valid, C, WIDTH, VECTOR)
@@ -62,11 +63,12 @@ def _latent_l2_loss_fwd_kernel(
         length_p, length_t = tl.maximum(norm_p, eps), tl.maximum(norm_t, eps)
         cosine = dot / (length_p * length_t)
         loss = 2.0 - 2.0 * cosine
-        # below eps the length is a constant, so the second term goes
-        along = tl.where(norm_p > eps, cosine / (length_p * length_p), 0.0) * (2.0 * grad_factor)
-        across = (-2.0 * grad_factor) / (length_p * length_t)
+        # below eps the length is clamped to a constant, so the gradient has no term along the prediction
+        prediction_factor = tl.where(norm_p > eps, cosine / (length_p * length_p), 0.0) * (2.0 * grad_factor)
+        target_factor = (-2.0 * grad_factor) / (length_p * length_t)
         for i in tl.static_range(COUNT):
-            grads += (targets[i] * across[:, None] + predictions[i].to(tl.float32) * along[:, None],)
+            p = predictions[i].to(tl.float32)
+            grads += (targets[i] * target_factor[:, None] + p * prediction_factor[:, None],)
     else:
         total = zeros
         for i in tl.static_range(COUNT):
@@ -102,7 +104,7 @@ def _latent_l2_loss_fwd_fake(prediction, latents, index, kind, normalize, eps, g
     _latent_l2_loss_fwd_fake,
 )
 def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_factor, with_grad):
-    """Float32 loss of each token `[T]` and, if wanted, `grad_factor` x its gradient `[T, C]`."""
+    """Returns each token's float32 loss `[T]` and, if `with_grad`, its gradient times `grad_factor` `[T, C]`."""
     T, C = prediction.shape
     prediction, latents = dense_rows(prediction), dense_rows(latents)
     loss = torch.empty(T, dtype=torch.float32, device=prediction.device)
@@ -124,7 +126,7 @@ def _latent_l2_loss_fwd(prediction, latents, index, kind, normalize, eps, grad_f
 def _latent_l2_loss_bwd_kernel(
     grad_ptr, upstream_ptr, factor, T, programs, PER_TOKEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A fixed number of programs: without a loss scale the gradient is ready, and each has one number to read."""
+    """Scales the saved gradient with few programs. If the factor is 1, each of them only reads one number."""
     n = T.to(tl.int64) * C
     common = 0.0 if PER_TOKEN else tl.load(upstream_ptr).to(tl.float32) * factor
     if common != 1.0:
@@ -139,7 +141,7 @@ def _latent_l2_loss_bwd_kernel(
 
 @register("latent_l2_loss_bwd(Tensor(a!) grad, Tensor upstream, float factor) -> ()", lambda *args: None)
 def _latent_l2_loss_bwd(grad, upstream, factor):
-    """grad `[T, C]` times factor times upstream (a scalar, or one for each token), in place."""
+    """Multiplies grad `[T, C]` in place by factor and by upstream, which is a scalar or has one value per token."""
     programs = min(8 * multiprocessors(grad), -(-grad.numel() // 4096))
     launch(
         _latent_l2_loss_bwd_kernel, programs, grad, grad, upstream.contiguous(), factor, grad.shape[0], programs,
@@ -149,16 +151,17 @@ def _latent_l2_loss_bwd(grad, upstream, factor):
 
 
 def _factors(prediction: torch.Tensor, reduction: str) -> tuple[float, float, float]:
-    """Of the loss, and of its gradient: in the forward pass and after it.
+    """Returns the factors of the loss, of the gradient in the forward pass, and of the gradient in the backward pass.
 
-    Divided by millions of tokens a float16 gradient would underflow: the loss scale comes in before that division.
+    A float16 gradient divided by millions of tokens would underflow, so the division waits until backward, which also
+    multiplies by the loss scale.
     """
     mean = 1.0 / max(prediction.shape[0], 1) if reduction == "mean" else 1.0
     return (mean, 1.0, mean) if prediction.dtype == torch.float16 else (mean, mean, 1.0)
 
 
 class _LatentL2Loss(Function):
-    """Gives the loss and the gradient that it saves: as an output, so that differentiating it is noticed."""
+    """Returns the loss and the saved gradient, which is an output so that differentiating it again raises an error."""
 
     @staticmethod
     def forward(prediction, latents, index, kind, normalize, eps, reduction, with_grad):
@@ -180,9 +183,9 @@ class _LatentL2Loss(Function):
         (grad,) = saved
         if upstream is None:
             grad = None
-        elif torch.compiler.is_compiling():  # a product that fuses with what follows; the operation would be copied for
+        elif torch.compiler.is_compiling():  # torch.compile fuses this product, but would copy grad for the op
             grad = (grad.float() * (upstream * ctx.factor)[..., None]).to(grad.dtype)
-        else:  # in place: autograd's version check refuses a second backward through the same graph
+        else:  # in place, so autograd's version check refuses a second backward through the same graph
             torch.ops.ajepa.latent_l2_loss_bwd(grad, upstream, ctx.factor)
         return grad, *[None] * 7
 
@@ -241,27 +244,29 @@ def latent_l2_loss(
     `l2`: mean over channels of (p - t)^2; `smooth_l1`: mean of Huber with threshold 1; `cosine`: 2 - 2 cos(p, t).
 
     Args:
-        prediction_TC: predictor's output, `[T, C]`. The only argument that receives a gradient. C up to 4,096 and
-            bfloat16, float16 or float32 have a kernel, which computes in float32.
-        latents_MC: target encoder's output for every patch of the batch, `[M, C]`.
-        index_T: int64 or int32 `[T]`, the row of `latents_MC` that each prediction is about.
+        prediction_TC: output of the predictor, `[T, C]`. Only this argument receives a gradient. The kernel takes C up
+            to 4,096 in bfloat16, float16 or float32, and computes in float32.
+        latents_MC: output of the target encoder for every patch of the batch, `[M, C]`.
+        index_T: int64 or int32 `[T]`, the row of `latents_MC` that is the target of each prediction.
         kind: "l2", "smooth_l1" or "cosine".
         normalize: layer-normalise the targets.
-        eps: of the layer norm, and the least length that `cosine` divides by.
+        eps: added to the variance in the layer norm; also the smallest length that `cosine` divides by.
         reduction: "mean" or "sum" over tokens, or "none".
-        check: verify the indices on the device and wait for the answer (ValueError). Otherwise they are trusted.
-        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+        check: raise ValueError if an index is out of range, which makes the host wait for the device. Without it,
+            indices are trusted.
+        impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
+            a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Returns:
-        A float32 scalar, zero where T is 0; `[T]` for "none".
+        A float32 scalar, which is zero if T is 0; with reduction "none", `[T]`.
 
     Saved for backward: the gradient `[T, C]`, computed in the forward pass, in the dtype of the prediction. Backward
-    scales it in place, and does nothing where the incoming gradient is 1; a second backward needs a second forward.
-    `torch.func.grad` works, `torch.vmap` only with impl="reference".
+    scales it in place, unless the incoming gradient is 1. A second backward needs a second forward.
+    `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
-        ValueError: shapes, dtypes or options that cannot be, before any launch.
-        RuntimeError: differentiating the gradient again.
+        ValueError: shapes, dtypes or options are invalid; raised before any launch.
+        RuntimeError: the gradient is differentiated again.
 
     Example::
 

@@ -1,9 +1,9 @@
-"""Residual addition and layer norm as one pass over memory.
+"""Residual addition and layer norm in one pass over memory.
 
 Shapes: M rows (all leading axes), C width.
 """
 
-# Kernels grow tuples.
+# Triton kernels build tuples inside static loops, which mypy cannot type.
 # mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def sum_rows(
     x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, valid,
     C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Float32 chunks of x + residual as stored, so that what backward reads is what is normalised; or of x alone."""
+    """Float32 chunks of x + residual, rounded as they are stored for backward; chunks of x if there is no residual."""
     loaded = ()
-    for i in tl.static_range(COUNT):  # all of them on their way before a store stands in between
+    for i in tl.static_range(COUNT):  # all loads are issued before the first store
         c, mask = chunk(i, valid, C, WIDTH, VECTOR)
         loaded += (tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0),)
         if residual_ptr is not None:
@@ -84,7 +84,7 @@ def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     _add_layer_norm_fwd_fake,
 )
 def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
-    """x, residual `[M, C]`; mean, rstd float32 `[M]`. Without a residual the sum is x itself and not returned."""
+    """x, residual `[M, C]`; mean, rstd float32 `[M]`. Without a residual the sum is x itself and is not returned."""
     M, C = x.shape
     chunks, config = row_chunks("add_layer_norm_fwd", x, residual)
     normed, total, mean, rstd = _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, dtype)
@@ -109,7 +109,7 @@ def _add_layer_norm_bwd_kernel(
     C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A fixed number of programs walks the rows: few partial sums for weight and bias, in a set order."""
+    """A fixed number of programs loops over the rows: few partial sums for weight and bias, in a fixed order."""
     pid = tl.program_id(0)
     weights = ()
     dweights = ()
@@ -125,9 +125,9 @@ def _add_layer_norm_bwd_kernel(
         valid = row < M
         mean = tl.load(mean_ptr + row, mask=valid, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)
-        along = tl.zeros([ROWS, WIDTH], tl.float32)
-        level = tl.zeros([ROWS, WIDTH], tl.float32)
-        xs = ()
+        sum_dy_xhat = tl.zeros([ROWS, WIDTH], tl.float32)
+        sum_dy = tl.zeros([ROWS, WIDTH], tl.float32)
+        xhats = ()
         dys = ()
         dws = ()
         dbs = ()
@@ -135,24 +135,24 @@ def _add_layer_norm_bwd_kernel(
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             x = tl.load(sum_ptr + row[:, None] * stride_s + c, mask=mask, other=0.0).to(tl.float32)
             dy = tl.load(dnormed_ptr + row[:, None] * stride_dn + c, mask=mask, other=0.0).to(tl.float32)
-            x = (x - mean[:, None]) * rstd[:, None]
-            dws += (dweights[i] + dy * x,)
+            xhat = (x - mean[:, None]) * rstd[:, None]
+            dws += (dweights[i] + dy * xhat,)
             dbs += (dbiases[i] + dy,)
             if weight_ptr is not None:
                 dy = dy * weights[i]
-            along += dy * x
-            level += dy
-            xs += (x,)
+            sum_dy_xhat += dy * xhat
+            sum_dy += dy
+            xhats += (xhat,)
             dys += (dy,)
         dweights = dws
         dbiases = dbs
-        along, level = tl.reduce((along, level), 1, _add_pairs)
-        along = along / C
-        level = level / C
+        sum_dy_xhat, sum_dy = tl.reduce((sum_dy_xhat, sum_dy), 1, _add_pairs)
+        mean_dy_xhat = sum_dy_xhat / C
+        mean_dy = sum_dy / C
         dxs = ()
         for i in tl.static_range(COUNT):
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
-            dx = (dys[i] - level[:, None] - xs[i] * along[:, None]) * rstd[:, None]
+            dx = (dys[i] - mean_dy[:, None] - xhats[i] * mean_dy_xhat[:, None]) * rstd[:, None]
             if dsum_ptr is not None:
                 dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
             dxs += (dx,)
@@ -188,7 +188,7 @@ def _add_layer_norm_bwd_fake(dnormed, dsum, total, mean, rstd, weight, bias_dtyp
     _add_layer_norm_bwd_fake,
 )
 def _add_layer_norm_bwd(dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype):
-    """dtotal is the gradient of x and of the residual; dx the same in x's dtype, where that is another one."""
+    """dtotal is the gradient of x and of the residual. dx is the same in x's dtype; empty if that is dtotal's dtype."""
     M, C = total.shape
     chunks, config = row_chunks("add_layer_norm_bwd", total, dnormed, dsum)
     programs = min(2 * multiprocessors(total), -(-M // config.rows))
@@ -277,33 +277,34 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sum = x + residual; normed = (sum - mean) / sqrt(variance + eps) * weight + bias, over the last axis.
 
-    The step between two halves of a pre-norm transformer block (arXiv 2002.04745): x is what the last half added, the
-    residual the stream that it is added to.
+    This is the step between the halves of a pre-norm transformer block (arXiv 2002.04745): x is the output of the
+    previous half, and residual is the stream that it is added to.
 
     Args:
-        x: `[..., C]`, floating point; C up to 4,096 and bfloat16, float16 or float32 have a kernel.
-        residual: the shape of x; its dtype may be wider (a float32 stream beside bfloat16 halves). None: zero.
-        weight, bias: `[C]`; None: 1 and 0.
+        x: `[..., C]`, floating point. The kernel takes C up to 4,096 in bfloat16, float16 or float32.
+        residual: of the shape of x. Its dtype may be wider (a float32 stream and bfloat16 halves). None means zero.
+        weight, bias: `[C]`. None means 1 and 0.
         eps: added to the variance.
-        impl: "auto" (Triton on a GPU where it can, aloud once where it cannot), "triton" or "reference".
+        impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
+            a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Returns:
-        normed, in the dtype of x, or under autocast in autocast's; and sum, in the wider dtype of x and residual (x
-        itself where there is no residual). Computed in float32.
+        normed, in the dtype of x or, under autocast, in autocast's; and sum, in the wider dtype of x and residual
+        (without a residual, x itself). Both are computed in float32.
 
-    Saved for backward: sum, weight, and the mean and 1 / deviation of each row. Weight and bias gradients are summed in
-    a fixed order.
-    `torch.func.grad` works, `torch.vmap` only with impl="reference".
+    Saved for backward: sum, weight, and the mean and 1 / standard deviation of each row. Weight and bias gradients are
+    summed in a fixed order.
+    `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
-        ValueError: shapes or devices that cannot be, before any launch.
-        RuntimeError: differentiating the gradients again.
+        ValueError: shapes or devices are invalid; raised before any launch.
+        RuntimeError: the gradients are differentiated again.
 
     Example::
 
         norm = torch.nn.LayerNorm(768, device="cuda")
         stream = torch.randn(8, 64, 768, device="cuda")
-        x = torch.randn(8, 64, 768, device="cuda", dtype=torch.bfloat16)  # of attention or an MLP
+        x = torch.randn(8, 64, 768, device="cuda", dtype=torch.bfloat16)  # output of attention or an MLP
         normed, stream = add_layer_norm(x, stream, norm.weight, norm.bias, norm.eps)
     """
     if x.dim() < 1 or (residual is not None and residual.shape != x.shape):

@@ -1,4 +1,4 @@
-"""Log-mel spectrogram of PCM, in the two conventions people train on, straight to normalised patches.
+"""Log-mel spectrograms of PCM as normalised patches, in the two conventions that are used for training.
 
 Shapes: B clips, S samples, T frames, K frequency bins, M mel bands, N patches, P values of a patch.
 """
@@ -19,14 +19,14 @@ from ajepa_kernels import _extension
 from ajepa_kernels._triton import constant
 
 KALDI_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of mel power
-SEGMENT = 16  # most bins a thread of the CUDA kernel adds up; csrc/log_mel.h has the same
-LARGEST = 2**30  # of sizes: the kernels compute with 32 bits
-PEAK_EPS = 1e-6  # below one step of int16 (3e-5): a silent clip stays silent
+SEGMENT = 16  # most bins that a thread of the CUDA kernel adds up; equal to kSegment in csrc/log_mel.h
+LARGEST = 2**30  # limit of sizes, because the kernels compute them with 32 bits
+PEAK_EPS = 1e-6  # below one step of int16 (3e-5), so that a silent clip stays silent
 Layout = Literal["patches", "spectrogram"]
 
 
 def _number(field: str, value: Any, kind: type) -> Any:
-    """`value` as an int or a float, from whatever number is one: torchaudio's power is 2.0."""
+    """`value` as an int or a float, from a number of any type: torchaudio's power is 2.0. Else raises ValueError."""
     try:
         number = kind(value)
         if kind is float or number == value:
@@ -40,62 +40,65 @@ def _number(field: str, value: Any, kind: type) -> Any:
 class LogMelSpec:
     """A front end: PCM -> waveform norm -> frames -> window -> |FFT|^power -> mel -> log -> (x - mean) / std.
 
-    Convention "kaldi" is `torchaudio.compliance.kaldi.fbank` (per frame: minus its mean, y[n] = x[n] - c x[n-1] with
+    Convention "kaldi" is `torchaudio.compliance.kaldi.fbank` (each frame minus its mean, y[n] = x[n] - c x[n-1] with
     x[-1] = x[0], symmetric window, triangles linear in mel, Nyquist bin unused). Convention "torchaudio" is
     `torchaudio.transforms.MelSpectrogram` (periodic window centred in n_fft, triangles linear in Hz), then
-    `AmplitudeToDB` or ln. The two differ in more than these: docs of each field name what only one of them has.
-
-    Args:
-        sample_rate: Hz.
-        n_fft: transform size: a power of two, 128 to 8192, or 400 (Whisper's).
-        win_length, hop_length: samples.
-        n_mels: mel bands, 1 to 256.
-        f_min, f_max: Hz; None is the Nyquist frequency.
-        convention: "kaldi" or "torchaudio".
-        window: "hann", "hamming", or (Kaldi only) "povey", Hann to the power 0.85.
-        power: 2 for power, 1 for magnitude.
-        preemphasis, remove_dc_offset, snip_edges: Kaldi only. With `snip_edges=False` a clip has
-            round(S / hop) frames and its ends are mirrored (the edge sample repeated).
-        center: torchaudio only: frame t is centred on sample t * hop, ends mirrored (the edge sample not repeated).
-        mel_scale, mel_norm: torchaudio only: "htk" or "slaney"; None or "slaney" (each band divided by its width).
-        log: "ln", or "db": 10 log10 of power, 20 log10 of magnitude.
-        floor: least mel value before the log; None is float32 epsilon for Kaldi, 1e-10 for torchaudio.
-        top_db: in dB, values below a clip's own maximum - top_db are raised to it. (torchaudio takes the maximum
-            over a whole [B, S] batch; over one clip only when called clip by clip.)
-        n_frames: frames of the result: cropped to it, or padded with rows of zeros. None keeps every frame.
-        waveform_norm: "none", "mean" (x - mean x) or "peak" ((x - mean x) / (max |x - mean x| + 1e-6)), clip by clip.
-        mean, std: of the data set, applied last, to padded rows too (as AudioMAE).
-        patch: (mel bands, frames) of a patch.
+    `AmplitudeToDB` or ln. Some fields apply to only one of the conventions.
 
     Raises:
-        ValueError: values that cannot be, naming the field and the remedy.
+        ValueError: a value is invalid; the message names the field and the remedy.
     """
 
     sample_rate: int = 16000
+    """Sampling rate of the front end in Hz."""
     n_fft: int = 512
+    """Size of the transform: a power of two from 128 to 8192, or 400 (Whisper's)."""
     win_length: int = 400
+    """Length of the window in samples."""
     hop_length: int = 160
+    """Samples from one frame to the next."""
     n_mels: int = 128
+    """Number of mel bands, 1 to 256."""
     f_min: float = 20.0
+    """Lower edge of the lowest mel band in Hz."""
     f_max: float | None = None
+    """Upper edge of the highest mel band in Hz. None: the Nyquist frequency."""
     convention: Literal["kaldi", "torchaudio"] = "kaldi"
+    """Library whose arithmetic the front end follows."""
     window: Literal["hann", "povey", "hamming"] = "hann"
+    """Window of a frame. povey is Hann to the power 0.85, for Kaldi only."""
     power: Literal[1, 2] = 2
+    """2: power spectrum. 1: magnitude spectrum."""
     preemphasis: float = 0.97
+    """Kaldi only: coefficient c of the pre-emphasis y[n] = x[n] - c x[n-1]."""
     remove_dc_offset: bool = True
+    """Kaldi only: subtract the mean from each frame."""
     snip_edges: bool = True
+    """Kaldi only. If off, a clip has round(S / hop) frames and its ends are mirrored, with the edge sample repeated."""
     center: bool = True
+    """torchaudio only: centre frame t on sample t * hop. The ends are mirrored without repeating the edge sample."""
     mel_scale: Literal["htk", "slaney"] = "htk"
+    """torchaudio only: the formula of the mel scale."""
     mel_norm: Literal["slaney"] | None = None
+    """torchaudio only. slaney: divide each band by its width. None: leave it."""
     log: Literal["ln", "db"] = "ln"
+    """ln: natural logarithm. db: 10 log10 of power, 20 log10 of magnitude."""
     floor: float | None = None
+    """Smallest mel value before the log. None: float32 epsilon for Kaldi, 1e-10 for torchaudio."""
     top_db: float | None = None
+    """In dB: values below the clip's maximum minus this are raised to that level. (torchaudio takes the maximum over a
+    whole [B, S] batch, and over one clip only if it is called clip by clip.)"""
     n_frames: int | None = None
+    """Number of frames: longer results are cropped, shorter ones padded with zeros. None: all frames."""
     waveform_norm: Literal["none", "mean", "peak"] = "none"
+    """Normalisation of each clip. mean: x - mean x. peak: (x - mean x) / (max |x - mean x| + 1e-6)."""
     mean: float = 0.0
+    """Mean of the data set, subtracted last, also from padded frames (as in AudioMAE)."""
     std: float = 1.0
+    """Standard deviation of the data set, which divides last, also padded frames."""
     patch: tuple[int, int] = (16, 16)
-    _key: ClassVar[str]  # all fields of this one as a string, which torch.compile takes for a constant
+    """Size of a patch: mel bands, frames."""
+    _key: ClassVar[str]  # all fields as a string, which torch.compile treats as a constant
 
     def __post_init__(self):
         for kind, fields in (
@@ -119,7 +122,8 @@ class LogMelSpec:
                 raise ValueError(f"LogMelSpec: {field} must be one of {allowed}, got {getattr(self, field)!r}")
         for wrong, message in (
             (not 1 <= self.sample_rate < LARGEST, f"sample_rate must be 1..2^30 - 1 Hz, got {self.sample_rate}"),
-            (not (power_of_two or self.n_fft == 400), f"n_fft must be a power of two in 128..8192, got {self.n_fft}"),
+            (not (power_of_two or self.n_fft == 400),
+             f"n_fft must be 400 or a power of two in 128..8192, got {self.n_fft}"),
             (not 2 <= self.win_length <= self.n_fft,
              f"win_length {self.win_length} must be 2..n_fft; raise n_fft ({self.n_fft}) or shorten the window"),
             (not 1 <= self.hop_length < LARGEST, f"hop_length must be 1..2^30 - 1 samples, got {self.hop_length}"),
@@ -136,11 +140,11 @@ class LogMelSpec:
             (not math.isfinite(self.mean), f"mean must be finite, got {self.mean}"),
             (len(self.patch) != 2 or not all(1 <= size < LARGEST for size in self.patch),
              f"patch must be two sizes in 1..2^30 - 1, got {self.patch}"),
-            (not kaldi and self.window == "povey", "window 'povey' is Kaldi's; choose 'hann' or convention='kaldi'"),
-            (not kaldi and not self.snip_edges, "snip_edges is Kaldi's; leave it True (torchaudio has `center`)"),
-            (kaldi and not self.center, "center is torchaudio's; leave it True (Kaldi has `snip_edges`)"),
-            (kaldi and self.mel_scale != "htk", "mel_scale 'slaney' is torchaudio's; Kaldi has one scale"),
-            (kaldi and self.mel_norm is not None, "mel_norm is torchaudio's; leave it None with convention='kaldi'"),
+            (not kaldi and self.window == "povey", "window 'povey' needs convention='kaldi'; set it or choose 'hann'"),
+            (not kaldi and not self.snip_edges, "snip_edges=False needs convention='kaldi'; leave it True"),
+            (kaldi and not self.center, "center=False needs convention='torchaudio'; leave it True"),
+            (kaldi and self.mel_scale != "htk", "mel_scale 'slaney' needs convention='torchaudio'; leave it 'htk'"),
+            (kaldi and self.mel_norm is not None, "mel_norm needs convention='torchaudio'; leave it None"),
         ):  # fmt: skip
             if wrong:
                 raise ValueError(f"LogMelSpec: {message}")
@@ -148,21 +152,21 @@ class LogMelSpec:
 
     @property
     def log_floor(self) -> float:
-        """Least mel value before the log."""
+        """The smallest mel value before the log."""
         if self.floor is not None:
             return self.floor
         return KALDI_FLOOR if self.convention == "kaldi" else 1e-10
 
     @property
     def min_samples(self) -> int:
-        """The shortest clip that has a frame."""
-        if self.convention == "kaldi":  # mirrored: round(S / hop) frames
+        """The number of samples of the shortest clip that has a frame."""
+        if self.convention == "kaldi":  # mirrored ends give round(S / hop) frames
             return self.win_length if self.snip_edges else max(self.win_length, self.hop_length - self.hop_length // 2)
         return self.n_fft // 2 + 1 if self.center else self.n_fft
 
     @property
     def first_sample(self) -> int:
-        """Where the window of frame 0 starts; negative where the clip's beginning is mirrored."""
+        """The sample at which the window of frame 0 starts; negative if the clip's beginning is mirrored."""
         if self.convention == "kaldi":
             return 0 if self.snip_edges else self.hop_length // 2 - self.win_length // 2
         return (self.n_fft - self.win_length) // 2 - (self.n_fft // 2 if self.center else 0)
@@ -175,12 +179,12 @@ class LogMelSpec:
         return (0, 1) if self.center else (-self.n_fft, 1)
 
     def frames(self, samples: int) -> int:
-        """Frames that a clip of so many samples fills, before padding or cropping to `n_frames`."""
+        """The number of frames of a clip of `samples` samples, before padding or cropping to `n_frames`."""
         a, b = self.frame_rule
         return (samples + a) // self.hop_length + b if samples >= self.min_samples else 0
 
     def patch_grid(self, samples: int) -> tuple[int, int]:
-        """(frequency, time) patches of a clip; frames are padded with zero rows to whole patches."""
+        """The number of (frequency, time) patches of a clip. Frames are padded with rows of zeros to whole patches."""
         if self.n_mels % self.patch[0]:
             raise ValueError(f"LogMelSpec: patch height {self.patch[0]} must divide n_mels {self.n_mels}")
         frames = self.frames(samples) if self.n_frames is None else self.n_frames
@@ -188,9 +192,11 @@ class LogMelSpec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(frequency, time) patches, for a fixed `n_frames`."""
+        """The number of (frequency, time) patches, for a fixed `n_frames`."""
         if self.n_frames is None:
-            raise ValueError("LogMelSpec: grid depends on the clip when n_frames is None; set it or use patch_grid(S)")
+            raise ValueError(
+                "LogMelSpec: grid depends on the clip when n_frames is None; set n_frames or use patch_grid(S)"
+            )
         return self.patch_grid(0)
 
     @property
@@ -203,18 +209,18 @@ class LogMelSpec:
 
 
 LOG_MEL_PRESETS: dict[str, LogMelSpec] = {
-    # arXiv 2507.02915: 254 frames of a 10 s clip, then two rows of zeros.
+    # arXiv 2507.02915. A 10 s clip has 254 frames, which are followed by two rows of zeros.
     "audio-jepa": LogMelSpec(
         sample_rate=32000, n_fft=4096, win_length=3125, hop_length=1250, n_frames=256, waveform_norm="peak"
     ),
-    # Its successor: 257 frames of a 10 s clip, the last one dropped.
+    # The successor of audio-jepa. A 10 s clip has 257 frames, of which the last one is dropped.
     "audio-jepa-16k": LogMelSpec(
         n_fft=2048, win_length=2048, hop_length=625, f_min=0.0, convention="torchaudio", log="db", n_frames=256
     ),
-    # arXiv 2311.15830, with AudioMAE's statistics of AudioSet (it divides by twice the standard deviation). Its
-    # waveform mean is not subtracted here: every frame's own mean is.
+    # arXiv 2311.15830, with AudioMAE's statistics of AudioSet; AudioMAE divides by twice the standard deviation. The
+    # waveform's mean is not subtracted, because every frame's own mean is.
     "a-jepa": LogMelSpec(n_frames=1024, mean=-4.2677393, std=2 * 4.5689974),
-    # openai/whisper: (log10 + 4) / 4 with everything below max - 8 raised to it, written in dB; 30 s clips.
+    # openai/whisper, for 30 s clips: (log10 + 4) / 4 after raising values below max - 8 to that level, here in dB.
     "whisper": LogMelSpec(
         n_fft=400, n_mels=80, f_min=0.0, convention="torchaudio", mel_scale="slaney", mel_norm="slaney", log="db",
         top_db=80.0, n_frames=3000, mean=-40.0, std=40.0,
@@ -228,16 +234,16 @@ class _Tables(NamedTuple):
 
 
 class _KernelTables(NamedTuple):
-    """The bank as interval sums: between mel edges i and i + 1 a bin falls in band i - 1 and rises in band i."""
+    """The mel bank by intervals: a bin between mel edges i and i + 1 is in falling band i - 1 and rising band i."""
 
     window: torch.Tensor  # float32 [win_length]
-    weights: torch.Tensor  # float32 [SEGMENT, Q, 2]: of a segment's bin in the band it falls and rises in
+    weights: torch.Tensor  # float32 [SEGMENT, Q, 2]: weight of a segment's bin in its falling and rising band
     segments: torch.Tensor  # int32 [Q, 2]: first bin, number of bins (1 to SEGMENT)
     offsets: torch.Tensor  # int32 [M + 2]: interval i is segments offsets[i]:offsets[i + 1]
-    twiddles: torch.Tensor  # float32 [Q', 4]: of the CUDA transform's passes, w and w^4 as pairs of reals
+    twiddles: torch.Tensor  # float32 [Q', 4]: w and w^4 as pairs of reals, for the CUDA transform's passes
 
 
-_SLANEY_HZ = 200.0 / 3  # a mel below 1 kHz; logarithmic above
+_SLANEY_HZ = 200.0 / 3  # Hz per mel below 1 kHz; the scale is logarithmic above
 _SLANEY_KNEE, _SLANEY_STEP = 1000.0 / _SLANEY_HZ, math.log(6.4) / 27.0
 
 
@@ -254,7 +260,7 @@ def _mel_to_hz(mel: torch.Tensor, scale: str) -> torch.Tensor:
 
 
 def _mel_edges(spec: LogMelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frequency of each bin `[K]` and edges of the triangles `[M + 2]`, on the scale they are linear in, float32."""
+    """Frequencies of bins `[K]` and edges of triangles `[M + 2]`, float32, on the scale where triangles are linear."""
     bins, f_max = spec.n_fft // 2 + 1, spec.f_max
     on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     if spec.convention == "kaldi":
@@ -271,8 +277,8 @@ def _mel_edges(spec: LogMelSpec) -> tuple[torch.Tensor, torch.Tensor]:
 
 @lru_cache(maxsize=64)
 def _mel_bank(spec: LogMelSpec) -> torch.Tensor:
-    """Triangles `[K, M]`, float32, rounded as torchaudio rounds them: an edge bin may hold a weight of 1e-4, whose
-    rounding would show in the log."""
+    """Mel triangles `[K, M]`, float32, with torchaudio's rounding: an edge bin may have a weight of 1e-4, and a
+    difference in its rounding would be visible in the log."""
     points, edges = _mel_edges(spec)
     if not (edges.diff() > 0).all():
         raise ValueError(
@@ -307,8 +313,10 @@ def _make_tables(spec: LogMelSpec, dtype: torch.dtype) -> _Tables:
 
 
 def _twiddles(n_fft: int) -> torch.Tensor:
-    """Of the passes after the first, of radix 16 (20 for 400) and of what is left: exp(-2 pi i k / N) and its fourth
-    power, of the N points that are done after the pass."""
+    """exp(-2 pi i k / N) and its fourth power for each pass after the first, with N points transformed after the pass.
+
+    Passes have radix 16 (20 for n_fft 400); the last one has the radix that remains.
+    """
     radix, done, rows = 20 if n_fft == 400 else 16, 20 if n_fft == 400 else 16, []
     while done < n_fft:
         last = done * radix > n_fft
@@ -342,12 +350,12 @@ def _make_kernel_tables(spec: LogMelSpec) -> _KernelTables:
 
 @lru_cache(maxsize=64)
 def _on_cpu(make: Callable[..., Any], spec: LogMelSpec, *dtype: torch.dtype) -> Any:
-    # Outside inference mode and fake tensors: what is cached must be plain tensors.
+    # Cached tensors must be plain ones, neither inference tensors nor fake tensors.
     with torch.inference_mode(False), _disable_current_modes():
         return make(spec, *dtype)
 
 
-# Never emptied: CUDA graphs hold these addresses, and streams other than the one they were made on may be reading them.
+# This cache is never emptied: captured CUDA graphs hold the addresses, and other streams may still be reading.
 _on_device: dict[tuple, Any] = {}
 
 
@@ -359,7 +367,7 @@ def _cached(make: Callable[..., Any], spec: LogMelSpec, device: torch.device, *d
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"log_mel: a CUDA graph is being captured, but the tables of this front end are not on {device} yet; "
-                "call log_mel once with it before"
+                "call log_mel once with it before the capture"
             )
         tables = _on_cpu(make, spec, *dtype)
         with torch.inference_mode(False), _disable_current_modes():
@@ -367,8 +375,8 @@ def _cached(make: Callable[..., Any], spec: LogMelSpec, device: torch.device, *d
     return _on_device[key]
 
 
-# torch.compile calls these while it traces. It can hand over constants alone: a spec's key is one, where its fields
-# turn into symbols once they change between calls. torch 2.11 unpacks nothing but plain tuples.
+# torch.compile calls these functions while tracing, and can only pass constants to them. A spec's key is a constant,
+# whereas its fields become symbols once they change between calls. torch 2.11 can only unpack plain tuples.
 
 
 def _from_key(key: str) -> LogMelSpec:
@@ -376,7 +384,7 @@ def _from_key(key: str) -> LogMelSpec:
 
 
 def _constant(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # As parameters, whose sizes stay numbers with dynamic=True, too: a constant's have no source to guard.
+    # Parameters, because their sizes stay numbers with dynamic=True; the sizes of constants have no source to guard.
     return tuple(torch.nn.Parameter(table, requires_grad=False) for table in tables)
 
 
@@ -403,7 +411,7 @@ def _tables(spec: LogMelSpec, device: torch.device, dtype: torch.dtype) -> tuple
 
 
 def _mirror(index: torch.Tensor, length: torch.Tensor | int, repeat_edge: bool) -> torch.Tensor:
-    """Index of the sample that stands at `index`, before 0 or from `length` on, when a clip's ends are mirrored."""
+    """The index inside the clip whose sample mirroring puts at `index`, which may lie before 0 or after the end."""
     edge, last = int(repeat_edge), length - 1
     index = torch.where(index < 0, -edge - index, index)
     return torch.where(index > last, 2 * last + edge - index, index).clamp_min(0)
@@ -420,7 +428,7 @@ def _check(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, dt
         raise ValueError(f"log_mel: layout must be 'patches' or 'spectrogram', got {layout!r}")
     if pcm.shape[1] < spec.min_samples:
         raise ValueError(
-            f"log_mel: a clip of {pcm.shape[1]} samples is shorter than one window; it needs {spec.min_samples}"
+            f"log_mel: a clip of {pcm.shape[1]} samples is shorter than one window; it needs {spec.min_samples} or more"
         )
     if lengths is not None:
         if lengths.shape != pcm.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
@@ -428,7 +436,9 @@ def _check(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, dt
                 f"log_mel: lengths must be int32 or int64 [{len(pcm)}], got {lengths.dtype} {list(lengths.shape)}"
             )
         if lengths.device != pcm.device:
-            raise ValueError(f"log_mel: lengths are on {lengths.device}, pcm on {pcm.device}; move them together")
+            raise ValueError(
+                f"log_mel: lengths are on {lengths.device}, pcm on {pcm.device}; move lengths to pcm's device"
+            )
 
 
 def _check_values(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None) -> None:
@@ -437,7 +447,7 @@ def _check_values(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | N
         if lengths is not None:
             finite |= torch.arange(pcm.shape[1], device=pcm.device) >= lengths[:, None]
         if not bool(finite.all()):
-            raise ValueError("log_mel: pcm holds NaN or Inf")
+            raise ValueError("log_mel: pcm holds NaN or Inf; leave out or repair the clip")
     if lengths is not None and len(lengths):
         low, high = (int(v) for v in lengths.aminmax())
         if low < spec.min_samples or high > pcm.shape[1]:
@@ -460,7 +470,7 @@ def _normalise_waveform(x: torch.Tensor, kind: str, lengths: torch.Tensor | None
 
 
 def _log_mel_frames(x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, n_frames: int) -> torch.Tensor:
-    """Waveforms `[B, S]` -> `[B, M, n_frames]`, before the data set's normalisation."""
+    """Waveforms `[B, S]` -> `[B, M, n_frames]`, before the data set's mean and std are applied."""
     samples = x.shape[1]
     filled = min(spec.frames(samples), n_frames)
     x = _normalise_waveform(x, spec.waveform_norm, lengths)
@@ -510,7 +520,7 @@ def log_mel_reference(
 ) -> torch.Tensor:
     """Plain PyTorch definition of `log_mel`, in float32; in float64 for float64 `pcm` or `dtype`."""
     _check(pcm, spec, lengths, dtype, layout)
-    if torch.is_autocast_enabled(pcm.device.type):  # it would make the mel product one of bfloat16
+    if torch.is_autocast_enabled(pcm.device.type):  # autocast would compute the mel product in bfloat16
         with torch.autocast(pcm.device.type, enabled=False):
             return log_mel_reference(pcm, spec, lengths=lengths, dtype=dtype, layout=layout)
     batch, samples = pcm.shape
@@ -525,7 +535,7 @@ def log_mel_reference(
     if pcm.dtype == torch.int16:
         x = x / 32768.0
     wanted = n_frames if spec.n_frames is None else spec.n_frames
-    budget = 2 ** (21 if pcm.device.type == "cpu" else 28)  # values of frames at once: 8 MB stay in a CPU's cache
+    budget = 2 ** (21 if pcm.device.type == "cpu" else 28)  # frame values computed at once; 8 MB fit a CPU's cache
     step = max(1, budget // (spec.frames(samples) * spec.n_fft))
     parts = [
         _log_mel_frames(x[i : i + step], spec, None if lengths is None else lengths[i : i + step], wanted)
@@ -541,7 +551,7 @@ def log_mel_reference(
 
 
 def _kernel_reason(pcm: torch.Tensor, spec: LogMelSpec, dtype: torch.dtype) -> str:
-    """Why the compiled kernel cannot take this call, or ""."""
+    """The reason why the compiled kernel cannot take this call, or ""."""
     if pcm.device.type not in ("cpu", "cuda"):
         return f"there is no kernel for {pcm.device.type}"
     if torch.float64 in (pcm.dtype, dtype):
@@ -559,14 +569,14 @@ def _log_mel_fused(
     lengths: torch.Tensor | None,
     dtype: torch.dtype,
     layout: Layout,
-    op: Callable[..., None] | None = None,  # torch.ops.ajepa.log_mel_fwd, but for tests
+    op: Callable[..., None] | None = None,  # None: torch.ops.ajepa.log_mel_fwd; tests pass another
 ) -> torch.Tensor:
     batch, samples = pcm.shape
     kaldi, frames = spec.convention == "kaldi", spec.frames(samples)
     kept = frames if spec.n_frames is None else spec.n_frames
     if layout == "patches":
         (freq, time), (height, width) = spec.patch_grid(samples), spec.patch
-    else:  # one patch holds the spectrogram
+    else:  # the spectrogram is one patch
         (freq, time), (height, width) = (1, 1), (spec.n_mels, kept)
     out = torch.empty(batch, freq, time, height, width, dtype=dtype, device=pcm.device)
     bias, add = spec.frame_rule
@@ -601,7 +611,7 @@ def _log_mel_fused(
 if _extension.AVAILABLE:
 
     @torch.library.register_fake("ajepa::log_mel_fwd")
-    def _(*arguments, **keywords):  # it only writes `out`
+    def _(*arguments, **keywords):  # the op only writes `out`
         return None
 
 
@@ -617,32 +627,34 @@ def log_mel(
 ) -> torch.Tensor:
     """Log-mel features of PCM clips, as patches for a transformer or as a spectrogram.
 
-    Formula and conventions: `LogMelSpec`. No gradient flows to `pcm`. NaN and Inf spoil the frames they are in (on CUDA
-    also the frame that shares a transform with them), and with a waveform norm the clip (where every frame's own mean
-    is subtracted, too, norm "mean" may leave the other frames as they are).
+    `LogMelSpec` has the formula and the conventions. No gradient flows to `pcm`. NaN and Inf invalidate the frames that
+    contain them (on CUDA also the frame that shares a transform with such a frame) and, with a waveform norm, the whole
+    clip. With norm "mean" and each frame's own mean subtracted, the other frames may stay valid.
 
-    Computed in float32. Within 2e-3 nat (0.01 dB) of float64, except in bands over 90 dB below their frame's loudest
-    one: there an error of 2^-24 of its amplitude is more, and any float32 transform, torchaudio's too, makes it.
+    Computed in float32. The result is within 2e-3 nat (0.01 dB) of float64, except in bands more than 90 dB below the
+    loudest band of their frame. There the error of any float32 transform, 2^-24 of the loudest amplitude, is larger;
+    torchaudio has it, too.
 
     Args:
         pcm: `[B, S]` int16 (scaled by 1/32768) or float32 in [-1, 1].
         spec: the front end.
-        lengths: int32 or int64 `[B]` on pcm's device: samples of each clip, the rest of its row being ignored. Frames
-            after a clip's last one are rows of zeros (before `mean`, `std`); a clip below `spec.min_samples` has none.
-        dtype: of the result: float32, bfloat16 or float16.
+        lengths: number of samples of each clip, int32 or int64 `[B]` on pcm's device; the rest of a row is ignored.
+            Frames after a clip's last one are rows of zeros (before `mean` and `std`); a clip shorter than
+            `spec.min_samples` has no frames.
+        dtype: dtype of the result: float32, bfloat16 or float16.
         layout: "patches" or "spectrogram".
-        impl: "auto" is the compiled kernel where it can be, else plain PyTorch, which is said once; "fused" insists on
-            the kernel; "reference" is plain PyTorch.
-        check: also refuse NaN or Inf in a clip and `lengths` out of range (waits for the device). Unchecked lengths
-            are clamped to 0..S.
+        impl: "auto" runs the compiled kernel, or warns once and runs plain PyTorch if the kernel cannot run; "fused"
+            requires the kernel; "reference" is plain PyTorch.
+        check: raise ValueError for NaN or Inf in a clip and for `lengths` out of range, which makes the host wait for
+            the device. Without it, lengths are clamped to 0..S.
 
     Returns:
-        "patches": `[B, N, P]`, token n = f * time_patches + t (frequency-major), a patch being [mel, frame] flattened;
-        "spectrogram": `[B, n_mels, frames]`.
+        For "patches" `[B, N, P]`: token n = f * time_patches + t (frequency-major), and a patch is [mel, frame]
+        flattened. For "spectrogram" `[B, n_mels, frames]`.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device, or clips shorter than one window.
-        RuntimeError: `impl="fused"` where the kernel cannot run; a front end's first call within a CUDA graph.
+        RuntimeError: `impl="fused"` and the kernel cannot run; or the first call with a spec is in a graph capture.
     """
     _check(pcm, spec, lengths, dtype, layout)
     if impl not in ("auto", "fused", "reference"):
@@ -654,7 +666,7 @@ def log_mel(
     if impl != "reference" and not reason:
         return _log_mel_fused(pcm, spec, lengths, dtype, layout)
     if impl == "fused":
-        raise RuntimeError(f"log_mel: impl='fused' cannot run: {reason}")
+        raise RuntimeError(f"log_mel: impl='fused' cannot run: {reason}; use impl='auto'")
     if reason:
         _extension.warn_plain("log_mel", reason)
     return log_mel_reference(pcm, spec, lengths=lengths, dtype=dtype, layout=layout)

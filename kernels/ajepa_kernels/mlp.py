@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from ajepa_kernels import _extension
 from ajepa_kernels._triton import library
 
-FORWARD, FORWARD_KEEP, BACKWARD = range(3)  # csrc/gelu_product.h
-WORKSPACE = 32 << 20  # bytes, what cuBLAS asks for on Hopper
-ALIGNMENT = 8  # elements: of rows, for 16-byte accesses
+FORWARD, FORWARD_KEEP, BACKWARD = range(3)  # the values of Gelu in csrc/gelu_product.h
+WORKSPACE = 32 << 20  # bytes; cuBLAS recommends this much on Hopper
+ALIGNMENT = 8  # row widths are multiples of this many elements, for 16-byte accesses
 
 
 def _gelu_product(x, weight, bias, z, result, kind: int) -> None:
@@ -37,7 +37,7 @@ def _linear_gelu_fake(x, weight, bias, keep):
 
 @torch.library.impl(library, "linear_gelu", "CPU")
 def _linear_gelu_plain(x, weight, bias, keep):
-    """gelu(z), by the tanh, of z = x weight^T + bias; and z itself, where it is to be kept."""
+    """Returns gelu(z) in its tanh form, for z = x weight^T + bias; and z itself, if `keep`."""
     z = F.linear(x, weight, bias)
     return F.gelu(z, approximate="tanh"), z if keep else z.new_empty(0)
 
@@ -62,7 +62,7 @@ def _linear_dgelu_fake(dy, weight, z):
 
 @torch.library.impl(library, "linear_dgelu", "CPU")
 def _linear_dgelu_plain(dy, weight, z):
-    """dz = (dy weight) gelu'(z), of the layer after the GELU, weight `[C, I]`; and its sum over rows."""
+    """Returns dz = (dy weight) gelu'(z), where weight `[C, I]` is the next layer's; and the sum of dz over rows."""
     dz = torch.ops.aten.gelu_backward(dy @ weight, z, approximate="tanh")
     return dz, dz.sum(0)
 
@@ -78,7 +78,7 @@ def _linear_dgelu_cuda(dy, weight, z):
 
 
 def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dy^T x in the weight's dtype, from the product's own float32 sums where it can give them."""
+    """dy^T x in the weight's dtype. On a GPU a float32 result is the product's float32 sums, without rounding."""
     if dy.is_cuda and dy.dtype != dtype == torch.float32:
         return torch.mm(dy.T, x, out_dtype=dtype)
     return (dy.T @ x).to(dtype)
@@ -134,26 +134,28 @@ def gelu_mlp(
     """gelu(x w1^T + b1) w2^T + b2, the MLP of a transformer block, with gelu(z) = z (1 + tanh(sqrt(2 / pi)
     (z + 0.044715 z^3))) / 2 (arXiv 1606.08415).
 
-    Bias and GELU are the epilogue of the first product, which also writes z; in backward GELU's gradient and the bias
-    gradient are that of the product with w2. No pass over `[M, I]` is left that is not a product's own. cuBLASLt has
-    these epilogues for the tanh GELU alone: it differs from the exact one by less than 5e-4.
+    Bias and GELU are the epilogue of the first product, which also writes z. In backward, GELU's gradient and the bias
+    gradient are the epilogue of the product with w2. No separate pass over `[M, I]` remains. cuBLASLt has these
+    epilogues only for the tanh form of GELU, which differs from the exact one by less than 5e-4.
 
     Args:
-        x: `[..., C]`. bfloat16 or float16 on a GPU, directly or under autocast, C and I multiples of 8.
-        w1, b1, w2, b2: `[I, C]`, `[I]`, `[C', I]`, `[C']`, as of two `torch.nn.Linear`.
-        copies: the four in a lower precision, to compute with and in (`AdamWEMA` writes such copies), while the
-            gradients are those of w1, b1, w2, b2, in their dtypes.
-        impl: "auto" (fused on a GPU where it can, aloud once where it cannot), "fused", which off a GPU runs the same
-            steps as plain products, or "reference".
+        x: `[..., C]`. The fused path needs a GPU, bfloat16 or float16 (directly or by autocast), and C and I that are
+            multiples of 8.
+        w1, b1, w2, b2: `[I, C]`, `[I]`, `[C', I]`, `[C']`, weights and biases of two `torch.nn.Linear`.
+        copies: w1, b1, w2, b2 in a lower precision (`AdamWEMA` writes such copies). The MLP is computed with them in
+            their dtype; gradients go to w1, b1, w2, b2, in the dtypes of those.
+        impl: "auto" is fused on a GPU, or warns once and runs plain PyTorch if it cannot be; on a CPU it runs plain
+            PyTorch. "fused" requires the fused path, and on a CPU runs its steps as plain products. "reference" is
+            plain PyTorch.
 
     Returns:
-        `[..., C']` in the dtype of the copies, else autocast's, else x's.
+        `[..., C']` in the dtype of the copies if there are any, else in autocast's, else in x's.
 
-    Saved for backward: x, z and gelu(z), as PyTorch saves. The gradient of b1 is summed in float32 and rounded to x's
+    Saved for backward: x, z and gelu(z), as in PyTorch. The gradient of b1 is summed in float32 and rounded to x's
     dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that cannot be, before any launch.
+        ValueError: shapes, dtypes, devices or options are invalid; raised before any launch.
         RuntimeError: cuBLASLt refuses the shape.
 
     Example::
@@ -187,7 +189,7 @@ def gelu_mlp(
         raise ValueError("gelu_mlp: copies must share a dtype")
     why_not = _cannot_fuse(x, w1)
     if impl == "fused" and why_not and x.is_cuda:
-        raise ValueError(f"gelu_mlp: impl='fused' is impossible: {why_not}")
+        raise ValueError(f"gelu_mlp: impl='fused' is impossible: {why_not}; use impl='auto' or 'reference'")
     fused = impl == "fused" or (impl == "auto" and x.is_cuda and not why_not)
     if impl == "auto" and x.is_cuda and why_not and not torch.compiler.is_compiling():
         _announce(why_not)
@@ -202,7 +204,7 @@ def _cannot_fuse(x: torch.Tensor, w1: torch.Tensor) -> str:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"no epilogue for {x.dtype}"
     if w1.shape[0] % ALIGNMENT or w1.shape[1] % ALIGNMENT:
-        return f"widths {list(w1.shape)} are no multiples of {ALIGNMENT}"
+        return f"widths {list(w1.shape)} are not multiples of {ALIGNMENT}"
     if _extension.MISSING:
         return f"ajepa_kernels has no compiled part ({_extension.MISSING})"
     if x.is_cuda and not torch.ops.ajepa.has_gelu_product():

@@ -1,4 +1,4 @@
-"""Resampling of PCM by a linear-phase windowed sinc, whole, in slices or as a stream, with the channels averaged.
+"""Resampling of PCM by a linear-phase windowed sinc: whole recordings, slices or streams, with channels averaged.
 
 Shapes: B clips, T samples, C channels, M outputs.
 """
@@ -17,16 +17,16 @@ from ajepa_kernels import _extension
 from ajepa_kernels._triton import constant
 
 MAX_RATE = 384_000
-MAX_RATIO = 1000  # of the input rate to the output rate: the filter has 142 taps times that
-PASS_EDGE, STOP_EDGE = 0.9, 1.0  # of the lower Nyquist frequency
-ATTENUATION = 110.0  # dB, of the stop band
+MAX_RATIO = 1000  # of the input rate to the output rate; the filter has 142 taps times this ratio
+PASS_EDGE, STOP_EDGE = 0.9, 1.0  # shares of the lower Nyquist frequency
+ATTENUATION = 110.0  # dB in the stop band
 KAISER_BETA = 0.1102 * (ATTENUATION - 8.7)
 KAISER_PEAK = float(torch.special.i0(torch.tensor(KAISER_BETA, dtype=torch.float64, device="cpu")))
-TAP_GROUP = 16  # csrc/resample.h has the same
-LARGEST_TABLE = 1 << 18  # values: where every phase would take more, rows between phases are interpolated
-PHASES = 1024  # of an interpolated table a period of the lower rate: linear interpolation errs by -119 dB
+TAP_GROUP = 16  # equal to kTapGroup in csrc/resample.h
+LARGEST_TABLE = 1 << 18  # values; a table that would be larger has fewer phases and is interpolated
+PHASES = 1024  # per period of the lower rate, in an interpolated table; the interpolation error is -119 dB
 LARGEST_TRANSFORM = 8192
-PASS_COST = {2: 0.7, 3: 0.95, 4: 0.95, 5: 1.3, 7: 1.6, 8: 1.3}  # by radix: ns a point of 8 lanes, fitted on Zen 4
+PASS_COST = {2: 0.7, 3: 0.95, 4: 0.95, 5: 1.3, 7: 1.6, 8: 1.3}  # by radix, in ns per point of 8 lanes, fitted on Zen 4
 IMPLS = ("auto", "fused", "soxr", "reference")
 
 
@@ -38,42 +38,42 @@ class _Filter(NamedTuple):
 
     up: int  # to_rate : from_rate in lowest terms
     down: int
-    cutoff: float  # of the input's Nyquist frequency
+    cutoff: float  # as a share of the input's Nyquist frequency
     half_width: float
-    half: int  # its whole samples: output m depends on the inputs in (m * down / up - half, m * down / up + half)
+    half: int  # half_width rounded up: output m depends on the inputs in (m * down / up - half, m * down / up + half)
 
 
 class _Blocks(NamedTuple):
-    """The overlapping blocks that are filtered as spectra: of size_in samples, of which hop * down / up are new."""
+    """The overlapping blocks that are filtered as spectra. Of a block's size_in samples, hop * down / up are new."""
 
     size_in: int
     size_out: int
-    hop: int  # outputs of a block
+    hop: int  # outputs that a block contributes
 
 
 class _Tables(NamedTuple):
-    """What the kernel reads. The direct method has rows alone, the spectral one everything else."""
+    """The tables that the kernel reads. The direct method uses `rows`, the spectral method uses all others."""
 
     rows: torch.Tensor  # float32 [phases (+ 1 if interpolated), width]; on CUDA see _columns
-    twiddles: torch.Tensor  # float32: of every pass of both transforms, [size / radix, radix - 1, 2] each
+    twiddles: torch.Tensor  # float32: [size / radix, radix - 1, 2] for every pass of both transforms
     response: torch.Tensor  # float32 [bins, 2]: complex gain of each bin that is kept
-    positions: torch.Tensor  # int32 [bins, 2]: its place after the first and before the second transform
+    positions: torch.Tensor  # int32 [bins, 2]: place of a bin after the first and before the second transform
 
 
 def _filter(from_rate: int, to_rate: int) -> _Filter:
     common = math.gcd(from_rate, to_rate)
     up, down = to_rate // common, from_rate // common
     low = min(1.0, up / down)  # the lower Nyquist frequency, as a share of the input's
-    transition = math.pi * (STOP_EDGE - PASS_EDGE) * low  # radians a sample
+    transition = math.pi * (STOP_EDGE - PASS_EDGE) * low  # radians per sample
     half_width = ((ATTENUATION - 7.95) / (2.285 * transition) + 1) / 2  # Kaiser's estimate
     return _Filter(up, down, (PASS_EDGE + STOP_EDGE) / 2 * low, half_width, math.ceil(half_width))
 
 
 def _sinc(t: torch.Tensor, filter: _Filter) -> torch.Tensor:
-    """h at the times `t`, in float64; its integral is 1 within -110 dB."""
-    place = (t / filter.half_width).square()
-    window = torch.special.i0(KAISER_BETA * (1 - place).clamp_min(0).sqrt()) / KAISER_PEAK
-    return torch.where(place < 1, filter.cutoff * torch.sinc(filter.cutoff * t) * window, 0.0)
+    """The filter h at the times `t`, in float64. Its integral is 1 within -110 dB."""
+    position2 = (t / filter.half_width).square()
+    window = torch.special.i0(KAISER_BETA * (1 - position2).clamp_min(0).sqrt()) / KAISER_PEAK
+    return torch.where(position2 < 1, filter.cutoff * torch.sinc(filter.cutoff * t) * window, 0.0)
 
 
 def _taps(phase: torch.Tensor, filter: _Filter) -> torch.Tensor:
@@ -83,14 +83,14 @@ def _taps(phase: torch.Tensor, filter: _Filter) -> torch.Tensor:
 
 
 def _phases(filter: _Filter) -> tuple[int, bool]:
-    """Rows of the direct method's table, and whether taps between them are interpolated."""
+    """The number of phases in the direct method's table, and whether taps are interpolated between them."""
     if filter.up * 2 * filter.half <= LARGEST_TABLE:
         return filter.up, False
     return math.ceil(PHASES * min(1.0, filter.up / filter.down)), True
 
 
 def _radices(size: int) -> list[int] | None:
-    """Passes of a transform, the widest first; None where `size` has a prime factor above 7."""
+    """Radices of a transform's passes, the largest first; None if `size` has a prime factor above 7."""
     found = []
     for prime in (7, 5, 3):
         while size % prime == 0:
@@ -106,7 +106,7 @@ def _radices(size: int) -> list[int] | None:
 
 @lru_cache(maxsize=256)
 def _blocks(filter: _Filter) -> _Blocks | None:
-    """The block size that takes the least work an output; None where the direct method serves these rates."""
+    """The block size with the least work per output; None if these rates need the direct method."""
     best, least = None, math.inf
     for periods in range(1, LARGEST_TRANSFORM // max(filter.up, filter.down) + 1):
         size_in, size_out = filter.down * periods, filter.up * periods
@@ -116,7 +116,7 @@ def _blocks(filter: _Filter) -> _Blocks | None:
             continue
         work = size_in * (1.0 + sum(PASS_COST[radix] for radix in passes_in) + size_in / 12_000)
         work += size_out * (4.6 + sum(PASS_COST[radix] for radix in passes_out) + size_out / 12_000)
-        work *= (1 + (size_in + size_out) / 100_000) / new  # of long blocks more lanes of the last group are unused
+        work *= (1 + (size_in + size_out) / 100_000) / new  # long blocks leave more lanes of the last group unused
         if work < least:
             best, least = _Blocks(size_in, size_out, new * filter.up), work
     return best
@@ -130,8 +130,8 @@ def _make_rows(filter: _Filter) -> torch.Tensor:
 
 
 def _columns(rows: torch.Tensor, filter: _Filter) -> torch.Tensor:
-    """`[width, phases (+ 1)]`, as the CUDA kernel reads them: columns in the order of the outputs, if none is
-    interpolated, so that neighbouring threads read neighbouring values."""
+    """`[width, phases (+ 1)]`, as the CUDA kernel reads them. Without interpolation, columns are in the order of the
+    outputs, so that neighbouring threads read neighbouring values."""
     if filter.up == filter.down:
         return rows
     if not _phases(filter)[1]:
@@ -151,7 +151,7 @@ def _twiddles(size: int) -> list[torch.Tensor]:
 
 
 def _places(bins: torch.Tensor, size: int) -> torch.Tensor:
-    """Where a transform that decimates in frequency leaves each bin."""
+    """The place at which a transform that decimates in frequency leaves each bin."""
     bins, place = bins % size, torch.zeros_like(bins)
     for radix in _radices(size) or ():
         size //= radix
@@ -161,11 +161,11 @@ def _places(bins: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _make_spectral(filter: _Filter, blocks: _Blocks) -> _Tables:
-    most = (min(blocks.size_in, blocks.size_out) - 1) // 2
-    bins = torch.arange(-most, most + 1)
-    fine = 32  # samples of h an input sample: its spectrum repeats far above the stop band
+    highest = (min(blocks.size_in, blocks.size_out) - 1) // 2
+    bins = torch.arange(-highest, highest + 1)
+    fine = 32  # samples of h per input sample, so that h's spectrum repeats far above the stop band
     h = _sinc(torch.arange(fine * blocks.size_in, dtype=torch.float64) / fine - blocks.size_in / 2, filter)
-    gain = torch.fft.rfft(h.roll(-fine * blocks.size_in // 2)).real[: most + 1] / (fine * blocks.size_in)
+    gain = torch.fft.rfft(h.roll(-fine * blocks.size_in // 2)).real[: highest + 1] / (fine * blocks.size_in)
     angles = bins.to(torch.float64) * (
         2 * math.pi * filter.half / blocks.size_in
     )  # outputs begin `half` samples into the block
@@ -180,7 +180,7 @@ def _make_spectral(filter: _Filter, blocks: _Blocks) -> _Tables:
 
 @lru_cache(maxsize=32)
 def _on_cpu(filter: _Filter, direct: bool) -> _Tables:
-    # Outside inference mode and fake tensors: what is cached must be plain tensors.
+    # Cached tensors must be plain ones, neither inference tensors nor fake tensors.
     with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
         nothing = torch.empty(0)
         if filter.up == filter.down:
@@ -191,7 +191,7 @@ def _on_cpu(filter: _Filter, direct: bool) -> _Tables:
         return _Tables(_make_rows(filter), nothing, nothing, nothing.to(torch.int32))
 
 
-# Never emptied: CUDA graphs hold these addresses, and streams other than the one they were made on may be reading them.
+# This cache is never emptied: captured CUDA graphs hold the addresses, and other streams may still be reading.
 _on_device: dict[tuple, _Tables] = {}
 
 
@@ -204,7 +204,7 @@ def _tables(from_rate: int, to_rate: int, device: torch.device, cuda: bool) -> _
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"resample: a CUDA graph is being captured, but the filter from {from_rate} to {to_rate} Hz is not on "
-                f"{device} yet; call resample once with these rates before"
+                f"{device} yet; call resample once with these rates before the capture"
             )
         tables = _on_cpu(filter, True)
         with torch.inference_mode(False), _disable_current_modes():
@@ -213,12 +213,12 @@ def _tables(from_rate: int, to_rate: int, device: torch.device, cuda: bool) -> _
     return _on_device[key]
 
 
-# torch.compile calls these two while it traces.
+# torch.compile calls these two functions while tracing.
 
 
 @constant
 def _constant_tables(from_rate: int, to_rate: int, device: torch.device, cuda: bool) -> tuple[torch.Tensor, ...]:
-    # As parameters, whose sizes stay numbers with dynamic=True, too: a constant's have no source to guard.
+    # Parameters, because their sizes stay numbers with dynamic=True; the sizes of constants have no source to guard.
     return tuple(torch.nn.Parameter(t, requires_grad=False) for t in _tables(from_rate, to_rate, device, cuda))
 
 
@@ -229,14 +229,14 @@ def _constant_method(from_rate: int, to_rate: int, cuda: bool) -> tuple[int, ...
 
 @lru_cache(maxsize=256)
 def _method(from_rate: int, to_rate: int, cuda: bool) -> tuple[int, ...]:
-    """up, down, half, phases, interpolated, size_in, size_out, hop, radices_in, radices_out of the op."""
+    """The arguments up, down, half, phases, interpolated, size_in, size_out, hop, radices_in, radices_out of the op."""
     filter = _filter(from_rate, to_rate)
     blocks = None if cuda or filter.up == filter.down else _blocks(filter)
     phases, interpolated = _phases(filter)
     if blocks is None:
         return filter.up, filter.down, filter.half, phases, interpolated, 0, 0, 0, 0, 0
     packed = [
-        sum(radix << 4 * i for i, radix in enumerate(_radices(size) or ()))  # one hexadecimal digit a pass
+        sum(radix << 4 * i for i, radix in enumerate(_radices(size) or ()))  # one hexadecimal digit per pass
         for size in (blocks.size_in, blocks.size_out)
     ]
     return filter.up, filter.down, filter.half, phases, interpolated, *blocks, *packed
@@ -246,7 +246,7 @@ def _method(from_rate: int, to_rate: int, cuda: bool) -> tuple[int, ...]:
 
 
 def _rate(name: str, rate: int) -> int:
-    """The rate as an index, which is a constant under torch.compile, where an int may be a symbol."""
+    """The checked rate as an index, which is a constant under torch.compile, where a plain int may be a symbol."""
     try:
         hertz = 0 if isinstance(rate, bool) else operator.index(rate)
     except TypeError:
@@ -293,11 +293,13 @@ def _check(
         rows = pcm.shape[:1] if pcm.dim() == 2 + downmix else ()
         if lengths.shape != rows or lengths.dtype != torch.int64:
             raise ValueError(
-                f"resample: lengths must be int64 {list(rows)}, one a row of pcm, got {lengths.dtype} "
+                f"resample: lengths must be int64 {list(rows)}, one per row of pcm, got {lengths.dtype} "
                 f"{list(lengths.shape)}"
             )
         if lengths.device != pcm.device:
-            raise ValueError(f"resample: lengths are on {lengths.device}, pcm on {pcm.device}; move them together")
+            raise ValueError(
+                f"resample: lengths are on {lengths.device}, pcm on {pcm.device}; move lengths to pcm's device"
+            )
         if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
             low, high = (int(n) for n in lengths.aminmax())
             samples = offset + pcm.shape[-1 - downmix]
@@ -308,7 +310,7 @@ def _check(
 
 
 def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
-    """How many outputs a recording of `samples` samples has: one at every time m / to_rate before its end.
+    """The number of outputs for a recording of `samples` samples: one at every time m / to_rate before its end.
 
     >>> resampled_length(44100, 44100, 16000), resampled_length(1, 48000, 16000), resampled_length(0, 8000, 16000)
     (16000, 1, 0)
@@ -318,11 +320,12 @@ def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
 
 
 def input_span(first: int, count: int, from_rate: int, to_rate: int) -> tuple[int, int]:
-    """The input samples `[lo, hi)` that outputs `[first, first + count)` depend on, to the last bit, in any impl.
+    """The input samples `[lo, hi)` that determine outputs `[first, first + count)` to the last bit, in any impl.
 
-    It may reach below 0 and past the end of the recording, where samples count as zeros: read what there is of it and
-    give the first sample read as `offset`. The CPU kernel filters whole blocks, so a span holds those that its outputs
-    lie in: up to 24000 samples more than the filter reaches. Equal rates: (first, first + count).
+    The span may reach below 0 and past the end of the recording, where samples count as zeros. Read the part that
+    exists, and pass the index of its first sample as `offset`. The CPU kernel filters whole blocks, so the span covers
+    all blocks that contain these outputs: up to 24000 samples more than the reach of the filter. If the rates are
+    equal, the span is (first, first + count).
     """
     from_rate, to_rate = _rates(from_rate, to_rate)
     if first < 0 or count < 0:
@@ -344,7 +347,7 @@ def input_span(first: int, count: int, from_rate: int, to_rate: int) -> tuple[in
 
 
 def _complete(samples: int, filter: _Filter) -> int:
-    """How many outputs no sample after the first `samples` can change: those whose `input_span` ends there."""
+    """The number of outputs that no sample after the first `samples` can change: their `input_span` ends there."""
     if filter.up == filter.down:
         return samples
     blocks = _blocks(filter)
@@ -358,7 +361,7 @@ def _complete(samples: int, filter: _Filter) -> int:
 
 
 def _mono(pcm: torch.Tensor, downmix: bool, compute: torch.dtype) -> torch.Tensor:
-    """`[B, T]` or `[T]`, in full scale 1."""
+    """The channels' mean `[B, T]` or `[T]`, with full scale 1."""
     if pcm.dtype == torch.int16:
         x = pcm.sum(-1) if downmix else pcm
         return x.to(compute) / (32768.0 * (pcm.shape[-1] if downmix else 1))
@@ -373,7 +376,7 @@ def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _inside(x: torch.Tensor, lengths: torch.Tensor | None, offset: int) -> torch.Tensor:
-    """Zeros for samples before the recording's beginning or after its end."""
+    """`x` with zeros before the beginning and after the end of each recording."""
     if lengths is None and offset >= 0:
         return x
     index = torch.arange(offset, offset + x.shape[-1], device=x.device)
@@ -382,7 +385,7 @@ def _inside(x: torch.Tensor, lengths: torch.Tensor | None, offset: int) -> torch
 
 
 def _ended(out: torch.Tensor, lengths: torch.Tensor | None, first: int, from_rate: int, to_rate: int) -> torch.Tensor:
-    """Zeros where a row's recording has ended."""
+    """`out` with zeros after the end of each row's recording."""
     if lengths is None:
         return out
     m = torch.arange(first, first + out.shape[-1], device=out.device)
@@ -405,7 +408,7 @@ def resample_reference(
     """Plain PyTorch definition of `resample`: output m is the sum over i of x[i] h(m * from / to - i).
 
     Args:
-        compute: torch.float32 or torch.float64, of taps and sums; a float result with float64 is of float64, too.
+        compute: torch.float32 or torch.float64, the dtype of taps, sums and floating-point results.
     """
     from_rate, to_rate = _rates(from_rate, to_rate)
     _check(pcm, lengths, first, count, offset, downmix, dtype)
@@ -416,7 +419,7 @@ def resample_reference(
     filter = _filter(from_rate, to_rate)
     m = torch.arange(first, first + count, device=x.device)
     reach = 0 if filter.up == filter.down else filter.half
-    low = first * filter.down // filter.up - reach - offset  # of the samples, the first that is needed
+    low = first * filter.down // filter.up - reach - offset  # the first sample of x that is needed
     high = (first + max(count, 1) - 1) * filter.down // filter.up + reach + 1 - offset
     x = torch.nn.functional.pad(x, (max(0, -low), max(0, high - x.shape[-1])))
     x = x[..., max(0, low) : max(0, low) + high - low]
@@ -426,8 +429,8 @@ def resample_reference(
         out = x[..., :0]
     else:
         whole, rest = m * filter.down // filter.up, m * filter.down % filter.up
-        few = filter.up <= count and filter.up * reach <= LARGEST_TABLE  # taps of each phase, not of each output
-        table = torch.arange(filter.up, device=x.device) if few else rest
+        by_phase = filter.up <= count and filter.up * reach <= LARGEST_TABLE  # taps per phase, not per output
+        table = torch.arange(filter.up, device=x.device) if by_phase else rest
         table = _taps(table.to(torch.float64) / filter.up, filter).to(compute)
         windows = x.unfold(-1, 2 * reach, 1)
         start = whole - whole[0] + 1
@@ -435,7 +438,7 @@ def resample_reference(
         step = max(1, 2 ** (23 if x.device.type == "cpu" else 27) // (2 * reach * max(rows, 1)))
         parts = []
         for i in range(0, count, step):
-            taps = table[rest[i : i + step]] if few else table[i : i + step]
+            taps = table[rest[i : i + step]] if by_phase else table[i : i + step]
             parts.append((windows[..., start[i : i + step], :] * taps).sum(-1))
         out = torch.cat(parts, -1)
     out = _ended(out, lengths, first, from_rate, to_rate)
@@ -465,7 +468,7 @@ def _resample_soxr(
     soxr: Any = _import_soxr()
     filter = _filter(from_rate, to_rate)
     x = _inside(_mono(pcm, downmix, torch.float32), lengths, offset)
-    periods = min(offset // filter.down, first // filter.up)  # soxr starts where an output falls on a sample
+    periods = min(offset // filter.down, first // filter.up)  # soxr must start at an output that falls on a sample
     skipped = first - periods * filter.up
     needed = (skipped + count) * filter.down // filter.up + 2 * filter.half
     x = torch.nn.functional.pad(x, (offset - periods * filter.down, 0))[..., :needed]
@@ -488,8 +491,8 @@ def _resample_fused(
     offset: int,
     downmix: bool,
     dtype: torch.dtype,
-    op: Any = None,  # torch.ops.ajepa.resample_fwd, but for tests
-    cuda: bool | None = None,  # tables for the CUDA kernel, by default on its device alone
+    op: Any = None,  # None: torch.ops.ajepa.resample_fwd; tests pass another
+    cuda: bool | None = None,  # whether to use the CUDA kernel's tables; None: only if pcm is on CUDA
 ) -> torch.Tensor:
     x = pcm if downmix else pcm.unsqueeze(-1)
     single = x.dim() == 2
@@ -510,12 +513,12 @@ def _resample_fused(
 if _extension.AVAILABLE:
 
     @torch.library.register_fake("ajepa::resample_fwd")
-    def _(*arguments, **keywords):  # it only writes `out`
+    def _(*arguments, **keywords):  # the op only writes `out`
         return None
 
 
 def _kernel_reason(device: torch.device) -> str:
-    """Why the compiled kernel cannot take this call, or ""."""
+    """The reason why the compiled kernel cannot take this call, or ""."""
     if device.type not in ("cpu", "cuda"):
         return f"there is no kernel for {device.type}"
     if _extension.MISSING:
@@ -540,34 +543,33 @@ def resample(
 ) -> torch.Tensor:
     """Resample recordings, average their channels and convert their samples, in one pass.
 
-    y[m] = sum over i of x[i] h(m * from_rate / to_rate - i), with h a Kaiser-windowed sinc: linear phase without delay,
-    flat to 0.90 of the lower Nyquist frequency and 100 dB down from 1.00 of it on. The rates may be any whole numbers.
-    Equal rates: no filter, the mean of the channels is exact.
+    y[m] = sum over i of x[i] h(m * from_rate / to_rate - i), where h is a Kaiser-windowed sinc with linear phase and
+    without delay. It is flat up to 0.90 of the lower Nyquist frequency, and 100 dB down above 1.00 of it. The rates may
+    be any whole numbers. If they are equal there is no filter, and the mean of the channels is exact.
 
-    A slice of outputs has the same bits as that part of the whole, if `pcm` holds their `input_span` (impl "fused" on
-    one instruction set). Not differentiable: pcm is data. NaN and Inf spoil the block they are in and its neighbour
-    (see `input_span`); as int16, NaN is 0.
+    A slice of outputs has the same bits as that part of the whole result if `pcm` holds their `input_span` (impl
+    "fused" on one instruction set). No gradient flows to pcm. NaN and Inf invalidate the block that contains them and
+    its neighbour (see `input_span`); in an int16 result NaN becomes 0.
 
     Args:
         pcm: int16 (full scale 32768) or float32, `[T]` or `[B, T]`; with `downmix` `[T, C]` or `[B, T, C]`.
         from_rate, to_rate: Hz, 1 to 384000; at most 1000 to 1 downwards.
-        lengths: int64 `[B]` on pcm's device, 0 to offset + T: samples of each recording. Samples after them count as
-            zeros, outputs after `resampled_length` of them are zeros.
-        first, count: outputs first to first + count - 1 are returned; by default all from `first` on that lie before
-            the end of pcm.
-        offset: pcm[0] is sample `offset` of the recording. Samples outside of pcm count as zeros, and so do those of
-            pcm before sample 0, if `offset` is negative.
+        lengths: number of samples of each recording, int64 `[B]` on pcm's device, 0 to offset + T. Samples after them
+            count as zeros; outputs after `resampled_length` of them are zeros.
+        first, count: outputs first to first + count - 1 are returned; by default all from `first` to the end of pcm.
+        offset: pcm[0] is sample `offset` of the recording. Samples outside pcm count as zeros. If `offset` is negative,
+            the samples of pcm before sample 0 count as zeros, too.
         downmix: average the channels.
-        dtype: of the result, torch.int16 (rounded to nearest even, saturated) or torch.float32; by default pcm's.
-        impl: "fused" is the compiled kernel, "soxr" that library's HQ filter (CPU), "reference" plain PyTorch. "auto"
-            is the first of them that is installed.
+        dtype: dtype of the result, torch.int16 (rounded to nearest even, saturated) or torch.float32; by default pcm's.
+        impl: "fused" is the compiled kernel, "soxr" is the HQ filter of the library soxr (CPU only), "reference" is
+            plain PyTorch. "auto" is the first of these that can run here.
 
     Returns:
         `[count]` or `[B, count]`.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be, named with the remedy.
-        RuntimeError: an `impl` that cannot run here; rates that are new within a CUDA graph.
+        TypeError, ValueError: an argument is invalid; the message names it and the remedy.
+        RuntimeError: `impl` cannot run here; or the first call with these rates is in a CUDA graph capture.
 
     >>> resample(torch.zeros(2, 44100), 44100, 16000).shape
     torch.Size([2, 16000])
@@ -584,7 +586,7 @@ def resample(
     if impl in ("auto", "fused") and not reason:
         return _resample_fused(*arguments)
     if impl == "fused":
-        raise RuntimeError(f"resample: impl='fused' cannot run: {reason}")
+        raise RuntimeError(f"resample: impl='fused' cannot run: {reason}; use impl='auto'")
     if impl == "soxr" and (pcm.device.type != "cpu" or _import_soxr() is None):
         what = "soxr is not installed" if pcm.device.type == "cpu" else f"pcm is on {pcm.device}"
         raise RuntimeError(f"resample: impl='soxr' cannot run: {what}; use impl='auto'")
@@ -598,8 +600,10 @@ def resample(
 
 
 class Resampler:
-    """Resamples a recording that arrives block by block. The joined results are `resample` of the joined blocks, to the
-    bit with the compiled kernel. Outputs come a few thousand samples late: a pair of the kernel's blocks at a time.
+    """Resamples a recording that arrives block by block.
+
+    The joined results equal `resample` of the joined blocks, bit for bit with the compiled kernel. Outputs come a few
+    thousand samples late, because the kernel filters two of its own blocks at a time.
 
     >>> stream = Resampler(44100, 16000)
     >>> parts = [stream.push(block) for block in torch.zeros(44100).split(1000)] + [stream.finish()]
@@ -627,7 +631,7 @@ class Resampler:
         self._finished = False
 
     def push(self, block: torch.Tensor) -> torch.Tensor:
-        """Takes the next samples, `[n]` or `[n, C]`; returns the outputs that no later sample can change."""
+        """Takes the next samples, `[n]` or `[n, C]`, and returns the new outputs that later samples cannot change."""
         if self._finished:
             raise RuntimeError("resample: push after finish; make a new Resampler for the next recording")
         _check(block, None, 0, None, 0, self.downmix, self.dtype)
@@ -642,7 +646,7 @@ class Resampler:
         return self._advance(_complete(self._samples, self._filter))
 
     def finish(self) -> torch.Tensor:
-        """Returns the remaining outputs; together they are `resampled_length` of all samples."""
+        """Returns the remaining outputs. All outputs together are `resampled_length` of all samples."""
         if self._finished:
             raise RuntimeError("resample: finish was called before; make a new Resampler for the next recording")
         self._finished = True

@@ -1,4 +1,4 @@
-"""Compilation of the kernels ahead of the first step."""
+"""Compiles the kernels before the first training step."""
 
 import functools
 import itertools
@@ -26,25 +26,26 @@ def warmup(
     offsets: Iterable[torch.dtype] = (torch.int32,),
     gathered: bool = False,
 ) -> bool:
-    """Compiles, forward and backward, what a model of these sizes will launch, by running each operation on a few rows.
+    """Compiles the forward and backward kernels of a model of these sizes, by running each operation on a few rows.
 
-    Token counts are never compiled in, nor how many parameters there are, and lengths only through the tile that they
-    round up to, so a handful of runs covers a training run, eager or in CUDA graphs. Triton keeps what it compiled on
-    disk. Not among it: `key_mask`, and what `fp8_linear` launches.
+    Compiled kernels do not depend on the number of tokens or parameters, and depend on sequence lengths only through
+    the tile size that they round up to. A few runs therefore cover a training run, eager or in CUDA graphs. Triton
+    caches compiled kernels on disk. The kernels for `key_mask` and for `fp8_linear` are not compiled here.
 
     Args:
-        device: where the model runs.
-        dtype: of the activations; residual streams of `add_layer_norm` have it or float32, and what backward leaves
-            out is left out once. Parameters and EMA are float32, copies have this dtype.
+        device: device that the model runs on.
+        dtype: dtype of the activations and of the low-precision copies; parameters and EMA are float32.
+            `add_layer_norm` is compiled for residual streams of this dtype and of float32, with and without a gradient
+            of the sum.
         heads: (heads, head dim) of each transformer.
-        max_seqlens: bounds that `masked_attention` will be given.
-        widths: of the layer norms, a quarter of those of the MLPs; the first is that of the latents.
-        kind: of the loss.
+        max_seqlens: values of `max_seqlen` that `masked_attention` will receive.
+        widths: widths of the layer norms; the MLPs are four times as wide. The first is also the latents' width.
+        kind: `kind` of `latent_l2_loss`.
         offsets: dtypes of `cu_seqlens`.
-        gathered: compile attention on dense inputs with `visible` as well, indices int64, for both outputs.
+        gathered: also compile attention on dense inputs with int64 indices `visible`, for both outputs.
 
     Returns:
-        False where there is nothing to compile for: no GPU, or no Triton.
+        False if there is no GPU or no Triton to compile for, else True.
 
     Example::
 
@@ -54,7 +55,7 @@ def warmup(
     if (device.type == "cuda" and not torch.cuda.is_available()) or cannot_launch(torch.empty(0, device=device)):
         return False
     heads, max_seqlens, widths, offsets = tuple(heads), tuple(max_seqlens), tuple(widths), tuple(offsets)
-    ones = functools.partial(torch.ones, device=device)  # no random numbers: the caller's are to come out as without
+    ones = functools.partial(torch.ones, device=device)  # not random, so the caller's generator does not advance
     leaf = functools.partial(ones, dtype=dtype, requires_grad=True)
     for (H, D), S in itertools.product(heads, max_seqlens):
         for offset in offsets:
@@ -68,7 +69,7 @@ def warmup(
         weight, bias = (ones(C, requires_grad=True) for _ in range(2))
         streams = [leaf(16, C), ones(16, C, requires_grad=True)]
         for residual, summed in ((None, False), *itertools.product(streams, (False, True))):
-            x = leaf(16, C)  # in autocast, its dtype is that of the output, whatever the stream's
+            x = leaf(16, C)  # x has the output's dtype even if the stream is float32, as under autocast
             normed, total = add_layer_norm(x, residual, weight, bias, impl="triton")
             (normed.sum() + total.sum() if summed else normed.sum()).backward()
         for approximate in ("none", "tanh"):
@@ -79,7 +80,7 @@ def warmup(
     with torch.no_grad():
         latent_l2_loss(prediction, latents, index, kind=kind, impl="triton")
     scalar = ones(())
-    params = [torch.nn.Parameter(ones(shape)) for shape in ((16, C), (3,))]  # one without 16-byte accesses
+    params = [torch.nn.Parameter(ones(shape)) for shape in ((16, C), (3,))]  # the second cannot use 16-byte accesses
     emas = [p.detach().clone() for p in params]
     copies = [] if dtype == torch.float32 else [(x, x.detach().to(dtype)) for x in (*params, *emas)]
     optimizer = AdamWEMA(params, ema=zip(params, emas, strict=True), copies=copies, impl="triton")

@@ -85,7 +85,7 @@ def masked_attention(
 
     Raises:
         ValueError: invalid shapes, dtypes, devices or options; raised before any launch.
-        RuntimeError: differentiating the gradients again.
+        RuntimeError: the gradients are differentiated again.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""What a call of `masked_attention` describes, and the checks of it. Shapes and terms as in `__init__.py`."""
+"""The arguments of a call of `masked_attention`, and their checks. Shapes and terms as in `__init__.py`."""
 
 from __future__ import annotations
 

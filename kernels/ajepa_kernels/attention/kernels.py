@@ -7,7 +7,7 @@ from ajepa_kernels._triton import jit, tl
 
 @jit
 def _rows(rows_ptr, slot, valid):
-    if rows_ptr is None:  # noqa: SIM108 (settled when compiling)
+    if rows_ptr is None:  # noqa: SIM108 (decided at compile time)
         rows = slot.to(tl.int64)
     else:
         rows = tl.load(rows_ptr + slot, mask=valid, other=0).to(tl.int64)
@@ -35,7 +35,7 @@ def _store(ptr, x, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @jit
 def _softmax(s):
-    """Row softmax in base 2; rows without any key come out as zeros."""
+    """Row softmax in base 2; rows without any key give zeros."""
     m = tl.max(s, 1)
     p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
     total = tl.sum(p, 1)
@@ -50,7 +50,7 @@ def _masked_attention_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SCATTER: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # heads of one sequence run side by side: their rows are neighbours in memory
+    # the heads of one sequence run side by side, because their rows are neighbours in memory
     WHOLE: tl.constexpr = ONE_TILE and BLOCK_Q == BLOCK_K
     h, r = tl.program_id(0) % H, tl.program_id(0) // H
     tile = 0 if WHOLE else r % tiles
@@ -63,7 +63,7 @@ def _masked_attention_fwd_kernel(
         return
     q_rows = _rows(q_rows_ptr, q_slot, q_valid)
     q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
-    scale = scale * 1.4426950408889634  # exp2 is the hardware's own
+    scale = scale * 1.4426950408889634  # GPUs have an instruction for exp2, but none for exp
     if ONE_TILE:
         k_valid, k_rows = q_valid, q_rows
         if not WHOLE or k_start_ptr is not None:
@@ -84,7 +84,7 @@ def _masked_attention_fwd_kernel(
             k_rows = _rows(k_rows_ptr, k_slot, k_valid)
             k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
             s = tl.where(k_valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))  # finite: every tile holds a key
+            m_new = tl.maximum(m, tl.max(s, 1))  # finite, because every tile holds a key
             p = tl.exp2(s - m_new[:, None])
             shrink = tl.exp2(m - m_new)
             total = total * shrink + tl.sum(p, 1)
@@ -109,7 +109,7 @@ def _masked_attention_bwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SCATTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and head whole: the probabilities are recomputed, the forward's output and log-sum-exp not read."""
+    """One sequence and head per program. It recomputes the probabilities, without the output and log-sum-exp."""
     pid = tl.program_id(0)
     h, r = pid % H, pid // H
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
@@ -130,7 +130,7 @@ def _masked_attention_bwd_kernel(
 
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
     p = _softmax(tl.where(k_valid[None, :], s, float("-inf")))
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)  # padded queries: do is zero
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)  # do is zero for padded queries
     _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     # sum(p dp) over the keys equals sum(do out) over the channels
@@ -149,7 +149,7 @@ def _masked_attention_tiled_bwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SCATTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As above, for scores too many for the registers: all keys, some queries at a time, dk and dv kept in between."""
+    """As above, for scores that do not fit the registers: a loop over tiles of queries accumulates dk and dv."""
     pid = tl.program_id(0)
     h, r = pid % H, pid // H
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
@@ -175,7 +175,7 @@ def _masked_attention_tiled_bwd_kernel(
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION)
         _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
-    k_rows = _rows(k_rows_ptr, k_slot, k_valid)  # read again: kept, they would take registers from the products
+    k_rows = _rows(k_rows_ptr, k_slot, k_valid)  # loaded again, so that they occupy no registers during the products
     _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
     _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
 
@@ -185,7 +185,7 @@ def _masked_attention_delta_kernel(
     out_ptr, do_ptr, delta_ptr, q_start_ptr, q_end_ptr, q_rows_ptr, slots, H, tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum(do out) over the channels, for long sequences, whose keys no program sees all at once."""
+    """delta = sum(do out) over the channels, for long sequences, where no program holds all keys at once."""
     pid = tl.program_id(0)
     h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
     q_slot = tl.load(q_start_ptr + r).to(tl.int32) + tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -204,7 +204,7 @@ def _masked_attention_long_bwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SCATTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys against all queries (dk, dv), then one tile of queries against all keys (dq): no atomics."""
+    """One tile of keys with all queries (dk, dv), then one tile of queries with all keys (dq), without atomics."""
     pid = tl.program_id(0)
     h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
@@ -233,7 +233,7 @@ def _masked_attention_long_bwd_kernel(
             do = _load(do_ptr, rows if SCATTER else slot.to(tl.int64), valid, H * D, D, BLOCK_D)
             lse = tl.load(lse_ptr + slot, mask=valid, other=float("inf"))  # p = 0 for padded queries
             delta = tl.load(delta_ptr + slot, mask=valid, other=0.0)
-            # scores transposed, so that both products below read them as they lie; padded keys are not stored
+            # transposed scores, so that both products below need no transpose; padded keys are not stored
             p_t = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2e_scale - lse[None, :])
             dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
             dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)

@@ -41,8 +41,8 @@ def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Til
     tile = max(power_of_2(longest), 16)
     if tile > _longest_tile(q):
         return False, tuned(q, op, bits, LONG, D)
-    between = tuned(q, op, bits, 96, D) if 64 < longest <= 96 else None
-    return True, between or tuned(q, op, bits, tile, D)
+    config_96 = tuned(q, op, bits, 96, D) if 64 < longest <= 96 else None
+    return True, config_96 or tuned(q, op, bits, tile, D)
 
 
 def _options(config: Tiles) -> dict[str, int | None]:
@@ -87,7 +87,7 @@ _LAYOUT = (
 def _masked_attention_fwd(
     q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
-    """Where k is None, q is `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is written only for long sequences."""
+    """If k is None, q is `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is written only for long sequences."""
     one_tile, config = _config(q, max_q, max_k, "attention_fwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns must be zero
@@ -122,7 +122,7 @@ def _masked_attention_bwd_fake(
 def _masked_attention_bwd(
     do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
 ):  # fmt: skip
-    """Where k is None, dq holds all three gradients. out and lse are read only for long sequences."""
+    """If k is None, dq holds all three gradients. out and lse are read only for long sequences."""
     one_tile, config = _config(q, max_q, max_k, "attention_bwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     # where rows are gathered, a row that no sequence owns has zero gradient
