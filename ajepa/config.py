@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses, and the presets. All fields are flags of `python -m ajepa.train`."""
+"""Every setting of a run, as frozen dataclasses, and the presets. Each field is a flag of `python -m ajepa.train`."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.cli import flag, leaves
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]
@@ -19,174 +21,207 @@ SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024,
 
 
 class ConfigError(ValueError):
-    """A setting, or a combination of settings, that cannot be run."""
+    """An invalid setting, or an invalid combination of settings."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Recordings and how they become clips."""
+
     data: str | None = None
-    """Folder of recordings or of shards (ajepa.pack), CSV/JSONL manifest, or webdataset tars (glob, {000..010}).
-    None: the synthetic set."""
+    """Recordings: a folder, shards of ajepa.pack, a manifest (CSV, TSV, JSONL, Parquet), or webdataset tars (a glob or
+    {000..010}). None: the synthetic set."""
     where: str | None = None
-    """Rows of the manifest to train on, such as "fold=1,2,3"."""
+    """Rows of the manifest to train on, such as "fold=1,2,3". None: all rows."""
     label: str | None = None
-    """Manifest column that holds the label, where it is not found by its name."""
+    """Manifest column that holds the label. None: a column called label, target, category or class."""
     clip_seconds: float = 10.0
     """Length of a training clip in seconds."""
     pad: Literal["cyclic", "zero"] = "cyclic"
-    """How recordings shorter than a clip are filled."""
+    """How a recording shorter than a clip is filled up: by repeating it, or by zeros in the log-mel."""
     gain_db: float = 0.0
-    """Random gain of a clip, uniform in +- this many dB."""
+    """Each clip gets a random gain, uniform between minus and plus this many dB."""
     decoder: Literal["auto", "dali", "soundfile"] = "auto"
-    """auto: DALI where it is installed, for the formats that it decodes faster than libsndfile; dali: for all that it
-    decodes; soundfile: libsndfile alone."""
+    """auto: DALI for the formats that it decodes faster than libsndfile, if it is installed. dali: DALI for every
+    format that it decodes. soundfile: only libsndfile."""
     float_scale: float = 1.0
-    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
+    """Full scale of floating-point recordings, such as 32768 for 16-bit values that were stored as floats."""
     loader_threads: int = 0
-    """Decoding threads; 0: one a core."""
+    """Number of decoding threads. 0: one per core."""
     prefetch: int = 2
-    """Batches decoded ahead."""
+    """Number of batches decoded ahead."""
     resident: bool = False
-    """Load all audio into the device's memory as PCM before the first step, where it fits."""
+    """Load all audio as PCM into the device's memory before the first step. It must fit."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Encoders and predictor."""
+
     size: Literal["tiny", "S", "B", "L"] = "B"
-    """Encoder: width x layers x heads of 128 x 4 x 4, 384 x 12 x 6, 768 x 12 x 12, 1024 x 24 x 16."""
+    """Encoder as width x layers x heads: tiny 128 x 4 x 4, S 384 x 12 x 6, B 768 x 12 x 12, L 1024 x 24 x 16."""
     predictor_width: int = 384
+    """Width of the predictor."""
     predictor_depth: int = 6
+    """Number of transformer blocks in the predictor."""
     predictor_heads: int = 12
+    """Number of attention heads in the predictor."""
     positions: Literal["sincos", "rotary"] = "sincos"
-    """Fixed 2-D sine-cosine positions, or 2-D rotary ones."""
+    """Position of a patch: fixed 2-D sine-cosine embeddings, or 2-D rotary embeddings."""
     target_layers: int = 1
-    """Targets are the mean of this many top layers, each instance-normalised; 1: the last layer as it is."""
+    """The targets are the mean of this many top layers, each instance-normalised. 1: the last layer, unchanged."""
 
 
 @dataclass(frozen=True)
 class MaskConfig:
+    """Visible patches of the context encoder and target patches of the predictor."""
+
     mask: Literal["random", "block", "time-frequency", "curriculum"] = "random"
-    """Mask family: Audio-JEPA's random, I-JEPA's blocks, A-JEPA's time-frequency blocks, A-JEPA's curriculum."""
+    """Mask family: random patches (Audio-JEPA), blocks (I-JEPA), time-frequency blocks (A-JEPA), or a curriculum from
+    random to time-frequency masks (A-JEPA)."""
     mask_ratio: tuple[float, float] = (0.4, 0.6)
-    """Share of patches masked (random), drawn uniformly for each batch."""
+    """Random masks: the share of masked patches, drawn uniformly from this range for each batch."""
     block_targets: int = 4
+    """Block masks: number of target blocks."""
     block_scale: tuple[float, float] = (0.15, 0.2)
-    """Area of a target block as a share of all patches."""
+    """Block masks: the area of a target block as a share of all patches."""
     block_aspect: tuple[float, float] = (0.75, 1.5)
-    """Height / width of a target block, in shares of the grid's sides."""
+    """Block masks: height / width of a target block, each as a share of the grid's side."""
     context_scale: tuple[float, float] = (0.85, 1.0)
-    """Area of the context block (block, time-frequency)."""
+    """Block and time-frequency masks: the area of the context block as a share of all patches."""
     tf_targets: int = 3
+    """Time-frequency masks: number of target blocks."""
     tf_scale: tuple[float, float] = (0.05, 0.075)
-    """Area of a target block of the time-frequency family."""
+    """Time-frequency masks: the area of a target block as a share of all patches."""
     curriculum_c0: float = 0.01
-    """Chance of a time-frequency mask at the first step of the curriculum."""
+    """Curriculum: the probability of a time-frequency mask at the first step."""
     min_context: int = 10
-    """Fewest visible patches of a context."""
+    """Smallest number of visible patches in a clip."""
     masks_per_clip: int = 1
-    """Masks that share one pass of the target encoder."""
+    """Number of masks per clip. They share one pass of the target encoder."""
     fixed_token_budget: bool = False
-    """The same number of visible and target patches in every (micro-)batch: static shapes; clips stay ragged."""
+    """Give every (micro-)batch the same number of visible and of target patches, so that shapes are static. The clips
+    of a batch may still differ."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Loss, optimiser and schedules."""
+
     batch_size: int = 256
-    """Clips a step, of all ranks together."""
+    """Clips per step, counted over all ranks."""
     steps: int = 100_000
+    """Number of training steps."""
     lr: float = 3e-4
     """Peak learning rate."""
     lr_start: float = 1e-6
+    """Learning rate at the first step of the warm-up."""
     warmup_steps: int = 1_000
-    """Linear warm-up from lr_start to lr; then a cosine to lr_end."""
+    """Steps in which the learning rate rises linearly from --lr-start to --lr. A cosine to --lr-end follows."""
     lr_end: float = 0.0
+    """Learning rate at the last step."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
     weight_decay: float = 0.05
+    """Weight decay of matrices at the first step. Biases, norms and the mask token have none."""
     weight_decay_end: float | None = None
-    """Last value of the cosine weight-decay schedule; None: constant."""
+    """Weight decay at the last step, reached by a cosine. None: constant."""
     ema_start: float = 0.996
+    """EMA decay of the target encoder at the first step."""
     ema_end: float = 1.0
+    """EMA decay of the target encoder at the last step."""
     ema_schedule: Literal["cosine", "linear"] = "cosine"
+    """Shape of the EMA schedule between its two ends."""
     loss: Literal["l2", "smooth_l1", "cosine"] = "l2"
+    """Distance between predictions and layer-normalised targets."""
     clip_norm: float | None = 1.0
-    """Largest global gradient norm; None: no clipping."""
+    """Largest global gradient norm; larger gradients are scaled down to it. None: no clipping."""
     max_bad_steps: int = 10
-    """Non-finite steps in a row after which the run stops."""
+    """The run stops after this many non-finite steps in a row."""
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How the fused engine computes a step: speed and memory, and no result but for rounding."""
+    """How the fused engine computes a step. These settings change speed and memory; results change only by rounding."""
 
     micro_batch: int | None = None
-    """Clips at once; their gradients add up to the whole batch's. Less memory. None: the whole batch."""
+    """Clips that are computed at once, to save memory. The gradients of a batch's parts are summed. None: the whole
+    batch."""
     recompute: bool = False
-    """Compute a block's activations again in backward instead of keeping them. Less memory, about a third slower."""
+    """Save memory by computing a block's activations again in backward. About a third slower."""
     cuda_graph: bool = True
-    """Replay the step as a CUDA graph where its shapes recur."""
+    """Replay the step as a CUDA graph wherever its shapes recur."""
     parallel_encoders: bool = False
-    """Target and context encoder on two CUDA streams."""
+    """Run target and context encoder on two CUDA streams."""
     residual: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the residual stream where the step computes in bf16."""
+    """Precision of the residual stream if the step computes in bf16."""
     mlp: Literal["plain", "bias-gelu", "epilogue"] = "plain"
-    """bias-gelu: bias and GELU in one kernel, whose backward gives both gradients in one pass. epilogue: within the
-    matrix products; with the tanh GELU, which differs from the exact one by less than 5e-4."""
+    """bias-gelu: bias and GELU in one kernel, whose backward computes both gradients in one pass. epilogue: both within
+    the matrix products, with the tanh GELU, which differs from the exact one by less than 5e-4."""
     target_precision: Literal["same", "fp8"] = "same"
     """fp8: the target encoder's blocks multiply in 8 bits (GPUs from compute capability 8.9). Changes the targets."""
     profile: int = 0
-    """Steps to profile, after ten: writes trace.json and prints where the time went."""
+    """Number of steps to profile, after the first ten. Writes trace.json and prints where the time went. 0: none."""
 
     def sizes(self, batch: int) -> list[int]:
-        """Clips of each micro-batch."""
+        """Number of clips in each micro-batch."""
         size = self.micro_batch or batch
         return [min(size, batch - i) for i in range(0, batch, size)]
 
 
 @dataclass(frozen=True)
 class WatchConfig:
+    """Log lines, evaluation of the features during training, and checkpoints."""
+
     log_every: int = 10
+    """Steps between two log lines."""
     watch_every: int = 1_000
-    """Steps between looks at variance, effective rank and kNN."""
+    """Steps between two evaluations of the features: variance, effective rank and kNN."""
     eval_data: str | None = None
-    """Recordings to watch the features on, labelled ones for the kNN; None: a slice of --data."""
+    """Recordings on which the features are evaluated; the kNN needs labels. None: a part of --data."""
     eval_where: str | None = None
+    """Rows of --eval-data to use. None: all rows."""
     eval_label: str | None = None
-    """Column that holds the labels of --eval-data, where it is not found by its name."""
+    """Column that holds the labels of --eval-data. None: as for --label."""
     eval_test: str | None = None
-    """Rows to classify, such as "fold=4"; the others are the neighbours. None: every fourth clip."""
+    """Rows that the kNN classifies, such as "fold=4"; the other rows are the neighbours. None: every fourth clip."""
     eval_clips: int = 1_000
-    """Most clips to watch the features on."""
+    """Largest number of clips in an evaluation."""
     pooling: Literal["mean", "concat"] = "mean"
-    """Over frequency patches: their mean (the authors' way), or all of them side by side."""
+    """How frequency patches are pooled: their mean (as the authors do), or all of them side by side."""
     checkpoint_every: int = 1_000
+    """Steps between two checkpoints."""
     keep: int = 3
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
     compare_steps: int = 5
-    """Steps of each engine in the comparison with plain PyTorch at the end; 0: none."""
+    """Steps of each engine in the comparison with plain PyTorch after the training. 0: no comparison."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Pretrain a JEPA on audio."""
+    """Pretrain a joint-embedding predictive architecture on audio."""
 
     preset: Literal["tiny", "audio-jepa", "a-jepa"] = "tiny"
-    """Where all other settings start: tiny runs on a CPU in about two minutes."""
+    """The recipe whose values all other settings take by default. tiny trains on a CPU in about two minutes."""
     out: str | None = None
-    """Run folder; None: runs/<preset>."""
+    """Run folder. None: runs/<preset>."""
     resume: bool = False
-    """Continue the run in --out exactly where its last checkpoint stands."""
+    """Continue the run in --out from its last checkpoint, exactly as if it had not stopped."""
     impl: Impl = "fused"
-    """Engine: ajepa's kernels, plain PyTorch, or plain PyTorch under torch.compile."""
+    """Engine. fused: the kernels of ajepa. reference: plain PyTorch. compile: plain PyTorch under torch.compile."""
     compare: bool = False
-    """Do not train: run the same batches through plain PyTorch and --impl in turn and print clips/s."""
+    """Instead of training, send the same batches through plain PyTorch and --impl in turn, and print clips/s."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on. auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the computation; weights are always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: every rank holds the whole model (ddp), or a shard of it (fsdp: FSDP2, for large models)."""
+    """Under torchrun. ddp: every rank holds the whole model. fsdp: every rank holds a shard of it (FSDP2, for large
+    models)."""
     rank_timeout: float = 50.0
-    """Seconds that a rank waits for another within a step before it gives the run up."""
+    """Seconds that a rank waits for another rank within a step before the run ends with an error."""
     seed: int = 0
+    """Seed of initialisation, crops, gains and masks."""
     data: DataConfig = field(default_factory=DataConfig)
     front_end: LogMelSpec = field(default_factory=lambda: LOG_MEL_PRESETS["audio-jepa"])
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -239,38 +274,74 @@ _MAY_CHANGE = {
 }  # fmt: skip
 
 
-def parse(argv: list[str] | None = None) -> Config:
-    """The configuration that a command line asks for: a preset (or, with --resume, the run's own), then its flags."""
-    import tyro  # here, as pydantic below: the engines and their benchmarks need neither
+FIRST_FLAGS = ("preset", "data", "out", "resume", "steps", "batch_size", "size", "eval_data", "device", "compare")
 
+
+def preset(name: str, **overrides: Any) -> Config:
+    """The recipe `name`, with the settings in `overrides` changed.
+
+    Args:
+        name: "tiny", "audio-jepa" or "a-jepa".
+        overrides: any flag of `python -m ajepa.train` by its name with underscores, such as `batch_size=32`.
+
+    Raises:
+        ConfigError: an unknown recipe or setting, or an invalid value.
+
+    Example::
+
+        cfg = ajepa.preset("tiny", data="recordings", steps=200, out="runs/mine")
+        summary = ajepa.train(cfg)
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    base = _recipe(name)
+    unknown = sorted(overrides.keys() - dict(leaves(base)).keys())
+    if unknown:
+        raise ConfigError(f"there is no setting {', '.join(unknown)}: python -m ajepa.train --help-all lists them all")
+    try:
+        cfg = TypeAdapter(Config).validate_python(dataclasses.asdict(_replace(base, {"preset": name, **overrides})))
+    except (ValueError, TypeError, OverflowError) as error:
+        reasons = [str(error)]
+        if isinstance(error, ValidationError):
+            reasons = [f"{wrong['loc'][-1]}: {wrong['msg']}" for wrong in error.errors()]
+        raise ConfigError("; ".join(reasons)) from error
+    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}")
+    validate(cfg)
+    return cfg
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The configuration of a command line: a preset (or, with --resume, the run's own configuration) and its flags."""
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--preset", default="tiny")
     known.add_argument("--out")
     known.add_argument("--resume", action="store_true")
-    first, _ = known.parse_known_args(argv)
-    if first.preset not in PRESETS:
-        raise ConfigError(f"--preset {first.preset}: unknown; choose one of {', '.join(PRESETS)}")
-    base = PRESETS[first.preset]
-    saved = Path(first.out or f"runs/{first.preset}") / "config.json"
-    resuming = first.resume and saved.exists()
-    if resuming:
+    early, _ = known.parse_known_args(argv)
+    base = _recipe(early.preset)
+    saved = Path(early.out or f"runs/{early.preset}") / "config.json"
+    if early.resume and saved.exists():
         base = load(saved)
-    options: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "prog": "python -m ajepa.train"}
     try:
-        cfg = tyro.cli(Config, default=base, args=argv, **options)
-    except (ValueError, OverflowError) as error:  # a front end that cannot be
+        cfg = cli.parse(Config, argv, "python -m ajepa.train", default=base, first=FIRST_FLAGS, flat=True)
+    except (ValueError, OverflowError) as error:  # raised by an invalid front end
         raise ConfigError(str(error)) from error
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.preset}")
-    if resuming:
-        changed = [
-            f"--{name.replace('_', '-')} {new!r} (the run has {old!r})"
-            for (name, old), (_, new) in zip(_leaves(base), _leaves(cfg), strict=True)
-            if old != new and name not in _MAY_CHANGE
-        ]
-        if changed:
-            raise ConfigError(f"--resume continues {cfg.out} as it began; leave out {', '.join(changed)}")
     validate(cfg)
     return cfg
+
+
+def check_resume(cfg: Config) -> None:
+    """Raise ConfigError where `cfg` continues a run and changes a setting that must stay."""
+    saved = Path(cfg.out or f"runs/{cfg.preset}") / "config.json"
+    if not cfg.resume or not saved.exists():
+        return
+    changed = [
+        f"{flag(name)} {new!r} (the run has {old!r})"
+        for (name, old), (_, new) in zip(leaves(load(saved)), leaves(cfg), strict=True)
+        if old != new and name not in _MAY_CHANGE
+    ]
+    if changed:
+        raise ConfigError(f"--resume continues {cfg.out} as it began; leave out {', '.join(changed)}")
 
 
 def save(cfg: Config, path: Path) -> None:
@@ -278,7 +349,7 @@ def save(cfg: Config, path: Path) -> None:
 
 
 def load(path: Path) -> Config:
-    """The configuration in a run folder. Raises ConfigError for a file that is not one."""
+    """The configuration in the `config.json` of a run folder. Raises ConfigError for any other file."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -293,23 +364,23 @@ def load(path: Path) -> Config:
 
 
 def validate(cfg: Config) -> None:
-    """Refuse what cannot be run, naming the setting and the remedy. Raises ConfigError."""
+    """Raise ConfigError for an invalid setting, naming it and the remedy."""
     data, spec, model, mask, optim, watch = cfg.data, cfg.front_end, cfg.model, cfg.mask, cfg.optim, cfg.watch
 
     def need(holds: bool, message: str) -> None:
         if not holds:
             raise ConfigError(message)
 
-    for name, value in _leaves(cfg):
+    for name, value in leaves(cfg):
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float):
-                need(math.isfinite(number), f"--{_flag(name)} {number}: must be a finite number")
+                need(math.isfinite(number), f"{flag(name)} {number}: must be a finite number")
             elif isinstance(number, int) and name != "seed":
-                need(abs(number) < 2**31, f"--{_flag(name)} {number}: too large")
+                need(abs(number) < 2**31, f"{flag(name)} {number}: too large")
     need(0 <= cfg.seed < 2**62, f"--seed {cfg.seed}: must be 0 or more, and below 2^62")
     for name, value in {"loader_threads": data.loader_threads, "warmup_steps": optim.warmup_steps,
                         "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip
-        need(value >= 0, f"--{_flag(name)} {value}: must not be negative")
+        need(value >= 0, f"{flag(name)} {value}: must not be negative")
     need(1 <= spec.sample_rate <= 384_000, f"--sample-rate {spec.sample_rate}: 1 to 384,000 Hz can be resampled to")
     need(cfg.rank_timeout <= 86_400, f"--rank-timeout {cfg.rank_timeout}: a day (86400 s) is the most")
     need(data.gain_db <= 100, f"--gain-db {data.gain_db}: 100 dB are the most")
@@ -324,13 +395,13 @@ def validate(cfg: Config) -> None:
         "float_scale": data.float_scale,
     }  # fmt: skip
     for name, value in positive.items():
-        need(value > 0, f"--{_flag(name)} {value}: must be above 0")
+        need(value > 0, f"{flag(name)} {value}: must be above 0")
     for name, (low, high) in {
         "mask_ratio": mask.mask_ratio, "block_scale": mask.block_scale, "tf_scale": mask.tf_scale,
         "context_scale": mask.context_scale, "block_aspect": mask.block_aspect,
     }.items():  # fmt: skip
         limit = 8.0 if name == "block_aspect" else 1.0
-        need(0 < low <= high <= limit, f"--{_flag(name)} {low} {high}: must be 0 < low <= high <= {limit:g}")
+        need(0 < low <= high <= limit, f"{flag(name)} {low} {high}: must be 0 < low <= high <= {limit:g}")
     need(cfg.step.micro_batch is None or 0 < cfg.step.micro_batch <= optim.batch_size,
          f"--micro-batch {cfg.step.micro_batch}: must be between 1 and --batch-size {optim.batch_size}")  # fmt: skip
     need(cfg.step.profile >= 0, f"--profile {cfg.step.profile}: a number of steps, 0 for none")
@@ -375,18 +446,22 @@ def validate(cfg: Config) -> None:
     need(ranks == "1" or cfg.impl != "compile", "--impl compile trains on one device: use --impl fused with several")
     need(ranks == "1" or not cfg.compare, "--compare measures one device: start it without torchrun")
     need(not (cfg.compare and cfg.resume), "--compare does not train: leave out --resume")
+    check_resume(cfg)
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
+def _recipe(name: str) -> Config:
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
-def _leaves(node: Any) -> list[tuple[str, Any]]:
-    leaves = []
-    for f in dataclasses.fields(node):
-        value = getattr(node, f.name)
-        leaves += _leaves(value) if dataclasses.is_dataclass(value) else [(f.name, value)]
-    return leaves
+def _replace(node: Any, values: dict[str, Any]) -> Any:
+    """A copy of a dataclass instance, and of those nested in it, with the fields in `values` changed."""
+    fields = {}
+    for field_ in dataclasses.fields(node):
+        old = getattr(node, field_.name)
+        fields[field_.name] = _replace(old, values) if dataclasses.is_dataclass(old) else values.get(field_.name, old)
+    return dataclasses.replace(node, **fields)
 
 
 def _keys(tree: dict) -> set[str]:

@@ -1,11 +1,12 @@
-"""`python -m ajepa.convert JEPA.ckpt OUT`: the authors' Audio-JEPA checkpoint (arXiv 2507.02915) as an `ajepa.Encoder`.
+"""`python -m ajepa.convert JEPA.ckpt OUT`: convert an Audio-JEPA checkpoint (arXiv 2507.02915) to an `ajepa.Encoder`.
 
-Their checkpoint is Lightning's: a pickle of the weights and of whatever else the run held. It is read by torch's
-weights-only unpickler; classes of the run (hyper-parameters, schedules) become empty stand-ins, so none of their code
-is imported or run. Tested on checkpoints of that layout made in the tests, not on the published file.
+The authors' checkpoint is a Lightning file: a pickle of the weights and of other objects of the run. torch's
+weights-only unpickler reads it, and classes of the run (hyper-parameters, schedules) become empty stand-ins, so none of
+the authors' code is imported or run. The tests make checkpoints of that layout; the published file is not tested.
 
-Their spectrogram is an image `[1, frames, mels]`, ours `[mels, frames]`: patches are transposed and tokens reordered.
-Attention is named `qkv`, `proj` in one release of their code and `Wqkv`, `out_proj` (flash-attn) in another.
+The authors' spectrogram is an image `[1, frames, mels]` and ours is `[mels, frames]`, so patches are transposed and
+tokens reordered. Attention is named `qkv`, `proj` in one release of their code and `Wqkv`, `out_proj` (flash-attn) in
+another.
 """
 
 import re
@@ -22,10 +23,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from ajepa.config import SIZES, ConfigError
 from ajepa.encoder import Encoder, EncoderConfig
 from ajepa.model.layers import sincos_positions
+from ajepa.utils import cli
 from ajepa_kernels import LOG_MEL_PRESETS
 
 CLIP_SECONDS = 10
-NAMES = [  # theirs, as a regular expression -> ours
+NAMES = [  # regular expression for the authors' name -> our name
     (r"^patch_embed\.proj\.", "embed."),
     (r"^(blocks\.\d+)\.attn\.W?qkv\.", r"\1.qkv."),
     (r"^(blocks\.\d+)\.attn\.(?:out_)?proj\.", r"\1.proj."),
@@ -36,20 +38,22 @@ NAMES = [  # theirs, as a regular expression -> ours
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert an Audio-JEPA checkpoint (Lightning, .ckpt) to a folder that ajepa.Encoder.from_pretrained reads."""
+    """Convert an Audio-JEPA checkpoint to a folder that ajepa.Encoder.from_pretrained reads."""
 
     checkpoint: tyro.conf.Positional[str]
+    """Audio-JEPA checkpoint to convert (Lightning, .ckpt)."""
     out: tyro.conf.Positional[str]
     """Folder to write."""
     encoder: Literal["target", "context"] = "target"
-    """The EMA target encoder, which the authors evaluate, or the trained one."""
+    """target is the EMA target encoder, which the authors evaluate; context is the trained context encoder."""
     front_end: Literal["audio-jepa", "audio-jepa-16k"] = "audio-jepa"
-    """audio-jepa: 32 kHz, Kaldi filter bank. audio-jepa-16k: the successor's, 16 kHz."""
+    """audio-jepa is the 32 kHz Kaldi filter bank; audio-jepa-16k is the 16 kHz front end of its successor."""
     pooling: Literal["mean", "concat"] = "mean"
+    """How the converted encoder pools frequency patches."""
 
 
 class _StandIn:
-    """In place of a foreign class or function of the pickle: takes any arguments and any state, and forgets them."""
+    """Replaces a foreign class or function of the pickle. It accepts any arguments and state and ignores them."""
 
     def __new__(cls, *args: Any, **keywords: Any):
         return super().__new__(cls)
@@ -62,7 +66,7 @@ class _StandIn:
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a Lightning checkpoint by name; runs no code of it. Raises ConfigError."""
+    """Read the tensors of a Lightning checkpoint by name without running its code. Raises ConfigError."""
     try:
         foreign = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(_StandIn, name) for name in foreign]):
@@ -73,48 +77,47 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConfigError(
             f"{path} cannot be read without running code: {reason} If you trust it, load it where it was made and save "
-            "its state_dict alone."
+            "only its state_dict."
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ConfigError(f"{path} holds no state_dict of tensors: not a Lightning checkpoint")
+        raise ConfigError(f"{path} holds no state_dict of tensors, so it is not a Lightning checkpoint")
     return {str(name).replace("_orig_mod.", ""): value for name, value in weights.items()}  # torch.compile's prefix
 
 
 def convert(weights: dict[str, torch.Tensor], args: Arguments) -> Encoder:
-    """The encoder in the tensors of an Audio-JEPA checkpoint. Raises ConfigError for another layout."""
+    """Build the encoder from the tensors of an Audio-JEPA checkpoint. Raises ConfigError for any other layout."""
     prefix = {"target": "target_encoder.", "context": "encoder."}[args.encoder]
     theirs = {name.removeprefix(prefix): v.float() for name, v in weights.items() if name.startswith(prefix)}
     try:
-        patch, places = theirs.pop("patch_embed.proj.weight"), theirs.pop("pos_embed")
+        patch, positions = theirs.pop("patch_embed.proj.weight"), theirs.pop("pos_embed")
         width = len(patch)
         depth = 1 + max(int(name.split(".")[1]) for name in theirs if name.startswith("blocks."))
     except (KeyError, ValueError):
         raise ConfigError(
-            f"{args.checkpoint} is not laid out as Audio-JEPA's: {prefix}patch_embed.proj.weight, {prefix}pos_embed "
-            f"and {prefix}blocks are needed, it has {', '.join(sorted(weights)[:3]) or 'nothing'}..."
+            f"{args.checkpoint} is not laid out as Audio-JEPA's: it needs {prefix}patch_embed.proj.weight, "
+            f"{prefix}pos_embed and {prefix}blocks but has {', '.join(sorted(weights)[:3]) or 'nothing'}..."
         ) from None
     size = next((name for name, (w, layers, _) in SIZES.items() if (w, layers) == (width, depth)), None)
     spec = LOG_MEL_PRESETS[args.front_end]
     rows, columns = spec.grid
     if size is None:
         known = ", ".join(f"{w} x {layers}" for w, layers, _ in SIZES.values())
-        raise ConfigError(f"{args.checkpoint}: an encoder {width} wide with {depth} layers; there are {known}")
-    if patch.shape[1:] != (1, spec.patch[1], spec.patch[0]) or places.shape != (1, rows * columns, width):
+        raise ConfigError(f"{args.checkpoint}: its encoder is {width} wide with {depth} layers; ajepa has {known}")
+    if patch.shape[1:] != (1, spec.patch[1], spec.patch[0]) or positions.shape != (1, rows * columns, width):
         raise ConfigError(
-            f"{args.checkpoint}: patches {list(patch.shape)} and positions {list(places.shape)} are not those of "
+            f"{args.checkpoint}: patches {list(patch.shape)} and positions {list(positions.shape)} are not those of "
             f"{spec.n_frames} frames x {spec.n_mels} mels in patches of {spec.patch[1]} x {spec.patch[0]}"
         )
-    ours = sincos_positions(width, spec.grid)
-    places = places[0].unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
-    if not torch.allclose(places, ours, atol=1e-3):
-        raise ConfigError(f"{args.checkpoint}: its positions are not the fixed 2-D sine-cosine ones")
+    positions = positions[0].unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    if not torch.allclose(positions, sincos_positions(width, spec.grid), atol=1e-3):
+        raise ConfigError(f"{args.checkpoint}: its positions are not the fixed 2-D sine-cosine positions")
 
     renamed = {"embed.weight": patch[:, 0].transpose(1, 2).flatten(1)}
     for name, value in theirs.items():
         matches = [re.sub(pattern, new, name) for pattern, new in NAMES if re.search(pattern, name)]
         renamed[matches[0] if matches else name] = value
-    for i in range(depth):  # a model without these biases is one whose biases are zero
+    for i in range(depth):  # checkpoints without these biases are equivalent to zero biases
         renamed.setdefault(f"blocks.{i}.qkv.bias", torch.zeros(3 * width))
     encoder = Encoder(
         EncoderConfig(
@@ -122,8 +125,8 @@ def convert(weights: dict[str, torch.Tensor], args: Arguments) -> Encoder:
             size=size,  # type: ignore[arg-type]
             clip_samples=CLIP_SECONDS * spec.sample_rate,
             pooling=args.pooling,
-            pad="silence",  # as they do
-            norm_eps=1e-5,  # torch's default, which their configuration leaves
+            pad="silence",  # as in the authors' code
+            norm_eps=1e-5,  # torch's default, which the authors' configuration keeps
         )
     )
     try:
@@ -135,14 +138,15 @@ def convert(weights: dict[str, torch.Tensor], args: Arguments) -> Encoder:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.convert")
+    args = cli.parse(Arguments, argv, "python -m ajepa.convert")
     try:
         encoder = convert(read_checkpoint(Path(args.checkpoint)), args)
         encoder.save_pretrained(args.out)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {args.encoder} encoder, {encoder.output_dim} wide, {encoder.hop_size_in_ms:g} ms a frame")
+    frames = f"frames of width {encoder.output_dim} every {encoder.hop_size_in_ms:g} ms"
+    print(f"{args.out}: {args.encoder} encoder, {frames}")
     return 0
 
 

@@ -1,9 +1,10 @@
-"""What is here, what runs and whether it computes what it should: `python -m ajepa.doctor`, for a bug report.
+"""`python -m ajepa.doctor`: report what is installed, what runs and whether it computes correctly.
 
-Nothing outside the standard library is imported before it is known to be there, and every section survives the failure
-of the others. Exit status: 0, or 1 where something is broken; each problem is named at the end.
+Use the report in bug reports. Each section imports what it needs, so a package that is missing or broken fails only its
+own section. The exit status is 0, or 1 if something is broken; the report ends with a list of the problems.
 """
 
+import argparse
 import importlib
 import importlib.metadata
 import io
@@ -17,16 +18,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ajepa
+
 REQUIRED = ("torch", "numpy", "soundfile", "safetensors", "tyro", "pydantic", "rich", "tensorboard", "matplotlib")
 LINUX = ("triton", "nvidia-dali-cuda130")
 REFERENCE = ("torchaudio",)
 VARIABLES = r"AJEPA_|TRITON_|TORCH_|CUDA_|NCCL_|OMP_|MKL_|WORLD_SIZE|RANK|LOCAL_RANK|SLURM_JOB_ID"
-Line = tuple[str, str]  # what, and how it is
-TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative RMS of an op against its plain definition: float32, bfloat16
+Line = tuple[str, str]  # name and finding
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative RMS error against the plain definition, in float32 and bfloat16
 
 
 class ProblemError(Exception):
-    """Something that is broken; the message is one line for the list at the end."""
+    """Something is broken. The message is one line for the list at the end of the report."""
 
 
 def versions() -> Iterator[Line]:
@@ -46,7 +49,7 @@ def versions() -> Iterator[Line]:
 
 
 def imports() -> Iterator[Line]:
-    """A package may be there and not load."""
+    """Import packages that may be installed but fail to load."""
     broken = []
     for name in ("soundfile", *(("nvidia.dali",) if sys.platform == "linux" else ()), "ajepa.model._torchaudio"):
         try:
@@ -67,8 +70,8 @@ def machine() -> Iterator[Line]:
 
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    known = " ".join(sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & cpu_flags()))
-    yield "cpu", f"{model[1] if model else platform.machine()}, {cores()} cores for this process; {known}"
+    extensions = " ".join(sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & cpu_flags()))
+    yield "cpu", f"{model[1] if model else platform.machine()}, {cores()} cores for this process; {extensions}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
     for name in sorted(name for name in os.environ if re.match(VARIABLES, name)):
@@ -92,10 +95,10 @@ def gpus() -> Iterator[Line]:
     yield "torch's CUDA", torch.version.cuda or "none, a CPU build"
     yield "driver", release[1] if release else "unknown" if driver.exists() else "none"
     if torch.version.cuda is None and driver.exists():
-        raise ProblemError("an NVIDIA driver is here but torch is a CPU build: install a CUDA build of torch first")
+        raise ProblemError("an NVIDIA driver is installed but torch is a CPU build: install a CUDA build of torch")
     if driver.exists() and not torch.cuda.is_available():
         raise ProblemError(
-            "an NVIDIA driver is here but torch finds no GPU: see CUDA_VISIBLE_DEVICES, and the driver's age"
+            "an NVIDIA driver is installed but torch finds no GPU: check CUDA_VISIBLE_DEVICES and the driver's version"
         )
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -115,7 +118,7 @@ def cpu_flags() -> set[str]:
 
 
 def cpu_kernel(flags: set[str], most: str) -> str:
-    """The choice of `cpu_kernel` in csrc/ops.cpp. `most`: AJEPA_CPU_ISA."""
+    """The kernel that `cpu_kernel` in csrc/ops.cpp chooses. `most` is the limit in AJEPA_CPU_ISA."""
     if flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"} and most == "avx512":
         return "AVX-512"
     return "AVX2" if flags >= {"avx2", "fma"} and most != "portable" else "portable"
@@ -156,54 +159,54 @@ def ceilings() -> Iterator[Line]:
 
 
 def operations(device: str) -> dict[str, Callable[[str], list]]:
-    """name: function of `impl`, giving outputs and gradients on the same made-up inputs."""
+    """Functions of `impl` by operation name. Each returns outputs and gradients for the same random inputs."""
     import torch
 
     import ajepa_kernels as ops
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    def made(*shape: int, seed: int = 0) -> torch.Tensor:
+    def draw(*shape: int, seed: int = 0) -> torch.Tensor:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         return x.to(device, dtype).requires_grad_()
 
     def with_gradients(outputs: list, inputs: list) -> list:
-        sum((out.float() * made(*out.shape, seed=9)).sum() for out in outputs).backward()
+        sum((out.float() * draw(*out.shape, seed=9)).sum() for out in outputs).backward()
         return [*outputs, *(x.grad for x in inputs)]
 
     def attention(impl: str) -> list:
-        qkv, cu = made(120, 3, 4, 32), torch.tensor([0, 20, 20, 77, 120], dtype=torch.int32, device=device)
+        qkv, cu = draw(120, 3, 4, 32), torch.tensor([0, 20, 20, 77, 120], dtype=torch.int32, device=device)
         return with_gradients([ops.masked_attention(qkv, cu_seqlens=cu, max_seqlen=57, impl=impl)], [qkv])
 
     def loss(impl: str) -> list:
-        prediction, latents = made(50, 64), made(128, 64, seed=1).detach()
+        prediction, latents = draw(50, 64), draw(128, 64, seed=1).detach()
         index = torch.arange(0, 100, 2, device=device)
         return with_gradients([ops.latent_l2_loss(prediction, latents, index, impl=impl)], [prediction])
 
     def norm(impl: str) -> list:
-        x, residual = made(60, 64), made(60, 64, seed=1)
-        weight, bias = (torch.nn.Parameter(made(64, seed=s).detach().float()) for s in (2, 3))
+        x, residual = draw(60, 64), draw(60, 64, seed=1)
+        weight, bias = (torch.nn.Parameter(draw(64, seed=s).detach().float()) for s in (2, 3))
         outputs = list(ops.add_layer_norm(x, residual, weight, bias, impl=impl))
         return with_gradients(outputs, [x, residual, weight, bias])
 
     def log_mel(impl: str) -> list:
-        pcm = (made(2, 32_000).detach().float() * 3000).to(torch.int16)
+        pcm = (draw(2, 32_000).detach().float() * 3000).to(torch.int16)
         return [ops.log_mel(pcm, ops.LOG_MEL_PRESETS["a-jepa"], impl=impl)]
 
     def resample(impl: str) -> list:
         from ajepa_kernels import _extension
 
-        pcm = made(2, 9_000).detach().float()
-        # Without the extension soxr takes its place, whose filter is another one.
+        pcm = draw(2, 9_000).detach().float()
+        # Without the extension, soxr resamples with another filter, so the definition is compared with itself.
         return [ops.resample(pcm, 44_100, 16_000, impl=impl if _extension.AVAILABLE else "reference")]
 
     def update(impl: str) -> list:
-        p, target = torch.nn.Parameter(made(40, 33).detach().float()), made(40, 33, seed=1).detach().float()
+        p, target = torch.nn.Parameter(draw(40, 33).detach().float()), draw(40, 33, seed=1).detach().float()
         if impl == "reference":
             plain = torch.optim.AdamW([p], lr=1e-2)
         fused = ops.AdamWEMA([p], ema=[(p, target)], lr=1e-2) if impl != "reference" else None
         for seed in range(3):
-            p.grad = made(40, 33, seed=seed).detach().float()
+            p.grad = draw(40, 33, seed=seed).detach().float()
             if fused is not None:
                 fused.step(ema_decay=0.9)
             else:
@@ -236,7 +239,7 @@ def check_operations() -> Iterator[Line]:
 
 
 def check_decoding() -> Iterator[Line]:
-    """A made WAV, FLAC and Ogg through the whole loader: as many samples as went in."""
+    """Write a tone as WAV, FLAC and Ogg, read the files through the loader and compare the peaks."""
     import tempfile
 
     import numpy as np
@@ -256,8 +259,8 @@ def check_decoding() -> Iterator[Line]:
             batch = next(loader)
         found = [float(clip.float().abs().max()) / 32768 for clip in batch.pcm]
     if index.skipped or not all(0.28 < peak < 0.32 for peak in found):
-        raise ProblemError(f"decoding: {index.skipped or f'peaks {found} of tones of 0.3'}")
-    yield "decoding", "WAV, FLAC and Ogg Vorbis come out as they went in"
+        raise ProblemError(f"decoding: {index.skipped or f'the peaks are {found} instead of 0.3'}")
+    yield "decoding", "WAV, FLAC and Ogg Vorbis are decoded correctly"
 
 
 def check_training() -> Iterator[Line]:
@@ -265,7 +268,8 @@ def check_training() -> Iterator[Line]:
 
     from ajepa.config import PRESETS
     from ajepa.model.masks import MaskSampler
-    from ajepa.training.engine import Engine, choose_device
+    from ajepa.training.engine import Engine
+    from ajepa.utils.devices import choose_device
 
     cfg, device, batch = PRESETS["tiny"], choose_device("auto"), 8
     engine = Engine(cfg, device)
@@ -274,10 +278,10 @@ def check_training() -> Iterator[Line]:
     pcm = (9000 * torch.sin(6.2832 * pitch * time_S) * torch.cos(20 * time_S)).to(torch.int16).to(device)
     lengths = torch.full((batch,), 32_000, dtype=torch.int32, device=device)
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid)
-    masks = engine.masks(sampler, 0, batch)  # the same in every step: nothing but learning changes the loss
+    masks = engine.masks(sampler, 0, batch)  # the same in every step, so only learning changes the loss
     results = [engine.step(pcm, lengths, masks, cfg.optim.warmup_steps) for _ in range(8)]
     losses = [result.loss.item() for result in results]
-    if not losses[-1] < losses[0]:  # not a number, too
+    if not losses[-1] < losses[0]:  # also true for NaN
         raise ProblemError(
             f"training: the loss does not fall in 8 steps on one batch ({losses[0]:.3f} to {losses[-1]:.3f})"
         )
@@ -301,24 +305,27 @@ SECTIONS: dict[str, list[Callable[[], Iterator[Line]]]] = {
 }
 
 
-def main() -> int:
-    """Prints the report. Returns 1 where a section found a problem, or could not be finished."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the report. Returns 1 if a section found a problem or could not be finished."""
+    parser = argparse.ArgumentParser("python -m ajepa.doctor", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("--version", action="version", version=f"ajepa {ajepa.__version__}")
+    parser.parse_args(argv)
     problems: list[str] = []
-    began = time.monotonic()
+    start = time.monotonic()
     for title, checks in SECTIONS.items():
         print(f"\n{title}" if title != "versions" else title)
         for check in checks:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    for what, how in check():
-                        print(f"  {what:<22} {how}", flush=True)
+                    for name, finding in check():
+                        print(f"  {name:<22} {finding}", flush=True)
                 except ProblemError as problem:
                     problems.append(str(problem))
                 except Exception as error:
                     print(f"  {check.__name__.replace('check_', ''):<22} CANNOT BE CHECKED: {one_line(error)}")
                     problems.append(f"{check.__name__.replace('check_', '')}: {one_line(error)}")
-    print(f"\n{len(problems)} problem{'s' * (len(problems) != 1)} found in {time.monotonic() - began:.0f} s")
+    print(f"\n{len(problems)} problem{'s' * (len(problems) != 1)} found in {time.monotonic() - start:.0f} s")
     for text in problems:
         print(f"  - {text}")
     return 1 if problems else 0

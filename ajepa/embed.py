@@ -1,11 +1,13 @@
-"""`python -m ajepa.embed ENCODER sources... --out OUT`: embeddings of recordings of any length, in one file.
+"""`python -m ajepa.embed ENCODER sources... --out OUT`: embed recordings of any length into one file.
 
-A source is a recording, or what `ajepa.train --data` takes: a folder, a manifest, tars, shards; every row is one clip.
+A source is a recording, or a set of recordings as in `ajepa.train --data`: a folder, a manifest, tars or shards. Every
+row of a set is one clip.
 
-OUT's suffix says how. `.npz` and `.safetensors` hold `clips` `[n, D]`, each the mean of its frames, `frames`
-`[sum T', D]`, `offsets` `[n + 1]` (clip i has frames `offsets[i]:offsets[i + 1]`), the files' names and
-`hop_size_in_ms`; `.parquet` has a row a clip. Recordings are read as streams and frames wait on disk, so memory is
-bounded by one recording's frames. Bad files are left out, named at the end and in `OUT.bad.tsv`; exit code 1.
+OUT's suffix chooses the format. `.npz` and `.safetensors` hold `clips` `[n, D]`, each the mean of its frames; `frames`
+`[sum T', D]`; `offsets` `[n + 1]`, where clip i has frames `offsets[i]:offsets[i + 1]`; the files' names; and
+`hop_size_in_ms`. `.parquet` has one row per clip. Recordings are streamed and frames go to a temporary file, so memory
+is bounded by one recording's frames. Bad files are left out and listed at the end and in `OUT.bad.tsv`; the exit status
+is then 1.
 """
 
 import contextlib
@@ -35,6 +37,7 @@ from ajepa.data.reader import iterate_entry
 from ajepa.data.shards import SUFFIX as SHARD
 from ajepa.data.sources.source import MANIFESTS
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
+from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import Resampler
 
@@ -46,36 +49,36 @@ class Arguments:
     """Write clip and frame embeddings of audio files into one file."""
 
     encoder: tyro.conf.Positional[str]
-    """Run folder, checkpoint, folder of an encoder, or hub id."""
+    """Encoder to use: a run folder, a checkpoint, a folder written by ajepa.export, or a hub id."""
     files: tyro.conf.Positional[list[str]]
-    """Recordings, or folders, manifests, tars and shards of them; - reads their names from the standard input, one a
-    line or separated by NUL."""
+    """Recordings, or folders, manifests, tars or shards of them; - reads names from standard input (by line or NUL)."""
     out: str = "embeddings.npz"
-    """What to write: .npz, .safetensors or .parquet."""
+    """File to write; its suffix (.npz, .safetensors or .parquet) chooses the format."""
     where: str | None = None
-    """Rows of manifests to embed, such as "split=test"."""
+    """Embed only these rows of manifests, such as "split=test"."""
     float_scale: float = 1.0
-    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
+    """Full scale of floating-point recordings; 32768 if 16-bit samples were written without scaling."""
     frames: bool = True
-    """Also write every frame, not the clip's mean alone."""
+    """Write every frame in addition to each clip's mean."""
     pooling: Literal["mean", "concat"] | None = None
-    """Over frequency patches; None: as the encoder is configured."""
+    """How frequency patches are pooled; None uses the encoder's own setting."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device that computes; auto uses a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the encoder; auto is bf16 on a GPU and fp32 on a CPU."""
 
 
 class Piece(NamedTuple):
-    """One chunk of one file, on its way to the encoder."""
+    """One chunk of a recording that waits for the encoder."""
 
     name: str
     samples: torch.Tensor  # float32 [<= clip_samples]
-    frames: int  # that are its own
+    frames: int  # how many of the chunk's first frames are kept
     last: bool
 
 
 class Spool:
-    """Embeddings so far: clips in memory, frames in a temporary file beside the result."""
+    """Collects embeddings: clips in memory, frames in a temporary file in the folder of the result."""
 
     def __init__(self, file: BinaryIO | None):
         self.file = file
@@ -92,7 +95,7 @@ class Spool:
 
 
 def embed(args: Arguments, paths: list[str]) -> tuple[int, dict[str, str]]:
-    """Embed `paths` into `args.out`; returns how many recordings, and the reason of each that was left out.
+    """Embed `paths` into `args.out`. Returns the number of recordings, and the reason for each that was left out.
 
     Raises ConfigError, DataError, OSError.
     """
@@ -101,7 +104,7 @@ def embed(args: Arguments, paths: list[str]) -> tuple[int, dict[str, str]]:
         raise ConfigError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
     writer = {".npz": _write_npz, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[out.suffix]
     if out.suffix == ".parquet":
-        _pyarrow()  # a missing package is best told before the work
+        _pyarrow()  # report a missing package before the work
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
@@ -124,7 +127,7 @@ def embed(args: Arguments, paths: list[str]) -> tuple[int, dict[str, str]]:
 
 
 def list_recordings(sources: list[str], args: Arguments, bad: dict[str, str]) -> Iterator[Entry]:
-    """Every recording that the sources name, once; those that cannot be used go to `bad`."""
+    """Yield every recording that the sources name once. Bad recordings are added to `bad` with the reason."""
     seen = set()
     for source in dict.fromkeys(sources):
         try:
@@ -146,16 +149,16 @@ def list_recordings(sources: list[str], args: Arguments, bad: dict[str, str]) ->
 
 
 def is_listing(source: str) -> bool:
-    """Whether it stands for many recordings: a folder, a manifest, tars or shards."""
+    """Whether `source` is a set of recordings: a folder, a manifest, tars or shards."""
     suffix = Path(source).suffix.lower()
     many = os.path.isdir(source) or suffix in (*MANIFESTS, ".tar", SHARD)
     return many or (glob.has_magic(source) and not os.path.exists(source))
 
 
 def _fill(spool: Spool, encoder: Encoder, entries: Iterable[Entry], float_scale: float, bad: dict[str, str]) -> None:
-    """Embed the recordings into the spool, chunks of several in one batch; those that turn out broken go to `bad`."""
+    """Embed recordings into the spool, with chunks of several in one batch. Bad recordings are added to `bad`."""
     waiting: list[Piece] = []
-    done: list[np.ndarray] = []  # frames so far of the file whose last chunk is yet to come
+    done: list[np.ndarray] = []  # frames of the recording whose last chunk is not encoded yet
     device = encoder.vit.norm.weight.device
 
     def run() -> None:
@@ -178,28 +181,28 @@ def _fill(spool: Spool, encoder: Encoder, entries: Iterable[Entry], float_scale:
         except (BadAudio, OSError) as error:
             bad[entry.name] = reason_of(error)
             waiting[:] = [piece for piece in waiting if piece.name != entry.name]
-            if not any(piece.last for piece in waiting):  # what is done so far is of this file
+            if not any(piece.last for piece in waiting):  # `done` holds frames of this recording
                 done.clear()
     run()
 
 
 def _write(out: Path, writer: Callable[[BinaryIO, Spool, dict], None], spool: Spool, about: dict[str, Any]) -> None:
-    """Written beside and moved into place, as a whole."""
-    aside = out.with_name(f".{out.name}.partial")
+    """Write a temporary file beside `out` and move it into place, so `out` is never incomplete."""
+    partial = out.with_name(f".{out.name}.partial")
     try:
-        with open(aside, "wb") as file:
+        with open(partial, "wb") as file:
             writer(file, spool, about)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, out)
+        os.replace(partial, out)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Iterator[Piece]:
-    """The chunks of a recording at the encoder's rate, channels averaged, read as they are asked for.
+    """Yield the chunks of a recording at the encoder's sample rate, with channels averaged. They are read on demand.
 
-    Raises BadAudio where it turns out broken, however late; OSError where it cannot be read.
+    Raises BadAudio where the recording is damaged, possibly after some chunks, and OSError if it cannot be read.
     """
     name, clip, stride = entry.name, encoder.config.clip_samples, encoder.stride
     kept = encoder.chunks(clip + 1)[0].frames
@@ -229,7 +232,7 @@ def _resampled(entry: Entry, rate: int, float_scale: float) -> Iterator[np.ndarr
     yield stream.finish().numpy()
 
 
-# --- what is written ------------------------------------------------------------------------------------------------
+# --- output formats -------------------------------------------------------------------------------------------------
 
 
 def _arrays(spool: Spool) -> dict[str, np.ndarray]:
@@ -260,7 +263,7 @@ def _write_npz(file: BinaryIO, spool: Spool, about: dict[str, Any]) -> None:
 
 
 def _write_safetensors(file: BinaryIO, spool: Spool, about: dict[str, Any]) -> None:
-    """By hand, for the frames need not be in memory: length of the header, header, values."""
+    """Write the length of the header, the header and the values by hand, so frames need not be in memory."""
     arrays, position = _arrays(spool), 0
     header: dict[str, Any] = {"__metadata__": {k: json.dumps(v) for k, v in {**about, "names": spool.names}.items()}}
     shapes = [(name, {4: "F32", 8: "I64"}[a.itemsize], a.shape) for name, a in arrays.items()]
@@ -311,7 +314,7 @@ def _pyarrow():
 
 
 def _text(path: str) -> str:
-    """A file name as valid Unicode; bytes that are none are written as \\xNN."""
+    """A file name as valid Unicode; bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -321,17 +324,17 @@ def _progress() -> Progress:
 
 
 def read_names(data: bytes) -> list[str]:
-    """File names one a line, or separated by NUL (`find -print0`)."""
+    """Split a list of file names, one per line or separated by NUL (`find -print0`)."""
     names = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(name) for name in names if name]
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.embed")
+    args = cli.parse(Arguments, argv, "python -m ajepa.embed")
     try:
         paths = [p for name in args.files for p in (read_names(sys.stdin.buffer.read()) if name == "-" else [name])]
         if not paths:
-            raise ConfigError("no files to embed: name some, or - to read their names from the standard input")
+            raise ConfigError("no files to embed: name some, or use - to read names from standard input")
         good, bad = embed(args, paths)
     except KeyboardInterrupt:
         return 130

@@ -1,10 +1,10 @@
-"""`python -m ajepa.export RUN OUT`: a run's EMA target encoder in a form that others take.
+"""`python -m ajepa.export RUN OUT`: export a run's EMA target encoder for use in other programs.
 
-OUT is a folder in Hugging Face's layout (`config.json`, `model.safetensors`, a model card), which
-`ajepa.Encoder.from_pretrained` reads. With `--xares` it is one Python file for X-ARES that needs torch alone: the
-source of `ajepa/evaluation/xares_encoder.py`, the configuration, and the weights (in the file up to 32 MB, else in a
-.safetensors file beside it). X-ARES keeps its results by class name, so the name holds a checksum of the weights. With
-`--onnx` it is an ONNX model, front end included, of clips of the training length.
+By default OUT is a folder in Hugging Face's layout (`config.json`, `model.safetensors`, a model card), which
+`ajepa.Encoder.from_pretrained` reads. With `--xares`, OUT is one Python file for X-ARES that needs only torch. It holds
+the source of `ajepa/evaluation/xares_encoder.py`, the configuration, and up to 32 MB of weights; larger weights go into
+a .safetensors file beside it. X-ARES stores results by class name, so the class name contains a checksum of the
+weights. With `--onnx`, OUT is an ONNX model, front end included, for clips of the training length.
 """
 
 import base64
@@ -24,30 +24,31 @@ from safetensors.torch import save as save_bytes
 from ajepa.config import SIZES, ConfigError
 from ajepa.encoder import Encoder
 from ajepa.evaluation import xares_encoder
+from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels.log_mel import _tables
 
-INSIDE = 32 << 20  # bytes of weights that a Python file may hold
+INSIDE = 32 << 20  # largest size in bytes of weights inside the Python file
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Export a run's EMA target encoder: a folder in Hugging Face's layout, one file for X-ARES, or ONNX."""
+    """Export a run's EMA target encoder as a folder in Hugging Face's layout, one file for X-ARES, or an ONNX model."""
 
     encoder: tyro.conf.Positional[str]
-    """Run folder, checkpoint, folder of an encoder, or hub id."""
+    """Encoder to export: a run folder, a checkpoint, a folder written by ajepa.export, or a hub id."""
     out: tyro.conf.Positional[str]
-    """Folder; with --xares the Python file, with --onnx the model."""
+    """Folder to write; with --xares the Python file, with --onnx the model file."""
     xares: bool = False
-    """Write an encoder file for X-ARES."""
+    """Write one Python file for X-ARES instead of a folder."""
     onnx: bool = False
-    """Write an ONNX model: float32 clips of the training length [batch, samples] to frames [batch, frames, width]."""
+    """Write an ONNX model instead: float32 clips [batch, samples] of the training length to [batch, frames, width]."""
     pooling: str | None = None
-    """Over frequency patches, mean or concat; None: as the encoder is configured."""
+    """How frequency patches are pooled, mean or concat; None uses the encoder's own setting."""
 
 
 def portable_parts(encoder: Encoder) -> tuple[dict[str, Any], bytes]:
-    """Configuration and weights (safetensors) of `ajepa.evaluation.xares_encoder.Portable`."""
+    """Configuration and weights (safetensors) for `ajepa.evaluation.xares_encoder.Portable`."""
     cfg = encoder.config
     spec, (width, depth, heads) = cfg.front_end, SIZES[cfg.size]
     bias, add = spec.frame_rule
@@ -66,7 +67,7 @@ def portable_parts(encoder: Encoder) -> tuple[dict[str, Any], bytes]:
 
 
 def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
-    """Class name, source without weights, and the weights (safetensors) of a file for X-ARES."""
+    """Class name, source without weights, and weights (safetensors) of the file for X-ARES."""
     config, weights = portable_parts(encoder)
     name = f"Ajepa{encoder.fingerprint()}Encoder"
     source = inspect.getsource(xares_encoder)
@@ -75,9 +76,9 @@ def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
 
 
 def write_xares(encoder: Encoder, path: Path) -> str:
-    """Write the file, and its weights beside it where they are large. Returns the class name."""
+    """Write the Python file, and large weights into a file beside it. Returns the class name."""
     if path.suffix != ".py" or not path.stem.isidentifier() or keyword.iskeyword(path.stem):
-        raise ConfigError(f"{path}: X-ARES imports the file by its name; call it like my_encoder.py")
+        raise ConfigError(f"{path}: X-ARES imports the file by its name, so use a module name such as my_encoder.py")
     name, source, weights = portable_source(encoder)
     if len(weights) <= INSIDE:
         source = source.replace('WEIGHTS = ""', f'WEIGHTS = "{base64.b64encode(weights).decode()}"')
@@ -97,9 +98,9 @@ class _Chunks(torch.nn.Module):
 
 
 def write_onnx(encoder: Encoder, path: Path) -> None:
-    """Write `audio` float32 `[batch, clip_samples]` -> `frames` `[batch, T', D]`, any batch."""
+    """Write a model of any batch size from `audio`, float32 `[batch, clip_samples]`, to `frames` `[batch, T', D]`."""
     try:
-        import onnxscript  # noqa: F401 (torch.onnx needs it, and says so less plainly)
+        import onnxscript  # noqa: F401 (torch.onnx needs it, but its error is less clear)
     except ImportError as error:
         raise ConfigError("--onnx needs onnx and onnxscript: pip install 'ajepa[onnx]'") from error
     audio = torch.zeros(2, encoder.config.clip_samples)
@@ -112,12 +113,12 @@ def write_onnx(encoder: Encoder, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.export")
+    args = cli.parse(Arguments, argv, "python -m ajepa.export")
     try:
         encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling)
         out = Path(args.out)
         if args.xares and args.onnx:
-            raise ConfigError("--xares and --onnx are two files: ask for one at a time")
+            raise ConfigError("--xares and --onnx write different files: use one at a time")
         if args.onnx:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_onnx(encoder, out)
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{out}: class {write_xares(encoder, out)}")
         else:
             encoder.save_pretrained(out)
-            print(f"{out}: {encoder.output_dim} wide, {encoder.hop_size_in_ms:g} ms a frame")
+            print(f"{out}: frames of width {encoder.output_dim} every {encoder.hop_size_in_ms:g} ms")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""`python -m ajepa.finetune RUN --data ...`: the whole EMA target encoder with a linear head, trained on labels.
+"""`python -m ajepa.finetune RUN --data ...`: train the whole EMA target encoder and a linear head on labels.
 
 files -> PCM (mixup) -> log-mel patches (SpecAugment) -> encoder (regularised masking) -> mean -> head -> loss.
 """
@@ -26,15 +26,18 @@ from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.loader import AudioLoader
 from ajepa.evaluation.classifier import Classifier, mixup, parameter_groups, spec_augment, split_labels
 from ajepa.evaluation.feature_cache import CHUNKS_AT_ONCE, read_chunks, tensors_hash
+from ajepa.evaluation.labelled import labelled, pretrained_on
 from ajepa.model.frontend import FrontEnd
-from ajepa.probe import labelled, load_run, load_weights, pretrained_on
-from ajepa.train import catch_signals
-from ajepa.training.checkpoint import CheckpointError, load_latest, save_checkpoint
+from ajepa.model.pretrained import load_pretrained, load_weights
+from ajepa.training.checkpoint import load_latest, save_checkpoint
 from ajepa.training.corpus import clip_options
 from ajepa.training.distributed import Ranks
-from ajepa.training.engine import choose_device
 from ajepa.training.schedules import cosine
+from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.devices import choose_device
+from ajepa.utils.run_folder import CheckpointError
+from ajepa.utils.signals import catch_signals
 from ajepa_kernels import AdamWEMA
 
 
@@ -45,58 +48,67 @@ class Arguments:
     run: tyro.conf.Positional[str]
     """Run folder, or one checkpoint in it (RUN/checkpoints/step_...)."""
     data: str
-    """Labelled recordings: a folder with a sub-folder a class, a manifest (CSV, JSONL, ...), or webdataset tars."""
+    """Labelled recordings: a folder with one sub-folder per class, a manifest (CSV, JSONL, ...), or webdataset tars."""
     test: str
-    """Rows to score, such as "fold=4" or "split=test"; the others are trained on."""
+    """Rows to score, such as "fold=4" or "split=test". All other rows are trained on."""
     where: str | None = None
-    """Rows to use at all."""
+    """Rows to use, for training and for scoring. None: all rows."""
     label: str | None = None
-    """Column that holds the label, where it is not found by its name."""
+    """Column that holds the label. None: a column called label, target, category or class."""
     decoder: Literal["auto", "dali", "soundfile"] = "auto"
-    """Who decodes the recordings: see ajepa.train."""
+    """Library that decodes the recordings: see python -m ajepa.train --help-all."""
     float_scale: float = 1.0
-    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
+    """Full scale of floating-point recordings, such as 32768 for 16-bit values that were stored as floats."""
     multi_label: bool = False
-    """A recording has several labels, as a list or separated by "," or ";": binary cross-entropy, mean average
-    precision."""
+    """A recording has several labels, as a list or separated by "," or ";". The loss is the binary cross-entropy, the
+    score the mean average precision."""
     out: str | None = None
-    """Folder of the results; None: RUN/finetune."""
+    """Folder of the results. None: RUN/finetune."""
     resume: bool = False
-    """Continue exactly where the last checkpoint in --out stands."""
+    """Continue from the last checkpoint in --out, exactly as if the run had not stopped."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """random: the untrained encoder, to see what the pretraining is worth."""
+    """pretrained: start from the run's encoder. random: from an untrained one, to see the worth of the pretraining."""
     epochs: int = 30
+    """Passes over the training rows."""
     batch_size: int = 32
+    """Clips per step."""
     lr: float = 1e-3
     """Peak learning rate of the head."""
     layer_decay: float = 0.75
-    """Each layer's learning rate as a share of that of the layer above."""
+    """Learning rate of a layer, divided by the learning rate of the layer above it."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises to its peak; then a cosine to 0."""
+    """Share of the steps in which the learning rate rises to its peak. A cosine to 0 follows."""
     weight_decay: float = 0.05
+    """Weight decay of matrices. Biases and norms have none."""
     clip_norm: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
     masked_keys: float = 0.1
-    """A-JEPA's regularised masking: share of the tokens that attend, but are not attended to. Off when scoring."""
+    """A-JEPA's regularised masking: the share of tokens that attend to others but are not attended to. Off when
+    scoring."""
     mixup: float = 0.0
-    """alpha of the Beta distribution of the mixing weight; 0: no mixing."""
+    """alpha of the Beta distribution of the mixing weight. 0: no mixing."""
     freq_mask: int = 0
-    """SpecAugment: most mel bands hidden in a clip."""
+    """SpecAugment: the largest number of mel bands hidden in a clip."""
     time_mask: int = 0
-    """SpecAugment: most frames hidden in a clip."""
+    """SpecAugment: the largest number of frames hidden in a clip."""
     label_smoothing: float = 0.0
+    """Share of the target probability that is spread over all classes."""
     pad: Literal["run", "zero", "cyclic"] = "zero"
-    """Recordings shorter than a clip: encoded as they are (zero), repeated (cyclic), or as the run did."""
+    """Recordings shorter than a clip. zero: encode only the recording. cyclic: repeat it. run: do as the run did."""
     eval_every: int = 5
-    """Epochs between scores on the test rows, which choose nothing; the last weights are kept."""
+    """Epochs between two scores on the test rows. Scores choose nothing: the last weights are kept."""
     keep: int = 2
-    """Checkpoints kept, one an epoch."""
+    """Number of checkpoints kept; one is written per epoch."""
     seed: int = 0
+    """Seed of the head's initialisation, the crops and the augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on. auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the computation. auto: bf16 on a GPU, fp32 on a CPU."""
 
 
 class Task(NamedTuple):
-    """Labelled recordings: what is trained on, what is scored, and the targets `[labels as written, K]`."""
+    """Labelled recordings to train on and to score. `targets` is `[L, K]`: a row for each label as written."""
 
     train: Index
     test: Index
@@ -108,11 +120,11 @@ class Task(NamedTuple):
 
 
 class Tuner:
-    """Classifier, optimiser and front end of one run: one step, and the logits of whole recordings."""
+    """Classifier, optimiser and front end of one run. Computes a training step, and scores whole recordings."""
 
     def __init__(self, args: Arguments, cfg: Config, classes: int, steps: int):
         self.args, self.cfg, self.steps = args, cfg, steps
-        self.device, self.ranks = choose_device(args.device), Ranks()  # one process; checkpoints ask
+        self.device, self.ranks = choose_device(args.device), Ranks()  # one process: save_checkpoint expects ranks
         bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.type == "cuda")
         self.autocast = contextlib.nullcontext if not bf16 else lambda: torch.autocast(self.device.type, torch.bfloat16)
         self.front_end = FrontEnd(cfg.front_end)
@@ -124,7 +136,7 @@ class Tuner:
         self.parameters = list(self.model.parameters())
 
     def step(self, pcm, lengths, targets, step: int) -> torch.Tensor:
-        """Train on `pcm` int16 `[B, S]`, targets float `[B, K]`. Everything random follows from (seed, step)."""
+        """Train on `pcm` int16 `[B, S]` and targets float `[B, K]`. All randomness is a function of (seed, step)."""
         args, spec = self.args, self.cfg.front_end
         rng = np.random.default_rng([args.seed, step])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -156,9 +168,9 @@ class Tuner:
 
     @torch.no_grad()
     def score(self, task: Task, skipped: list[tuple[str, str]]) -> dict[str, float]:
-        """Accuracy, or mean average precision over the classes that occur, on `task.test`.
+        """Accuracy on `task.test`, or the mean average precision over the classes that occur there.
 
-        A recording longer than a clip is cut into clips, whose probabilities are averaged.
+        A recording longer than a clip is cut into clips, and their probabilities are averaged.
         """
         spec, samples = self.cfg.front_end, round(self.cfg.data.clip_seconds * self.cfg.front_end.sample_rate)
         reading = {"threads": self.cfg.data.loader_threads, "decoder": self.args.decoder}
@@ -167,7 +179,7 @@ class Tuner:
             parts = zip(batch.pcm.split(CHUNKS_AT_ONCE), batch.lengths.split(CHUNKS_AT_ONCE), strict=True)
             logits = torch.cat([self.logits(pcm, lengths) for pcm, lengths in parts])
             chances = logits.sigmoid() if self.args.multi_label else logits.softmax(-1)
-            weight = batch.lengths[:, None].float()  # a short tail counts for little
+            weight = batch.lengths[:, None].float()  # a short tail has little weight
             total = torch.zeros(len(batch.items), chances.shape[1]).index_add(0, batch.owner, chances * weight)
             scores.append(total / torch.zeros(len(batch.items), 1).index_add(0, batch.owner, weight).clamp(min=1))
             rows.append(batch.items)
@@ -188,15 +200,18 @@ class Tuner:
 
 
 def learning_rate(args: Arguments, step: int, steps: int) -> float:
-    """Linear from lr / warm-up steps to lr, then a cosine to 0."""
+    """The head's learning rate: rises linearly to `--lr` during the warm-up, then falls to 0 along a cosine."""
     rising = max(1, round(args.warmup * steps))
     return args.lr * (step + 1) / rising if step < rising else cosine(args.lr, 0.0, step - rising, steps - rising)
 
 
 def finetune(args: Arguments) -> dict[str, Any]:
-    """Run to the end, or to Ctrl-C (KeyboardInterrupt). Raises ConfigError, DataError, CheckpointError."""
+    """Fine-tune until the last step and return the contents of `finetune.json`.
+
+    Raises ConfigError, DataError or CheckpointError, and KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
+    """
     check(args)
-    cfg, weights, checkpoint = load_run(Path(args.run))
+    cfg, weights, file = load_pretrained(Path(args.run))
     pad = cfg.data.pad if args.pad == "run" else args.pad
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, pad=pad))
     folder = Path(args.out) if args.out else Path(args.run) / "finetune"
@@ -208,7 +223,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
     steps = args.epochs * per_epoch
     tuner = Tuner(args, cfg, len(task.classes), steps)
     if args.init == "pretrained":
-        load_weights(tuner.model.encoder, weights, checkpoint)
+        load_weights(tuner.model.encoder, weights, file)
     state, damaged = load_latest(folder / "checkpoints", tuner)  # type: ignore[arg-type]
     for message in damaged:
         print(f"warning: {message}; using the one before", file=sys.stderr)
@@ -253,9 +268,8 @@ def finetune(args: Arguments) -> dict[str, Any]:
             save()
             print(f"stopped after step {step}; continue with --out {folder} --resume")
             raise KeyboardInterrupt
-    return finish(
-        args, cfg, folder, tuner, task, history, skipped, checkpoint | {"sha256": tensors_hash(weights)}, seen
-    )
+    checkpoint = {"file": str(file), "sha256": tensors_hash(weights)}
+    return finish(args, cfg, folder, tuner, task, history, skipped, checkpoint, seen)
 
 
 def check(args: Arguments) -> None:
@@ -275,7 +289,7 @@ def check(args: Arguments) -> None:
 
 
 def open_folder(folder: Path, args: Arguments, cfg: Config) -> dict[str, Any] | None:
-    """Make the folder ready; returns the results where the run in it is finished."""
+    """Prepare the results folder. Returns the results where the fine-tuning in it has finished."""
     settings, result = folder / "arguments.json", folder / "finetune.json"
     wanted = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("resume", "out", "device", "keep")}
     try:
@@ -313,7 +327,7 @@ def open_task(args: Arguments) -> tuple[Task, list[tuple[str, str]]]:
 
 
 def finish(args, cfg, folder, tuner, task, history, skipped, checkpoint, seen) -> dict[str, Any]:
-    """Write weights and results. `encoder.safetensors` and `config.json` are a run's, for all that reads one."""
+    """Write weights and results. `encoder.safetensors` and `config.json` make the folder readable as a run."""
     state = {k: v.contiguous().cpu() for k, v in tuner.model.state_dict().items()}
     encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     write_atomic(folder / "encoder.safetensors", save_bytes(encoder, {"format": "pt", "preset": cfg.preset}))
@@ -335,7 +349,7 @@ def finish(args, cfg, folder, tuner, task, history, skipped, checkpoint, seen) -
 
 
 def load_classifier(folder: str | Path) -> tuple[Classifier, list[str]]:
-    """The fine-tuned classifier in `folder`, ready to score, and its classes. Nothing loaded can run code.
+    """The fine-tuned classifier in `folder`, in evaluation mode, and its classes. No file of it can run code.
 
     Example::
 
@@ -354,7 +368,7 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.finetune")
+    args = cli.parse(Arguments, argv, "python -m ajepa.finetune")
     try:
         result = finetune(args)
     except KeyboardInterrupt:

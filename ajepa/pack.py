@@ -1,4 +1,4 @@
-"""`python -m ajepa.pack SOURCE TARGET`: decode recordings once, into shards of PCM to train on from then on."""
+"""`python -m ajepa.pack SOURCE TARGET`: decode recordings once into shards of PCM for training."""
 
 import contextlib
 import hashlib
@@ -24,13 +24,14 @@ from ajepa.data.formats.audiofile import reason_of
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.reader import to_int16
 from ajepa.data.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, block_crcs, is_shards, missing_rows
+from ajepa.utils import cli
 from ajepa.utils.atomic_files import atomic_file, write_atomic
 
 try:
     import fcntl
 
     def lock(file) -> None:
-        """Raises OSError where another process holds it. The system releases it when the process ends."""
+        """Lock `file`; raises OSError if another process holds it. The system releases it when the process ends."""
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 except ImportError:  # Windows
@@ -41,56 +42,56 @@ except ImportError:  # Windows
 
 
 LEFT_OUT = "left_out.tsv"
-OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock")  # what packing writes
+OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock")  # files that packing writes
 MEGABYTE = 1_000_000
-SAMPLED = 32  # clips that `--dry-run` compresses, to tell the size of FLAC shards
+SAMPLED = 32  # clips that `--dry-run` compresses to estimate the size of FLAC shards
 
 
 class PackError(Exception):
-    """Packing cannot go on; the message says why and what to do."""
+    """Packing cannot continue; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Decode recordings once, into shards of mono 16-bit PCM that `ajepa.train --data TARGET` reads.
+    """Decode recordings once into shards of mono 16-bit PCM that `ajepa.train --data TARGET` reads.
 
-    Broken, silent and duplicate recordings are left out and listed in TARGET/left_out.tsv. Run it again to go on after
-    an interruption: finished shards are kept.
+    Bad, silent and duplicate recordings are left out and listed in TARGET/left_out.tsv. After an interruption, run the
+    same command again to continue: finished shards are kept.
     """
 
     source: tyro.conf.Positional[str]
-    """Folder, CSV/JSONL manifest, or webdataset tars: what `ajepa.train --data` takes."""
+    """Recordings to pack: a folder, a CSV or JSONL manifest, or webdataset tars, as for `ajepa.train --data`."""
     target: tyro.conf.Positional[str]
-    """Folder for the shards: a new or an empty one, or one that this packing was interrupted in."""
+    """Folder for the shards. It must be new, empty, or left by an interrupted run of the same packing."""
     where: str | None = None
-    """Rows of the manifest to pack, such as "split=train"."""
+    """Pack only these rows of the manifest, such as "split=train"."""
     label: str | None = None
-    """Column that holds the label, where it is not found by its name."""
+    """Column that holds the label; by default it is found by its name."""
     rate: int = 32_000
-    """Sample rate of the shards in Hz; best the one of the front end (--sample-rate) that is to be trained."""
+    """Sample rate of the shards in Hz. Use the --sample-rate that training will use."""
     codec: Literal["pcm", "flac"] = "pcm"
-    """flac: smaller (--dry-run tells by how much), lossless, but decoded at every reading."""
+    """flac is lossless and smaller (--dry-run estimates the size), but every reading decodes it again."""
     shard_mb: int = 1024
-    """Size of a shard in MB, about."""
+    """Approximate size of a shard in MB."""
     silence_db: float = -80.0
-    """A recording whose peak is below this, in dB of full scale, is silent."""
+    """A recording is silent if its peak is below this level, in dB relative to full scale."""
     max_hours: float = 2.0
-    """Longer recordings are left out: each is decoded in memory."""
+    """Longer recordings are left out, because each recording is decoded in memory."""
     decoder: Decoder = "auto"
-    """Who decodes: DALI the formats at which it is faster (auto) or all that it can (dali), else libsndfile."""
+    """auto uses DALI for formats where it is faster, dali for all that it can decode; soundfile decodes the rest."""
     float_scale: float = 1.0
-    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
+    """Full scale of floating-point recordings; 32768 if 16-bit samples were written without scaling."""
     threads: int = 0
-    """Readers and decoders; 0: one a core."""
+    """Number of reading and decoding threads; 0 means one per core."""
     dry_run: bool = False
-    """Only say what there is and how large the shards would be."""
+    """Only print what would be packed and how large the shards would be."""
     verify: bool = False
-    """Read finished shards from end to end, and make damaged ones again."""
+    """Read finished shards from end to end and make damaged shards again."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Of the whole target."""
+    """Totals over the whole target folder."""
 
     clips: int
     seconds: float
@@ -100,15 +101,15 @@ class Packed:
 
 
 def pack(args: Arguments, console: Console) -> Packed:
-    """Raises PackError, DataError, OSError."""
+    """Pack the recordings of `args.source`. Raises PackError, DataError, OSError."""
     if not 1_000 <= args.rate <= 384_000:
-        raise PackError(f"--rate {args.rate}: a rate of 1,000 to 384,000 Hz is needed")
+        raise PackError(f"--rate {args.rate}: the sample rate must be from 1,000 to 384,000 Hz")
     if args.shard_mb < 1 or not 0 < args.max_hours < 1_000 or args.threads < 0:
-        raise PackError("--shard-mb must be 1 or more, --max-hours above 0 and below 1,000, --threads 0 or more")
+        raise PackError("--shard-mb must be at least 1, --max-hours above 0 and below 1,000, and --threads at least 0")
     if is_shards(args.source):
-        raise PackError(f"{args.source}: these are shards already; give the recordings they were made of")
+        raise PackError(f"{args.source}: these are shards already; give the recordings from which they were made")
     if not 0 < args.float_scale < np.inf:
-        raise PackError(f"--float-scale {args.float_scale}: must be a finite number above 0")
+        raise PackError(f"--float-scale {args.float_scale}: the scale must be a finite number above 0")
     index = build_index(
         args.source, where=args.where, label_column=args.label, threads=args.threads, decode=False,
         float_scale=args.float_scale,
@@ -129,7 +130,7 @@ def pack(args: Arguments, console: Console) -> Packed:
                 path.unlink()
         need, free = _pcm_bytes(todo, args), shutil.disk_usage(target).free
         if args.codec == "pcm" and need > free:
-            raise PackError(f"{target}: the shards take up to {_gb(need)}, {_gb(free)} are free; see --codec flac")
+            raise PackError(f"{target}: the shards need up to {_gb(need)}, {_gb(free)} are free; try --codec flac")
         seen: dict[bytes, int] = {}
         for shard in done:
             seen.update(zip(shard.records["digest"].tolist(), shard.records["row"].tolist(), strict=True))
@@ -144,7 +145,7 @@ def pack(args: Arguments, console: Console) -> Packed:
 
 def _pack_rows(index: Index, start: int, end: int, args: Arguments, target: Path, key: bytes,
                seen: dict[bytes, int], step) -> Iterator[Path]:  # fmt: skip
-    """Packs rows [start, end) of the index. Yields the shards; each is complete on the disk when it appears."""
+    """Pack rows [start, end) of the index. Yields the path of each shard once the shard is complete on disk."""
     entries, columns = index.entries, list(index.metadata)
     clips = enumerate(_clips(index.subset(range(start, end)), args), start)
     first = start
@@ -171,7 +172,7 @@ def _pack_rows(index: Index, start: int, end: int, args: Arguments, target: Path
 
 
 def _clips(index: Index, args: Arguments) -> Iterator[Clip | str]:
-    """Every recording ready to be stored, or the reason why it is left out."""
+    """Yield each recording as a clip for a shard, or the reason why it is left out."""
     work = partial(_clip, index, args)
     most = args.max_hours * 3600 * args.rate
     return read_whole(index, work, sample_rate=args.rate, max_samples=most, threads=args.threads, decoder=args.decoder)
@@ -198,18 +199,18 @@ def _flac(pcm: np.ndarray, rate: int) -> bytes:
 
 
 def _key(index: Index, args: Arguments) -> bytes:
-    """Shards of equal keys belong together: the same recordings, packed alike."""
+    """Shards with equal keys belong together: they hold the same recordings, packed with the same settings."""
     options = (VERSION, index.fingerprint, args.rate, args.codec, args.silence_db, args.max_hours, args.label,
                args.float_scale)  # fmt: skip
     return hashlib.blake2b(repr(options).encode(), digest_size=16).digest()
 
 
 def _finished(target: Path, key: bytes, args: Arguments, console: Console) -> list[Shard]:
-    """The target's whole shards, by their rows; damaged ones are left for packing to replace."""
+    """The complete shards of the target, ordered by their rows. Packing replaces damaged shards."""
     if not target.exists():
         return []
     if not target.is_dir():
-        raise PackError(f"{target} is not a folder: give a new or empty one")
+        raise PackError(f"{target} is not a folder: give a new or empty folder")
     names = sorted(os.listdir(target))
     foreign = [name for name in names if not OWN.fullmatch(name)]
     if foreign:
@@ -221,16 +222,19 @@ def _finished(target: Path, key: bytes, args: Arguments, console: Console) -> li
         try:
             shard = Shard(str(target / name))
         except ShardError as error:
-            console.print(f"made again: {error}", markup=False)
+            console.print(f"this shard is made again: {error}", markup=False)
             continue
         if shard.header.key != key:
             raise PackError(
                 f"{target} holds shards of other recordings, of other settings or of an earlier version ({name}): give "
-                "the source and the settings they were made with, or a new folder"
+                "the source and the settings with which they were made, or a new folder"
             )
         damaged = shard.damaged() if args.verify else []
         if damaged:
-            console.print(f"made again: {shard.path}: {len(damaged)} clips, {damaged[0][0]} first", markup=False)
+            console.print(
+                f"this shard is made again: {shard.path}: {len(damaged)} damaged clips, the first is {damaged[0][0]}",
+                markup=False,
+            )
         else:
             shards.append(shard)
     return sorted(shards, key=lambda shard: shard.header.first_row)
@@ -256,8 +260,8 @@ def _announce(args: Arguments, index: Index, todo: Index, done: list[Shard], con
             rows = np.unique(np.linspace(0, len(todo) - 1, SAMPLED).astype(int))
             clips = [clip for clip in _clips(todo.subset(rows), args) if isinstance(clip, Clip)]
             size *= sum(len(c.payload) for c in clips) / max(1, sum(2 * c.frames for c in clips))
-        console.print(f"they would take about {_gb(size)} as {args.codec} at {args.rate} Hz; broken, silent and "
-                      "duplicate ones less", markup=False)  # fmt: skip
+        console.print(f"their shards would take about {_gb(size)} as {args.codec} at {args.rate} Hz, and less if "
+                      "some are bad, silent or duplicate", markup=False)  # fmt: skip
 
 
 def _pcm_bytes(index: Index, args: Arguments) -> float:
@@ -271,7 +275,7 @@ def _gb(size: float) -> str:
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Two packings into one folder would take each other's half-written shards away."""
+    """Hold the folder's lock: two packings into one folder would delete each other's unfinished shards."""
     with open(target / ".lock", "w") as file:
         try:
             lock(file)
@@ -293,19 +297,19 @@ def _progress(console: Console, total: int, done: int):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.pack")
+    args = cli.parse(Arguments, argv, "python -m ajepa.pack")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         packed = pack(args, console)
     except KeyboardInterrupt:
-        print("stopped; finished shards are kept: the same command goes on from there", file=sys.stderr)
+        print("stopped; finished shards are kept, and the same command goes on from there", file=sys.stderr)
         return 130
     except (PackError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or args.target}: {reason_of(error)}; finished shards are kept: once that is "
-              "mended, the same command goes on from there", file=sys.stderr)  # fmt: skip
+        print(f"error: {error.filename or args.target}: {reason_of(error)}; finished shards are kept: fix the "
+              "cause, and the same command goes on from there", file=sys.stderr)  # fmt: skip
         return 2
     if not args.dry_run:
         print(f"{packed.clips:,} clips, {packed.seconds / 3600:.2f} hours, {_gb(packed.bytes)} in {packed.shards:,} "

@@ -1,7 +1,7 @@
-"""`python -m ajepa.probe RUN --data ...`: what a run's frozen features are worth on labelled recordings.
+"""`python -m ajepa.probe RUN --data ...`: score the frozen features of a run on labelled recordings.
 
-The EMA target encoder stands beside two baselines on the same recordings and folds, under the same heads: the encoder
-before its first step, and pooled log-mel.
+The EMA target encoder is compared with two baselines on the same recordings and folds, with the same heads: the
+encoder before its first step, and pooled log-mel.
 """
 
 import json
@@ -18,18 +18,20 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load as load_bytes
 from sklearn.metrics import classification_report, confusion_matrix
 
-from ajepa import config
 from ajepa.config import Config, ConfigError, StepConfig
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.evaluation import plots
 from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed, tensors_hash
+from ajepa.evaluation.labelled import labelled, pretrained_on
 from ajepa.evaluation.probes import HEADS, Embedded, predict
-from ajepa.training.checkpoint import CheckpointError, checkpoints, read_verified
-from ajepa.training.engine import Engine, choose_device
+from ajepa.model.pretrained import load_pretrained, load_weights
+from ajepa.training.engine import Engine
+from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.devices import choose_device
+from ajepa.utils.run_folder import CheckpointError, run_of
 from ajepa_kernels import LogMelSpec
 
 TRAINED, UNTRAINED, LOG_MEL = "trained encoder", "untrained encoder", "pooled log-mel"
@@ -38,39 +40,40 @@ Head = Literal["knn", "knn-standardised", "linear", "attentive", "logistic"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Score a run's frozen encoder on labelled recordings, beside the untrained encoder and pooled log-mel."""
+    """Score a run's frozen encoder on labelled recordings, next to the untrained encoder and pooled log-mel."""
 
     run: tyro.conf.Positional[str]
     """Run folder, or one checkpoint in it (RUN/checkpoints/step_...)."""
     data: str
-    """Labelled recordings: a folder with a sub-folder a class, a manifest (CSV, JSONL, ...), or webdataset tars."""
+    """Labelled recordings: a folder with one sub-folder per class, a manifest (CSV, JSONL, ...), or webdataset tars."""
     where: str | None = None
-    """Rows to use, such as "fold=1,2,3,4"."""
+    """Rows to use, such as "fold=1,2,3,4". None: all rows."""
     label: str | None = None
-    """Column that holds the label, where it is not found by its name."""
+    """Column that holds the label. None: a column called label, target, category or class."""
     decoder: Literal["auto", "dali", "soundfile"] = "auto"
-    """Who decodes the recordings: see ajepa.train."""
+    """Library that decodes the recordings: see python -m ajepa.train --help-all."""
     float_scale: float = 1.0
-    """Full scale of recordings in floating point, such as 32768 for samples written without scaling."""
+    """Full scale of floating-point recordings, such as 32768 for 16-bit values that were stored as floats."""
     test: str | None = None
-    """Rows to classify, such as "split=test"; the others are learnt from. None: every fourth recording."""
+    """Rows to classify, such as "split=test". The heads learn from all other rows. None: every fourth recording."""
     folds: str | None = None
-    """Or: cross-validate over the values of this column, each in turn classified from all the others."""
+    """Column to cross-validate over, instead of --test: the rows of each value are classified from all other rows."""
     heads: tuple[Head, ...] = ("knn", "linear", "attentive")
-    """knn, linear: X-ARES's. attentive: a learnt query over all tokens. knn-standardised: each feature scaled by its
-    mean and deviation first, as the watch in training does. logistic: scikit-learn's, standardised."""
+    """knn, linear: the heads of X-ARES. attentive: a learnt query over all tokens. knn-standardised: a kNN that first
+    standardises each feature, as the evaluation during training does. logistic: scikit-learn's, standardised."""
     pooling: Literal["run", "mean", "concat"] = "run"
-    """Over frequency patches: their mean, all of them side by side, or as the run did."""
+    """How frequency patches are pooled: their mean, all of them side by side, or as the run did."""
     log_mel: Literal["run", "standard"] = "run"
-    """The log-mel baseline: of the run's own front end, what the encoder reads; or the same for every run, 128 bands of
-    25 ms windows every 10 ms."""
+    """Front end of the log-mel baseline. run: the run's own. standard: the same for every run, 128 bands of 25 ms
+    windows every 10 ms."""
     seeds: int = 1
-    """Times that each head is trained, from seed 0 up; its score is their mean."""
+    """Number of trainings of each head, from seed 0 up. The score is their mean."""
     map: Literal["pca", "tsne", "both", "none"] = "both"
-    """Picture of the embeddings in two dimensions."""
+    """Method of the two-dimensional picture of the embeddings."""
     out: str | None = None
-    """Folder for probe.json and the pictures; None: the run folder."""
+    """Folder for probe.json and the pictures. None: the run folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device that computes the features and trains the heads. auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Task:
-    """Labelled recordings and how they are divided."""
+    """Labelled recordings and their division into folds."""
 
     index: Index
     items: torch.Tensor  # int64 [n], rows of `index`
@@ -94,13 +97,13 @@ class Task:
 
 
 def probe(args: Arguments) -> dict[str, Any]:
-    """Everything that probe.json holds. Raises ConfigError, DataError, CheckpointError."""
+    """Score the run and return the contents of `probe.json`. Raises ConfigError or DataError."""
     start = time.perf_counter()
     if args.seeds < 1 or not args.heads:
         raise ConfigError("--seeds must be 1 or more, and --heads must name at least one")
     if args.test and args.folds:
         raise ConfigError("--test and --folds are two ways to divide the recordings: give one")
-    cfg, weights, checkpoint = load_run(Path(args.run))
+    cfg, weights, file = load_pretrained(Path(args.run))
     index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
     if (index.single_labels != index.labels).any():
         raise DataError(
@@ -108,7 +111,7 @@ def probe(args: Arguments) -> dict[str, Any]:
             "fine-tune with --multi-label"
         )
     index = labelled(index)
-    divide(index, torch.arange(len(index)), args, cfg)  # what is wrong is said before any work
+    divide(index, torch.arange(len(index)), args, cfg)  # report a wrong division before any work
     engine = Engine(replace(cfg, step=StepConfig()), choose_device(args.device))
     encoder, spec = engine.model.target_encoder.eval(), cfg.front_end
     skipped = list(index.skipped)
@@ -129,7 +132,7 @@ def probe(args: Arguments) -> dict[str, Any]:
     with engine.autocast():
         items, made = embed(index, {UNTRAINED: encoder_source()}, samples, kinds, **options)
         features |= made
-        load_weights(encoder, weights, checkpoint)
+        load_weights(encoder, weights, file)
         baseline = LogMelFeatures(log_mel_spec(spec, args.log_mel))
         items, made = embed(index, {TRAINED: encoder_source(), LOG_MEL: baseline}, samples, kinds, **options)
         features |= made
@@ -148,7 +151,7 @@ def probe(args: Arguments) -> dict[str, Any]:
     }  # fmt: skip
     result = {
         "run": str(args.run),
-        "checkpoint": checkpoint | {"sha256": tensors_hash(weights)},
+        "checkpoint": {"file": str(file), "sha256": tensors_hash(weights)},
         "data": {
             "source": args.data, "where": args.where, "hash": data_hash(index), "recordings": len(items),
             "seconds": index.seconds, "classes": task.classes, "skipped": [list(pair) for pair in skipped],
@@ -163,7 +166,7 @@ def probe(args: Arguments) -> dict[str, Any]:
         "versions": versions(),
         "device": str(engine.device),
     }  # fmt: skip
-    folder = Path(args.out) if args.out else checkpoint_folder(Path(args.run))
+    folder = Path(args.out) if args.out else run_of(Path(args.run))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "probe.json", (json.dumps(result, indent=2) + "\n").encode())
@@ -195,7 +198,7 @@ def log_mel_spec(spec: LogMelSpec, which: str) -> LogMelSpec:
 
 
 def _cross_validate(head: str, x: Embedded, task: Task, seed: int, device) -> torch.Tensor:
-    """The class that each recording is given when it is tested, -1 where it never is."""
+    """The class that each recording gets when it is tested; -1 for a recording that is never tested."""
     guess = torch.full_like(task.labels, -1)
     for fold in task.folds:
         guess[fold.test] = predict(head, x, task.labels, fold.train, fold.test, seed, device)
@@ -216,7 +219,7 @@ def scores(guesses: torch.Tensor, task: Task) -> dict[str, Any]:
 
 
 def per_class(guesses: torch.Tensor, task: Task) -> dict[str, Any]:
-    """Precision, recall, F1 and support of each class and the confusion counts (true x given), over folds and seeds."""
+    """Precision, recall, F1 and support of each class, and confusion counts (true x given), over folds and seeds."""
     tested = guesses[0] >= 0
     true, given = task.labels[tested].repeat(len(guesses)).numpy(), guesses[:, tested].flatten().numpy()
     every = list(range(len(task.classes)))
@@ -229,16 +232,8 @@ def per_class(guesses: torch.Tensor, task: Task) -> dict[str, Any]:
     return {"table": table, "confusion": confusion_matrix(true, given, labels=every).tolist()}
 
 
-def labelled(index: Index) -> Index:
-    """The rows that have a label. Raises DataError where there are not two classes."""
-    rows = np.flatnonzero(index.labels >= 0)
-    if len(np.unique(index.labels[rows])) < 2:
-        raise DataError(f"{index.source}: labels of two or more classes are needed; name their column with --label")
-    return index.subset(rows) if len(rows) < len(index) else index
-
-
 def divide(index: Index, items: torch.Tensor, args: Arguments, cfg: Config) -> Task:
-    """Folds of the recordings `items`. Raises DataError where one has nothing to learn from or to classify."""
+    """Divide the recordings `items` into folds. Raises DataError for a fold with nothing to learn from or classify."""
     used, labels = np.unique(index.labels[items.numpy()], return_inverse=True)
     at = {item: row for row, item in enumerate(items.tolist())}
     if args.folds is not None:
@@ -266,61 +261,6 @@ def divide(index: Index, items: torch.Tensor, args: Arguments, cfg: Config) -> T
     return task
 
 
-def pretrained_on(cfg: Config, index: Index) -> set[tuple[str, str]] | None:
-    """(path, member) of the recordings of `index` that `cfg` trains on, where it trains on the same source; else None.
-
-    A recording counts as a whole, whichever segments of it are trained on.
-    """
-    source = cfg.data.data
-    if source is None or Path(source).expanduser().resolve() != Path(index.source).resolve():
-        return None
-    try:
-        entries = (index.filter(cfg.data.where) if cfg.data.where else index).entries
-        return set(zip(entries.path, entries.member, strict=True))
-    except DataError:  # none of the rows probed
-        return set()
-
-
-def load_run(path: Path) -> tuple[Config, dict[str, torch.Tensor], dict[str, Any]]:
-    """Configuration, weights of the EMA target encoder, and where they came from.
-
-    `path`: a run folder (its encoder.safetensors, or where it is not finished its newest whole checkpoint) or one of
-    its checkpoints. Nothing in them can run code. Raises ConfigError, CheckpointError.
-    """
-    folder = checkpoint_folder(path)
-    cfg = config.load(folder / "config.json")
-    file = folder / "encoder.safetensors"
-    if folder == path and file.exists():
-        try:
-            return cfg, load_bytes(file.read_bytes()), {"file": str(file)}
-        except Exception as error:  # safetensors has an exception type of its own
-            raise ConfigError(f"{file} cannot be read as safetensors: {error}") from error
-    found = [path] if folder != path else checkpoints(folder / "checkpoints")[::-1]
-    reasons = []
-    for one in found:
-        try:
-            model = load_bytes(read_verified(one)["model.safetensors"])
-        except CheckpointError as error:
-            reasons.append(str(error))
-            continue
-        prefix = "target_encoder."
-        weights = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
-        return cfg, weights, {"file": str(one)}
-    raise ConfigError(f"{path} has neither encoder.safetensors nor a whole checkpoint: {'; '.join(reasons) or 'none'}")
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """The run folder that `path`, itself a run folder or a checkpoint in one, belongs to."""
-    return path.parent.parent if (path / "checksums.json").exists() else path
-
-
-def load_weights(encoder: torch.nn.Module, weights: dict[str, torch.Tensor], checkpoint: dict[str, Any]) -> None:
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(f"{checkpoint['file']} does not fit the run's config.json: {error}") from error
-
-
 def draw(folder: Path, result: dict[str, Any], x: Embedded, task: Task, guesses, args: Arguments) -> None:
     head = shown(args)
     accuracy = result["scores"][TRAINED][head]["mean"]
@@ -333,7 +273,7 @@ def draw(folder: Path, result: dict[str, Any], x: Embedded, task: Task, guesses,
 
 
 def shown(args: Arguments) -> str:
-    """The head whose classes are told one by one."""
+    """The head whose classes are reported one by one."""
     return next((head for head in ("linear", "attentive", "logistic") if head in args.heads), args.heads[0])
 
 
@@ -372,7 +312,7 @@ def show(score: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = tyro.cli(Arguments, args=argv, prog="python -m ajepa.probe")
+    args = cli.parse(Arguments, argv, "python -m ajepa.probe")
     try:
         result = probe(args)
     except (ConfigError, DataError, CheckpointError) as error:

@@ -1,20 +1,20 @@
-"""Recordings on disk to updated weights: the loader and the whole step.
+"""Benchmark the whole way from recordings on disk to updated weights: the loader together with the training step.
 
-All cases time milliseconds a step on the trainer's own path, waiting for data included. The loader copies ahead,
-masks are drawn on the device beside the step, and the host waits for the device only at the end of a turn.
-`data_wait_share` is the share of that time for which the host waited for a batch.
+A time is milliseconds per step on the trainer's own path, including the time spent waiting for data. The loader copies
+batches ahead, masks are drawn on the device beside the step, and the host waits for the device only at the end of a
+turn. `data_wait_share` is the share of the time for which the host waited for a batch.
 
-`test_from_shards` asks how much of the step's speed is left when its audio comes from files. Shards of int16 noise are
-read by the trainer's loader, and the same engine runs on batches that lie on the device already ("step alone"), in
-alternation; `of_the_step` is the first throughput over the second. Both draw the same masks at each step. The masked
-shares are the middles of six equal slices of the recipe's range, in turn (see bench_step.py), so that every timed step
-replays a CUDA graph.
+`test_from_shards` measures how much of the step's speed is left when its audio comes from files. The trainer's loader
+reads shards of int16 noise. In alternation, the same engine runs on batches that are already on the device ("step
+alone"). `of_the_step` is the first throughput divided by the second. Both runs draw the same masks at each step. The
+masked shares are the middles of six equal slices of the recipe's range, in turn (see bench_step.py), so that every
+timed step replays a CUDA graph.
 
 `test_end_to_end` compares engines on WAV, FLAC and shards. `eager` is the plain step behind the same loader.
-`published` is how the published code is built: torch's DataLoader, whose workers read with soundfile and compute the
-log-mel with torchaudio, the plain step on their patches, and the EMA one tensor after the other. `resident` shards lie
-in the device's memory. The engines' losses are checked against each other in bench_train_step.py's way, on the loader's
-first batches.
+`published` is built like the published code: the workers of torch's DataLoader read with soundfile and compute the
+log-mel with torchaudio, the plain step runs on their patches, and the EMA updates one tensor after the other. The kind
+`resident` keeps the shards in the device's memory. The engines must agree in their losses on the loader's first
+batches, as in bench_train_step.py.
 """
 
 import contextlib
@@ -40,23 +40,23 @@ from ajepa.data.resident import ResidentLoader
 from ajepa.data.shards import SUFFIX, Clip, ShardWriter, block_crcs
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.masks import MaskSampler
-from ajepa.training.compare import release
-from ajepa.training.engine import Engine, StepResult, wait
+from ajepa.training.engine import Engine, StepResult
 from ajepa.training.roofline import product_flops_per_ms
+from ajepa.utils.devices import release_memory, wait
 
 PRESET, BATCH, CLIPS = ("tiny", 16, 220) if DEVICE == "cpu" else ("audio-jepa", 256, 512)
 CFG = dataclasses.replace(PRESETS[PRESET], mask=dataclasses.replace(PRESETS[PRESET].mask, fixed_token_budget=True))
 ROUNDS, STEPS = (4, 5) if DEVICE == "cpu" else (5, 20)
 KINDS = ["WAV", "FLAC", "shards", "resident"]
 RATE, SAMPLES = CFG.front_end.sample_rate, round(CFG.data.clip_seconds * CFG.front_end.sample_rate)
-# Of `test_from_shards`. A turn is long beside the batches that the loader holds ready when it begins.
+# For `test_from_shards`. A turn is long compared with the batches that the loader has ready when the turn begins.
 SHARD_CLIPS = 16 if DEVICE == "cpu" else 1024
 TURNS, TURN_ROUNDS = (2, 1) if DEVICE == "cpu" else (3, 3) if QUICK else (4, 6)  # rounds of the six slices
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> tuple[Path, torch.Tensor]:
-    """A folder with one shard of noise, and the noise, int16 `[clips, S]`."""
+    """Return a folder with one shard of noise, and the noise itself, int16 `[clips, S]`."""
     folder = tmp_path_factory.mktemp("shards")
     draw = torch.Generator(DEVICE).manual_seed(0)
     noise = torch.randint(-9999, 9999, (SHARD_CLIPS, SAMPLES), dtype=torch.int16, device=DEVICE, generator=draw).cpu()
@@ -72,8 +72,8 @@ def shards(tmp_path_factory) -> tuple[Path, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """{format: folder of the same recordings}"""
-    import soundfile  # here, as pack and synthetic, which need it and tyro: noise in shards does not
+    """Return {format: folder}. All folders hold the same recordings."""
+    import soundfile  # imported here, because `test_from_shards` needs neither soundfile nor tyro
 
     from ajepa import pack
     from ajepa.data.synthetic import make_synthetic
@@ -91,7 +91,7 @@ def recordings(tmp_path_factory):
 
 
 class Patches(torch.utils.data.Dataset):
-    """Recording to log-mel patches, in a worker of torch's DataLoader."""
+    """Turns a recording into log-mel patches, in a worker of torch's DataLoader."""
 
     def __init__(self, paths: list[str]):
         self.paths, self.front_end = paths, FrontEnd(CFG.front_end, "torchaudio")
@@ -109,7 +109,7 @@ class Patches(torch.utils.data.Dataset):
 
 
 class Published(Engine):
-    """The plain step on patches, with the published code's EMA: a loop that allocates."""
+    """The plain step on patches, with the EMA of the published code: a loop that allocates a new tensor each time."""
 
     def __init__(self, cfg, device: torch.device):
         super().__init__(cfg, device)
@@ -122,21 +122,21 @@ class Published(Engine):
 
 
 def loader(index: Index, kind: str, batch: int) -> AudioLoader:
-    """The trainer's loader."""
-    of_kind = ResidentLoader if kind == "resident" else AudioLoader
+    """Return the trainer's loader."""
+    loader_class = ResidentLoader if kind == "resident" else AudioLoader
     options = {"sample_rate": RATE, "clip_samples": SAMPLES, "batch_size": batch, "seed": 0, "pad": CFG.data.pad}
-    return of_kind(index, device=torch.device(DEVICE), **options)
+    return loader_class(index, device=torch.device(DEVICE), **options)
 
 
 def ours(index: Index, kind: str, batch: int):
-    """Batches (pcm, lengths) of a fresh loader, which is closed with the generator."""
+    """Yield batches (pcm, lengths) of a fresh loader. Closing this generator closes the loader."""
     with loader(index, kind, batch) as batches:
         for made in batches:
             yield made.pcm, made.lengths
 
 
 def published(folder: Path):
-    """Batches (patches, lengths) of torch's DataLoader: recordings drawn at random, without end."""
+    """Yield batches (patches, lengths) of torch's DataLoader, of recordings drawn at random, without end."""
     data = Patches([str(path) for path in sorted(folder.rglob("*.*")) if path.suffix in (".wav", ".flac")])
     context = multiprocessing.get_context("forkserver")  # forks of this process would inherit DALI's and OpenMP's locks
     context.set_forkserver_preload(["pytest", "soundfile", "torch", "ajepa.training.engine", "ajepa.data.loader"])
@@ -152,7 +152,10 @@ def published(folder: Path):
 def run(
     engine: Engine, batches: Iterator, samplers: list[MaskSampler], batch: int, steps: int
 ) -> tuple[float, float, list[StepResult]]:
-    """Seconds and seconds waited of a step, mean of `steps` after two that fill the pipeline; results of all."""
+    """Run `steps` steps after two steps that fill the pipeline.
+
+    Returns (mean seconds per step, mean seconds per step of waiting for data, results of all steps).
+    """
     results, waited = [], 0.0
     for step in range(steps + 2):
         if step == 2:
@@ -173,10 +176,10 @@ def test_from_shards(batch, shards, record):
     rate = product_flops_per_ms(bench_step.DTYPE, DEVICE)
     samplers = [MaskSampler(mask, cfg.front_end.grid) for mask in bench_step.slices(cfg.mask)]
     index = build_index(folder, decode=False, progress=False)
-    release(device)
+    release_memory(device)
     with loader(index, "shards", batch) as made:
         first, second = next(made), next(made)
-    assert torch.equal(first.pcm.cpu(), noise[first.items]), "the loader gives other samples than the shard holds"
+    assert torch.equal(first.pcm.cpu(), noise[first.items]), "the loader returns other samples than the shard holds"
     held = [(first.pcm, first.lengths), (second.pcm, second.lengths)]
 
     engine = Engine(cfg, device)
@@ -192,7 +195,7 @@ def test_from_shards(batch, shards, record):
             waits[name].append(waited)
     flops = statistics.mean(engine.flops(engine.masks(sampler, 0, batch)) for sampler in samplers)
     del engine, held, first, second, results
-    release(device)
+    release_memory(device)
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     more = {
@@ -211,18 +214,19 @@ def test_from_shards(batch, shards, record):
     record("end_to_end", shape, times, floor_ms=flops / rate, more=more)
 
 
-@pytest.mark.skipif(QUICK, reason="engines on recordings that are made first: minutes")
+@pytest.mark.skipif(QUICK, reason="making the recordings and timing the engines takes minutes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_end_to_end(kind, recordings, record):
     device, samplers = torch.device(DEVICE), [MaskSampler(CFG.mask, CFG.front_end.grid)]
     index = build_index(recordings[kind], decode=False, progress=False)
     plain = dataclasses.replace(CFG, impl="reference")
     engines = {"fused": Engine(CFG, device), "eager": Engine(plain, device)}
-    if kind in ("WAV", "FLAC"):  # shards are read by our loader alone
+    if kind in ("WAV", "FLAC"):  # only our loader reads shards
         engines["published"] = Published(plain, device)
     seconds, waits = {name: [] for name in engines}, {name: [] for name in engines}
     losses = {}
-    for turn in range(ROUNDS + 1):  # in turns, each with the machine to itself; the first compiles and fills caches
+    # The engines take turns and run one at a time. The first round compiles and fills caches, and is not counted.
+    for turn in range(ROUNDS + 1):
         for name, engine in engines.items():
             source = published(recordings[kind]) if name == "published" else ours(index, kind, BATCH)
             with contextlib.closing(source) as batches:
@@ -233,7 +237,7 @@ def test_end_to_end(kind, recordings, record):
             losses[name] = torch.stack([result.loss for result in results]).tolist()
     assert losses["fused"] == pytest.approx(losses["eager"], rel=3e-2 if DEVICE == "cuda" else 5e-3)
     if "published" in losses:
-        assert losses["published"] == pytest.approx(losses["eager"], rel=0.2), "another order of the same recordings"
+        assert losses["published"] == pytest.approx(losses["eager"], rel=0.2), "more than their order explains"
 
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     floor_ms = engines["fused"].flops(samplers[0](0, CFG.optim.steps, BATCH)) / product_flops_per_ms(dtype, DEVICE)
@@ -255,4 +259,4 @@ def test_end_to_end(kind, recordings, record):
 
 def test_left_out():
     if DEVICE == "cpu":
-        left_out({"audio-jepa": "seconds a step on a CPU; tiny stands for it"})
+        left_out({"audio-jepa": "a step takes seconds on a CPU; tiny is timed in its place"})

@@ -1,19 +1,20 @@
-"""Our training step alone: PCM that lies on the device, to updated weights, with masks as training draws them.
+"""Benchmark only our training step: from PCM on the device to updated weights, with masks as training draws them.
 
-Training draws one masked share for each batch, uniformly from the recipe's range, and the step's work depends on it.
-The cases "masks as drawn" cut this range into six equal slices and mask one batch at the middle of each. Training draws
-every slice equally often, so the mean over the six batches is the mean of training. The cases of a fixed number of
-visible patches mask half of every clip.
+Training draws one masked share for each batch, uniformly from the recipe's range, and the work of the step depends on
+it. The cases "masks as drawn" cut this range into six equal slices and mask one batch at the middle of each slice.
+Training draws every slice equally often, so the mean over the six batches is the mean of training. The cases with a
+fixed number of visible patches mask half of every clip.
 
-A time is milliseconds a step of one round: all six batches in turn, queued without waiting in between, and one wait for
-the device at the end. Masks are drawn beforehand. Every shape is run three times before: the first step runs eagerly,
-the second is captured as a CUDA graph, the third is replayed, as is all that is timed. `by_visible_ms` is one further
-round with a wait after each step, by the number of visible patches. MFU counts the FLOPs of the step's definition, mean
-of the six batches, at the rate of a matrix product measured in the same run. `peak_bytes` is what the engine reserved
-for weights, moments, graphs and its steps.
+A time is the mean milliseconds per step of one round. A round queues all six batches in turn without waiting in
+between, and waits once for the device at the end. Masks are drawn beforehand. Every shape is run three times before it
+is timed: the first step runs eagerly, the second is captured as a CUDA graph, and the third replays this graph, as all
+timed steps do. `by_visible_ms` comes from one further round with a wait after each step, and is given by the number of
+visible patches. MFU is the FLOPs of the step's definition, averaged over the six batches, at the rate of a matrix
+product measured in the same run. `peak_bytes` is what the engine reserved for weights, moments, graphs and its steps.
 
-Before the fused step's time counts, its losses must agree with those of plain PyTorch on small batches, and those of a
-switch with those of the step as it is shipped on the same batches, within 3 % (fp8, which changes the targets: 10 %).
+The time of the fused step counts only if its losses on small batches agree with those of plain PyTorch. The time of a
+switch counts only if its losses agree with those of the shipped step on the same batches. Losses agree within 3 % (with
+fp8, which changes the targets, within 10 %).
 """
 
 import dataclasses
@@ -34,15 +35,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from ajepa.config import PRESETS, Config, MaskConfig
 from ajepa.model.masks import Masks, MaskSampler
-from ajepa.training.compare import Batch, release
-from ajepa.training.engine import Engine, StepResult, wait
+from ajepa.training.compare import Batch
+from ajepa.training.engine import Engine, StepResult
 from ajepa.training.profiling import breakdown, report
 from ajepa.training.roofline import product_flops_per_ms
+from ajepa.utils.devices import release_memory, wait
 
 if DEVICE == "cuda":
     PRESET, SIZE, MODEL, BATCHES = "audio-jepa", "B", "audio-jepa ViT-B", (1024, 256)
     SECONDS = 2.5 if QUICK else 5.0
-else:  # a stand-in, which shows that everything works
+else:  # small sizes, which only show that everything works
     PRESET, SIZE, BATCHES = "tiny", "tiny x 1" if QUICK else "tiny", (4, 2) if QUICK else (8, 4)
     MODEL = SIZE
     SECONDS = 0.1 if QUICK else 1.0
@@ -57,11 +59,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 CASES = [(batch, masks, "shipped") for masks in ("drawn", HALF) for batch in BATCHES]
 CASES += [(BATCHES[0], "drawn", switch) for switch in SWITCHES if switch != "shipped"]
-SHIPPED_LOSSES: dict[tuple[int, str], list[float]] = {}  # by batch and masks: of the shipped step's warm-up
+SHIPPED_LOSSES: dict[tuple[int, str], list[float]] = {}  # of the shipped step's warm-up, by (batch, masks)
 
 
 def config(**step) -> Config:
-    """The fused engine with these settings of its step; the learning rate grows fast, so that the weights move."""
+    """Return the configuration of the fused engine with these step settings.
+
+    The short warm-up makes the learning rate grow fast, so that the weights move.
+    """
     cfg = PRESETS[PRESET]
     model = dataclasses.replace(cfg.model, size=SIZE, target_layers=1)  # type: ignore[arg-type]
     optim = dataclasses.replace(cfg.optim, warmup_steps=50)
@@ -69,14 +74,14 @@ def config(**step) -> Config:
 
 
 def slices(mask: MaskConfig, count: int = SLICES) -> list[MaskConfig]:
-    """`mask` at the middle of each of `count` equal slices of its range of masked shares."""
+    """Return `mask` at the middle of each of `count` equal slices of its range of masked shares."""
     low, high = mask.mask_ratio
     middles = [low + (high - low) * (i + 0.5) / count for i in range(count)]
     return [dataclasses.replace(mask, mask_ratio=(ratio, ratio)) for ratio in middles]
 
 
 def noise(cfg: Config, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Two batches of noise, drawn on the device: PCM int16 `[B, S]`, and lengths int32 `[B]`."""
+    """Draw two batches of noise on the device: PCM, int16 `[B, S]`, and lengths, int32 `[B]`."""
     samples = round(cfg.data.clip_seconds * cfg.front_end.sample_rate)
     draw = functools.partial(torch.randint, -9999, 9999, (batch, samples), dtype=torch.int16, device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -85,7 +90,7 @@ def noise(cfg: Config, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def with_masks(engine: Engine, audio: list[tuple[torch.Tensor, torch.Tensor]], masks: list[MaskConfig]) -> list[Batch]:
-    """A batch for each of `masks`, of the `audio` in turn."""
+    """Return one batch for each of `masks`. The batches use the entries of `audio` in turn."""
     made: list[Batch] = []
     for step, (mask, (pcm, lengths)) in enumerate(zip(masks, itertools.cycle(audio), strict=False)):
         sampler = MaskSampler(mask, engine.cfg.front_end.grid)
@@ -94,20 +99,23 @@ def with_masks(engine: Engine, audio: list[tuple[torch.Tensor, torch.Tensor]], m
 
 
 def run(engine: Engine, batches: list[Batch], first: int) -> list[StepResult]:
-    """Queue a step on each batch, with the schedules of steps `first`, `first + 1`..."""
+    """Queue a step on each batch, with the schedule values of steps `first`, `first + 1`..."""
     return [engine.step(*batch, step) for step, batch in enumerate(batches, first)]
 
 
 def losses(results: list[StepResult]) -> list[float]:
-    """The losses of steps that must all have been finite."""
+    """Return the losses of the steps, and fail if a step was non-finite."""
     values = torch.stack([result.loss for result in results]).tolist()
     bad = torch.stack([result.bad for result in results]).sum().item()
-    assert all(map(math.isfinite, values)) and not bad, f"{bad:g} of {len(values)} steps were not finite: {values}"
+    assert all(map(math.isfinite, values)) and not bad, f"{bad:g} of {len(values)} steps were non-finite: {values}"
     return values
 
 
 def timed_rounds(engine: Engine, batches: list[Batch], first: int) -> tuple[list[float], list[StepResult]]:
-    """Milliseconds a step of each round, for SECONDS and at least ROUNDS rounds, and the results of all steps."""
+    """Run rounds for SECONDS, but at least ROUNDS of them.
+
+    Returns (milliseconds per step of each round, results of all steps).
+    """
     times: list[float] = []
     results: list[StepResult] = []
     gc.collect()
@@ -126,14 +134,14 @@ def timed_rounds(engine: Engine, batches: list[Batch], first: int) -> tuple[list
 
 
 def visible(batch: Batch) -> int:
-    """Visible patches of each clip of a batch."""
+    """Return the number of visible patches in each clip of a batch."""
     first = batch[2][0]
     assert isinstance(first, Masks)
     return len(first.context) // first.clips
 
 
 def by_visible(engine: Engine, batches: list[Batch], first: int) -> dict[str, float]:
-    """Milliseconds of a step that the host waits for, by the number of visible patches."""
+    """Return the mean milliseconds of a step, including the host's wait for it, by the number of visible patches."""
     times: dict[str, list[float]] = {}
     wait(engine.device)
     for step, batch in enumerate(batches, first):
@@ -146,7 +154,10 @@ def by_visible(engine: Engine, batches: list[Batch], first: int) -> dict[str, fl
 
 @functools.cache
 def small_losses(cfg: Config) -> list[float]:
-    """Losses of four steps on 16 clips, of few and of many visible patches in turn: two eager, two by CUDA graphs."""
+    """Return the losses of four steps on 16 clips, which have few and many visible patches in turn.
+
+    On a GPU, the first two steps run eagerly and the last two in CUDA graphs.
+    """
     engine = Engine(cfg, torch.device(DEVICE))
     few_and_many = [slices(cfg.mask)[i] for i in (-1, 0)]
     return losses(run(engine, with_masks(engine, noise(cfg, 16), 2 * few_and_many), 0))
@@ -154,27 +165,27 @@ def small_losses(cfg: Config) -> list[float]:
 
 def check_shipped() -> None:
     plain = small_losses(dataclasses.replace(config(), impl="reference"))
-    assert small_losses(config()) == pytest.approx(plain, rel=TOLERANCE), "the fused step trains otherwise than eager"
+    assert small_losses(config()) == pytest.approx(plain, rel=TOLERANCE), "the losses of fused and eager steps differ"
 
 
 def check_switch(cfg: Config, case: tuple[int, str], found: list[float]) -> None:
-    """`found`: the losses of the warm-up of this case."""
+    """Compare `found`, the losses of the warm-up of this case, with those of the shipped step."""
     shipped = SHIPPED_LOSSES.get(case)
     if shipped is None:  # the shipped step did not run in this process
         found, shipped = small_losses(cfg), small_losses(config())
-    rel = 0.1 if cfg.step.target_precision == "fp8" else 3e-2  # of other targets, which NOTES.md has a gate for
-    assert found == pytest.approx(shipped, rel=rel), "the switch trains otherwise than the step as shipped"
+    rel = 0.1 if cfg.step.target_precision == "fp8" else 3e-2  # fp8 changes the targets: see NOTES.md
+    assert found == pytest.approx(shipped, rel=rel), "the losses differ from those of the step as shipped"
 
 
 class Measured(NamedTuple):
-    times: list[float]  # milliseconds a step, of each round
+    times: list[float]  # milliseconds per step of each round
     floor_ms: float
     warm_up_losses: list[float]
-    more: dict[str, Any]  # fields of the record
+    more: dict[str, Any]  # further fields of the record
 
 
 def measure(cfg: Config, batch: int, masks: list[MaskConfig], case: str) -> Measured:
-    """Warm up and time a fresh engine, which is no more when this returns."""
+    """Warm up and time a new engine, which is freed when this function returns."""
     rate = product_flops_per_ms(DTYPE, DEVICE)
     audio = noise(cfg, batch)
     before = reserved()
@@ -182,13 +193,13 @@ def measure(cfg: Config, batch: int, masks: list[MaskConfig], case: str) -> Meas
     batches = with_masks(engine, audio, masks)
     warm_up = [result for i in range(WARM_UP) for result in run(engine, batches, i * len(batches))]
     times, results = timed_rounds(engine, batches, len(warm_up))
-    apart = by_visible(engine, batches, len(warm_up) + len(results))
+    by_visible_ms = by_visible(engine, batches, len(warm_up) + len(results))
     losses(results)
 
     floor_ms = statistics.mean(engine.flops(parts) for *_, parts in batches) / rate
     graphs = [] if engine.graphs is None else [graph for graph in engine.graphs.seen.values() if graph is not None]
-    if engine.graphs is not None and engine.graphs.said:
-        left_out({f"{case} in CUDA graphs": "; ".join(sorted(engine.graphs.said))})
+    if engine.graphs is not None and engine.graphs.reported:
+        left_out({f"{case} in CUDA graphs": "; ".join(sorted(engine.graphs.reported))})
     median = statistics.median(times)
     more = {
         "batch": batch,
@@ -196,15 +207,15 @@ def measure(cfg: Config, batch: int, masks: list[MaskConfig], case: str) -> Meas
         "clips_per_second": 1e3 * batch / median,
         "mfu": floor_ms / median,
         "peak_bytes": torch.cuda.max_memory_reserved() - before if DEVICE == "cuda" else None,
-        "by_visible_ms": apart,
+        "by_visible_ms": by_visible_ms,
         "graphs": len(graphs),
     }
     return Measured(times, floor_ms, losses(warm_up), more)
 
 
 def reserved() -> int:
-    """Bytes of the GPU that are reserved, from where on the peak is counted."""
-    release(torch.device(DEVICE))
+    """Return the bytes that are reserved on the GPU, and restart the count of their peak."""
+    release_memory(torch.device(DEVICE))
     if DEVICE != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats()
@@ -217,13 +228,13 @@ def test_step(batch, masks, switch, record):
     if switch == "target_precision=fp8" and (DEVICE != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
         pytest.skip("float8 products need a GPU of compute capability 8.9 or later")
     if switch != "shipped" and cfg == config():
-        pytest.skip(f"{switch} is what is shipped: the case [{batch}-{masks}-shipped]")
+        pytest.skip(f"{switch} is the shipped setting, which the case [{batch}-{masks}-shipped] times")
     check_shipped()
     half = dataclasses.replace(cfg.mask, mask_ratio=(0.5, 0.5))
     shape = f"{MODEL}, batch {batch}, {'masks as drawn' if masks == 'drawn' else f'{masks} visible'}"
     shape += f", {'as shipped' if switch == 'shipped' else switch}"
     measured = measure(cfg, batch, slices(cfg.mask) if masks == "drawn" else [half] * SLICES, shape)
-    release(torch.device(DEVICE))
+    release_memory(torch.device(DEVICE))
     if switch == "shipped":
         SHIPPED_LOSSES[batch, masks] = measured.warm_up_losses
     else:
@@ -237,11 +248,11 @@ def test_step(batch, masks, switch, record):
 
 
 def test_step_profile(record):
-    """The kernels of three replayed steps of the shipped engine, of few, half and many visible patches."""
+    """Profile the kernels of three replayed steps of the shipped engine, with few, half and many patches visible."""
     cfg, device, batch = config(), torch.device(DEVICE), BATCHES[0]
     check_shipped()
     rate = product_flops_per_ms(DTYPE, DEVICE)
-    release(device)
+    release_memory(device)
     engine = Engine(cfg, device)
     batches = with_masks(engine, noise(cfg, batch), slices(cfg.mask, 3))
     for i in range(WARM_UP):
@@ -256,7 +267,7 @@ def test_step_profile(record):
     found = breakdown(profiled, device, seconds, len(batches))
     flops = sum(engine.flops(parts) for *_, parts in batches)
     del engine, batches, results
-    release(device)
+    release_memory(device)
     if not found.kernels:
         pytest.skip("the profiler sees no kernels on this device")
     print("\n" + report(found, seconds, 3, flops, 1e3 * rate), file=sys.stderr)

@@ -1,19 +1,20 @@
-"""One whole training step, PCM to updated weights: fused beside plain PyTorch, eager and compiled.
+"""Benchmark one whole training step, from PCM to updated weights: fused against plain PyTorch, eager and compiled.
 
-The engines must agree before their times count: the same losses, step after step. The floor is the FLOPs of the step,
-over its ragged masks, at the rate of a matrix product measured in the same run; a variant's share of it is its MFU.
-Every step is timed with a wait after it. The phases are timed apart, with a wait after each and outside CUDA graphs.
-Peak memory is what an engine reserved for weights, moments and its first steps.
+The times count only if the engines give the same losses at every step. The floor is the FLOPs of the step over its
+ragged masks, divided by the rate of a matrix product measured in the same run. A variant's share of the floor is its
+MFU. The host waits after every timed step. The phases are timed separately, with a wait after each phase and outside
+CUDA graphs. Peak memory is what an engine reserved for weights, moments and its first steps.
 
-A case is one of these kinds:
+Every case is of one of these kinds:
 
-    eager           fused and eager; in every clip the mean of the recipe's masked shares, so that shapes recur (mask
-                    families other than random: a fixed number of tokens)
-    drawn           the same with masks as training draws them: batches at the middles of six equal slices of the range
-                    of masked shares, in turn (see bench_step.py); a time is the mean step of the six
-    compile         fused, eager and torch.compile, masked as the kind eager
-    max-autotune    fused and torch.compile that searches its matrix products' kernels (`max_autotune`) and takes the
-                    SDPA backend that is fastest at the step's shapes, which its name tells
+    eager           fused and eager. Every clip has the mean of the recipe's masked shares, so that shapes recur. Mask
+                    families other than random have a fixed number of tokens instead.
+    drawn           fused and eager, with masks as training draws them. The batches are masked at the middles of six
+                    equal slices of the range of masked shares, in turn (see bench_step.py). A time is the mean of the
+                    six steps.
+    compile         fused, eager and torch.compile, masked as in the kind eager
+    max-autotune    fused, and torch.compile that searches the kernels of its matrix products (`max_autotune`) and uses
+                    the SDPA backend that is fastest at the step's shapes. The name of the variant states the backend.
 """
 
 import contextlib
@@ -33,18 +34,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ajepa.config import PRESETS, SIZES, Config, MaskConfig
 from ajepa.model.masks import MaskSampler
-from ajepa.training.compare import Batch, release, time_engines
+from ajepa.training.compare import Batch, time_engines
 from ajepa.training.roofline import best_ms, product_flops_per_ms
+from ajepa.utils.devices import release_memory
 
 NAMES = {"reference": "eager", "compile": "compile", "fused": "fused"}
 EAGER, ALL = ("reference", "fused"), ("reference", "compile", "fused")
 KINDS = {"eager": EAGER, "drawn": EAGER, "compile": ALL, "max-autotune": ("fused", "compile")}
-# (preset, encoder size, batch, kind): what a CPU does in seconds, the published sizes on a GPU.
+# A case is (preset, encoder size, batch, kind). A CPU runs cases that take seconds, a GPU runs the published sizes.
 if DEVICE == "cpu":
     OTHERS = [("audio-jepa", "S", 2, "eager"), ("a-jepa", "S", 1, "eager")]
     CASES = [("tiny", "tiny", 64, kind) for kind in ("compile", "drawn")] + OTHERS
     CASES = [("tiny", "tiny x 1", 8, kind) for kind in KINDS] if QUICK else CASES
-    LEFT_OUT = {"ViT-B and L, larger batches": "seconds to minutes a step on a CPU", "peak memory": "CUDA only"}
+    LEFT_OUT = {"ViT-B and L, larger batches": "a step takes seconds to minutes on a CPU", "peak memory": "needs a GPU"}
     STEPS, WARM_UP, SPLIT, ROUNDS = (2, 1, 1, 1) if QUICK else (4, 1, 1, 1)
 else:
     OTHERS = [("audio-jepa", "B", 64, "eager")]
@@ -54,16 +56,16 @@ else:
     CASES += [("audio-jepa", "B", batch, kind) for kind in ("compile", "max-autotune") for batch in (1024, 256)]
     CASES += OTHERS
     LEFT_OUT = {}
-    # A graph is replayed from the third step of its shapes.
+    # The third step of a shape, and all later ones, replay a CUDA graph.
     STEPS, WARM_UP, SPLIT, ROUNDS = (6, 3, 1, 2) if QUICK else (10, 3, 3, 3)
 if FULL:
     CASES = [(*case[:3], "compile") if case in OTHERS else case for case in CASES]
 else:
-    LEFT_OUT["compile at the other sizes"] = "minutes of compilation: AJEPA_BENCH=full times it"
+    LEFT_OUT["compile at the other sizes"] = "compilation takes minutes; AJEPA_BENCH=full times it"
 
 
 def batches(cfg: Config, batch: int, count: int, masks: list[MaskConfig]) -> list[Batch]:
-    """`count` batches on the device, with each of `masks` in turn. The audio of two serves all, to save memory."""
+    """Return `count` batches on the device, with each of `masks` in turn, and with the audio of two, to save memory."""
     samplers = [MaskSampler(mask, cfg.front_end.grid) for mask in masks]
     made: list[Batch] = []
     for step, (pcm, lengths) in zip(range(count), itertools.cycle(noise(cfg, batch)), strict=False):
@@ -74,8 +76,11 @@ def batches(cfg: Config, batch: int, count: int, masks: list[MaskConfig]) -> lis
 
 
 def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: int = 0, drawn: bool = False):
-    """(milliseconds by variant, further fields by variant, floor in milliseconds) of engines that agree."""
-    # Each batch may compile anew, until the bounds on lengths are taken for variables.
+    """Time engines whose losses must agree.
+
+    Returns (milliseconds by variant, further fields of the records by variant, floor in milliseconds).
+    """
+    # torch.compile may compile again at each batch, until it treats the bounds on the lengths as variables.
     warm_up = steps if "compile" in impls else WARM_UP
     configs = {NAMES[impl]: dataclasses.replace(cfg, impl=impl) for impl in impls}
     return time_configs(configs, batch, steps, split_steps, warm_up, drawn)
@@ -84,10 +89,13 @@ def time_steps(cfg: Config, batch: int, impls, steps: int = STEPS, split_steps: 
 def time_configs(
     configs: dict[str, Config], batch: int, steps: int, split_steps: int, warm_up: int, drawn: bool = False
 ):
-    """The same of any configurations; all must train as the first does. `drawn`: ROUNDS of the six slices of the range
-    of masked shares, after `warm_up` rounds, in place of `steps` steps at its mean."""
+    """Do the same as `time_steps` for any configurations, whose losses must agree with those of the first one.
+
+    If `drawn` is set, ROUNDS rounds over six slices of the range of masked shares are timed, after `warm_up` rounds.
+    Otherwise `steps` steps at the mean of the range are timed.
+    """
     for name, cfg in configs.items():
-        optim = dataclasses.replace(cfg.optim, warmup_steps=50)  # so that the weights move while it is checked
+        optim = dataclasses.replace(cfg.optim, warmup_steps=50)  # so that the weights move during the check
         mean, is_random = sum(cfg.mask.mask_ratio) / 2, cfg.mask.mask == "random"
         mask = dataclasses.replace(cfg.mask, fixed_token_budget=not is_random)
         masks = slices(mask) if drawn else [dataclasses.replace(mask, mask_ratio=(mean, mean))]
@@ -98,11 +106,11 @@ def time_configs(
     first = next(iter(configs))
     rate = product_flops_per_ms(DTYPE, DEVICE)
     work = batches(configs[first], batch, steps, masks)
-    torch.compiler.reset()  # what was compiled for other sizes counts against the recompilation limit
+    torch.compiler.reset()  # code that was compiled for other sizes counts towards the recompilation limit
     timings = time_engines(configs, device, work, warm_up, split_steps)
     for name, timing in timings.items():
         wanted = pytest.approx(timings[first].losses, rel=TOLERANCE)
-        assert timing.losses == wanted, f"{name} trains otherwise than {first}"
+        assert timing.losses == wanted, f"the losses of {name} differ from those of {first}"
 
     floor_ms = timings[first].flops / rate
     times, more = {}, {}
@@ -121,11 +129,13 @@ def time_configs(
 
 
 def attention_times(cfg: Config, batch: int) -> dict[SDPBackend, float]:
-    """Milliseconds of the SDPA calls of a step under each backend that can run them: all layers, half of the patches
-    visible, and the backward where there is one."""
+    """Return the milliseconds that the SDPA calls of a step take with each backend that can run them.
+
+    The calls are those of all layers, with half of the patches visible, and with the backward pass if a layer has one.
+    """
     width, depth, heads = SIZES[cfg.model.size]
     model, tokens = cfg.model, cfg.front_end.n_patches
-    calls = [  # layers, tokens, heads, head dim, whether there is a backward
+    calls = [  # layers, tokens, heads, head dim, whether there is a backward pass
         (depth, tokens // 2, heads, width // heads, True),
         (depth, tokens, heads, width // heads, False),
         (model.predictor_depth, tokens, model.predictor_heads, model.predictor_width // model.predictor_heads, True),
@@ -152,14 +162,14 @@ def attention_ms(batch: int, tokens: int, heads: int, head_dim: int, backward: b
 
 @contextlib.contextmanager
 def tuned(cfg: Config, batch: int, monkeypatch):
-    """torch.compile as fast as its options make it; the name of the attention backend that it takes."""
+    """Make torch.compile as fast as its options allow, and yield the name of the attention backend that it uses."""
     found = attention_times(cfg, batch)
     order = sorted(found, key=lambda backend: found[backend])
     search = functools.partial(torch.compile, options={"max_autotune": True})
     with sdpa_kernel(order, set_priority=True), monkeypatch.context() as patch:
         patch.setattr(torch, "compile", search)
         yield order[0].name.removesuffix("_ATTENTION").lower()
-    release(torch.device(DEVICE))
+    release_memory(torch.device(DEVICE))
 
 
 @pytest.mark.parametrize(("preset", "size", "batch", "kind"), CASES)
@@ -178,7 +188,7 @@ def test_train_step(preset, size, batch, kind, record, monkeypatch):
             times, more, floor_ms = time_steps(cfg, batch, KINDS[kind], split_steps=SPLIT, drawn=kind == "drawn")
     except torch.cuda.OutOfMemoryError:
         pytest.skip(f"{model} at batch {batch}: the engines do not fit into this GPU's memory")
-    release(torch.device(DEVICE))
+    release_memory(torch.device(DEVICE))
     shape += {"drawn": ", masks as drawn", "max-autotune": ", max-autotune"}.get(kind, "")
     for fields in more.values():
         fields["model"] = model

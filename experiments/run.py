@@ -1,7 +1,8 @@
-"""`python experiments/run.py masks --scale cpu --seeds 3`: pretrain every variant of a question with every seed, probe
-each run, and write the table and the plot. A finished run is never repeated; a killed one is resumed.
+"""`python experiments/run.py masks --scale cpu --seeds 3`: answer a question by pretraining and probing its variants.
 
-Results: `results/<scale>-<data>.json` (every run's scores), `.md` (the tables), `-<question>.png` (the plots).
+Every variant is pretrained with every seed, and every run is probed. A finished run is never repeated, and a killed run
+is resumed. The results are `results/<scale>-<data>.json` (the scores of every run), `.md` (the tables) and
+`-<question>.png` (the plots).
 """
 
 import contextlib
@@ -28,8 +29,7 @@ from ajepa.config import Config, ConfigError
 from ajepa.data.index import DataError, build_index, cache_root
 from ajepa.data.synthetic import make_synthetic
 from ajepa.model.masks import MaskSampler
-from ajepa.training.distributed import Ranks
-from ajepa.training.engine import Engine, choose_device
+from ajepa.training.engine import Engine
 from ajepa.utils.atomic_files import write_atomic
 
 matplotlib.use("Agg")
@@ -44,30 +44,35 @@ class Arguments:
     """Answer a question by pretraining and probing its variants."""
 
     question: tyro.conf.Positional[Name]
+    """The question of questions.py to answer, or "all"."""
     scale: Literal["cpu", "gpu"] = "cpu"
+    """Size of the runs: the tiny preset on a CPU, or the audio-jepa preset on a GPU."""
     seeds: int = 3
+    """Number of seeds, each of which pretrains every variant once."""
     data: str | None = None
-    """Labelled recordings to pretrain on and to probe; None: the synthetic set."""
+    """Labelled recordings to pretrain on and to probe; by default the synthetic set."""
     label: str | None = None
+    """Column of --data that holds the label, if its name does not show it."""
     test: str | None = None
-    """Rows that no run is pretrained on and all are scored on, such as "fold=4"; or --folds."""
+    """Rows for scoring, such as "fold=4"; no run is pretrained on them. The alternative is --folds."""
     folds: str | None = None
-    """Column: each of its values in turn is kept from a pretraining of its own, and scored; the mean counts."""
+    """Column whose values are the folds: each is scored by an encoder not pretrained on it; the mean counts."""
     score: str | None = None
     """Other recordings to score instead, by cross-validation over --folds; all of --data is pretrained on."""
     score_label: str | None = None
-    """Column of --score that holds the label, where it is not found by its name."""
+    """Column of --score that holds the label, if its name does not show it."""
     steps: int | None = None
-    """Pretraining steps instead of the scale's."""
+    """Number of pretraining steps, instead of that of the scale."""
     report: bool = False
-    """Run nothing: write tables and plots of what is there."""
+    """Run nothing, and write tables and plots of the existing results."""
     runs: str = "runs/experiments"
-    """Where run folders lie; they may be deleted afterwards."""
+    """Folder for the run folders, which may be deleted afterwards."""
     results: str = str(Path(__file__).parent / "results")
+    """Folder for the scores, the tables and the plots."""
 
 
 def base(args: Arguments) -> Config:
-    """The scale's configuration; which rows of --data are left out is for `trials`."""
+    """Return the configuration of the scale. `trials` decides which rows of --data are left out."""
     preset, overrides = SCALES[args.scale]
     cfg = override(config.PRESETS[preset], {**overrides, "watch.compare_steps": 0, "watch.keep": 1})
     if args.steps is not None:
@@ -78,7 +83,7 @@ def base(args: Arguments) -> Config:
 
 
 def trials(cfg: Config, args: Arguments) -> list[tuple[Config, str]]:
-    """The pretrainings that one variant with one seed stands for, and the rows that each is scored on."""
+    """Return the pretraining runs of one variant and seed, each with the rows that it is scored on."""
     if args.data is None:
         return [(cfg, "split=test")]
     if args.score is not None:
@@ -91,12 +96,12 @@ def trials(cfg: Config, args: Arguments) -> list[tuple[Config, str]]:
 def fold_values(data: str, column: str) -> list[str]:
     index = build_index(data)
     if column not in index.metadata:
-        raise DataError(f"--folds {column}: no such column; there are {', '.join(index.metadata) or 'none'}")
+        raise DataError(f"--folds {column}: there is no such column; the columns are {', '.join(index.metadata) or 'none'}")
     return sorted(set(index.metadata[column]))
 
 
 def override(cfg: Config, changes: dict[str, Any]) -> Config:
-    """The configuration with each "section.field" set."""
+    """Return the configuration with each "section.field" of `changes` set."""
     for path, value in changes.items():
         section, _, name = path.rpartition(".")
         inner = dataclasses.replace(getattr(cfg, section), **{name: value}) if section else value
@@ -105,7 +110,7 @@ def override(cfg: Config, changes: dict[str, Any]) -> Config:
 
 
 def variants(args: Arguments, name: str) -> dict[str, Config]:
-    """Configuration of each variant of a question, without its seed."""
+    """Return the configuration of each variant of a question, without a seed."""
     question, start = QUESTIONS[name], base(args)
     cfgs = {variant: override(start, changes) for variant, changes in question.variants[args.scale].items()}
     if question.equal_flops:
@@ -126,30 +131,30 @@ def _engine(model, front_end) -> Engine:
 
 
 def equal_work(cfg: Config, flops: float) -> Config:
-    """With the batch size whose step costs about `flops`, and as many steps as make up for the rounding."""
+    """Set the batch size so that a step costs about `flops`, and the number of steps to make up for the rounding."""
     batch = max(1, round(cfg.optim.batch_size * flops / step_flops(cfg)))
     cut = override(cfg, {"optim.batch_size": batch})
     return override(cut, {"optim.steps": max(1, round(cfg.optim.steps * flops / step_flops(cut)))})
 
 
 def key(cfg: Config, test: str, args: Arguments) -> str:
-    """Names a run by all that its result depends on."""
-    what = named(cfg), test, args.score and set_name(args.score), args.folds if args.score else None
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    """Return a hash of everything that the result of a run depends on."""
+    inputs = named(cfg), test, args.score and set_name(args.score), args.folds if args.score else None
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
 def named(cfg: Config) -> dict[str, Any]:
-    """The configuration, with the name of its recordings in place of where they lie."""
+    """Return the configuration with the name of its recordings in place of their path."""
     data = cfg.data.data and set_name(cfg.data.data)
-    what = dataclasses.asdict(override(cfg, {"out": None, "data.data": data}))
-    del what["data"]["decoder"]  # gives the same samples
+    fields = dataclasses.asdict(override(cfg, {"out": None, "data.data": data}))
+    del fields["data"]["decoder"]  # all decoders give the same samples
     if cfg.data.float_scale == 1:
-        del what["data"]["float_scale"]
-    return what
+        del fields["data"]["float_scale"]
+    return fields
 
 
 def set_name(data: str) -> str:
-    """Of the folder itself, or of the one that the manifest lies in."""
+    """Return the name of the folder `data`, or of the folder that holds the manifest `data`."""
     path = Path(data).resolve()
     return (path if path.is_dir() else path.parent).name
 
@@ -162,16 +167,14 @@ def run(cfg: Config, test: str, args: Arguments) -> dict[str, Any]:
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet):
         if not (folder / "summary.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            config.save(dataclasses.replace(cfg, resume=False), folder / "config.json")
-            train.train(cfg, folder, choose_device(cfg.device), Ranks())
+            train.run(cfg)
     start = time.perf_counter()
     if args.score:
-        what = {"data": args.score, "folds": args.folds, "label": args.score_label}
+        rows = {"data": args.score, "folds": args.folds, "label": args.score_label}
     else:
-        what = {"data": args.data or synthetic(cfg), "test": test, "label": args.label}
+        rows = {"data": args.data or synthetic(cfg), "test": test, "label": args.label}
     heads = tuple(dict.fromkeys(head for q in QUESTIONS.values() for head in q.heads))
-    scored = probe.probe(probe.Arguments(str(folder), **what, heads=heads, map="none"))
+    scored = probe.probe(probe.Arguments(str(folder), **rows, heads=heads, map="none"))
     summary = json.loads((folder / "summary.json").read_text())
     return {
         "test": test,
@@ -190,7 +193,7 @@ def run(cfg: Config, test: str, args: Arguments) -> dict[str, Any]:
 
 
 def mean(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record for the trials of a variant and seed: the mean over the folds."""
+    """Return one record for the trials of a variant and seed, the mean over the folds."""
 
     def average(get) -> float:
         return statistics.mean(map(get, records))
@@ -204,7 +207,7 @@ def mean(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def synthetic(cfg: Config) -> str:
-    """The synthetic set that the run was trained on: open_corpus makes the same one."""
+    """Return the synthetic set that the run was trained on. `open_corpus` makes the same set."""
     seconds = cfg.data.clip_seconds
     return str(make_synthetic(cache_root() / "synthetic", n_clips=max(220, round(4_000 / seconds)),
                               seconds=max(0.5, seconds), sample_rate=cfg.front_end.sample_rate))  # fmt: skip
@@ -218,7 +221,7 @@ def commit() -> str:
 
 
 def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
-    """All questions of a scale as markdown; those not run, or not run with every seed, are named."""
+    """Return all questions of a scale as markdown. It names questions and seeds that were not run."""
     preset, _ = SCALES[args.scale]
     start = base(args)
     lines = [
@@ -236,7 +239,7 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
             for v, c in cfgs.items()
         }
         lines += ["", f"## {name}: {question.title}", ""]
-        if sum(map(bool, found.values())) < min(2, len(found)):  # the base run alone answers no comparison
+        if sum(map(bool, found.values())) < min(2, len(found)):  # the base run does not compare anything
             why = "no run yet" if args.scale == "cpu" or torch.cuda.is_available() else "no GPU on this machine"
             hint = "" if args.data else f" `python experiments/run.py {name} --scale {args.scale}`"
             lines.append(f"Not run: {why}.{hint}")
@@ -246,7 +249,7 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
         ran = [(v, records) for v, records in found.items() if records]
         rows = [("pooled log-mel", ran[0][1], "pooled log-mel", "")]
         shown = []
-        for v, records in ran:  # the variants may differ before the first step
+        for v, records in ran:  # variants may already differ before training
             level = [r["scores"]["untrained"] for r in records]
             if level not in shown:
                 shown.append(level)
@@ -275,13 +278,13 @@ def scored_on(args: Arguments) -> str:
 
 
 def finished(cfg: Config, args: Arguments, done: dict[str, dict]) -> dict[str, Any] | None:
-    """The result of a variant with a seed; None where a part of it is missing."""
+    """Return the result of a variant and seed, or None if a part of it is missing."""
     records = [done.get(key(c, test, args)) for c, test in trials(cfg, args)]
     return mean([r for r in records if r]) if all(records) else None
 
 
 def pretraining_minutes(record: dict[str, Any]) -> float:
-    """From the throughput: a run that was killed and resumed counts in full."""
+    """Return the minutes computed from the throughput, so that a resumed run counts in full."""
     optim = record["config"]["optim"]
     return optim["steps"] * optim["batch_size"] / record["clips_per_second"] / 60
 
@@ -292,7 +295,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def plot(question, found: dict[str, list[dict]], path: Path) -> None:
-    """Each seed a dot, the mean a bar, and across it the levels of the untrained encoder and of pooled log-mel."""
+    """Plot each seed as a dot and the mean as a bar, with lines for the untrained encoder and for pooled log-mel."""
     figure, axes = plt.subplots(1, len(question.heads), figsize=(4.2 * len(question.heads), 3.6), layout="constrained")
     for axis, head in zip(axes, question.heads, strict=True):
         for i, records in enumerate(found.values()):
@@ -319,12 +322,12 @@ def main(argv: list[str] | None = None) -> int:
         single = args.test and "=" in args.test and ";" not in args.test
         if args.data and not (args.folds or single):
             raise ConfigError(
-                '--data needs --test column=value, rows kept from pretraining such as "fold=4", or --folds column'
+                '--data needs --test column=value, rows that are not pretrained on such as "fold=4", or --folds column'
             )
         if (args.test and args.folds) or (args.score and not (args.data and args.folds)):
-            raise ConfigError("give --test or --folds; --score needs --data and --folds")
+            raise ConfigError("give either --test or --folds; --score needs --data and --folds")
         if args.scale == "gpu" and not args.report and not torch.cuda.is_available():
-            raise ConfigError("--scale gpu: no CUDA device is here; use --scale cpu")
+            raise ConfigError("--scale gpu needs a CUDA device, and this machine has none; use --scale cpu")
         name = f"{args.scale}-{set_name(args.data) if args.data else 'synthetic'}"
         name += f"-{args.test.replace('=', '')}" if args.test else f"-by-{args.folds}" if args.folds else ""
         name += f"-of-{set_name(args.score)}" if args.score else ""
@@ -338,8 +341,8 @@ def main(argv: list[str] | None = None) -> int:
             for seed in range(args.seeds) for q in names for v, cfg in variants(args, q).items()
             for c, test in trials(override(cfg, {"seed": seed}), args) if key(c, test, args) not in done
         }  # fmt: skip
-        for i, (k, (what, cfg, test)) in enumerate(todo.items(), start=1):
-            print(f"{i} of {len(todo)}  {what}", flush=True)
+        for i, (k, (title, cfg, test)) in enumerate(todo.items(), start=1):
+            print(f"{i} of {len(todo)}  {title}", flush=True)
             done[k] = run(cfg, test, args)
             write_atomic(store, (json.dumps(done, indent=1) + "\n").encode())
             got = done[k]["scores"]["pretrained"]

@@ -1,4 +1,4 @@
-"""Several ranks on one CPU: the same run as one process, whatever holds the weights and however often it is split."""
+"""Several ranks on one CPU train as one process does, with replicated or sharded weights and any number of ranks."""
 
 import json
 import math
@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 
 from ajepa.config import PRESETS
 from ajepa.model.masks import MaskSampler
-from ajepa.training.checkpoint import checkpoints
 from ajepa.training.distributed import ElsewhereError, Ranks, ReplicaError, joined
 from ajepa.training.engine import Engine
+from ajepa.utils.run_folder import checkpoints
 
-# Two ranks add gradients in another order than one. After 8 steps of float32 the runs are this close: every logged
-# loss, and all weights (all moments) together by their relative root mean square. One by one they need not be: the
-# keys' biases have no gradient but rounding, which Adam makes as large as any other.
+# Two ranks sum gradients in a different order than one. After 8 float32 steps, every logged loss must agree within the
+# first tolerance, and all weights together (likewise all moments) within the second in relative RMS. Single tensors may
+# differ more: the gradient of a key bias is only rounding error, which Adam scales up to the size of any other step.
 LOSS_TOLERANCE = 1e-5
 RMS_TOLERANCE = 1e-4
 
-# Block masks: ragged, so that ranks have different numbers of targets and their losses must be weighed.
+# Block masks are ragged: ranks have different numbers of targets, so their losses must be weighted.
 RUN = [*SMALL, "--mask", "block", "--block-targets", "2", "--compare-steps", "0", "--watch-every", "8"]
 
 
@@ -44,7 +44,7 @@ def final(folder):
 
 
 def assert_same_run(folder, reference, count=4):
-    """`count` logged intervals."""
+    """Compare the last `count` logged losses, the final weights and the optimizer state."""
     np.testing.assert_allclose(losses(folder)[-count:], losses(reference)[-count:], rtol=LOSS_TOLERANCE)
     for ours, theirs in zip(final(folder), final(reference), strict=True):
         ours, theirs = ({k: v for k, v in t.items() if not k.startswith("rng/")} for t in (ours, theirs))
@@ -56,7 +56,7 @@ def assert_same_run(folder, reference, count=4):
 
 @pytest.fixture(scope="module")
 def alone(tones, forks, tmp_path_factory):
-    """One process, the whole batch."""
+    """The folder of a run in one process with the whole batch."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     log = folder.with_suffix(".log")
     cache = str(tmp_path_factory.getbasetemp() / "cache")
@@ -73,14 +73,14 @@ def command(tones, tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(parallel, alone, command, forks):
-    """The two micro-batches of a rank have different numbers of targets, too."""
+    """The two micro-batches of a rank also have different numbers of targets."""
     argv, folder = command
     argv = [*argv, "--micro-batch", "1"]
     log = folder.with_suffix(".log")
     assert forks.run_ranks(2, [*argv, "--parallel", parallel], log) == [0, 0], log.with_suffix(".1").read_text()
     assert_same_run(folder, alone)
-    quiet = log.with_suffix(".1").read_text()
-    assert not quiet.strip(), quiet  # rank 0 speaks for all
+    rank_1_output = log.with_suffix(".1").read_text()
+    assert not rank_1_output.strip(), rank_1_output  # only rank 0 prints
     assert "finished 8 steps" in log.with_suffix(".0").read_text()
     encoder, same = load_file(folder / "encoder.safetensors"), load_file(alone / "encoder.safetensors")
     assert encoder.keys() == same.keys()
@@ -88,7 +88,8 @@ def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(parallel, alo
 
 
 def test_two_ranks_in_bf16_are_one_rank_in_bf16(command, forks):
-    """Layers read copies in bf16; where the targets are fp8, the shards of the copies are joined, then quantised."""
+    """Layers read bf16 copies of the weights. With fp8 targets, the shards of the copies are gathered before they are
+    quantised."""
     argv, folder = command
     argv = [*argv, "--precision", "bf16"]
     log = folder.with_suffix(".log")
@@ -102,7 +103,7 @@ def test_two_ranks_in_bf16_are_one_rank_in_bf16(command, forks):
 
 
 def test_a_run_moves_between_numbers_of_ranks_and_ways_to_share_weights(alone, command, forks):
-    """Three steps in one process, three on two ranks with sharded weights, two in one process again."""
+    """Three steps run in one process, three on two ranks with sharded weights, and two in one process again."""
     argv, folder = command
     log = folder.with_suffix(".log")
     shutil.copytree(alone, folder)
@@ -122,7 +123,7 @@ def test_a_run_moves_between_numbers_of_ranks_and_ways_to_share_weights(alone, c
     assert_same_run(folder, alone, 1)
 
 
-def test_ranks_stop_together_where_one_is_told_to(command, forks):
+def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_step(command, forks):
     argv, folder = command
     log = folder.with_suffix(".log")
     pids = forks.start_ranks(2, [*argv, "--steps", "100000"], log)
@@ -138,17 +139,17 @@ def test_ranks_stop_together_where_one_is_told_to(command, forks):
     ("world_size", "extra", "words"),
     [(3, [], "--batch-size 4"), (2, ["--data", "/no/such/folder"], "/no/such/folder")],
 )
-def test_what_cannot_run_is_said_once_and_by_all_ranks_obeyed(world_size, extra, words, command, forks):
+def test_a_run_that_cannot_start_prints_one_error_and_stops_all_ranks(world_size, extra, words, command, forks):
     argv, folder = command
     log = folder.with_suffix(".log")
     assert forks.run_ranks(world_size, [*argv, *extra], log) == [2] * world_size
-    said = [log.with_suffix(f".{rank}").read_text() for rank in range(world_size)]
-    assert said[0].startswith("error: ") and words in said[0] and said[0].count("\n") == 1
-    assert not any(said[1:])
+    outputs = [log.with_suffix(f".{rank}").read_text() for rank in range(world_size)]
+    assert outputs[0].startswith("error: ") and words in outputs[0] and outputs[0].count("\n") == 1
+    assert not any(outputs[1:])
 
 
-def bad_on_one_rank(argv):
-    """In a process of its own: what `test_a_step_that_is_bad_on_one_rank_is_skipped_by_all` looks at."""
+def non_finite_on_one_rank(argv):
+    """The body of `test_a_step_that_is_non_finite_on_one_rank_is_skipped_by_all`, run by each rank."""
     cfg = replace(PRESETS["tiny"], parallel=argv[0])
     with joined(cfg, torch.device("cpu")) as (ranks, device):
         engine = Engine(cfg, device, ranks)
@@ -174,9 +175,9 @@ def bad_on_one_rank(argv):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_step_that_is_bad_on_one_rank_is_skipped_by_all(parallel, forks, tmp_path):
+def test_a_step_that_is_non_finite_on_one_rank_is_skipped_by_all(parallel, forks, tmp_path):
     log = tmp_path / "log"
-    assert forks.run_ranks(2, [parallel], log, call="test_distributed:bad_on_one_rank") == [0, 0], [
+    assert forks.run_ranks(2, [parallel], log, call="test_distributed:non_finite_on_one_rank") == [0, 0], [
         log.with_suffix(f".{rank}").read_text() for rank in range(2)
     ]
 
@@ -195,14 +196,14 @@ def test_a_rank_that_dies_ends_the_run_with_one_message_and_it_resumes(alone, co
         time.sleep(0.01)
     ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
     os.kill(ranks[1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)  # within a minute
+    output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert len(re.findall("^error: .*lost another rank.*--resume", output, re.MULTILINE)) == 1, output
     assert forks.run([*argv, "--resume"], folder.with_suffix(".log")) == 0
     assert_same_run(folder, alone, 1)
 
 
-def test_alone_nothing_is_exchanged():
+def test_a_single_process_exchanges_nothing():
     ranks = Ranks()
     assert ranks.share(7, True) == 1.0 and ranks.stopping([1]) and not ranks.stopping([])
     assert ranks.gather("x") == ["x"] and ranks.first(lambda: 3) == 3

@@ -1,4 +1,4 @@
-"""The fused step: its graphs, copies, micro-batches and pruning change nothing but rounding."""
+"""The fused step: graphs, weight copies, micro-batches and pruning change only the rounding of its results."""
 
 import functools
 from dataclasses import replace
@@ -26,7 +26,7 @@ def make(step: dict | None = None, mask: dict | None = None, model: dict | None 
 
 
 def run(cfg: Config, steps: int = 4, batch: int = 5, graphs: bool = False, device: torch.device = CPU):
-    """Losses and the engine after some steps on noise."""
+    """(losses, engine) after some steps on noise."""
     engine = Engine(cfg, device)
     if graphs:
         engine.graphs = StepGraphs(engine._train, device)
@@ -48,12 +48,12 @@ def assert_same_weights(a: Engine, b: Engine, **tolerance) -> None:
 
 
 @pytest.mark.parametrize("mask", ["random", "block"])
-def test_the_graphed_path_is_the_eager_one_on_tensors_that_stay(mask):
+def test_the_graphed_path_is_the_eager_path_on_fixed_tensors(mask):
     cfg = make(mask={"mask": mask, "fixed_token_budget": True}, step={"micro_batch": 3})
     eager, a = run(cfg, steps=6)
     graphed, b = run(cfg, steps=6, graphs=True)
     kinds = [type(kept).__name__ for kept in b.graphs.seen.values()]
-    assert "_Recorded" in kinds, "no shape recurred"
+    assert "_Captured" in kinds, "no shape occurred twice, so nothing was captured"
     assert graphed == pytest.approx(eager, rel=1e-5)
     assert_same_weights(a, b, rtol=1e-4, atol=1e-6)
 
@@ -66,12 +66,12 @@ def test_shapes_beyond_the_limit_run_eagerly_and_say_so_once(monkeypatch, capsys
     assert capsys.readouterr().err.count("--fixed-token-budget") == 1 and len(engine.graphs.seen) == 2
 
 
-def test_what_was_recorded_is_replayed_beyond_the_limit_too(monkeypatch):
+def test_captured_shapes_are_replayed_after_the_limit_is_reached(monkeypatch):
     monkeypatch.setattr("ajepa.training.graph.MAX_GRAPHS", 1)
-    recorded, more = make(mask={"mask_ratio": (0.5, 0.5)}), make(mask={"mask_ratio": (0.7, 0.7)})
-    engine = Engine(recorded, CPU)
+    first, second = make(mask={"mask_ratio": (0.5, 0.5)}), make(mask={"mask_ratio": (0.7, 0.7)})
+    engine = Engine(first, CPU)
     engine.graphs, eager = StepGraphs(engine._train, CPU), []
-    samplers = [MaskSampler(cfg.mask, cfg.front_end.grid) for cfg in (recorded, more)]
+    samplers = [MaskSampler(cfg.mask, cfg.front_end.grid) for cfg in (first, second)]
     train = engine.graphs.train
     engine.graphs.train = lambda patches, *rest: eager.append(patches) or train(patches, *rest)
     pcm, lengths = torch.randint(-9999, 9999, (5, 32_000), dtype=torch.int16), torch.full((5,), 32_000)
@@ -81,16 +81,16 @@ def test_what_was_recorded_is_replayed_beyond_the_limit_too(monkeypatch):
     assert [patches is kept.patches for patches in eager] == [False, True, False, True, True]
 
 
-def test_a_recording_that_fails_late_leaves_no_gradient_behind(monkeypatch):
-    """The step that is run instead adds nothing to the gradients of the failed one."""
+def test_a_capture_that_fails_late_leaves_no_gradient_behind(monkeypatch):
+    """The eager step that replaces a failed capture does not add to gradients that the capture left behind."""
     cfg = make(mask={"fixed_token_budget": True})
 
-    def record(graphs, patches, parts, rates):  # as a capture does: the body runs as far as it can
+    def capture(graphs, patches, parts, schedule_values):  # like a capture, the body runs until it fails
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Engine, "_update", lambda *_: (_ for _ in ()).throw(RuntimeError("stream is capturing")))
-            return graphs.train(patches, parts, rates)
+            return graphs.train(patches, parts, schedule_values)
 
-    monkeypatch.setattr(StepGraphs, "_record", record)
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
     losses, failed = run(cfg, graphs=True)
     eager, right = run(cfg)
     assert losses == pytest.approx(eager, rel=1e-5)
@@ -98,15 +98,15 @@ def test_a_recording_that_fails_late_leaves_no_gradient_behind(monkeypatch):
 
 
 @pytest.mark.parametrize(("length", "bound"), [(1, 16), (64, 64), (65, 96), (97, 128), (129, 256), (512, 512)])
-def test_bounds_are_rounded_to_what_attention_tells_apart(length, bound):
+def test_bounds_are_rounded_to_the_lengths_that_attention_distinguishes(length, bound):
     assert round_bound(length) == bound
 
 
-def test_a_recording_that_fails_falls_back_with_its_reason(monkeypatch, capsys):
+def test_a_failed_capture_falls_back_with_its_reason(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nstack")
 
-    monkeypatch.setattr(StepGraphs, "_record", fail)
+    monkeypatch.setattr(StepGraphs, "_capture", fail)
     cfg = make(mask={"fixed_token_budget": True})
     losses, _ = run(cfg, graphs=True)
     assert losses == pytest.approx(run(cfg)[0], rel=1e-5)
@@ -118,7 +118,7 @@ def test_micro_batches_add_up_to_the_batch(mask):
     whole, a = run(make(mask={"mask": mask}))
     parts, b = run(make(mask={"mask": mask}, step={"micro_batch": 2}))
     assert parts == pytest.approx(whole, rel=1e-5)
-    assert_same_weights(a, b, rtol=1e-3, atol=2e-5)  # Adam's first steps enlarge the rounding of small gradients
+    assert_same_weights(a, b, rtol=1e-3, atol=2e-5)  # Adam's first steps amplify the rounding of small gradients
 
 
 def test_recomputed_activations_give_the_same_step():
@@ -155,7 +155,7 @@ def test_patches_rounded_by_the_front_end_are_those_rounded_by_the_layers():
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-3)])
-def test_bias_gelu_changes_rounding_alone(precision, tolerance):
+def test_bias_gelu_changes_only_rounding(precision, tolerance):
     plain, a = run(make(precision=precision))
     losses, b = run(make(precision=precision, step={"mlp": "bias-gelu"}))
     assert losses == pytest.approx(plain, rel=tolerance)
@@ -164,8 +164,8 @@ def test_bias_gelu_changes_rounding_alone(precision, tolerance):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 5e-3)])
-def test_gelu_epilogues_change_the_gelu_alone(precision, tolerance):
-    """The tanh GELU for the exact one, in all three networks; in bf16 computed with the copies."""
+def test_gelu_epilogues_change_only_the_gelu(precision, tolerance):
+    """The tanh GELU replaces the exact one in all three networks. In bf16 it is computed with the weight copies."""
     model = {"target_layers": 1}
     plain, _ = run(make(precision=precision, model=model))
     losses, b = run(make(precision=precision, model=model, step={"mlp": "epilogue"}))
@@ -216,7 +216,7 @@ def test_flops_count_each_micro_batch_and_the_published_model():
 
 
 def test_fp8_targets_point_where_the_others_do():
-    """The gate of fp8: the cosine of each target to the full-precision one, and the loss curve."""
+    """The acceptance test of fp8 targets: each has a high cosine similarity to its bf16 target, and losses agree."""
     full, engine = run(make(precision="bf16", model={"target_layers": 1}), steps=6)
     cfg = make(step={"target_precision": "fp8"}, precision="bf16", model={"target_layers": 1})
     low, other = run(cfg, steps=6)

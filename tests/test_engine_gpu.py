@@ -1,4 +1,4 @@
-"""The fused step on a GPU: recorded and eager, against plain PyTorch."""
+"""The fused step on a GPU: captured against eager steps, and against plain PyTorch."""
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ def test_a_replayed_step_is_the_eager_step(cuda, step, precision, capsys):
     eager, a = run(make({**step, "cuda_graph": False}, fixed, precision=precision), 8, 16, device=cuda)
     graphed, b = run(make(step, fixed, precision=precision), 8, 16, device=cuda)
     assert "without a CUDA graph" not in capsys.readouterr().err
-    assert any(b.graphs.seen.values()), "nothing was recorded"
+    assert any(b.graphs.seen.values()), "no step was captured"
     assert graphed == pytest.approx(eager, rel=1e-4)
-    assert_same_weights(a, b, rtol=1e-3, atol=3e-4)  # the keys' bias has no gradient but rounding
+    assert_same_weights(a, b, rtol=1e-3, atol=3e-4)  # a key bias has only rounding error as its gradient
 
 
 def test_the_fused_curve_is_the_plain_one(cuda):
@@ -41,4 +41,4 @@ def test_the_fused_curve_is_the_plain_one(cuda):
 
 def test_the_host_stays_two_steps_ahead_at_most(cuda):
     _, engine = run(make(precision="bf16"), 6, 16, device=cuda)
-    assert len(engine.under_way) == 2
+    assert len(engine.in_flight.events) == 2

@@ -20,19 +20,13 @@ from conftest import SMALL
 from safetensors.torch import load_file
 
 from ajepa import train
-from ajepa.config import PRESETS
+from ajepa.config import PRESETS, SIZES
 from ajepa.model.masks import MaskSampler
 from ajepa.training import checkpoint
-from ajepa.training.checkpoint import (
-    FILES,
-    CheckpointError,
-    checkpoints,
-    load_checkpoint,
-    read_verified,
-    save_checkpoint,
-)
+from ajepa.training.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.training.engine import Engine
 from ajepa.training.run_log import RunLog
+from ajepa.utils.run_folder import CHECKPOINT_FILES, CheckpointError, checkpoints, read_verified
 
 ENDLESS = ["--keep", "1000", "--checkpoint-every", "1", "--compare-steps", "0", "--eval-clips", "8"]
 
@@ -131,8 +125,7 @@ def engine():
 
 
 def shrink(patch) -> None:
-    for module in ("config", "model", "engine"):
-        patch.setitem(__import__(f"ajepa.{module}").__dict__[module].SIZES, "tiny", (32, 1, 4))
+    patch.setitem(SIZES, "tiny", (32, 1, 4))
 
 
 STAGES = ["pathlib.Path.mkdir", "pathlib.Path.rename", "ajepa.training.checkpoint._sync"]
@@ -166,7 +159,7 @@ def test_a_save_that_fails_at_any_point_leaves_the_one_before(engine, tmp_path, 
 
 def test_400_damaged_checkpoints_are_all_refused(engine, tmp_path):
     path = save_checkpoint(tmp_path, 1, engine, {"loader": {}}, keep=1)
-    whole = {name: (path / name).read_bytes() for name in (*FILES, "checksums.json")}
+    whole = {name: (path / name).read_bytes() for name in (*CHECKPOINT_FILES, "checksums.json")}
     before = [p.clone() for p in engine.model.parameters()]
     rng = np.random.default_rng(0)
     refused = Counter()
@@ -206,7 +199,7 @@ class Bomb:
 def test_pickles_in_4_places_never_run(engine, tmp_path):
     fuse = tmp_path / "exploded"
     bomb = pickle.dumps(Bomb(fuse))
-    for name in (*FILES, "checksums.json"):
+    for name in (*CHECKPOINT_FILES, "checksums.json"):
         path = save_checkpoint(tmp_path / name, 1, engine, {}, keep=1)
         torch.save(Bomb(fuse), path / "model.pt")
         if name == "checksums.json":
@@ -239,7 +232,7 @@ def test_well_sealed_nonsense_is_refused_and_touches_nothing(engine, tmp_path):
     cases += [("model.safetensors", good["optimizer.safetensors"])]
     before = [p.clone() for p in engine.model.parameters()]
     for name, data in cases:
-        for other in FILES:
+        for other in CHECKPOINT_FILES:
             reseal(path, other, data if other == name else good[other])
         with pytest.raises(CheckpointError, match="step_00000001"):
             load_checkpoint(path, engine)

@@ -1,4 +1,4 @@
-"""Fine-tuning: its parts by definition, and the program to its end, interrupted, and on wrong input."""
+"""Fine-tuning: its parts against their definitions, and the command run to the end, interrupted and on bad input."""
 
 import csv
 import json
@@ -19,14 +19,15 @@ from ajepa.evaluation import classifier
 from ajepa.evaluation.classifier import Classifier, key_mask, mixup, parameter_groups, spec_augment, split_labels
 from ajepa.finetune import Arguments, Tuner, learning_rate, load_classifier
 from ajepa.model.frontend import FrontEnd
-from ajepa.training.checkpoint import checkpoints
+from ajepa.model.pretrained import load_pretrained
+from ajepa.utils.run_folder import checkpoints
 
 CFG = PRESETS["tiny"]
 
 
 @pytest.fixture(scope="module")
 def manifest(tones, tmp_path_factory):
-    """One label, and several: every tone is of its class and "odd" or "even"."""
+    """The tones with one label, with several ("tags": the class and sometimes "loud"), and with a fold."""
     path = tmp_path_factory.mktemp("manifest") / "meta.csv"
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
@@ -47,7 +48,7 @@ def test_masked_keys_attend_but_are_not_attended_to():
     model = Classifier(CFG, 5).eval()
     N = CFG.front_end.n_patches
     patches, lengths = torch.randn(2, N, CFG.front_end.patch_dim), torch.tensor([32_000, 9_000])
-    real = torch.tensor([N, 24])  # 9,000 samples: 17 frames, three of the columns of eight patches
+    real = torch.tensor([N, 24])  # 9,000 samples make 17 frames, or three columns of eight patches
     keys = key_mask(torch.arange(N) < real[:, None], 0.25, torch.Generator().manual_seed(0))
     dropped = [int((~k).sum()) for k in keys.split(real.tolist())]
     assert dropped == [16, 6]
@@ -62,7 +63,7 @@ def test_masked_keys_attend_but_are_not_attended_to():
         model(patches, lengths)
     masked, other, whole = latents
     assert ((masked - other).abs().amax(-1) > 1e-6).nonzero()[:, 0].tolist() == [token]
-    assert not torch.allclose(masked, whole, atol=1e-3)  # off where it is not asked for
+    assert not torch.allclose(masked, whole, atol=1e-3)  # masking is off by default
 
 
 def test_logits_pool_real_tokens_only():
@@ -76,7 +77,7 @@ def test_logits_pool_real_tokens_only():
     assert torch.equal(a, b)
 
 
-def test_layers_learn_slower_the_deeper_they_lie():
+def test_deeper_layers_have_lower_learning_rates():
     model = Classifier(CFG, 3)
     scale = {p: (g["scale"], g["weight_decay"]) for g in parameter_groups(model, 0.5, 0.05) for p in g["params"]}
     assert len(scale) == len(list(model.parameters()))
@@ -118,7 +119,7 @@ def test_spec_augment_hides_whole_bands_and_frames():
     for runs, most in ((bands, 16), (frames, 24)):
         counts = runs.sum(1)
         assert counts.min() == 0 and most - 3 <= counts.max() <= most
-        assert (runs.int().diff(dim=1) == 1).sum(1).max() <= 1  # one run
+        assert (runs.int().diff(dim=1) == 1).sum(1).max() <= 1  # a single run of bands or frames
     means = patches.mean((1, 2))[:, None, None].expand_as(hidden)
     assert torch.equal(image(out)[hidden], means[hidden])
 
@@ -139,7 +140,7 @@ def test_labels_that_are_lists_give_their_parts():
         split_labels(["dog", '["dog", "cat"]'], False)
 
 
-def test_the_program_learns_the_tones_and_leaves_what_others_load(run, manifest, tmp_path, capsys):
+def test_the_command_learns_the_tones_and_writes_loadable_results(run, manifest, tmp_path, capsys):
     out = tmp_path / "out"
     more = ("--mixup", "0.1", "--freq-mask", "2", "--time-mask", "2", "--label-smoothing", "0.1", "--epochs", "8")
     assert finetune.main(arguments(run, manifest, out, *more)) == 0
@@ -153,7 +154,7 @@ def test_the_program_learns_the_tones_and_leaves_what_others_load(run, manifest,
     assert start.keys() == end.keys() and any(not torch.equal(start[k], end[k]) for k in start)
     assert probe.main([str(out), "--data", str(manifest), "--test", "fold=3", "--heads", "knn", "--map", "none"]) == 0
     capsys.readouterr()
-    assert finetune.main(arguments(run, manifest, out, *more, "--resume")) == 0  # finished: nothing to do
+    assert finetune.main(arguments(run, manifest, out, *more, "--resume")) == 0  # the run is already finished
     assert "accuracy" in capsys.readouterr().out
 
 
@@ -186,7 +187,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run, manifest, tmp_path, mo
     assert whole[-1]["accuracy"] == cut[-1]["accuracy"]
 
 
-def test_it_starts_from_the_ema_target_encoder(run, manifest, tmp_path, monkeypatch):
+def test_fine_tuning_starts_from_the_ema_target_encoder(run, manifest, tmp_path, monkeypatch):
     starts = []
     step = Tuner.step
 
@@ -204,7 +205,7 @@ def test_it_starts_from_the_ema_target_encoder(run, manifest, tmp_path, monkeypa
 
 
 def test_masking_is_off_when_scoring(run, manifest, monkeypatch):
-    cfg = replace(probe.load_run(run)[0])
+    cfg = replace(load_pretrained(run)[0])
     args = Arguments(str(run), str(manifest), "fold=3", label="label")
     task, _ = finetune.open_task(args)
     tuner = Tuner(args, cfg, 2, 10)

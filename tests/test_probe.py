@@ -1,4 +1,4 @@
-"""The probes: what they learn, what they must not see, what they leave behind."""
+"""The probes: their accuracy, the rows and samples that they must not see, and the files that they write."""
 
 import csv
 import json
@@ -18,12 +18,13 @@ from ajepa.evaluation.probes import Embedded, predict, validation_split
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder
 from ajepa.model.layers import Sequences
+from ajepa.model.pretrained import load_pretrained
 from ajepa.training.corpus import load_evaluation
 from ajepa.training.engine import Engine
 from ajepa_kernels import LogMelSpec, log_mel
 
 SPEC = LogMelSpec(n_fft=512, win_length=400, hop_length=160, n_mels=32, n_frames=64, patch=(8, 8))  # 4 x 8 patches
-SAMPLES = 400 + 63 * 160  # of a chunk
+SAMPLES = 400 + 63 * 160  # samples of a chunk
 CPU = torch.device("cpu")
 
 
@@ -35,7 +36,7 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def manifest(tones, tmp_path_factory):
-    """The tones with a fold column; two classes."""
+    """A manifest of the tones with a class and a fold column."""
     path = tmp_path_factory.mktemp("manifest") / "meta.csv"
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
@@ -54,7 +55,7 @@ def features(encoder, pcm, lengths, kind):
 
 @pytest.mark.parametrize("kind", ["mean", "concat"])
 def test_what_follows_a_clip_never_reaches_its_features(encoder, kind):
-    """Garbage after the end of the clip changes nothing; nor does the encoder attend to padded patches."""
+    """Samples after the end of a clip do not change its features, and the encoder does not attend to padded patches."""
     generator = torch.Generator().manual_seed(0)
     pcm = torch.randint(-9999, 9999, (2, SAMPLES), dtype=torch.int16, generator=generator)
     lengths = torch.full((2,), 400 + 160 * 20)
@@ -76,10 +77,10 @@ def test_what_follows_a_clip_never_reaches_its_features(encoder, kind):
 
 
 def test_long_recordings_are_pooled_over_all_their_chunks(encoder, tmp_path):
-    """A recording of two and a half chunks: every chunk encoded alone, each real column counted once."""
+    """Every chunk of a long recording is encoded alone, and each real column counts once in the pooled features."""
     rng = np.random.default_rng(0)
     names = ["a", "b", "c"]
-    lengths = [SAMPLES * 2 + SAMPLES // 2, SAMPLES // 3, SAMPLES * 2 + 100]  # the last one's tail has no frame
+    lengths = [SAMPLES * 2 + SAMPLES // 2, SAMPLES // 3, SAMPLES * 2 + 100]  # the last tail is below a frame
     for name, length in zip(names, lengths, strict=True):
         soundfile.write(tmp_path / f"{name}.wav", rng.integers(-9999, 9999, length).astype(np.int16), 16_000)
     index = build_index(tmp_path)
@@ -124,14 +125,14 @@ def test_a_damaged_cache_is_made_again_and_a_whole_one_used(encoder, tones, tmp_
     first = make()
     (file,) = tmp_path.iterdir()
     data = bytearray(file.read_bytes())
-    data[-5] ^= 1  # safetensors itself would not notice
+    data[-5] ^= 1  # safetensors would not notice this damage
     file.write_bytes(data)
     assert torch.equal(make(), first) and "damaged" in capsys.readouterr().err
     file.write_bytes(b"\x80\x04cos\nsystem\n.")
     assert torch.equal(make(), first) and "damaged" in capsys.readouterr().err
     make("another checkpoint")
     assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(feature_cache, "_embed", None)  # nothing is computed from here on
+    monkeypatch.setattr(feature_cache, "_embed", None)  # computing features would now fail
     assert torch.equal(make(), first)
 
 
@@ -139,7 +140,7 @@ TRAIN, TEST = torch.arange(900), torch.arange(900, 1200)
 
 
 def blobs():
-    """Three classes of 400 recordings in 8 dimensions; the mean of their tokens tells nothing, one token does."""
+    """Three classes of 400 recordings in 8 dimensions. One token shows the class, but the mean of tokens does not."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(1200) % 3
     clips = 3 * F.one_hot(labels, 8).float() + torch.randn(1200, 8, generator=generator)
@@ -147,8 +148,8 @@ def blobs():
     tokens = [torch.randn(n, 16, generator=generator) * 0.3 for n in counts]
     for t, label in zip(tokens, labels.tolist(), strict=True):
         t[:, 10] = 0
-        t[-1, label], t[-1, 10] = 3.0, 3.0  # the marked token says the class, two others deny it by as much
-        t[0, label] -= 3.0
+        t[-1, label], t[-1, 10] = 3.0, 3.0  # the last token shows the class
+        t[0, label] -= 3.0  # the first token cancels it in the mean
     cu = F.pad(counts.cumsum(0), (1, 0))
     return Embedded(clips, torch.cat(tokens).half(), cu), labels
 
@@ -170,13 +171,13 @@ def test_the_attentive_probe_ignores_padding():
     spoilt = x.masked_fill(padding[..., None], 1e3)
     torch.testing.assert_close(module(x, padding), module(spoilt, padding))
     torch.testing.assert_close(module(x[:1, :3], padding[:1, :3]), module(x, padding)[:1])
-    plain = module.norm(x[1])  # keys, values and the sum written out
+    plain = module.norm(x[1])  # the attention by its formula
     weight = (plain @ module.query[0]).softmax(0)
     torch.testing.assert_close(module.linear(weight @ (plain @ module.value[0].T)), module(x, padding)[1])
 
 
 def test_no_test_row_is_ever_looked_at(monkeypatch):
-    """The probes choose their epoch on training rows alone."""
+    """The probes choose their epoch with training rows only."""
     x, labels = blobs()
     learn, held = validation_split(labels, TRAIN, 0)
     assert sorted(torch.cat([learn, held]).tolist()) == TRAIN.tolist()
@@ -200,7 +201,7 @@ def test_linear_is_x_ares_head_and_schedule(monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", Adam)
     inputs = lambda rows: (batches.append(len(rows)) or x.clips[rows],)  # noqa: E731
     probes.fit(probes.LinearProbe(8, 3), inputs, labels, torch.arange(120), 0, CPU)
-    steps = 10 * 4  # 108 rows, 32 at a time
+    steps = 10 * 4  # 10 epochs of 108 rows in batches of 32
     assert len(rates) == steps and rates[0] == pytest.approx(1e-3) and max(batches) == 32
     assert rates[steps // 2] == pytest.approx(0.55e-3) and rates[-1] == pytest.approx(1e-4, rel=0.1)
 
@@ -234,7 +235,7 @@ def test_the_program_writes_its_results_and_pictures(run, manifest, tones, tmp_p
     for name in ("confusion.png", "embeddings.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
-    last = sorted((run / "checkpoints").iterdir())[-1]  # the run's last weights, by another way
+    last = sorted((run / "checkpoints").iterdir())[-1]  # the checkpoint with the run's final weights
     out = tmp_path / "out"
     again = [str(last), "--data", str(tones), "--map", "none", "--heads", "knn", "--out", str(out)]
     assert probe.main(again) == 0
@@ -255,7 +256,7 @@ def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp
 
     monkeypatch.setattr(probe, "embed", spy)
     assert probe.main([str(run), "--data", str(tones), "--heads", "knn", "--map", "none", "--out", str(tmp_path)]) == 0
-    cfg, weights, _ = probe.load_run(run)
+    cfg, weights, _ = load_pretrained(run)
     start = Engine(cfg, CPU).model.context_encoder.state_dict()
     assert hashes == {
         probe.UNTRAINED: feature_cache.tensors_hash(start),
@@ -282,11 +283,11 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys
     (broken / "encoder.safetensors").write_bytes(b"\x80\x04.")
     assert "encoder.safetensors" in refused(broken, "--data", tones)
     (broken / "encoder.safetensors").unlink()
-    assert "whole checkpoint" in refused(broken, "--data", tones)
+    assert "nor a usable checkpoint" in refused(broken, "--data", tones)
 
 
 def test_lists_of_labels_are_no_classes(run, tones, tmp_path, capsys):
-    """The probe refuses them with the remedy; the watch in training takes the recordings with one label."""
+    """The probe refuses lists of labels and names the remedy. The watch in training uses recordings with one label."""
     files = sorted(tones.rglob("*.wav"))
     labels = [["dog"], ["cat"], ["dog", "cat"], "cat"]
     rows = [{"file": str(path), "labels": labels[i % 4]} for i, path in enumerate(files)]
@@ -301,7 +302,7 @@ def test_lists_of_labels_are_no_classes(run, tones, tmp_path, capsys):
 
 
 def test_a_parquet_manifest_is_read_like_a_csv(manifest, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: no Parquet to read")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed, so Parquet cannot be read")
     from pyarrow import csv as arrow_csv
 
     table = arrow_csv.read_csv(manifest)
@@ -315,7 +316,7 @@ def test_a_parquet_manifest_is_read_like_a_csv(manifest, tmp_path):
 
 
 def test_digits_log_mel_floor(audio_dir):
-    """Leave one speaker out with every tenth digit: pooled log-mel is far above chance and far below perfect."""
+    """With one speaker held out and every tenth digit, pooled log-mel scores far above chance and far below perfect."""
     index = build_index(audio_dir / "fsdd" / "meta.csv", label_column="digit")
     index = index.subset(range(0, len(index), 10))
     spec = probe.log_mel_spec(PRESETS["tiny"].front_end, "standard")

@@ -19,15 +19,9 @@ from ajepa.config import PRESETS
 from ajepa.model.masks import MaskSampler
 from ajepa.train import main
 from ajepa.training import compare
-from ajepa.training.checkpoint import (
-    CheckpointError,
-    checkpoints,
-    load_checkpoint,
-    load_latest,
-    read_verified,
-    save_checkpoint,
-)
+from ajepa.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from ajepa.training.engine import Engine
+from ajepa.utils.run_folder import CheckpointError, checkpoints, read_verified
 
 SUMMARY_KEYS = {
     "steps", "clips_per_second", "data_wait_share", "final_loss", "target_variance", "effective_rank", "knn_accuracy",
@@ -317,7 +311,8 @@ def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys):
 
 def test_the_comparison_takes_the_runs_micro_batches(small_run, monkeypatch):
     seen = []
-    monkeypatch.setattr("ajepa.train.compare", lambda cfg, device, batches, impls: seen.extend(batches) or {})
+    record = lambda cfg, device, batches, impls: seen.extend(batches) or {}  # noqa: E731
+    monkeypatch.setattr("ajepa.training.compare.compare", record)
     assert main([*small_run[0], "--compare", "--compare-steps", "2", "--micro-batch", "3"]) == 2  # nothing measured
     assert [[part.clips for part in masks] for *_, masks in seen] == [[3, 1], [3, 1]]
 

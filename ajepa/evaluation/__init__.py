@@ -1,1 +1,1 @@
-"""What frozen features are worth: features, probes, classifier, plots."""
+"""Evaluation of encoders: frozen features, probes, the fine-tuned classifier and plots."""

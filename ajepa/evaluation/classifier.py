@@ -1,6 +1,6 @@
-"""A pretrained encoder with a linear head, and what its fine-tuning does to a batch.
+"""A pretrained encoder with a linear head, its parameter groups, and the batch augmentations of fine-tuning.
 
-Shapes: B clips, S samples, N = F x T patches, P values a patch, C width, K classes.
+Shapes: B clips, S samples, N = F x T patches, P values per patch, C width, K classes.
 """
 
 import re
@@ -33,8 +33,11 @@ class Classifier(nn.Module):
     def forward(
         self, patches_BNP, lengths_B, masked_keys: float = 0.0, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """`masked_keys`: A-JEPA's regularised masking (arXiv 2311.15830): this share of each clip's tokens, drawn anew
-        for each batch and the same in all layers, are queries but not keys."""
+        """`masked_keys` is the share of A-JEPA's regularised masking (arXiv 2311.15830).
+
+        This share of each clip's tokens act as queries but not as keys. The tokens are drawn anew for each batch and
+        are the same in all layers.
+        """
         rows, columns = self.spec.grid
         count = real_columns(self.spec, lengths_B)
         real = (torch.arange(columns, device=count.device) < count[:, None])[:, None].expand(-1, rows, -1).flatten(1)
@@ -48,15 +51,17 @@ class Classifier(nn.Module):
 
 
 def key_mask(real_BN: torch.Tensor, share: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Packed bool `[T]` over the real tokens: False for round(share n) of the n of each clip."""
+    """Packed bool `[T]` over the real tokens. For a clip of n real tokens, round(share * n) of them are False."""
     noise = torch.rand(real_BN.shape, generator=generator).masked_fill(~real_BN, torch.inf)
     dropped = (share * real_BN.sum(1)).round()
     return (noise.argsort(1).argsort(1) >= dropped[:, None])[real_BN]
 
 
 def parameter_groups(model: Classifier, lr_decay: float, weight_decay: float) -> list[dict]:
-    """Layer-wise learning rates: the head's factor is 1, block l of L has lr_decay^(L + 1 - l), the patch embedding
-    lr_decay^(L + 1). Weight decay on matrices only."""
+    """Parameter groups with layer-wise learning-rate factors and weight decay only on matrices.
+
+    The factor is 1 for the head, lr_decay^(L + 1 - l) for block l of L, and lr_decay^(L + 1) for the patch embedding.
+    """
     depth = len(model.encoder.blocks)
     groups: dict[tuple[float, bool], dict] = {}
     for name, p in model.named_parameters():
@@ -71,9 +76,9 @@ def parameter_groups(model: Classifier, lr_decay: float, weight_decay: float) ->
 def mixup(
     pcm: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor, alpha: float, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each clip mixed with another: w x + (1 - w) x', w ~ Beta(alpha, alpha), and so its targets (arXiv 1710.09412).
+    """Mix each clip and its targets with another: w x + (1 - w) x', w ~ Beta(alpha, alpha) (arXiv 1710.09412).
 
-    pcm int16 `[B, S]`, lengths `[B]`, targets float `[B, K]`; a mixture is as long as the longer of the two.
+    pcm int16 `[B, S]`, lengths `[B]`, targets float `[B, K]`; a mixture is as long as the longer of its two clips.
     """
     w = torch.from_numpy(rng.beta(alpha, alpha, len(pcm)).astype(np.float32))[:, None]
     other = torch.from_numpy(rng.permutation(len(pcm)))
@@ -86,16 +91,16 @@ def mixup(
 def spec_augment(
     patches_BNP: torch.Tensor, spec: LogMelSpec, bands: int, frames: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """SpecAugment (arXiv 1904.08779): in each clip one run of U{0..bands} mel bands and one of U{0..frames} frames is
-    set to the clip's mean."""
+    """SpecAugment (arXiv 1904.08779): in each clip, one run of U{0..bands} mel bands and one run of U{0..frames} frames
+    are set to the clip's mean."""
     (rows, columns), (height, width) = spec.grid, spec.patch
     B = len(patches_BNP)
 
     def run(size: int, most: int) -> torch.Tensor:
         length = (torch.rand(B, 1, generator=generator) * (min(most, size) + 1)).floor()
         start = (torch.rand(B, 1, generator=generator) * (size - length + 1)).floor()
-        at = torch.arange(size)
-        return (at >= start) & (at < start + length)
+        position = torch.arange(size)
+        return (position >= start) & (position < start + length)
 
     hidden = run(rows * height, bands)[:, :, None] | run(columns * width, frames)[:, None]  # [B, mel, frame]
     hidden = hidden.view(B, rows, height, columns, width).transpose(2, 3).reshape(patches_BNP.shape)
@@ -104,10 +109,10 @@ def spec_augment(
 
 
 def split_labels(names: Sequence[str], multi_label: bool) -> tuple[list[str], torch.Tensor]:
-    """Classes, and the targets float `[len(names), K]` of each label as written.
+    """Return the classes, and the targets, float `[len(names), K]`, of labels as they are written in the data.
 
-    The classes of a label are those of `ajepa.data.sources.listing.classes_of`, which raises DataError for a list of
-    several where `multi_label` is off.
+    `ajepa.data.sources.listing.classes_of` splits each label. It raises DataError for a label of several classes when
+    `multi_label` is off.
     """
     parts = [classes_of(name, multi_label) for name in names]
     found = dict.fromkeys(part for label in parts for part in label)

@@ -1,7 +1,7 @@
-"""Frozen features of whole recordings, of any length, kept on disk by what they depend on.
+"""Frozen features of whole recordings of any length, cached on disk under a hash of everything they depend on.
 
-A recording is cut into chunks of the encoder's clip length; each is encoded alone, and the pooling runs over the real
-time patches of all of them. Shapes: R chunks, n recordings, F x T patches of a chunk, C channels.
+A recording is cut into chunks of the encoder's clip length. Each chunk is encoded separately, and pooling runs over the
+real time patches of all chunks. Shapes: R chunks, n recordings, F x T patches per chunk, C channels.
 """
 
 import hashlib
@@ -26,32 +26,33 @@ from ajepa.evaluation.probes import Embedded
 from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import LogMelSpec, log_mel
 
-FORMAT = 2  # raise it with any change to what the features are
+FORMAT = 2  # increase it with every change that alters the features
 CHUNKS_AT_ONCE = 64
-BATCH_SECONDS = 1200  # of audio decoded at once
+BATCH_SECONDS = 1200  # seconds of audio decoded at once
 
 
 class Recordings(NamedTuple):
-    """Some recordings, cut into chunks."""
+    """Several recordings, cut into chunks."""
 
     pcm: torch.Tensor  # int16 [R, S]
     lengths: torch.Tensor  # int64 [R], real samples
-    owner: torch.Tensor  # int64 [R], position in `items`
+    owner: torch.Tensor  # int64 [R], position of the chunk's recording in `items`
     items: torch.Tensor  # int64 [n], rows of the index
 
 
 def read_chunks(
     index: Index, spec: LogMelSpec, clip_samples: int, reading: dict[str, Any], skipped: list[tuple[str, str]]
 ) -> Iterator[Recordings]:
-    """Every recording of the index once, the short ones first. Files found bad are left out and added to `skipped`.
+    """Read every recording of the index once, short recordings first. Bad files are added to `skipped`.
 
-    `reading`: `threads` and `decoder` of `iterate_once`.
+    `reading` holds the arguments `threads` and `decoder` of `iterate_once`.
     """
     rate = spec.sample_rate
     samples = resampled_lengths(index, rate)
     order = np.argsort(samples, kind="stable")
     while len(order):
-        group = order[samples[order] <= max(clip_samples, 1.5 * samples[order[0]])]  # little padding is decoded
+        # Recordings of similar length are read together, so little padding is decoded.
+        group = order[samples[order] <= max(clip_samples, 1.5 * samples[order[0]])]
         order = order[len(group) :]
         longest = int(samples[group[-1]])
         rows = torch.from_numpy(group)
@@ -67,21 +68,21 @@ def read_chunks(
 
 @dataclass(frozen=True)
 class EncoderFeatures:
-    """Latents of a frozen encoder. `kind`: "mean" or "concat" over frequency, `[n, C or F * C]`; or "tokens"."""
+    """Latents of a frozen encoder. `kind` is "mean" or "concat" over frequency, `[n, C or F * C]`, or "tokens"."""
 
     encoder: torch.nn.Module
     front_end: Callable
     spec: LogMelSpec
-    key: str  # names the weights
+    key: str  # identifies the weights
 
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[R, F, T, C]`, and how many of the T columns are real, `[R]`."""
+        """Latents `[R, F, T, C]`, and the number of real columns among the T, `[R]`."""
         columns = real_columns(self.spec, lengths)
         latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns)
         return latents.float().unflatten(1, self.spec.grid), columns
 
     def pool(self, x_RFTC, columns_R, owner_R, n: int, kind: str) -> list[torch.Tensor]:
-        """One tensor a recording."""
+        """Return one tensor per recording."""
         x, owner = _real(x_RFTC.transpose(1, 2), columns_R, owner_R)
         if kind == "tokens":
             return list(x.half().flatten(0, 1).split((torch.bincount(owner, minlength=n) * x.shape[1]).tolist()))
@@ -91,9 +92,12 @@ class EncoderFeatures:
 
 @dataclass(frozen=True)
 class LogMelFeatures:
-    """The baseline: mean and deviation over time of each mel band, `[n, 2 M]`; as tokens, of a patch's frames."""
+    """The baseline: mean and standard deviation over time of each mel band, `[n, 2 M]`.
 
-    spec: LogMelSpec  # with n_frames None
+    A token holds the same statistics over the frames of one time patch.
+    """
+
+    spec: LogMelSpec  # its n_frames is None
     key: str = "log-mel"
 
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,8 +109,8 @@ class LogMelFeatures:
         if kind == "tokens":
             parts = [x[0, :count].split(self.spec.patch[1]) for x, count in zip(x_RFTC, frames_R, strict=True)]
             tokens = [[torch.cat([p.mean(0), p.std(0, correction=0)]) for p in part] for part in parts]
-            of = [[t for r in (owner_R == i).nonzero()[:, 0].tolist() for t in tokens[r]] for i in range(n)]
-            return [torch.stack(group).half() for group in of]
+            chunks = [(owner_R == i).nonzero()[:, 0].tolist() for i in range(n)]
+            return [torch.stack([token for r in own for token in tokens[r]]).half() for own in chunks]
         x, owner = _real(x_RFTC.transpose(1, 2), frames_R, owner_R)
         mean = _mean(x, owner, n)
         deviation = _mean((x - mean[owner]).square(), owner, n).sqrt()
@@ -114,7 +118,7 @@ class LogMelFeatures:
 
 
 def _real(x_RTFC, count_R, owner_R) -> tuple[torch.Tensor, torch.Tensor]:
-    """The real columns alone, `[K, F, C]`, and the recording of each, `[K]`."""
+    """Only the real columns, `[K, F, C]`, and the recording of each column, `[K]`."""
     real = torch.arange(x_RTFC.shape[1], device=x_RTFC.device) < count_R[:, None]
     return x_RTFC[real], owner_R[:, None].expand_as(real)[real]
 
@@ -135,31 +139,31 @@ def embed(
     skipped: list[tuple[str, str]],
     cache: Path | None = None,
 ) -> tuple[torch.Tensor, dict[str, Embedded]]:
-    """Features of every recording that can be read: their rows of the index, int64 `[n]`, and by source.
+    """Return the index rows, int64 `[n]`, of the recordings that can be read, and their features by source.
 
-    `kinds`: one pooling, and "tokens" where they are wanted. All that the cache lacks is made in one pass over the
-    audio; a damaged file of the cache is made again.
+    `kinds` holds one pooling, and "tokens" if tokens are needed. Features that the cache lacks are computed in one pass
+    over the audio, and damaged cache files are replaced.
     """
     folder = cache or cache_root() / "features"
     data = data_hash(index)
     paths = {(name, kind): folder / f"{_key(source, kind, data, clip_samples)}.safetensors"
              for name, source in sources.items() for kind in kinds}  # fmt: skip
-    have = {which: _load(path) for which, path in paths.items()}
-    missing = [which for which, tensors in have.items() if tensors is None]
+    features = {wanted: _load(path) for wanted, path in paths.items()}
+    missing = [wanted for wanted, tensors in features.items() if tensors is None]
     if missing:
-        made = _embed(index, sources, missing, clip_samples, device, reading, skipped)
-        for which, tensors in made.items():
-            have[which] = tensors
-            _save(paths[which], tensors)
-    every = [tensors for tensors in have.values() if tensors is not None]
+        computed = _embed(index, sources, missing, clip_samples, device, reading, skipped)
+        for wanted, tensors in computed.items():
+            features[wanted] = tensors
+            _save(paths[wanted], tensors)
+    every = [tensors for tensors in features.values() if tensors is not None]
     items = every[0]["items"]
-    if not all(torch.equal(tensors["items"], items) for tensors in every):  # a file has gone bad since some were made
+    if not all(torch.equal(tensors["items"], items) for tensors in every):  # a file became unreadable between runs
         for path in paths.values():
             path.unlink(missing_ok=True)
         return embed(index, sources, clip_samples, kinds, device=device, reading=reading, skipped=skipped, cache=cache)
     result = {}
     for name in sources:
-        parts = {kind: have[name, kind] or {} for kind in kinds}
+        parts = {kind: features[name, kind] or {} for kind in kinds}
         tokens = parts.get("tokens", {})
         clips = next((t["x"] for kind, t in parts.items() if kind != "tokens"), torch.zeros(len(items), 0))
         result[name] = Embedded(clips, tokens.get("x"), tokens.get("cu"))
@@ -168,7 +172,7 @@ def embed(
 
 @torch.no_grad()
 def _embed(index, sources, missing, clip_samples, device, reading, skipped) -> dict[tuple[str, str], dict]:
-    rows: dict[tuple[str, str], list[torch.Tensor]] = {which: [] for which in missing}
+    rows: dict[tuple[str, str], list[torch.Tensor]] = {wanted: [] for wanted in missing}
     items = []
     spec = next(iter(sources.values())).spec
     for batch in read_chunks(index, spec, clip_samples, reading, skipped):
@@ -180,24 +184,24 @@ def _embed(index, sources, missing, clip_samples, device, reading, skipped) -> d
                 x.append(part)
                 count.append(real)
             whole = torch.cat(x), torch.cat(count), batch.owner.to(device), len(batch.items)
-            for kind in (kind for which, kind in missing if which == name):
+            for kind in (kind for source, kind in missing if source == name):
                 rows[name, kind] += [t.cpu() for t in sources[name].pool(*whole, kind)]
     order = torch.cat(items).argsort()
-    made = {}
-    for which, parts in rows.items():
+    computed = {}
+    for wanted, parts in rows.items():
         parts = [parts[i] for i in order.tolist()]
         tensors = {"items": torch.cat(items)[order]}
-        if which[1] == "tokens":
+        if wanted[1] == "tokens":
             tensors["cu"] = F.pad(torch.tensor([len(p) for p in parts]).cumsum(0), (1, 0))
             tensors["x"] = torch.cat(parts)
         else:
             tensors["x"] = torch.stack(parts)
-        made[which] = tensors
-    return made
+        computed[wanted] = tensors
+    return computed
 
 
 def data_hash(index: Index) -> str:
-    """Changes with any file's name, size, time or length, and with their order; not with the labels."""
+    """Hash of the files' names, sizes, modification times and lengths, and of their order. Labels do not change it."""
     digest = hashlib.sha256(f"{index.float_scale}\n".encode())
     for e in index.entries:
         digest.update(f"{e.name}\0{e.offset}\0{e.size}\0{e.mtime_ns}\0{e.frames}\0{e.sample_rate}\n".encode(
@@ -214,8 +218,8 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _key(source, kind: str, data: str, clip_samples: int) -> str:
-    what = [FORMAT, source.key, asdict(source.spec), kind, data, clip_samples]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    dependencies = [FORMAT, source.key, asdict(source.spec), kind, data, clip_samples]
+    return hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:32]
 
 
 def _load(path: Path) -> dict[str, torch.Tensor] | None:
@@ -229,7 +233,7 @@ def _load(path: Path) -> dict[str, torch.Tensor] | None:
             reason = "wrong checksum"
     except Exception as error:  # safetensors has an exception type of its own
         reason = str(error)
-    print(f"{path}: damaged feature cache ({reason}), making it again", file=sys.stderr)
+    print(f"warning: {path} is damaged ({reason}); its features are computed again", file=sys.stderr)
     return None
 
 
@@ -238,4 +242,4 @@ def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save_bytes(tensors, {"sha256": tensors_hash(tensors)}))
     except OSError as error:
-        print(f"features not cached ({error}): they are made again next time", file=sys.stderr)
+        print(f"warning: the features cannot be cached ({error}), so the next run computes them again", file=sys.stderr)

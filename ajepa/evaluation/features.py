@@ -1,4 +1,4 @@
-"""Frozen features and what they are worth: pooling, kNN, effective rank."""
+"""Frozen features and measures of their quality: pooling, kNN accuracy, effective rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Features = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def real_columns(spec: LogMelSpec, lengths_B: torch.Tensor) -> torch.Tensor:
-    """Time patches of each clip that hold at least one real frame, int64 `[B]`; at least 1."""
+    """Number of time patches of each clip that hold a real frame, int64 `[B]`, at least 1."""
     frames = torch.tensor([spec.frames(n) for n in lengths_B.tolist()], device=lengths_B.device)
     wanted = spec.n_frames or int(frames.max())
     return -(-frames.clamp(1, wanted) // spec.patch[1])
 
 
 def encode_real(encoder, patches_BNP: torch.Tensor, spec: LogMelSpec, columns_B: torch.Tensor) -> torch.Tensor:
-    """Latents `[B, N, C]` of the first `columns_B` time patches; padding is neither encoded nor attended to (zeros)."""
+    """Latents `[B, N, C]` of the first `columns_B` time patches. Padding is not encoded, and its latents are zero."""
     rows, columns = spec.grid
     real = (torch.arange(columns, device=columns_B.device) < columns_B[:, None])[:, None].expand(-1, rows, -1)
     index = real.flatten().nonzero()[:, 0]
@@ -67,7 +67,7 @@ def log_mel_features(spec: LogMelSpec) -> Features:
 def knn_predict(
     train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, k: int = 10, temperature: float = 0.07
 ) -> torch.Tensor:
-    """X-ARES's kNN: cosine similarity, the k nearest vote with weight softmax(similarity / temperature)."""
+    """X-ARES's kNN: the k nearest rows by cosine similarity vote with weight softmax(similarity / temperature)."""
     train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
     similarity, nearest = (test_x @ train_x.T).topk(min(k, len(train_x)), dim=-1)
     votes = F.one_hot(train_y[nearest], int(train_y.max()) + 1) * (similarity / temperature).softmax(-1)[..., None]
@@ -75,14 +75,16 @@ def knn_predict(
 
 
 def knn_accuracy(features: torch.Tensor, labels: torch.Tensor, is_test: torch.Tensor) -> float:
-    """Share of the test rows that their neighbours among the other rows name rightly, after `standardised`."""
+    """Share of the test rows that their nearest other rows classify correctly, after `standardised`."""
     train_x, test_x = standardised(features[~is_test], features[is_test])
     return (knn_predict(train_x, labels[~is_test], test_x) == labels[is_test]).float().mean().item()
 
 
 def standardised(train_x: torch.Tensor, test_x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both, centred and scaled by the training rows' mean and deviation: log-mel and latents have offsets that would
-    otherwise drown the cosine. X-ARES does not do this."""
+    """Centre and scale both by the mean and standard deviation of the training rows.
+
+    Log-mel features and latents have offsets that would otherwise dominate the cosine. X-ARES does not do this.
+    """
     mean, scale = train_x.mean(0), train_x.std(0) + 1e-6
     return (train_x - mean) / scale, (test_x - mean) / scale
 
@@ -95,7 +97,7 @@ def effective_rank(features: torch.Tensor) -> float:
 
 
 def mean_cosine(features: torch.Tensor) -> float:
-    """Mean cosine similarity between different clips; 1 where all are alike."""
+    """Mean cosine similarity between different clips; it is 1 if all clips are alike."""
     x = F.normalize(features.double(), dim=-1)
     n = len(x)
     return ((x.sum(0).square().sum() - n) / max(1, n * (n - 1))).item()
@@ -103,7 +105,7 @@ def mean_cosine(features: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Labelled clips kept in memory, and which of them are to be classified from the others."""
+    """Clips in memory with their labels. The test clips are classified by their neighbours among the other clips."""
 
     pcm: torch.Tensor  # int16 [n, S]
     lengths: torch.Tensor  # int32 [n]
@@ -117,7 +119,10 @@ class Evaluation:
         return torch.cat([features(pcm.to(device), lengths.to(device)).cpu() for pcm, lengths in rows])
 
     def has_labels(self, is_test: torch.Tensor) -> bool:
-        """Whether a kNN has something to say: neighbours and questions, of at least two classes."""
+        """Whether kNN accuracy is defined.
+
+        It needs test clips, a label for every clip, and at least two classes among the other clips.
+        """
         both = 0 < int(is_test.sum()) < len(is_test)
         return both and bool((self.labels >= 0).all()) and len(self.labels[~is_test].unique()) > 1
 

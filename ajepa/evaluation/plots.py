@@ -1,4 +1,4 @@
-"""Pictures: a run's curves, a spectrogram with its masks, a probe's confusion matrix and map of the embeddings."""
+"""Plots: a run's curves, a spectrogram with its masks, a probe's confusion matrix and a map of the embeddings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def plot_curves(records: list[dict[str, Any]], baselines: dict[str, float | None
 
 
 def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: Path) -> None:
-    """One clip and its masks (a batch of one): log-mel, what the context encoder sees, what the predictor must give."""
+    """One clip and its masks (a batch of one): log-mel, patches that the context encoder sees, patches to predict."""
     rows, columns = spec.grid
     image = patches_NP.cpu().view(rows, columns, *spec.patch).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
@@ -78,14 +78,14 @@ def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: P
 
 
 def plot_confusion(counts: np.ndarray, classes: list[str], title: str, path: Path) -> None:
-    """Share of each true class (row) that was given each class (column); `counts` `[classes, classes]`."""
+    """Share of each true class (row) that was predicted as each class (column); `counts` is `[classes, classes]`."""
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     n = len(classes)
     size = 4 + min(n, 100) * 0.22
     figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
-    axis.set(title=title, xlabel="given", ylabel="true")
+    axis.set(title=title, xlabel="predicted", ylabel="true")
     if n <= 100:
         axis.set_xticks(range(n), classes, rotation=90, fontsize=8)
         axis.set_yticks(range(n), classes, fontsize=8)
@@ -101,24 +101,24 @@ def plot_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
 def plot_embeddings(
     x: torch.Tensor, labels: torch.Tensor, classes: list[str], methods: Sequence[str], path: Path, most: int = 3_000
 ) -> None:
-    """At most `most` clip embeddings in two dimensions by each of `methods` ("pca", "tsne"), coloured by class."""
+    """At most `most` clip embeddings in two dimensions, coloured by class; a panel for each method ("pca", "tsne")."""
     from sklearn.decomposition import PCA  # slow to import, and a training run does not need it
     from sklearn.manifold import TSNE
 
     rows = torch.linspace(0, len(x) - 1, min(len(x), most)).round().long()
-    points, of = x[rows].double().numpy(), labels[rows].numpy()
+    points, class_of = x[rows].double().numpy(), labels[rows].numpy()
     points = (points - points.mean(0)) / (points.std(0) + 1e-9)
-    main = PCA(min(50, *points.shape), random_state=0).fit(points)
-    reduced = main.transform(points)
+    pca = PCA(min(50, *points.shape), random_state=0).fit(points)
+    reduced = pca.transform(points)
     figure, axes = plt.subplots(
         1, len(methods), figsize=(6 * len(methods) + 2, 5.5), layout="constrained", squeeze=False
     )
-    used = np.unique(of)
+    used = np.unique(class_of)
     colors = plt.get_cmap("tab20" if len(used) > 10 else "tab10") if len(used) <= 20 else plt.get_cmap("hsv")
     color = {c: colors(i if len(used) <= 20 else i / len(used)) for i, c in enumerate(used)}
     for axis, method in zip(axes[0], methods, strict=True):
         if method == "pca":
-            flat, share = reduced[:, :2], main.explained_variance_ratio_[:2]
+            flat, share = reduced[:, :2], pca.explained_variance_ratio_[:2]
             names = [f"component {i + 1} ({s:.0%} of the variance)" for i, s in enumerate(share)]
             axis.set(title="principal components", xlabel=names[0], ylabel=names[-1])
         else:
@@ -126,7 +126,7 @@ def plot_embeddings(
             flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
             axis.set(title=f"t-SNE (perplexity {perplexity:.0f})", xticks=[], yticks=[])
         for c in used:
-            axis.scatter(*flat[of == c].T[:2], s=8, alpha=0.7, color=color[c], label=classes[c], linewidths=0)
+            axis.scatter(*flat[class_of == c].T[:2], s=8, alpha=0.7, color=color[c], label=classes[c], linewidths=0)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=7, ncols=-(-len(names) // 26), markerscale=2)
     figure.savefig(path, dpi=110)

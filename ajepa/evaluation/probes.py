@@ -1,6 +1,6 @@
-"""Probes on frozen features: they learn from the training rows of a fold and name the test rows.
+"""Probes on frozen features, trained on the training rows of a fold to classify its test rows.
 
-Shapes: n recordings, D features of a recording, T tokens of all recordings (packed by `cu`), C features of a token.
+Shapes: n recordings, D features per recording, T tokens of all recordings (packed by `cu`), C features per token.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import nn
 from ajepa.evaluation.features import knn_predict, standardised
 
 EPOCHS, BATCH, LR, LR_END = 10, 32, 1e-3, 1e-4  # X-ARES's schedule
-VALIDATION = 0.1  # share of the training rows of each class that chooses the epoch
+VALIDATION = 0.1  # share of each class's training rows held out to choose the best epoch
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Embedded:
     cu: torch.Tensor | None = None  # int64 [n + 1]
 
     def padded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of these recordings, float32 `[b, L, C]`, and which of them are padding, bool `[b, L]`."""
+        """Tokens of the recordings `rows`, float32 `[b, L, C]`, and which of them are padding, bool `[b, L]`."""
         assert self.tokens is not None and self.cu is not None
         parts = [self.tokens[self.cu[i] : self.cu[i + 1]].float() for i in rows.tolist()]
         lengths = torch.tensor([len(p) for p in parts])
@@ -34,7 +34,7 @@ class Embedded:
 
 
 class LinearProbe(nn.Module):
-    """X-ARES's: layer norm of the pooled features, one linear layer."""
+    """X-ARES's linear probe: layer norm of the pooled features, then one linear layer."""
 
     def __init__(self, width: int, classes: int):
         super().__init__()
@@ -46,10 +46,10 @@ class LinearProbe(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """One learnt query a head attends to all tokens of a recording; values and the rest as the linear probe.
+    """One learnt query per head attends to all tokens of a recording; a linear probe classifies the result.
 
-    softmax(q_h . x_t) over the layer-normalised tokens x_t; the head's values W_h x_t are summed with these weights.
-    With a learnt query a key projection would add nothing, and W_h may follow the sum: no product of all tokens.
+    Head h sums the values W_h x_t of the layer-normalised tokens x_t with weights softmax(q_h . x_t). A key projection
+    would add nothing to a learnt query. W_h is applied after the sum, which avoids a product over all tokens.
     """
 
     def __init__(self, width: int, classes: int):
@@ -70,15 +70,15 @@ class AttentiveProbe(nn.Module):
 def predict(
     head: str, x: Embedded, labels: torch.Tensor, train: torch.Tensor, test: torch.Tensor, seed: int, device="cpu"
 ) -> torch.Tensor:
-    """Classes, int64 `[len(test)]`, that `head` learnt on the rows `train` gives to the rows `test`.
+    """Train `head` on the rows `train` and return the classes of the rows `test`, int64 `[len(test)]`.
 
-    `head`: a name in HEADS. Everything random follows from `seed`.
+    `head` is a name in HEADS. All randomness follows from `seed`.
     """
     return HEADS[head](x, labels, train, test, seed, torch.device(device))
 
 
 def validation_split(labels: torch.Tensor, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(to learn from, to choose the epoch by): a tenth of each class's rows is held back, never a class's only row."""
+    """Split `rows` into (training, validation): a tenth of each class validates, but never a class's only row."""
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(rows), dtype=torch.bool)
     for c in labels[rows].unique():
@@ -89,19 +89,19 @@ def validation_split(labels: torch.Tensor, rows: torch.Tensor, seed: int) -> tup
 
 
 def fit(module: nn.Module, inputs: Callable, labels: torch.Tensor, rows: torch.Tensor, seed: int, device) -> nn.Module:
-    """Adam, cosine schedule; the weights of the epoch that is best on the validation rows.
+    """Train with Adam and a cosine schedule, and keep the weights of the epoch with the best validation accuracy.
 
-    `inputs(rows)` gives the module's arguments.
+    `inputs(rows)` returns the module's arguments.
     """
-    learn, held = validation_split(labels, rows, seed)
+    train_rows, held = validation_split(labels, rows, seed)
     optimizer = torch.optim.Adam(module.parameters(), LR)
-    steps = EPOCHS * -(-len(learn) // BATCH)
+    steps = EPOCHS * -(-len(train_rows) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, LR_END)
     generator = torch.Generator().manual_seed(seed)
     best, weights = -1.0, module.state_dict()
     for _ in range(EPOCHS):
         module.train()
-        for batch in learn[torch.randperm(len(learn), generator=generator)].split(BATCH):
+        for batch in train_rows[torch.randperm(len(train_rows), generator=generator)].split(BATCH):
             loss = F.cross_entropy(module(*(t.to(device) for t in inputs(batch))), labels[batch].to(device))
             optimizer.zero_grad()
             loss.backward()

@@ -1,8 +1,9 @@
-"""An exported encoder of ajepa (`python -m ajepa.export --xares`) that needs torch alone.
+"""An encoder exported by `python -m ajepa.export --xares`. It needs only torch and is for inference only.
 
-Interface of X-ARES: an `nn.Module` with a no-argument constructor and `sampling_rate`, `output_dim`, `hop_size_in_ms`;
-called with waveforms `[B, T]` or `[T]` in [-1, 1] at `sampling_rate`, it returns float32 `[B, T', D]`. Recordings are
-cut into chunks of the training length; a short one is filled up, and frames of the filling are dropped. For inference.
+The class at the end has the interface of X-ARES: an `nn.Module` with a no-argument constructor and the attributes
+`sampling_rate`, `output_dim` and `hop_size_in_ms`. Called with waveforms `[B, T]` or `[T]` in [-1, 1] at
+`sampling_rate`, it returns float32 `[B, T', D]`. Recordings are cut into chunks of the training length. A short chunk
+is padded, and the frames of the padding are dropped.
 
 Shapes: B clips, M mel bands, N patches, C width.
 """
@@ -18,11 +19,11 @@ from torch import nn
 # The exporter fills these in. Without WEIGHTS (base64), a file of the same name with the suffix .safetensors is read.
 CONFIG: dict = {}
 WEIGHTS = ""
-ROWS = 16  # chunks at once: bounds the memory
+ROWS = 16  # chunks encoded at once; this bounds the memory
 
 
 def read_safetensors(data: bytes) -> dict[str, torch.Tensor]:
-    """The float32 tensors of a safetensors file: length of the header, header (JSON), values."""
+    """Read the float32 tensors of a safetensors file: the length of the header, the header (JSON) and the values."""
     start = 8 + int.from_bytes(data[:8], "little")
     header, tensors = json.loads(data[8:start]), {}
     for name, entry in header.items():
@@ -47,11 +48,11 @@ class LogMel(nn.Module):
         x = self.normalise(x)
         kaldi, samples, hop = spec["convention"] == "kaldi", x.shape[1], spec["hop_length"]
         frames = min((samples + spec["frame_bias"]) // hop + spec["frame_add"], spec["n_frames"])
-        place = spec["first_sample"] + torch.arange((frames - 1) * hop + spec["win_length"], device=x.device)
-        edge, last = int(kaldi), samples - 1  # beyond either end the clip is mirrored
-        place = torch.where(place < 0, -edge - place, place)
-        place = torch.where(place > last, 2 * last + edge - place, place).clamp_min(0)
-        x = x[:, place].unfold(1, spec["win_length"], hop)
+        index = spec["first_sample"] + torch.arange((frames - 1) * hop + spec["win_length"], device=x.device)
+        edge, last = int(kaldi), samples - 1  # the clip is mirrored at both ends
+        index = torch.where(index < 0, -edge - index, index)
+        index = torch.where(index > last, 2 * last + edge - index, index).clamp_min(0)
+        x = x[:, index].unfold(1, spec["win_length"], hop)
         if kaldi and spec["remove_dc_offset"]:
             x = x - x.mean(-1, keepdim=True)
         if kaldi and spec["preemphasis"]:
@@ -125,8 +126,8 @@ class Portable(nn.Module):
         self.output_dim = config["output_dim"]
         self.hop_size_in_ms = config["hop_size_in_ms"]
         if weights is None:
-            beside = Path(__file__).with_suffix(".safetensors")
-            weights = base64.b64decode(WEIGHTS) if WEIGHTS else beside.read_bytes()
+            weights_file = Path(__file__).with_suffix(".safetensors")
+            weights = base64.b64decode(WEIGHTS) if WEIGHTS else weights_file.read_bytes()
         tensors = read_safetensors(weights)
         self.log_mel = LogMel(config["front_end"], tensors.pop("window"), tensors.pop("mel"))
         self.vit = ViT(config, tensors.pop("positions"))
@@ -137,21 +138,21 @@ class Portable(nn.Module):
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         audio = (audio[None] if audio.ndim == 1 else audio).float().to(self.vit.norm.weight.device)
         clip, kept, stride = (self.config[name] for name in ("clip_samples", "frames_kept", "stride"))
-        full, parts = max(0, -(-(audio.shape[1] - clip) // stride)), []
+        full_chunks, parts = max(0, -(-(audio.shape[1] - clip) // stride)), []
         group = -(-ROWS // len(audio))
-        for first in range(0, full, group):
-            last = min(first + group, full)
+        for first in range(0, full_chunks, group):
+            last = min(first + group, full_chunks)
             chunks = audio[:, first * stride : (last - 1) * stride + clip].unfold(1, clip, stride)
             frames = self.encode(chunks.flatten(0, 1))[:, :kept]
             parts.append(frames.unflatten(0, (len(audio), last - first)).flatten(1, 2))
-        tail = audio[:, full * stride :]
+        tail = audio[:, full_chunks * stride :]
         frames = self.frames(tail.shape[1])
         if frames or not parts:
             parts.append(self.encode(tail)[:, : max(1, frames)])
         return torch.cat(parts, 1)
 
     def frames(self, samples: int) -> int:
-        """Frames that hold something of a chunk of so many samples."""
+        """Number of frames that hold audio in a chunk of `samples` samples."""
         spec = self.config["front_end"]
         if samples < spec["min_samples"]:
             return 0

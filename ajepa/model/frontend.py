@@ -5,15 +5,19 @@ from functools import lru_cache
 
 import torch
 
-from ajepa.model._torchaudio import import_torchaudio
+from ajepa.model._torchaudio import has_torchaudio, import_torchaudio
 from ajepa_kernels import LogMelSpec, log_mel
 
 
 class FrontEnd:
-    """Log-mel patches `[B, N, P]` of int16 PCM `[B, S]`, by `impl` "auto", "reference" or "torchaudio"."""
+    """Log-mel patches `[B, N, P]` of int16 PCM `[B, S]`, by `impl` "auto", "reference" or "torchaudio".
+
+    Where torchaudio cannot be imported, "torchaudio" becomes "reference", the plain definition of `log_mel`.
+    """
 
     def __init__(self, spec: LogMelSpec, impl: str = "auto", dtype: torch.dtype = torch.float32):
-        self.spec, self.impl, self.dtype = spec, impl, dtype
+        self.spec, self.dtype = spec, dtype
+        self.impl = "reference" if impl == "torchaudio" and not has_torchaudio() else impl
 
     def __call__(self, pcm: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         if self.impl == "torchaudio":
@@ -22,7 +26,7 @@ class FrontEnd:
 
 
 def torchaudio_patches(pcm: torch.Tensor, lengths: torch.Tensor | None, spec: LogMelSpec) -> torch.Tensor:
-    """The same patches by torchaudio: `compliance.kaldi.fbank` clip by clip, or a batched `MelSpectrogram`."""
+    """The same patches computed by torchaudio: `compliance.kaldi.fbank` clip by clip, or a batched `MelSpectrogram`."""
     sizes = [pcm.shape[1]] * len(pcm) if lengths is None else lengths.tolist()
     uniform = spec.convention == "torchaudio" and len(set(sizes)) == 1 and spec.top_db is None
     groups = [pcm[:, : sizes[0]]] if uniform else [clip[None, :size] for clip, size in zip(pcm, sizes, strict=True)]
@@ -56,7 +60,7 @@ def _spectrogram(x: torch.Tensor, spec: LogMelSpec) -> torch.Tensor:
         mel, to_db = _mel_transforms(spec, x.device)
         return to_db(mel(x)) if spec.log == "db" else mel(x).clamp_min(spec.log_floor).log()
     fbank = import_torchaudio().compliance.kaldi.fbank
-    # Its times are in ms and become samples again by truncation: half a sample keeps them whole.
+    # fbank takes times in ms and truncates them to samples: half a sample more keeps the intended count.
     per_ms = 1000.0 / spec.sample_rate
     features = torch.stack(
         [
@@ -78,7 +82,7 @@ def _spectrogram(x: torch.Tensor, spec: LogMelSpec) -> torch.Tensor:
             for clip in x
         ]
     )
-    return features.clamp_min(math.log(spec.log_floor))  # fbank knows one floor, float32 epsilon
+    return features.clamp_min(math.log(spec.log_floor))  # fbank's own floor is always float32 epsilon
 
 
 @lru_cache(maxsize=8)

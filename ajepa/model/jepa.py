@@ -1,6 +1,6 @@
 """Context encoder, predictor and target encoder, on packed tokens.
 
-Shapes: B clips, N patches a clip, P values a patch, T packed tokens, C width, H heads, D head dim.
+Shapes: B clips, N patches per clip, P values per patch, T packed tokens, C width, H heads, D head dim.
 """
 
 import copy
@@ -27,7 +27,7 @@ from ajepa_kernels import LogMelSpec
 
 
 class Transformer(nn.Module):
-    """Blocks and a last layer norm, with the positions of a patch grid."""
+    """Transformer blocks and a final layer norm, with position embeddings for a patch grid."""
 
     positions: torch.Tensor
 
@@ -40,16 +40,19 @@ class Transformer(nn.Module):
         self.rotary = rotary
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: float32
-        self.recompute = False  # the activations of a block in backward, instead of keeping them
+        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None means float32
+        self.recompute = False  # recompute each block's activations in backward instead of keeping them
 
     def forward(self, x_TC, patch_T, sequences: Sequences, keep_layers: int = 0, wanted: Wanted | None = None):
-        """`patch_T`: the grid cell of each token. Returns the normed output, of the `wanted` tokens where given, or the
-        last `keep_layers` blocks' own."""
-        place = self.positions[patch_T]
-        rotary = place if self.rotary else None
-        stream = torch.zeros_like(x_TC, dtype=place.dtype) if self.rotary else place
-        addend, stream = x_TC, stream.to(self.stream_dtype or place.dtype)
+        """Return the layer-normalised output of all tokens, or only of the `wanted` tokens.
+
+        `patch_T` is the grid cell of each token. With `keep_layers`, return a list of the outputs of that many last
+        blocks instead, without the final layer norm.
+        """
+        position = self.positions[patch_T]
+        rotary = position if self.rotary else None
+        stream = torch.zeros_like(x_TC, dtype=position.dtype) if self.rotary else position
+        addend, stream = x_TC, stream.to(self.stream_dtype or position.dtype)
         kept = []
         for i, block in enumerate(self.blocks):
             last = i + 1 == len(self.blocks)
@@ -63,7 +66,7 @@ class Transformer(nn.Module):
         return kept if keep_layers else add_norm(addend, stream, self.norm, self.impl)[0]
 
     def initialise(self) -> None:
-        """Truncated normal of std 0.02, residual outputs of layer l scaled by 1 / sqrt(2 l), as in I-JEPA."""
+        """Truncated normal weights of std 0.02; residual outputs of layer l are divided by sqrt(2 l), as in I-JEPA."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -75,7 +78,7 @@ class Transformer(nn.Module):
 
 
 class Encoder(Transformer):
-    """ViT over log-mel patches: no class token; only the patches named by `index` enter."""
+    """ViT over log-mel patches without a class token. It encodes only the patches that `index_T` selects."""
 
     def __init__(self, cfg: ModelConfig, spec: LogMelSpec, impl: str = "auto"):
         width, depth, heads = SIZES[cfg.size]
@@ -90,8 +93,11 @@ class Encoder(Transformer):
         return super().forward(x, index_T % self.n_patches, sequences)
 
     def encode(self, patches_BNP, layers: int = 0, wanted: Wanted | None = None):
-        """Latents of every patch, `[B, N, C]`; with `layers`, a list of the last blocks' outputs instead; with `wanted`
-        (rows are clip * N + patch), the latents of these patches alone, `[Tw, C]`."""
+        """Return the latents of every patch, `[B, N, C]`, or only of the `wanted` patches, `[Tw, C]`.
+
+        The rows of `wanted` are clip * N + patch. With `layers`, return a list of the outputs of that many last blocks
+        instead.
+        """
         B, N, _ = patches_BNP.shape
         cu = torch.arange(B + 1, device=patches_BNP.device, dtype=torch.int32) * N
         x = self.embed(patches_BNP).flatten(0, 1)
@@ -102,8 +108,11 @@ class Encoder(Transformer):
         return [o.unflatten(0, (B, N)) for o in out] if layers else out.unflatten(0, (B, N))
 
     def targets(self, patches_BNP, wanted: Wanted | None = None):
-        """What the predictor must give: the last layer's output, or the mean of the top layers (data2vec), of every
-        patch `[B * N, C]`, or of the `wanted` ones (last layer only) `[Tw, C]`."""
+        """Return the latents that the predictor learns to predict: the last layer's output, or the mean of the top
+        layers (data2vec).
+
+        They cover every patch, `[B * N, C]`, or only the `wanted` patches, `[Tw, C]` (last layer only).
+        """
         if self.target_layers == 1:
             return self.encode(patches_BNP, wanted=wanted) if wanted else self.encode(patches_BNP).flatten(0, 1)
         outputs = [o.float() for o in self.encode(patches_BNP, self.target_layers)]
@@ -112,7 +121,7 @@ class Encoder(Transformer):
 
 
 class Predictor(Transformer):
-    """Narrow transformer on the context's latents and one mask token for each patch to predict."""
+    """Narrow transformer over the context latents and one mask token for each patch to predict."""
 
     def __init__(self, cfg: ModelConfig, spec: LogMelSpec, impl: str = "auto"):
         width, heads = cfg.predictor_width, cfg.predictor_heads
@@ -125,19 +134,21 @@ class Predictor(Transformer):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context_TC, masks: Masks, prune: bool = False):  # type: ignore[override]
-        """Predicted latents `[Tt, C]`, in the order of `masks.target`. `prune`: leave out of the last layer what no
-        target needs."""
+        """Predicted latents `[Tt, C]`, in the order of `masks.target`.
+
+        With `prune`, the last layer computes outputs only for the mask tokens.
+        """
         embedded = self.embed(context_TC)
         tokens = torch.cat([embedded, self.mask_token.to(embedded.dtype).expand(len(masks.target), -1)])
         patch = torch.cat([masks.context, masks.target]) % self.n_patches
-        # index_select: where contexts repeat, its gradient adds in a fixed order on a CPU, that of [] does not
-        once = prune and masks.disjoint
-        x = unique_rows(tokens, masks.predict) if once else tokens.index_select(0, masks.predict)
-        place, sequences = patch[masks.predict], Sequences(masks.predict_cu, masks.max_predict)
+        # Contexts may repeat. On a CPU the gradient of index_select adds in a fixed order; that of [] does not.
+        no_repeats = prune and masks.disjoint
+        x = unique_rows(tokens, masks.predict) if no_repeats else tokens.index_select(0, masks.predict)
+        patch, sequences = patch[masks.predict], Sequences(masks.predict_cu, masks.max_predict)
         if prune:
             wanted = Wanted(masks.predicted, Sequences(masks.target_cu, masks.max_target))
-            return self.head(super().forward(x, place, sequences, wanted=wanted))
-        return self.head(super().forward(x, place, sequences).index_select(0, masks.predicted))
+            return self.head(super().forward(x, patch, sequences, wanted=wanted))
+        return self.head(super().forward(x, patch, sequences).index_select(0, masks.predicted))
 
 
 @lru_cache(maxsize=8)
@@ -146,22 +157,23 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class JEPA(nn.Module):
-    """The three networks. `forward` gives the predictions; targets carry no gradient."""
+    """The three networks. `forward` returns predictions and targets; targets carry no gradient."""
 
     def __init__(self, cfg: ModelConfig, spec: LogMelSpec, impl: str = "auto"):
         super().__init__()
         self.context_encoder = Encoder(cfg, spec, impl)
         self.predictor = Predictor(cfg, spec, impl)
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
-        self.parallel = False  # target and context encoder on two streams, CUDA only
+        self.parallel = False  # run the target and the context encoder on two CUDA streams
 
     def forward(
         self, patches_BNP: torch.Tensor, masks: Masks, prune: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predictions `[Tt, C]` at the target patches, the target encoder's latents, and the row of each prediction's.
+        """Return predictions `[Tt, C]` at the target patches, the target encoder's latents, and each prediction's row
+        of the latents.
 
-        The latents are those of every patch, `[B * N, C]`. `prune` computes no last layer where nothing reads it: the
-        latents are then those of the target patches alone, where these do not overlap.
+        The latents cover every patch, `[B * N, C]`. With `prune`, the last layers compute only outputs that are read:
+        if target patches do not overlap, the latents then cover only the target patches.
         """
         sequences = Sequences(masks.context_cu, masks.max_context)
 
@@ -170,14 +182,14 @@ class JEPA(nn.Module):
 
         if not self.parallel:
             return predict(), *self._targets(patches_BNP, masks, prune)
-        here, side = torch.cuda.current_stream(patches_BNP.device), _side_stream(patches_BNP.device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
+        main_stream, side_stream = torch.cuda.current_stream(patches_BNP.device), _side_stream(patches_BNP.device)
+        side_stream.wait_stream(main_stream)
+        with torch.cuda.stream(side_stream):
             latents, rows = self._targets(patches_BNP, masks, prune)
         prediction = predict()
-        here.wait_stream(side)
+        main_stream.wait_stream(side_stream)
         for x in (latents, rows):
-            x.record_stream(here)
+            x.record_stream(main_stream)
         return prediction, latents, rows
 
     @torch.no_grad()
@@ -193,11 +205,11 @@ class JEPA(nn.Module):
         return list(zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True))
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Let every linear layer compute with a copy of its parameters; returns the pairs (parameter, copy)."""
+        """Make every linear layer compute with copies of its parameters. Returns the pairs (parameter, copy)."""
         return [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
 
     def write_copies(self) -> None:
-        """For parameters that something else than the optimiser has set."""
+        """Refresh the copies after something other than the optimiser has set the parameters."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.write_copies()

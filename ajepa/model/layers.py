@@ -21,7 +21,7 @@ from ajepa_kernels import (
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions `[F * T, width]`: the first half tells the frequency row, the second the time."""
+    """Fixed 2-D sine-cosine positions `[F * T, width]`: one half encodes the frequency row, the other half the time."""
     half = [_angles(width // 2, size) for size in grid]
     axes = [torch.cat([a.sin(), a.cos()], dim=1) for a in half]
     rows = axes[0][:, None].expand(-1, grid[1], -1)
@@ -30,7 +30,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def rotary_positions(head_dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """2-D rotary angles (cos, sin), `[F * T, 2, head_dim / 2]`: half the pairs turn with frequency, half with time."""
+    """2-D rotary angles (cos, sin), `[F * T, 2, head_dim / 2]`: half the pairs encode frequency, half encode time."""
     rows, columns = (_angles(head_dim // 2, size) for size in grid)
     angles = torch.cat([rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)], dim=-1).flatten(
         0, 1
@@ -50,7 +50,7 @@ def rotate(x_THD: torch.Tensor, rotary_T2D: torch.Tensor) -> torch.Tensor:
 
 
 class _CopyLinear(torch.autograd.Function):
-    """y = x W^T + b read from low-precision copies of W and b (or no b); the gradients are the masters', in float32."""
+    """y = x W^T + b from low-precision copies of W and b (b may be None). W and b get their gradients in float32."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, weight_copy, bias_copy):
@@ -68,16 +68,16 @@ class _CopyLinear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that computes with copies of its parameters in a lower precision, once it has them (`add_copies`).
+    """`nn.Linear` that computes with copies of its parameters in a lower precision after `add_copies`.
 
-    Like autocast, without its casts: whoever updates the parameters also writes the copies.
+    The copies replace the casts of autocast. Code that updates the parameters must also write the copies.
     """
 
     copies: tuple[torch.Tensor, torch.Tensor] | None = None
-    fp8 = False  # multiply in float8, where no gradient is asked for
+    fp8 = False  # multiply in float8 when no gradient is needed
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs (parameter, its copy)."""
+        """Create the copies. Returns the pairs (parameter, copy)."""
         self.copies = (self.weight.detach().to(dtype), self.bias.detach().to(dtype))
         return list(zip((self.weight, self.bias), self.copies, strict=True))
 
@@ -87,7 +87,7 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def write_copies(self) -> None:
-        """For parameters that something else than the optimiser has set."""
+        """Refresh the copies after something other than the optimiser has set the parameters."""
         for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
             copy.copy_(parameter)
 
@@ -96,7 +96,7 @@ class Linear(nn.Linear):
         self.write_copies()
 
     def forward(self, x: torch.Tensor | Quantized, outputs: slice | None = None, biased: bool = True) -> torch.Tensor:
-        """`outputs`: only these of the output features; `biased`: with the bias added."""
+        """`outputs` selects a slice of the output features. `biased` adds the bias."""
         parameters = (self.weight, self.bias, *(self.copies or ()))
         if outputs is not None:
             parameters = tuple(p[outputs] for p in parameters)
@@ -124,33 +124,33 @@ class _UniqueRows(torch.autograd.Function):
 
 
 def unique_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """x[rows] where no row occurs twice: its gradient is a copy by index, that of `index_select` a sum by atomics."""
+    """x[rows] for rows without repeats. Its gradient is an indexed copy; `index_select` would sum with atomics."""
     return _UniqueRows.apply(x, rows)
 
 
 class Sequences(NamedTuple):
-    """Packed tokens: where each sequence begins, and the longest."""
+    """Packed tokens: the start of each sequence and the length of the longest."""
 
     cu: torch.Tensor  # int32 [R + 1]
     longest: int
-    keys: torch.Tensor | None = None  # bool [T]: the tokens that may be attended to; all are queries
+    keys: torch.Tensor | None = None  # bool [T]: tokens that may be attended to; every token is a query
 
 
 class Wanted(NamedTuple):
-    """The tokens of each sequence whose output is asked for."""
+    """The tokens of each sequence whose outputs are needed."""
 
-    rows: torch.Tensor  # int64 [Tw], of the packed tokens, each once
+    rows: torch.Tensor  # int64 [Tw], rows of the packed tokens without repeats
     sequences: Sequences
 
 
 class Block(nn.Module):
     """Pre-LN transformer block on packed tokens.
 
-    It takes and gives a pair (addend, stream), whose sum is the residual stream: the addition is left to the next
-    layer norm, which reads both anyway.
+    It takes and returns a pair (addend, stream) whose sum is the residual stream. The next layer norm does the
+    addition, because it reads both tensors anyway.
     """
 
-    mlp = "plain"  # see StepConfig
+    mlp = "plain"  # see StepConfig.mlp
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -193,7 +193,7 @@ class Block(nn.Module):
         )
 
     def attend_wanted(self, normed, sequences: Sequences, rotary, impl: str, wanted: Wanted):
-        """All tokens are keys, the wanted ones alone are queries."""
+        """All tokens are keys; only the wanted tokens are queries."""
         width = self.qkv.in_features
         queried = normed.rows(wanted.rows) if isinstance(normed, Quantized) else unique_rows(normed, wanted.rows)
         q = self.qkv(queried, slice(0, width)).unflatten(-1, (self.heads, -1))
@@ -208,7 +208,7 @@ class Block(nn.Module):
 
 
 def add_norm(addend, stream, norm: nn.LayerNorm, impl: str, quantize: bool = False):
-    """layer_norm(addend + stream), in float8 where a product in float8 reads it, and the sum."""
+    """Return layer_norm(addend + stream) and the sum. `quantize` returns the norm in float8, for a float8 product."""
     if quantize:
         return norm_quantize_rows(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
     return add_layer_norm(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)

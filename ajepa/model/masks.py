@@ -1,7 +1,7 @@
-"""Which patches the context encoder sees and which the predictor must give: four mask families, drawn without loops.
+"""Which patches the context encoder sees and which the predictor predicts: four mask families, drawn without loops.
 
 A mask family draws booleans; `Masks.pack` turns them into the packed, ragged indices that the model reads. Shapes:
-B clips, R contexts (B x masks per clip), K target groups a context, N = F x T patches (frequency-major), G groups.
+B clips, R contexts (B x masks per clip), K target groups per context, N = F x T patches (frequency-major), G groups.
 """
 
 import math
@@ -28,18 +28,18 @@ class Masks:
     target_cu: torch.Tensor  # int32 [G + 1]
     predict: torch.Tensor  # int64 [Tp], rows of (context tokens ++ mask tokens), packed per predictor sequence
     predict_cu: torch.Tensor  # int32 [G + 1]
-    predicted: torch.Tensor  # int64 [Tt], the predictor's rows that answer for `target`
+    predicted: torch.Tensor  # int64 [Tt], the predictor's output rows for the patches of `target`
     max_context: int
     max_predict: int
     max_target: int
     clips: int
-    disjoint: bool  # group g holds the targets of clip g: no patch is predicted twice
+    disjoint: bool  # group g holds the targets of clip g, so no patch is predicted twice
 
     BOUNDS: ClassVar = ("max_context", "max_predict", "max_target")
 
     @classmethod
     def pack(cls, context_RN: torch.Tensor, targets_RKN: torch.Tensor, masks_per_clip: int, present_RK=None) -> "Masks":
-        """From booleans. Groups outside `present_RK` (empty ones by default) get no predictor sequence."""
+        """Pack boolean masks. Groups that are False in `present_RK` (default: empty ones) get no predictor sequence."""
         R, N = context_RN.shape
         present = targets_RKN.any(-1) if present_RK is None else present_RK
         groups_GN, context_of = targets_RKN[present], present.nonzero()[:, 0]
@@ -55,14 +55,15 @@ class Masks:
         target_len = groups_GN.sum(-1)
         target_cu = _offsets(target_len)
 
-        shown = context_len[context_of]
-        predict_cu = _offsets(shown + target_len)
-        sequence = torch.repeat_interleave(shown + target_len)
-        place = torch.arange(len(sequence)) - predict_cu[sequence]
-        is_context = place < shown[sequence]
-        bounds = torch.stack([_most(context_len), _most(shown + target_len), _most(target_len)]).tolist()
-        from_context = context_cu[context_of[sequence]] + place
-        from_target = len(context) + target_cu[sequence] + place - shown[sequence]
+        visible_len = context_len[context_of]
+        predict_len = visible_len + target_len
+        predict_cu = _offsets(predict_len)
+        sequence = torch.repeat_interleave(predict_len)
+        offset = torch.arange(len(sequence)) - predict_cu[sequence]
+        is_context = offset < visible_len[sequence]
+        bounds = torch.stack([_longest(context_len), _longest(predict_len), _longest(target_len)]).tolist()
+        from_context = context_cu[context_of[sequence]] + offset
+        from_target = len(context) + target_cu[sequence] + offset - visible_len[sequence]
         return cls(
             context=context,
             context_cu=context_cu.int(),
@@ -82,7 +83,7 @@ class Masks:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.type is torch.Tensor}
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Masks":
-        """The same masks, each tensor replaced by what `function` makes of it."""
+        """The same masks with `function` applied to each tensor."""
         changed: dict[str, Any] = {name: function(x) for name, x in self.tensors().items()}
         return replace(self, **changed)
 
@@ -92,7 +93,7 @@ class Masks:
         return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
 
 
-def _most(lengths: torch.Tensor) -> torch.Tensor:
+def _longest(lengths: torch.Tensor) -> torch.Tensor:
     return lengths.max() if len(lengths) else lengths.new_zeros(())
 
 
@@ -101,7 +102,7 @@ def _offsets(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def random_masks(R, grid, ratio, noise) -> tuple[torch.Tensor, torch.Tensor]:
-    """Audio-JEPA: a share U(ratio) of the patches is masked, one share a batch, an own permutation each context."""
+    """Audio-JEPA's random masks: one masked share U(ratio) per batch, and a separate permutation for each context."""
     N = math.prod(grid)
     masked = round(N * _uniform((), ratio, noise).item())
     rank = noise((R, N)).argsort(-1).argsort(-1)
@@ -110,7 +111,7 @@ def random_masks(R, grid, ratio, noise) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def block_masks(R, grid, n_targets, target_scale, aspect, context_scale, noise) -> tuple[torch.Tensor, torch.Tensor]:
-    """I-JEPA's multi-block: K target blocks; the context is one large block without them (arXiv 2301.08243, sec. 3)."""
+    """I-JEPA's multi-block masks: K target blocks, one large context block without them (arXiv 2301.08243, sec. 3)."""
     targets = _blocks(R, n_targets, grid, target_scale, aspect, noise)
     context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), noise)[:, 0]
     return (context & ~targets.any(1)).flatten(1), targets.flatten(2)
@@ -121,8 +122,8 @@ def time_frequency_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A-JEPA's time-frequency masks: the context also loses every row and column that a target block touches.
 
-    The geometry is our reading of arXiv 2311.15830. Where it would leave fewer than `min_context` patches, the context
-    keeps the targets' rows (frequencies), and then their columns too.
+    The geometry is our reading of arXiv 2311.15830. A context with fewer than `min_context` patches keeps the targets'
+    rows (frequencies); if it still has too few, it keeps their columns as well.
     """
     targets = _blocks(R, n_targets, grid, target_scale, aspect, noise)
     context = _blocks(R, 1, grid, context_scale, (1.0, 1.0), noise)[:, 0]
@@ -136,7 +137,7 @@ def time_frequency_masks(
 
 
 def curriculum_probability(step: int, steps: int, c0: float = 0.01) -> float:
-    """A-JEPA's schedule: f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2)), the chance of a time-frequency mask."""
+    """A-JEPA's probability of a time-frequency mask at step s of S: f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2))."""
     return min(1.0, math.sqrt(step * (1 - c0**2) / steps + c0**2))
 
 
@@ -146,10 +147,10 @@ def _uniform(shape: tuple[int, ...], span: tuple[float, float], noise: Noise) ->
 
 
 def _blocks(R, K, grid, scale, aspect, noise) -> torch.Tensor:
-    """K rectangles a context, bool [R, K, F, T]: area U(scale) of the grid, height / width U(aspect).
+    """K rectangles per context, bool [R, K, F, T], with a share U(scale) of the grid and height / width U(aspect).
 
-    Height and width are shares of the grid's sides, so that a block of aspect 1 is as long as the grid is: on I-JEPA's
-    square grid this is its own definition, on a 8 x 64 one every block fits.
+    Height and width are shares of the grid's sides, so a block of aspect 1 has the proportions of the grid. On a square
+    grid this is I-JEPA's definition; on an 8 x 64 grid every block still fits.
     """
     F, T = grid
     area, ratio = _uniform((R, K), scale, noise), _uniform((R, K), aspect, noise)
@@ -159,14 +160,14 @@ def _blocks(R, K, grid, scale, aspect, noise) -> torch.Tensor:
     left = (noise((R, K)) * (T - width + 1)).floor()
 
     def span(start, length, size):
-        at = torch.arange(size)
-        return (at >= start[..., None]) & (at < (start + length)[..., None])
+        cell = torch.arange(size)
+        return (cell >= start[..., None]) & (cell < (start + length)[..., None])
 
     return span(top, height, F)[..., :, None] & span(left, width, T)[..., None, :]
 
 
 def _keep_minimum(context_RN, targets_RKN, minimum, noise):
-    """Give contexts below `minimum` patches some more: unused patches first, then targets, which they cease to be."""
+    """Fill contexts of fewer than `minimum` patches with unused patches first, then with patches taken from targets."""
     short = context_RN.sum(-1) < minimum
     if not short.any():
         return context_RN, targets_RKN
@@ -177,10 +178,10 @@ def _keep_minimum(context_RN, targets_RKN, minimum, noise):
 
 
 def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, noise):
-    """Exactly `n_context` visible and `n_target` target patches in the batch, still ragged from clip to clip.
+    """Select exactly `n_context` visible and `n_target` target patches in the batch, still ragged from clip to clip.
 
-    Surplus patches are dropped at random (each context keeps `minimum`); a lack is filled from patches that are
-    neither, and from targets at the last.
+    Surplus patches are dropped at random, but each context keeps `minimum` patches. Missing patches are taken from
+    unused patches first; contexts take targets only after those.
     """
 
     def smallest(score, count):
@@ -189,18 +190,19 @@ def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, noise):
         return chosen.view(score.shape)
 
     tier = torch.where(context_RN, 0.0, torch.where(targets_RKN.any(1), 2.0, 1.0)) + noise(context_RN.shape)
-    first = tier.argsort(-1).argsort(-1) < minimum
-    context = smallest(torch.where(first, tier - 3.0, tier), n_context)
+    guaranteed = tier.argsort(-1).argsort(-1) < minimum
+    context = smallest(torch.where(guaranteed, tier - 3.0, tier), n_context)
     free = ~context[:, None].expand_as(targets_RKN)
     tier = torch.where(targets_RKN & free, 0.0, torch.where(free, 1.0, 2.0)) + noise(targets_RKN.shape)
     return context, smallest(tier, n_target) & free
 
 
 class MaskSampler:
-    """Masks of step s as a pure function of (seed, s) and of each clip's place in the global batch.
+    """Draws the masks of step s as a pure function of (seed, s) and of each clip's place in the global batch.
 
-    Drawn on torch's default device. Nothing to save, and W ranks with B / W clips draw between them what one rank draws
-    for B. A fixed token budget is the exception: each rank meets its share of it.
+    The masks are drawn on torch's default device. The sampler has no state to save, and W ranks with B / W clips each
+    draw together the masks that one rank draws for B clips. The exception is a fixed token budget, which each rank
+    meets on its own share of the batch.
     """
 
     def __init__(self, cfg: MaskConfig, grid: tuple[int, int], *, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -213,7 +215,7 @@ class MaskSampler:
         return self.parts(step, steps, [batch])[0]
 
     def parts(self, step: int, steps: int, sizes: list[int]) -> list[Masks]:
-        """Masks of this rank's part of one batch, packed apart for its successive parts of so many clips."""
+        """Masks of this rank's part of one batch, packed separately for micro-batches of `sizes` clips."""
         per_clip = self.cfg.masks_per_clip
         noise = Noise(self.seed, step, rank=self.rank, world_size=self.world_size, per_clip=per_clip)
         rows = [size * per_clip for size in sizes]
@@ -260,7 +262,7 @@ class MaskSampler:
         return context, torch.where(is_tf[:, None, None], hard_targets, easy_targets)
 
     def _budget(self) -> tuple[float, float]:
-        """Mean visible and target patches a context, from a pilot draw: the smallest of the families in play."""
+        """Mean visible and target patches per context in pilot draws; the smallest means over the families in use."""
         if self.cfg.mask == "random":
             visible = self.n_patches * (1 - sum(self.cfg.mask_ratio) / 2)
             return visible, self.n_patches - visible

@@ -1,10 +1,10 @@
-"""Checkpoints that are either whole or absent: written beside, synced, renamed; checked by SHA-256 when read.
+"""Checkpoints that are either whole or absent: written to a temporary folder, synced and renamed.
 
-A checkpoint is a folder `step_<n>` with `model.safetensors`, `optimizer.safetensors`, `state.json` and the checksums of
-the three. Nothing in it is a pickle, so loading one cannot run code; that is why sharded weights are not left to the
-storage of torch.distributed.checkpoint, whose metadata is one. Rank 0 writes whole tensors, gathered one at a time, and
-every rank cuts its part out of them again: a checkpoint does not depend on the number of ranks, nor on how they share
-the weights. It must lie where all of them can read it.
+A checkpoint is a folder `step_<n>` with `model.safetensors`, `optimizer.safetensors`, `state.json` and their SHA-256
+checksums, which are verified when it is read. It holds no pickle, so loading it cannot run code; for the same reason
+sharded weights do not use torch.distributed.checkpoint, whose metadata is a pickle. Rank 0 gathers whole tensors one at
+a time and writes them, and every rank cuts its own part out of them when it loads. A checkpoint therefore depends
+neither on the number of ranks nor on how they shard the weights. All ranks must be able to read the folder.
 """
 
 import hashlib
@@ -20,20 +20,16 @@ from safetensors.torch import save as save_bytes
 
 from ajepa.training.engine import Engine
 from ajepa.utils.atomic_files import write_synced
+from ajepa.utils.run_folder import CheckpointError, checkpoints, read_verified
 
 FORMAT = 1
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or is damaged or foreign."""
 
 
 def save_checkpoint(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step_<step>` after `step` finished steps and drop all but the last `keep`. All ranks must call.
+    """Write `folder/step_<step>` after `step` finished steps, and delete all but the last `keep` checkpoints.
 
-    Raises CheckpointError (on rank 0; ElsewhereError on the others) where it cannot be written, ReplicaError where
-    ranks have drifted apart.
+    All ranks must call this. Raises CheckpointError on rank 0 (ElsewhereError on the other ranks) if the checkpoint
+    cannot be written, and ReplicaError if the ranks hold different weights.
     """
     ranks, final = engine.ranks, folder / f"step_{step:08d}"
     if ranks.first(final.exists):
@@ -72,16 +68,11 @@ def _write(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
-
-
 def load_latest(folder: Path, engine: Engine) -> tuple[dict[str, Any] | None, list[str]]:
     """Load the newest whole checkpoint into `engine`.
 
-    Returns its state (None where there is no checkpoint) and a message for each damaged one that was passed over.
-    Raises CheckpointError where checkpoints exist and none can be used, or ranks do not find the same.
+    Returns its state (None if there is no checkpoint) and a message for each damaged checkpoint that was skipped.
+    Raises CheckpointError if checkpoints exist but none is usable, or if the ranks find different checkpoints.
     """
     if engine.ranks.is_first:
         for leftover in folder.glob(".partial_*"):
@@ -106,7 +97,7 @@ def _load_newest(folder: Path, engine: Engine) -> tuple[dict[str, Any] | None, l
 
 
 def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
-    """Verify and load one checkpoint; returns its state. The engine is untouched where this raises CheckpointError."""
+    """Verify and load one checkpoint; return its state. Where this raises CheckpointError, the engine is unchanged."""
     contents = read_verified(path)
     try:
         state = json.loads(contents["state.json"])
@@ -116,7 +107,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
         found = state.get("format") if isinstance(state, dict) else None
         raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
-    own = dict(engine.model.named_parameters())  # its buffers are constants
+    own = dict(engine.model.named_parameters())  # buffers are constants and are not saved
     wrong = [k for k in own.keys() | model.keys() if k not in own or k not in model or own[k].shape != model[k].shape]
     random = {name: optimizer.pop(name) for name in list(optimizer) if name.startswith("rng/")}
     for name, value in optimizer.items():
@@ -132,21 +123,8 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
-def read_verified(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, checked against their SHA-256."""
-    try:
-        sums = json.loads((path / "checksums.json").read_bytes())
-        contents = {name: (path / name).read_bytes() for name in FILES}
-        for name, data in contents.items():
-            if hashlib.sha256(data).hexdigest() != sums[name]:
-                raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one it was saved with")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint of ajepa: {error!r}") from error
-    return contents
-
-
 def _sync(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders, and keeps their entries by itself
+    if os.name == "nt":  # Windows cannot open folders, and writes their entries without being asked
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -156,12 +134,12 @@ def _sync(folder: Path) -> None:
 
 
 def _model_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """Whole weights on the CPU of rank 0; nothing on the others."""
+    """Whole weights on the CPU of rank 0; an empty dictionary on the other ranks."""
     return _on_first(engine, {name: (value, value) for name, value in engine.model.state_dict().items()})
 
 
 def _optimizer_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """Optimiser state by parameter name, and every rank's random state."""
+    """Optimiser state by parameter name, and the random state of every rank."""
     parameters = dict(engine.model.named_parameters())
     names = {engine.ranks.local(p): name for name, p in parameters.items()}
     tensors = _on_first(
@@ -180,10 +158,10 @@ def _optimizer_tensors(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def _on_first(engine: Engine, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """From (parameter, this rank's part): whole tensors on the CPU of rank 0, gathered one after the other."""
+    """Gather each (parameter, this rank's part) to a whole tensor on the CPU of rank 0, one tensor at a time."""
     ranks, tensors = engine.ranks, {}
     for name, (parameter, value) in values.items():
-        whole = ranks.whole(parameter, value) if value.ndim else value  # a count of steps is the same on all ranks
+        whole = ranks.whole(parameter, value) if value.ndim else value  # a step count is the same on all ranks
         if ranks.is_first:
             tensors[name] = whole.detach().contiguous().cpu()
     return tensors
@@ -198,7 +176,7 @@ def _rng_shape() -> torch.Size:
 
 
 def _load_random(engine: Engine, states: dict[str, torch.Tensor]) -> None:
-    """A rank that the saved run did not have keeps its fresh random state."""
+    """Restore this rank's random state. A rank that the saved run did not have keeps its fresh state."""
     rank = engine.ranks.rank
     if (state := states.get(f"rng/cpu/{rank}")) is not None:
         torch.set_rng_state(state)

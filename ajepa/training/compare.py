@@ -1,8 +1,7 @@
-"""Throughput against plain PyTorch: the same batches through several engines, in alternation."""
+"""Throughput against plain PyTorch: several engines train on the same batches in alternation."""
 
 import contextlib
 import dataclasses
-import gc
 import itertools
 import statistics
 import time
@@ -12,8 +11,11 @@ from dataclasses import dataclass, field
 import torch
 
 from ajepa.config import Config, Impl
-from ajepa.model.masks import Masks
-from ajepa.training.engine import Engine, wait
+from ajepa.model.masks import Masks, MaskSampler
+from ajepa.training.corpus import Corpus, to_device
+from ajepa.training.engine import Engine
+from ajepa.training.run_log import warn
+from ajepa.utils.devices import release_memory, reserved_memory, wait
 
 Batch = tuple[torch.Tensor, torch.Tensor, Masks | list[Masks]]  # pcm, lengths, masks
 PHASES = ("front end", "forward", "backward", "update")
@@ -21,13 +23,13 @@ PHASES = ("front end", "forward", "backward", "update")
 
 @dataclass
 class Timing:
-    """What one engine did with the batches."""
+    """Measurements of one engine."""
 
-    seconds: list[float] = field(default_factory=list)  # of each step, PCM to updated weights
-    losses: list[float] = field(default_factory=list)  # of every step, the warm-up's too
-    flops: float = 0.0  # of a step, median over the batches' masks
-    peak_bytes: int | None = None  # device memory its weights, moments and warm-up steps reserved; None on a CPU
-    phases: dict[str, float] = field(default_factory=dict)  # median seconds of PHASES; empty where not asked for
+    seconds: list[float] = field(default_factory=list)  # of each counted step, from PCM to updated weights
+    losses: list[float] = field(default_factory=list)  # of every step, warm-up included
+    flops: float = 0.0  # per step, median over the batches' masks
+    peak_bytes: int | None = None  # device memory reserved in setup and warm-up; None on a CPU
+    phases: dict[str, float] = field(default_factory=dict)  # median seconds of each of PHASES; empty if not requested
 
 
 def time_engines(
@@ -37,33 +39,33 @@ def time_engines(
     warm_up: int = 1,
     split_steps: int = 0,
 ) -> dict[str, Timing]:
-    """Every batch through every engine in turn (A B A B), after `warm_up` uncounted steps on the first batches.
+    """Run every batch through every engine in turn (A B A B), after `warm_up` uncounted steps on the first batches.
 
-    A fresh engine of each configuration; where a GPU does not hold all of them at once, one after the other.
-    `split_steps` further steps are timed phase by phase, with a wait after each.
+    Each configuration gets a new engine. If a GPU cannot hold all engines at once, they run one after the other.
+    `split_steps` further steps are timed phase by phase, with a synchronization after each phase.
     """
     try:
         return _time_together(configs, device, batches, warm_up, split_steps)
     except torch.cuda.OutOfMemoryError:
         if len(configs) == 1:
             raise
-    apart: dict[str, Timing] = {}
+    timings: dict[str, Timing] = {}
     for name, cfg in configs.items():
-        apart |= _time_together({name: cfg}, device, batches, warm_up, split_steps)
-    return apart
+        timings |= _time_together({name: cfg}, device, batches, warm_up, split_steps)
+    return timings
 
 
 def _time_together(configs, device, batches: list[Batch], warm_up: int, split_steps: int) -> dict[str, Timing]:
     engines: dict[str, Engine] = {}
     timings = {name: Timing() for name in configs}
     for name, timing in timings.items():
-        release(device)  # what another engine has freed is not to serve this one uncounted
-        before = _reserved(device)
+        release_memory(device)  # memory cached by an earlier engine would not be counted for this one
+        before = reserved_memory(device)
         engine = engines[name] = Engine(configs[name], device)
         for step in range(warm_up):
             timing.losses.append(engine.step(*batches[step % len(batches)], step).loss.item())
         if device.type == "cuda":
-            timing.peak_bytes = torch.cuda.memory_reserved(device) - before
+            timing.peak_bytes = reserved_memory(device) - before
     for step, batch in enumerate(batches, start=warm_up):
         for name, engine in engines.items():
             wait(device)
@@ -81,15 +83,8 @@ def _time_together(configs, device, batches: list[Batch], warm_up: int, split_st
     return timings
 
 
-def release(device: torch.device) -> None:
-    """Memory of engines that are no more: each refers to itself, by its methods in graphs and compiled functions."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def split(engine: Engine, steps: list[tuple[Batch, int]]) -> dict[str, float]:
-    """Median seconds of each of PHASES, outside CUDA graphs: these have no phases to wait between."""
+    """Median seconds of each of PHASES, without CUDA graphs, which cannot be timed by phase."""
     graphs, engine.graphs = engine.graphs, None
     rows = []
     try:
@@ -106,8 +101,10 @@ def split(engine: Engine, steps: list[tuple[Batch, int]]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _marks(engine: Engine) -> Iterator[dict[str, float]]:
-    """When a step's PHASES begin, each after the device has finished the one before: marks at the front end's and
-    backward's begin and end. Of a step of one micro-batch."""
+    """Record when each of a step's PHASES begins, after the device has finished the previous phase.
+
+    The marks are set at the start and end of the front end and of backward, so the step must have one micro-batch.
+    """
     marks: dict[str, float] = {}
 
     def marked(function, begin: str, end: str):
@@ -130,10 +127,34 @@ def _marks(engine: Engine) -> Iterator[dict[str, float]]:
 
 def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:
     """Clips per second of each engine, from its median step."""
-    graphs = device.type == "cuda" and cfg.step.cuda_graph  # a graph is replayed at the third step of its shapes
+    graphs = device.type == "cuda" and cfg.step.cuda_graph  # a graph is first replayed in the third step of its shapes
     configs: dict[str, Config] = {impl: dataclasses.replace(cfg, impl=impl) for impl in impls}
     timings = time_engines(configs, device, batches, warm_up=2 * len(batches) if graphs else 1)
     return {impl: len(batches[0][0]) / statistics.median(timing.seconds) for impl, timing in timings.items()}
+
+
+def compare_engines(
+    cfg: Config, device: torch.device, corpus: Corpus, steps: int, world_size: int = 1
+) -> dict[str, float]:
+    """Clips per second of plain PyTorch and of this run's engine on one device, over its share of `steps` batches.
+
+    Empty where `steps` is 0, or where both engines do not fit into the GPU's memory.
+    """
+    if steps == 0:
+        return {}
+    impls: list[Impl] = ["reference", "compile", cfg.impl] if cfg.compare else ["reference", cfg.impl]
+    sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
+    with contextlib.closing(corpus.loader(cfg, None, 0, world_size)) as loader:
+        pairs = [to_device(next(loader), device) for _ in range(steps)]
+    batches: list[Batch] = []
+    for i, (pcm, lengths) in enumerate(pairs):
+        parts = sampler.parts(i, cfg.optim.steps, cfg.step.sizes(len(pcm)))
+        batches.append((pcm, lengths, [masks.to(device) for masks in parts]))
+    try:
+        return compare(cfg, device, batches, list(dict.fromkeys(impls)))
+    except torch.cuda.OutOfMemoryError:
+        warn("no comparison with plain PyTorch: it does not fit into the GPU's remaining memory")
+        return {}
 
 
 def table(rates: dict[str, float]) -> str:
@@ -146,7 +167,3 @@ def table(rates: dict[str, float]) -> str:
 def _now(device: torch.device) -> float:
     wait(device)
     return time.perf_counter()
-
-
-def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""The audio of a run: what it trains on, what its features are scored on, and what had to be left out."""
+"""The audio of a run: the training recordings, the evaluation clips, and the files that were left out."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ajepa.config import Config
+from ajepa.data.batch import Batch
 from ajepa.data.index import Index, build_index, cache_root
 from ajepa.data.loader import AudioLoader, iterate_once
 from ajepa.data.reader import all_stored
@@ -22,7 +23,7 @@ from ajepa.evaluation.features import Evaluation
 class Corpus:
     index: Index
     evaluation: Evaluation
-    skipped: list[tuple[str, str]]  # (path, reason), found when indexed or loaded for the evaluation
+    skipped: list[tuple[str, str]]  # (path, reason), found while indexing or loading evaluation clips
     description: str
 
     def loader(
@@ -33,7 +34,7 @@ class Corpus:
         world_size: int = 1,
         device: torch.device | None = None,
     ) -> AudioLoader:
-        """Batches on `device`, copied ahead or held there (`--resident`); None: in host memory, for a few batches."""
+        """Loader of batches on `device`, prefetched or kept there (`--resident`). With None they stay on the host."""
         options: dict[str, Any] = {
             **clip_options(cfg),
             "batch_size": cfg.optim.batch_size // world_size,
@@ -49,7 +50,10 @@ class Corpus:
         return AudioLoader(self.index, device=device, **options)
 
     def write_skipped(self, folder: Path, found: Iterable[tuple[str, str]]) -> int:
-        """List the files left out, with the reason, in `skipped.tsv`; `found` by the loaders. Returns their number."""
+        """List the files left out with their reasons in `skipped.tsv` and return their number.
+
+        `found` holds the files that loaders skipped.
+        """
         rows = dict([*self.skipped, *found])
         lines = [f"{ascii(path)[1:-1]}\t{' '.join(reason.split())}\n" for path, reason in rows.items()]
         (folder / "skipped.tsv").write_text("path\treason\n" + "".join(lines))
@@ -57,7 +61,7 @@ class Corpus:
 
 
 def clip_options(cfg: Config) -> dict[str, Any]:
-    """How recordings become clips, in training and in evaluation alike."""
+    """Options that turn recordings into clips, in training and evaluation alike."""
     rate = cfg.front_end.sample_rate
     samples = round(cfg.data.clip_seconds * rate)
     return {
@@ -69,15 +73,23 @@ def clip_options(cfg: Config) -> dict[str, Any]:
     }
 
 
+def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """PCM and lengths of a batch on `device`, where the loader has not copied them already."""
+    if batch.pcm.device.type == device.type:
+        return batch.pcm, batch.lengths
+    pcm, lengths = (t.pin_memory().to(device, non_blocking=True) for t in (batch.pcm, batch.lengths))
+    return pcm, lengths
+
+
 def open_corpus(cfg: Config) -> Corpus:
-    """Index the training audio and load the clips to watch the features on. DataError where nothing is usable."""
+    """Index the training audio and load the evaluation clips. Raises DataError if nothing is usable."""
     data, watch = cfg.data, cfg.watch
     source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
     if source is None:
         source = str(
             make_synthetic(
                 cache_root() / "synthetic",
-                n_clips=max(220, round(4_000 / data.clip_seconds)),  # about an hour, whatever the clip
+                n_clips=max(220, round(4_000 / data.clip_seconds)),  # about an hour for any clip length
                 seconds=max(0.5, data.clip_seconds),
                 sample_rate=cfg.front_end.sample_rate,
             )
@@ -99,18 +111,16 @@ def open_corpus(cfg: Config) -> Corpus:
         description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
     rate = cfg.front_end.sample_rate
     if is_shards(source) and not all_stored(index, rate):
-        description += (
-            f"\nevery clip is decoded or resampled anew: ajepa.pack --rate {rate} --codec pcm would spare that"
-        )
+        description += f"\nevery clip is decoded or resampled anew; ajepa.pack --rate {rate} --codec pcm avoids that"
     return Corpus(index, evaluation, skipped, description)
 
 
 def load_evaluation(
     cfg: Config, index: Index, test: str | None, limit: int | None, skipped: list[tuple[str, str]]
 ) -> Evaluation:
-    """At most `limit` clips, spread evenly over the index (the labelled part where there is one), decoded into memory.
+    """Decode at most `limit` clips into memory, spread evenly over the index, or over its labelled rows if it has any.
 
-    `test` names the rows to classify; by default every fourth.
+    `test` selects the rows to classify; the default is every fourth row.
     """
     labelled = np.flatnonzero(index.single_labels >= 0)
     rows = labelled if len(labelled) else np.arange(len(index))

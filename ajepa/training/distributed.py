@@ -1,10 +1,10 @@
-"""Many processes, one run: what the ranks agree on, and how gradients and weights are spread over them.
+"""One run on many processes: what the ranks agree on, and how gradients and weights are spread over the ranks.
 
 Every rank runs the same loop on its share of each global batch. Clip i of a batch of B goes to rank i mod W, and its
-masks depend on (seed, step, i) alone, so W ranks with B / W clips compute what one rank with B computes, up to the
-order of additions. Three groups: the default one (NCCL on GPUs, gloo on CPUs) carries gradients; a gloo group of the
-same timeout carries each step's small host-side exchange, through which a dead rank shows at once; a patient one is for
-waits of unknown length, such as for the first indexing of a large data set.
+masks depend only on (seed, step, i), so W ranks with B / W clips each compute the same as one rank with B clips, up to
+the order of additions. There are three process groups. The default group (NCCL on GPUs, gloo on CPUs) carries
+gradients. A gloo group with the same timeout carries each step's small host-side exchange, which reveals a dead rank at
+once. A patient gloo group is for waits of unknown length, such as for the first indexing of a large data set.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ from ajepa.config import Config, ConfigError
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=2)
-GRACE = 5.0  # seconds in which the launcher finds out which rank died first
+GRACE = 5.0  # seconds that the launcher gets to find out which rank died first
 
 
 class ElsewhereError(Exception):
-    """Another rank failed and has said why."""
+    """Another rank failed and has reported the reason."""
 
 
 class ReplicaError(RuntimeError):
-    """Ranks that must hold the same weights do not."""
+    """The ranks hold different weights although they must hold the same."""
 
 
 class Ranks:
-    """This process among the `world_size` of a run, whose weights are replicated (DDP).
+    """This process as one of the `world_size` ranks of a run with replicated weights (DDP).
 
-    Alone (`Ranks()`), every method does the obvious without torch.distributed.
+    With a single process (`Ranks()`), no method uses torch.distributed.
     """
 
     replicated = True
@@ -52,14 +52,14 @@ class Ranks:
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.alone, self.is_first = world_size == 1, rank == 0
-        self.steps: Any = None  # gloo, as impatient as the default group
-        self.patient: Any = None
+        self.steps: Any = None  # gloo group with the timeout of the default group
+        self.patient: Any = None  # gloo group with the timeout PATIENCE
         self._stopping = False
 
     # --- what the ranks agree on ---------------------------------------------------------------------------------
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank, in their order. Waits as long as it takes."""
+        """Return the `value` of every rank, in rank order. Waits up to PATIENCE."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -67,11 +67,14 @@ class Ranks:
         return values
 
     def union(self, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """(key, value) pairs of all ranks."""
+        """Merge the (key, value) pairs of all ranks."""
         return {key: value for found in self.gather(list(pairs)) for key, value in found}
 
     def together(self, work: Callable[[], T]) -> T:
-        """`work()` of this rank. Where ranks fail, all stop: the first of them with its error, the others silently."""
+        """Run `work()` on every rank and return this rank's result.
+
+        If any rank fails, the first that failed raises its error and all others raise ElsewhereError.
+        """
         error: BaseException | None = None
         try:
             result = work()
@@ -85,18 +88,19 @@ class Ranks:
         return result
 
     def first(self, work: Callable[[], T]) -> T | None:
-        """`work()` on rank 0, while the others wait; None there. Where it fails, all stop."""
+        """Return `work()` on rank 0 and None on the others, which wait. If it fails, all ranks stop."""
         return self.together(lambda: work() if self.is_first else None)
 
     def first_alone(self, work: Callable[[], T]) -> T:
-        """`work()` on rank 0, and then on all others: what it leaves on disk, they need not do again."""
+        """Run `work()` on rank 0 and then on all others, which reuse what rank 0 left on disk."""
         done = self.first(work)
         return self.together(lambda: work() if done is None else done)
 
     def share(self, targets: int, stop: bool) -> float:
-        """Weight of this rank's mean loss over `targets` patches, so that the mean over ranks is that over all patches.
+        """Weight of this rank's mean loss over `targets` patches.
 
-        Also carries each rank's wish to stop: `stopping` is then true on all of them, after the same step.
+        With these weights the mean over ranks is the mean over all patches. The call also exchanges each rank's request
+        to stop: `stopping` becomes true on all ranks after the same step.
         """
         if self.alone:
             return 1.0
@@ -109,7 +113,7 @@ class Ranks:
         return bool(wish) if self.alone else self._stopping
 
     def check_alike(self, model: nn.Module, step: int) -> None:
-        """Raises ReplicaError unless all ranks hold the same bits, target encoder included."""
+        """Raise ReplicaError unless all ranks hold bitwise equal weights, target encoder included."""
         if self.alone:
             return
         digest = hashlib.sha256()
@@ -121,28 +125,28 @@ class Ranks:
             if not self.is_first:
                 raise ElsewhereError
             raise ReplicaError(
-                f"after step {step} the weights of rank {', '.join(map(str, other))} differ from rank 0's: a faulty "
-                "device, or code that treats ranks differently. Nothing was saved; resume from the last checkpoint."
+                f"after step {step} the weights of rank {', '.join(map(str, other))} differ from rank 0's: a device "
+                "is faulty, or code treats ranks differently. Nothing was saved; resume from the last checkpoint."
             )
 
     # --- gradients and weights -------------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What to call for the forward pass, so that `backward` leaves the mean gradient on every rank."""
+        """Return the module for the forward pass, after which `backward` leaves the mean gradient on every rank."""
         if self.alone:
             return model
-        # The positions, its only buffers, are constants: no need to send them at each step.
+        # The only buffers are the positions. They are constant and need not be sent at each step.
         options = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # torch < 2.13
         chosen: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
         return DistributedDataParallel(model, **chosen)
 
     def accumulate(self, net: Any, last: bool) -> contextlib.AbstractContextManager:
-        """Around forward and backward of a micro-batch: replicas exchange gradients in the last one only."""
+        """Context of a micro-batch's forward and backward; replicas exchange gradients only in the last one."""
         return contextlib.nullcontext() if self.alone or last else net.no_sync()
 
     def load(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-        """Sets the weights from whole tensors."""
+        """Set the weights from full tensors."""
         model.load_state_dict(tensors)
 
     def local(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -150,9 +154,9 @@ class Ranks:
         return parameter
 
     def reduce(self, loss: torch.Tensor, trained: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss over the ranks, and the norm of the mean gradient, the same on every rank; no host sync.
+        """Mean loss over the ranks, and the norm of the mean gradient, without a synchronization of the host.
 
-        So is whether they are finite: a step is skipped by all ranks or by none.
+        Both are the same on every rank, so all ranks skip a non-finite step or none does.
         """
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
         return self._mean(loss), norm
@@ -164,7 +168,7 @@ class Ranks:
         return loss
 
     def whole(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The full tensor of which `value` (shaped as `local(parameter)`) is this rank's part. All ranks must call."""
+        """The full tensor whose part on this rank is `value`, shaped as `local(parameter)`. All ranks must call it."""
         return value
 
     def part(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -172,14 +176,14 @@ class Ranks:
         return value
 
     def whole_target_encoder(self, model: Any) -> nn.Module:
-        """The target encoder as a plain module. All ranks must call."""
+        """The target encoder as a plain module. All ranks must call it."""
         return model.target_encoder
 
 
 class ShardedRanks(Ranks):
-    """FSDP2: weights, gradients and moments are cut along their first dimension; blocks are gathered as they are used.
+    """FSDP2: weights, gradients and moments are sharded along their first dimension; blocks are gathered when used.
 
-    The optimiser and the EMA work on each rank's plain shards, on which their kernels run as on whole tensors.
+    The optimiser and the EMA work on each rank's shards as plain tensors, so their kernels need no change.
     """
 
     replicated = False
@@ -195,7 +199,7 @@ class ShardedRanks(Ranks):
         return model
 
     def accumulate(self, net, last):
-        return contextlib.nullcontext()  # whole gradients of several micro-batches would take the memory of replicas
+        return contextlib.nullcontext()  # unsharded gradients would take as much memory as replicas
 
     @torch.no_grad()
     def load(self, model, tensors):
@@ -215,7 +219,7 @@ class ShardedRanks(Ranks):
         return self._mean(loss), squares.sqrt()
 
     def check_alike(self, model, step):
-        """Nothing to compare: each weight lives on one rank."""
+        """Compare nothing: each weight is on one rank only."""
 
     def whole(self, parameter, value):
         if not isinstance(parameter, DTensor):
@@ -242,10 +246,10 @@ class ShardedRanks(Ranks):
 
 @contextlib.contextmanager
 def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """This process's rank in the group that torchrun, or another launcher with its variables, has started, and its
-    own device of the kind of `device`.
+    """Join the group started by torchrun or a launcher with the same variables. Yields this process's rank and device.
 
-    Raises ConfigError where the launcher's variables are incomplete or there are more local ranks than GPUs.
+    The device is of the type of `device`; each rank has its own. Raises ConfigError if the launcher's variables are
+    incomplete or there are more local ranks than GPUs.
     """
     world_size, local_rank = world(), _variable("LOCAL_RANK", 0)
     if world_size == 1:
@@ -260,7 +264,9 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
     if cuda := device.type == "cuda":
         need, have = _variable("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
         if need > have:
-            raise ConfigError(f"{need} ranks for {have} GPUs here: each needs its own, start torchrun with fewer")
+            raise ConfigError(
+                f"{need} ranks on a machine with {have} GPUs: each needs its own, start torchrun with fewer ranks"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
@@ -276,35 +282,36 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
 
 
 def world() -> int:
-    """How many processes this run has, by the launcher's variable."""
+    """Number of processes of this run, from the launcher's variable."""
     return _variable("WORLD_SIZE", 1)
 
 
 def speaks_for_node() -> bool:
-    """Whether this process says what all ranks of its machine find alike."""
+    """Whether this process prints the messages that all ranks of its machine share."""
     return _variable("LOCAL_RANK", 0) == 0
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone or too late."""
+    """Whether a collective failed because another rank has ended or is too late."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _give_up(ranks: Ranks, error: RuntimeError, cfg: Config) -> None:
-    """Ends this process: with a gone rank nothing collective can be done, not even leaving in order.
+    """End this process: once a rank is lost, no collective can complete, not even an orderly shutdown.
 
-    One rank speaks for all. The others' wait lets the launcher see first whose death it was.
+    One rank prints the error for all. The wait lets the launcher find out which rank died first.
     """
     try:
-        speaks = dist.distributed_c10d._get_default_store().add("ajepa/lost", 1) == 1
+        is_reporter = dist.distributed_c10d._get_default_store().add("ajepa/lost", 1) == 1
     except (RuntimeError, ValueError):
-        speaks = True  # the store went with the rank that kept it
-    if speaks:
+        is_reporter = True  # the store ended with the rank that hosted it
+    if is_reporter:
         reason = str(error).splitlines()[0]
         print(
             f"error: rank {ranks.rank} lost another rank, or waited more than --rank-timeout {cfg.rank_timeout:g} s "
-            f"for it ({reason}). The launcher's report says which one ended and how. Continue from the last checkpoint "
-            f"with --out {cfg.out} --resume, on any number of ranks that divides --batch-size {cfg.optim.batch_size}.",
+            f"for it ({reason}). The launcher's report says which rank ended and how. Continue from the last "
+            f"checkpoint with --out {cfg.out} --resume, on any number of ranks that divides "
+            f"--batch-size {cfg.optim.batch_size}.",
             file=sys.stderr,
             flush=True,
         )
@@ -317,4 +324,4 @@ def _variable(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"{name}={text}: not a number; the launcher must set it, as torchrun does") from None
+        raise ConfigError(f"{name}={text} is not a number; start the run with torchrun, which sets it") from None

@@ -1,4 +1,4 @@
-"""The step as CUDA graphs: recorded once for each set of shapes, then replayed with one launch."""
+"""The step as CUDA graphs: captured once for each set of shapes, then replayed with one launch."""
 
 import contextlib
 import dataclasses
@@ -11,86 +11,87 @@ import torch
 
 from ajepa.model.masks import Masks
 
-MAX_GRAPHS = 48  # Audio-JEPA's ratio, drawn for each batch, gives 27 counts of masked patches
-TILES = (16, 32, 64, 96, 128)  # of attention: bounds on sequence lengths within one are alike to it
+MAX_GRAPHS = 48  # Audio-JEPA draws its ratio per batch, which gives 27 numbers of masked patches
+TILES = (16, 32, 64, 96, 128)  # tile lengths of attention, which treats all length bounds within one tile alike
 
 
 class StepGraphs:
-    """Calls `train(patches, parts, rates)` through CUDA graphs: patches and masks to scalars, rates a named tuple.
+    """Calls `train(patches, parts, schedule_values)`, which returns scalars, through CUDA graphs.
 
-    Shapes seen for the first time run eagerly, which compiles and loads what a recording may not; the second time they
-    are recorded, from then on replayed. Inputs are copied into tensors that stay where they are; rates are scalars on
-    the device, always, so that both ways launch the same kernels. What cannot be recorded, and shapes beyond the first
-    `MAX_GRAPHS`, run eagerly, the reason said once. All graphs share one memory pool: nothing of one graph outlives its
-    replay but the copied result.
+    `parts` are the masks of each micro-batch and `schedule_values` is a named tuple. Shapes seen for the first time run
+    eagerly, because a capture must not compile or load kernels. The second time they are captured, and from then on
+    replayed. Inputs are copied into tensors at fixed addresses. Schedule values are always scalars on the device, so an
+    eager step launches the same kernels as a replay. Steps that cannot be captured, and shapes beyond the first
+    `MAX_GRAPHS`, run eagerly, and the reason is printed once. All graphs share one memory pool, so only the copied
+    result outlives a replay.
     """
 
     def __init__(self, train: Callable, device: torch.device):
         self.train, self.device = train, device
-        self.seen: dict[tuple, _Recorded | None] = {}
+        self.seen: dict[tuple, _Captured | None] = {}
         self.failed = False
-        self.said: set[str] = set()
-        self.rates: torch.Tensor | None = None
+        self.reported: set[str] = set()
+        self.schedule_values: torch.Tensor | None = None
         self.pool: Any = None
 
-    def __call__(self, patches: torch.Tensor, parts: list[Masks], rates: Any) -> tuple[torch.Tensor, ...]:
+    def __call__(self, patches: torch.Tensor, parts: list[Masks], schedule_values: Any) -> tuple[torch.Tensor, ...]:
         parts = [_round_bounds(masks) for masks in parts]
-        rates = self._on_device(rates)
+        schedule_values = self._on_device(schedule_values)
         key = (patches.shape, patches.dtype, *(_shapes(masks) for masks in parts))
         if key not in self.seen and len(self.seen) == MAX_GRAPHS:
-            self._say(f"batches came in more than {MAX_GRAPHS} shapes; --fixed-token-budget gives them one")
-            return self.train(patches, parts, rates)
+            self._report(f"batches came in more than {MAX_GRAPHS} shapes; --fixed-token-budget gives them one shape")
+            return self.train(patches, parts, schedule_values)
         if self.failed or key not in self.seen:
             self.seen.setdefault(key)
-            return self.train(patches, parts, rates)
-        recorded = self.seen[key]
-        if recorded is None:
+            return self.train(patches, parts, schedule_values)
+        captured = self.seen[key]
+        if captured is None:
             try:
-                recorded = self.seen[key] = self._record(patches, parts, rates)
+                captured = self.seen[key] = self._capture(patches, parts, schedule_values)
             except RuntimeError as error:
                 self.failed = True
-                self._say(str(error).splitlines()[0])
-                return self.train(patches, parts, rates)
-        recorded.load(patches, parts)
-        recorded.replay()
-        return tuple(x.clone() for x in recorded.result)
+                self._report(str(error).splitlines()[0])
+                return self.train(patches, parts, schedule_values)
+        captured.load(patches, parts)
+        captured.replay()
+        return tuple(x.clone() for x in captured.result)
 
-    def _on_device(self, rates: Any) -> Any:
-        values = torch.tensor(tuple(rates), dtype=torch.float32)
-        if self.rates is None:
-            self.rates = torch.empty(len(values), dtype=torch.float32, device=self.device)
-        self.rates.copy_(values.pin_memory() if self.device.type == "cuda" else values, non_blocking=True)
-        return type(rates)(*self.rates.unbind())
+    def _on_device(self, schedule_values: Any) -> Any:
+        values = torch.tensor(tuple(schedule_values), dtype=torch.float32)
+        if self.schedule_values is None:
+            self.schedule_values = torch.empty(len(values), dtype=torch.float32, device=self.device)
+        self.schedule_values.copy_(values.pin_memory() if self.device.type == "cuda" else values, non_blocking=True)
+        return type(schedule_values)(*self.schedule_values.unbind())
 
-    def _record(self, patches: torch.Tensor, parts: list[Masks], rates: Any) -> "_Recorded":
-        recorded = _Recorded(patches, parts)
+    def _capture(self, patches: torch.Tensor, parts: list[Masks], schedule_values: Any) -> "_Captured":
+        captured = _Captured(patches, parts)
 
         def body() -> tuple[torch.Tensor, ...]:
-            return self.train(recorded.patches, recorded.parts, rates)
+            return self.train(captured.patches, captured.parts, schedule_values)
 
-        if self.device.type != "cuda":  # no graphs here: the same path, run instead of replayed
-            recorded.replay = lambda: setattr(recorded, "result", body())
-            return recorded
+        if self.device.type != "cuda":  # without CUDA graphs the same path runs the body instead of a replay
+            captured.replay = lambda: setattr(captured, "result", body())
+            return captured
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what eager steps held would stand beside the graphs' pool
+        torch.cuda.empty_cache()  # memory cached by eager steps would add to the graphs' pool
         graph = torch.cuda.CUDAGraph()
         with (
             _no_collection(),
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),  # loader threads go on
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),  # loader threads may call CUDA
         ):
-            recorded.result = body()
-        recorded.replay = graph.replay
-        return recorded
+            captured.result = body()
+        captured.replay = graph.replay
+        return captured
 
-    def _say(self, reason: str) -> None:
-        if reason not in self.said:
-            self.said.add(reason)
+    def _report(self, reason: str) -> None:
+        if reason not in self.reported:
+            self.reported.add(reason)
             print(f"the step runs without a CUDA graph: {reason}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """A collected kernel would be unloaded, which a recording forbids."""
+    """Disable garbage collection: collecting a kernel unloads it, which is forbidden during a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -100,7 +101,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Recorded:
+class _Captured:
     """One graph and the tensors that it reads and writes."""
 
     result: tuple[torch.Tensor, ...]
@@ -118,7 +119,7 @@ class _Recorded:
 
 
 def _round_bounds(masks: Masks) -> Masks:
-    """Bounds on lengths, rounded up, so that batches which differ in these alone share a graph."""
+    """Round the length bounds up, so batches that differ only in their bounds share a graph."""
     bounds: dict[str, Any] = {name: round_bound(getattr(masks, name)) for name in Masks.BOUNDS}
     return dataclasses.replace(masks, **bounds)
 

@@ -1,4 +1,4 @@
-"""`--profile`: where the time of some steps went, as a trace to look at and as a table."""
+"""`--profile`: profile some steps, write a trace file and print a table of where the time went."""
 
 import re
 import time
@@ -10,10 +10,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ajepa.training.engine import wait
+from ajepa.utils.devices import wait
 
-SKIPPED = 10  # compilation, graph capture, file cache
-# The first that matches the name of a kernel (GPU) or of an operator (CPU).
+SKIPPED = 10  # first steps, with compilation, graph capture and a cold file cache
+# A kernel (GPU) or an operator (CPU) is of the first kind whose pattern matches its name.
 KINDS = {
     "front end": r"log_mel|fft|fbank|stft",
     "attention": r"attention|flash|fmha|sdpa|softmax|bmm",
@@ -29,16 +29,16 @@ def kind_of(name: str) -> str:
 
 
 class StepProfile:
-    """Profiles `steps` steps after the first ten, once, and writes `trace.json` into the run folder."""
+    """Profiles `steps` steps once, after the first ten, and writes `trace.json` into the run folder."""
 
     def __init__(self, folder: Path, steps: int, device: torch.device, say: Callable[[str], None]):
         self.path, self.steps, self.device, self.say = folder / "trace.json", steps, device, say
         self.done = 0
-        self.flops: list[Callable[[], float]] = []  # asked at the end: they read the device
+        self.flops: list[Callable[[], float]] = []  # called at the end, because they read the device
         self.profile: profile | None = None
 
     def step(self, flops: Callable[[], float], peak: float | None) -> None:
-        """After each step; `flops()`: of that step, `peak`: FLOP/s of the device, where known."""
+        """Call after each step. `flops()` returns the step's FLOPs; `peak` is the device's peak in FLOP/s, if known."""
         if not self.steps:
             return
         self.done += 1
@@ -67,7 +67,7 @@ class StepProfile:
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of these (begin, end) lasts."""
+    """Total time covered by the intervals (begin, end); overlaps count once."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))
@@ -76,26 +76,26 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 class Kernel(NamedTuple):
-    """A kernel (GPU) or an operator (CPU), and what it took of the profiled time."""
+    """A kernel (GPU) or an operator (CPU) and its part of the profiled time."""
 
     name: str
-    kind: str  # of KINDS
-    ms: float  # a step
-    calls: float  # a step
+    kind: str  # one of KINDS
+    ms: float  # per step
+    calls: float  # per step
     share: float  # of the wall time
 
 
 class Breakdown(NamedTuple):
     """Where the wall time of some steps went."""
 
-    kinds: dict[str, float]  # share of the wall time of each of KINDS, and of "idle", when no kernel ran
-    kernels: list[Kernel]  # the dearest first
+    kinds: dict[str, float]  # share of the wall time by kind; "idle" is the share without a kernel
+    kernels: list[Kernel]  # longest time first
 
 
 def breakdown(profiled: profile, device: torch.device, seconds: float, steps: int) -> Breakdown:
-    """What `steps` profiled steps of together `seconds` spent their time on.
+    """Break down the time of `steps` profiled steps that took `seconds` together.
 
-    Kernels of several streams may run at once, so that the shares may add up to more than 1.
+    Kernels of several streams may overlap, so the shares may add up to more than 1.
     """
     on_gpu = device.type == "cuda"
     kernels = []
@@ -124,11 +124,11 @@ def _counts(event, on_gpu: bool) -> bool:
 
 
 def report(found: Breakdown, seconds: float, steps: int, flops: float, peak: float | None) -> str:
-    """`found` as text: the share of each kind, and the dearest kernels. `flops`: of all steps; `peak`: FLOP/s."""
+    """Format `found` as text. `flops` counts all profiled steps; `peak` is the device's peak in FLOP/s."""
     lines = [f"profile of {steps} steps, {1e3 * seconds / steps:.1f} ms each, {flops / seconds / 1e12:.3g} TFLOP/s"]
     lines[0] += f", MFU {flops / seconds / peak:.1%}" if peak else ""
     lines += [f"  {kind:<26}{share:>7.1%}" for kind, share in found.kinds.items()]
-    lines.append(f"  {'dearest':<60}{'ms a step':>10}{'calls':>8}{'share':>8}")
+    lines.append(f"  {'longest':<60}{'ms/step':>10}{'calls':>8}{'share':>8}")
     for kernel in found.kernels[:12]:
         name = kernel.name if len(kernel.name) <= 58 else kernel.name[:55] + "..."
         lines.append(f"  {name:<60}{kernel.ms:>10.2f}{kernel.calls:>8.1f}{kernel.share:>8.1%}")

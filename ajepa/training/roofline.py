@@ -1,4 +1,4 @@
-"""What this machine can do at most: the rates of a large copy and of a large matrix product, measured on the spot."""
+"""Measured limits of this machine: the throughput of a large copy and of a large matrix product."""
 
 import functools
 import time
@@ -8,7 +8,7 @@ import torch
 
 
 def best_ms(function: Callable[[], object], device: str, repeats: int = 10) -> float:
-    """The fastest of `repeats` calls after the first, in milliseconds."""
+    """Time of the fastest of `repeats` calls in milliseconds; the first call does not count."""
     times = []
     for _ in range(repeats):
         if device == "cuda":
@@ -23,7 +23,7 @@ def best_ms(function: Callable[[], object], device: str, repeats: int = 10) -> f
 
 @functools.cache
 def copy_bytes_per_ms(device: str) -> float:
-    """Bytes read and written by a large copy."""
+    """Bytes that a large copy reads and writes per millisecond."""
     source = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / best_ms(lambda: target.copy_(source), device)
@@ -31,7 +31,7 @@ def copy_bytes_per_ms(device: str) -> float:
 
 @functools.cache
 def product_flops_per_ms(dtype: torch.dtype, device: str) -> float:
-    """2 n^3 operations of a square product in `dtype`."""
+    """Floating-point operations per millisecond of a large square product in `dtype`, 2 n^3 in all."""
     n = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / best_ms(lambda: a @ b, device)

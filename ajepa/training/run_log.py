@@ -1,4 +1,4 @@
-"""What a run says: one line per interval on the screen, JSONL and TensorBoard files, MFU, the collapse warning."""
+"""The log of a run: one line per interval on the screen, JSONL and TensorBoard files, MFU, the collapse warning."""
 
 import json
 import os
@@ -17,20 +17,21 @@ from torch.utils.tensorboard import SummaryWriter
 from ajepa.config import OptimConfig
 from ajepa.training.schedules import ema_decay, learning_rate
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.run_folder import read_metrics
 
-# Dense bf16 tensor-core peak in FLOP/s, by a part of the device's name; from the vendor's data sheets.
+# Dense bf16 tensor-core peak in FLOP/s from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
-WARM_UP_STEPS = 3  # left out of the throughput: compilation, allocator, file cache
+WARM_UP_STEPS = 3  # not counted in the throughput: compilation, allocation and a cold file cache
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient was not finite for many steps in a row."""
+    """The loss or the gradient was not finite for many steps in a row."""
 
 
 class RunLog:
-    """Log of one run in `folder`. Values stay on the device until an interval ends: no sync in between.
+    """Log of one run in `folder`. Values stay on the device until an interval ends, so single steps do not synchronize.
 
-    A quiet one (of ranks other than 0) keeps the counts and writes nothing.
+    A quiet log (of ranks other than 0) keeps the counts and writes nothing.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RunLog:
             self.progress.start()
         self.pending: list[torch.Tensor] = []
         self.flops: list[Callable[[], float]] = []
-        self.seconds = self.waited = 0.0  # of all counted steps
+        self.seconds = self.waited = 0.0  # sums over all counted steps
         self.clips = self.seen = 0
         self._open_window()
 
@@ -70,8 +71,10 @@ class RunLog:
     def add(
         self, result: Iterable[torch.Tensor], clips: int, seconds: float, waited: float, flops: Callable[[], float]
     ) -> None:
-        """One step: its device scalars (loss, gradient norm, bad), host times in seconds; `flops()`, asked when the
-        interval ends: it reads the masks from the device."""
+        """Add one step: its device scalars (loss, gradient norm, non-finite flag) and its host times in seconds.
+
+        `flops()` is called when the interval ends, because it reads the masks from the device.
+        """
         self.pending.append(torch.stack(list(result)))
         if self.peak:
             self.flops.append(flops)
@@ -84,9 +87,9 @@ class RunLog:
             self.progress.advance(self.task)
 
     def flush(self, step: int) -> None:
-        """End an interval after `step` finished steps: read the device, write the line.
+        """End an interval after `step` finished steps: read the device and write the line.
 
-        Raises NonFiniteError when the last `max_bad_steps` were all bad.
+        Raises NonFiniteError if the last `max_bad_steps` steps were all non-finite.
         """
         if not self.pending:
             return
@@ -96,17 +99,17 @@ class RunLog:
         self.window["seconds"] += time.perf_counter() - tick
         self.seconds += time.perf_counter() - tick
         self.pending.clear()
-        bad = values[:, 2] > 0
-        for is_bad in bad.tolist():
-            self.counts["bad_in_a_row"] = self.counts["bad_in_a_row"] + 1 if is_bad else 0
-        self.counts["bad_steps"] += int(bad.sum())
-        good = values[~bad]
+        non_finite = values[:, 2] > 0
+        for skipped in non_finite.tolist():
+            self.counts["bad_in_a_row"] = self.counts["bad_in_a_row"] + 1 if skipped else 0
+        self.counts["bad_steps"] += int(non_finite.sum())
+        finite = values[~non_finite]
         rate = self.window["clips"] / self.window["seconds"]
         per_step = self.window["seconds"] / len(values)
         record: dict[str, Any] = {
             "step": step,
-            "loss": good[:, 0].mean().item() if len(good) else float("nan"),
-            "grad_norm": good[:, 1].mean().item() if len(good) else float("nan"),
+            "loss": finite[:, 0].mean().item() if len(finite) else float("nan"),
+            "grad_norm": finite[:, 1].mean().item() if len(finite) else float("nan"),
             "lr": lr,
             "ema_decay": ema,
             "clips_per_second": rate,
@@ -127,13 +130,14 @@ class RunLog:
         self._open_window()
         if self.counts["bad_in_a_row"] >= self.optim.max_bad_steps:
             raise NonFiniteError(
-                f"loss or gradient was not finite for {self.counts['bad_in_a_row']} steps in a row up to step {step} "
-                f"(learning rate {lr:.2e}, last finite loss {_last_finite(self.jsonl)}). The weights are those of the "
-                "last finite step. Lower --lr, lengthen --warmup-steps, set --clip-norm, or use --precision fp32."
+                f"the loss or gradient was not finite for {self.counts['bad_in_a_row']} steps in a row up to step "
+                f"{step} (learning rate {lr:.2e}, last finite loss {_last_finite(self.jsonl)}). The weights are those "
+                "of the last finite step. Lower --lr, lengthen --warmup-steps, set --clip-norm, or use --precision "
+                "fp32."
             )
 
     def write(self, record: dict[str, Any]) -> None:
-        """One JSON line (numbers that are not finite as null), and its scalars to TensorBoard."""
+        """Write one JSON line, with non-finite numbers as null, and its scalars to TensorBoard."""
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
         self.file.write(json.dumps(clean) + "\n")
         for key, value in clean.items():
@@ -144,7 +148,7 @@ class RunLog:
         self.console.print(text, style=style, markup=False)
 
     def warn_collapse(self, watch: dict[str, Any]) -> bool:
-        """Warn when the features have lost their variety. The thresholds are far below what healthy runs show."""
+        """Warn when the features become too alike. Healthy runs stay far from these thresholds."""
         signs = []
         if watch["target_variance"] < 0.05:
             signs.append(f"target variance {watch['target_variance']:.3f} < 0.05")
@@ -154,8 +158,8 @@ class RunLog:
             signs.append(f"mean cosine between clips {watch['mean_cosine']:.4f} > 0.995")
         if signs:
             self.say(
-                f"WARNING: the features are collapsing ({'; '.join(signs)}). A falling loss means nothing now. Raise "
-                "--target-layers or --ema-start, or mask more (--mask-ratio).",
+                f"WARNING: the features are collapsing ({'; '.join(signs)}). A falling loss is no sign of "
+                "progress now. Raise --target-layers or --ema-start, or mask more (--mask-ratio).",
                 style="bold red",
             )
         return bool(signs)
@@ -167,20 +171,8 @@ class RunLog:
             self.board.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The run's JSONL records; a line cut short by a kill is left out."""
-    records = []
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
 def _drop_after(jsonl: Path, step: int) -> None:
-    """Forget what a killed run logged after the checkpoint that it now continues from."""
+    """Remove the records that a killed run logged after the checkpoint from which it continues."""
     kept = [r for r in read_metrics(jsonl.parent) if r["step"] <= step] if step else []
     write_atomic(jsonl, "".join(json.dumps(r) + "\n" for r in kept).encode())
 

@@ -1,4 +1,4 @@
-"""Schedules and parameter groups."""
+"""Schedules of learning rate, weight decay and EMA decay, and the optimiser's parameter groups."""
 
 import math
 
@@ -8,12 +8,12 @@ from ajepa.config import OptimConfig
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
-    """start at step 0, end at the last step, half a cosine between."""
+    """Half a cosine from `start` at step 0 to `end` at the last step."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps - 1))))
 
 
 def learning_rate(cfg: OptimConfig, step: int) -> float:
-    """Linear from lr_start to lr over the warm-up, then a cosine to lr_end at the last step."""
+    """Linear from lr_start to lr over the warm-up, then half a cosine to lr_end at the last step."""
     if step < cfg.warmup_steps:
         return cfg.lr_start + (cfg.lr - cfg.lr_start) * step / cfg.warmup_steps
     return cosine(cfg.lr, cfg.lr_end, step - cfg.warmup_steps, cfg.steps - cfg.warmup_steps)
@@ -31,7 +31,7 @@ def ema_decay(cfg: OptimConfig, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict]:
-    """Weight decay on matrices only; biases, norms and the mask token have none."""
+    """Parameter groups with weight decay only on matrices; biases, norms and the mask token have none."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "decays": True},

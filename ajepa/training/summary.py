@@ -1,0 +1,126 @@
+"""The reports of a run: its first lines, its evaluations, its summary and its plots."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_bytes
+
+from ajepa.config import Config
+from ajepa.evaluation import plots
+from ajepa.model.masks import MaskSampler
+from ajepa.training.compare import table
+from ajepa.training.corpus import Corpus
+from ajepa.training.engine import Engine
+from ajepa.training.run_log import RunLog
+from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.run_folder import read_metrics
+
+Baselines = dict[str, float | None]
+
+
+def describe_run(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str:
+    millions = {
+        name: sum(p.numel() for p in getattr(engine.model, name).parameters()) / 1e6
+        for name in ("context_encoder", "predictor")
+    }
+    where = f"continuing after step {start}" if start else f"{cfg.optim.steps} steps of {cfg.optim.batch_size} clips"
+    return (
+        f"{corpus.description}\n"
+        f"{cfg.preset}: encoder {millions['context_encoder']:.1f} M, predictor {millions['predictor']:.1f} M, "
+        f"{cfg.front_end.n_patches} patches a clip, {cfg.mask.mask} masks, "
+        f"engine {cfg.impl} on {engine.device}; {where}"
+    )
+
+
+def describe_evaluation(step: int, values: dict[str, Any], baselines: Baselines) -> str:
+    line = f"  watch at {step}: variance of targets {values['target_variance']:.3f}"
+    line += f", of predictions {values['prediction_variance']:.3f}"
+    line += f", effective rank {values['effective_rank']:.1f}, mean cosine {values['mean_cosine']:.3f}"
+    if values["knn_accuracy"] is not None:
+        untrained, log_mel = baselines["knn_accuracy_untrained"], baselines["knn_accuracy_log_mel"]
+        line += f", kNN {values['knn_accuracy']:.1%} (untrained {untrained:.1%}, log-mel {log_mel:.1%})"
+    return line
+
+
+def make_summary(
+    cfg: Config,
+    device: torch.device,
+    log: RunLog,
+    baselines: Baselines,
+    rates: dict[str, float],
+    skipped: int,
+    peak_bytes: int,
+) -> dict[str, Any]:
+    """The contents of `summary.json`. `rates` are clips/s of the engines in the comparison with plain PyTorch."""
+    last = {key: value for record in read_metrics(log.folder) for key, value in record.items()}  # the latest of each
+    plain = rates.get("reference")
+    return {
+        "preset": cfg.preset,
+        "impl": cfg.impl,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "steps": cfg.optim.steps,
+        "clips_per_second": log.clips / log.seconds if log.clips else last.get("clips_per_second"),
+        "data_wait_share": log.waited / log.seconds if log.clips else last.get("data_wait_share"),
+        "peak_memory_gb": peak_bytes / 1e9,
+        "final_loss": last.get("loss"),
+        "target_variance": last.get("target_variance"),
+        "effective_rank": last.get("effective_rank"),
+        "knn_accuracy": last.get("knn_accuracy"),
+        **baselines,
+        "plain_clips_per_second": plain,
+        "speedup_over_plain": rates[cfg.impl] / plain if plain else None,
+        "files_skipped": skipped,
+        "bad_steps": log.counts["bad_steps"],
+    }
+
+
+def write_summary(summary: dict[str, Any], folder: Path, log: RunLog, rates: dict[str, float]) -> None:
+    write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    log.say(describe_summary(summary, folder))
+    if rates:
+        log.say("same batches through both engines, in alternation:\n" + table(rates))
+
+
+def describe_summary(summary: dict[str, Any], folder: Path) -> str:
+    def show(value, form: str) -> str:
+        return "not measured" if value is None else format(value, form)
+
+    return "\n".join(
+        [
+            f"finished {summary['steps']} steps; results in {folder}",
+            f"  final loss             {show(summary['final_loss'], '.4f')}",
+            f"  kNN accuracy           {show(summary['knn_accuracy'], '.1%')}  "
+            f"(untrained {show(summary['knn_accuracy_untrained'], '.1%')}, "
+            f"pooled log-mel {show(summary['knn_accuracy_log_mel'], '.1%')})",
+            f"  target variance        {show(summary['target_variance'], '.3f')}",
+            f"  effective rank         {show(summary['effective_rank'], '.1f')}",
+            f"  throughput             {show(summary['clips_per_second'], ',.0f')} clips/s, waiting for data "
+            f"{show(summary['data_wait_share'], '.1%')} of the time",
+            f"  peak memory            {show(summary.get('peak_memory_gb'), '.1f')} GB",
+            f"  against plain PyTorch  x {show(summary['speedup_over_plain'], '.2f')}",
+            f"  files skipped          {summary['files_skipped']}",
+        ]
+    )
+
+
+def write_encoder(cfg: Config, folder: Path, encoder: torch.nn.Module) -> None:
+    weights = {k: v.contiguous().cpu() for k, v in encoder.state_dict().items()}
+    write_atomic(folder / "encoder.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
+
+
+def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines: Baselines) -> None:
+    """Write `curves.png` and `masks.png`."""
+    lines = {
+        "untrained encoder": baselines["knn_accuracy_untrained"],
+        "pooled log-mel": baselines["knn_accuracy_log_mel"],
+    }
+    plots.plot_curves(read_metrics(folder), lines, folder / "curves.png")
+    one = MaskSampler(dataclasses.replace(cfg.mask, masks_per_clip=1), cfg.front_end.grid, seed=cfg.seed)
+    masks = one(cfg.optim.steps - 1, cfg.optim.steps, 1)
+    clips = corpus.evaluation
+    patches = engine.front_end(clips.pcm[:64].to(engine.device), clips.lengths[:64].to(engine.device)).float()
+    liveliest = patches.flatten(1).std(1).argmax()  # masks on a silent clip would show nothing
+    plots.plot_masks(patches[liveliest], masks, cfg.front_end, folder / "masks.png")

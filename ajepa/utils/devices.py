@@ -1,0 +1,43 @@
+"""The device of a run: its choice, waiting for its work, and its memory."""
+
+import gc
+import sys
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" means the GPU if there is one, else the CPU."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait(device: torch.device) -> None:
+    """Block until the device has finished all queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has reserved on a GPU, or has held in a CPU's memory (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reserved_memory(device: torch.device) -> int:
+    """Bytes that this process now reserves on a GPU; 0 for a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def release_memory(device: torch.device) -> None:
+    """Return the memory of deleted models to the device. Engines hold reference cycles, so the collector must run."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

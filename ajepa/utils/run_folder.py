@@ -1,0 +1,62 @@
+"""A run folder read without an engine: which checkpoints it holds, and their bytes, verified."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, is damaged, or belongs to another model or program."""
+
+
+def is_run(folder: Path) -> bool:
+    """True for a run folder of `ajepa.train` and for one of its checkpoints."""
+    if is_checkpoint(folder):
+        return True
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and {"preset", "front_end", "optim"} <= raw.keys()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "checksums.json").is_file()
+
+
+def run_of(path: Path) -> Path:
+    """The run folder of `path`, which is a run folder or one of its checkpoints."""
+    return path.resolve().parents[1] if is_checkpoint(path) else path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders in `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+
+
+def read_verified(path: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, checked against their SHA-256. Raises CheckpointError."""
+    try:
+        sums = json.loads((path / "checksums.json").read_bytes())
+        contents = {name: (path / name).read_bytes() for name in CHECKPOINT_FILES}
+        for name, data in contents.items():
+            if hashlib.sha256(data).hexdigest() != sums[name]:
+                raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one it was saved with")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint of ajepa: {error!r}") from error
+    return contents
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`. A line that a kill cut short is left out."""
+    records = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
