@@ -1,7 +1,11 @@
-"""The packages are `ajepa` and `ajepa_kernels`, which lives in kernels/, a folder that must never be a package itself.
+"""Builds two distributions: `ajepa` (both packages) at the top, `ajepa-kernels` (`ajepa_kernels` alone) in kernels/.
 
-The extension `ajepa_kernels._C` is built where a C++ compiler is, with CUDA kernels where nvcc is. What does not
-compile is left out and said, unless it was asked for. The variables are in README.md.
+`kernels/setup.py` runs this file, and the source archive of `ajepa-kernels` holds this file in its place. The folder
+kernels/ must never become a package itself.
+
+The extension `ajepa_kernels._C` is built where there is a C++ compiler, and its CUDA kernels where there is nvcc. A
+part that does not compile is left out with a message, unless an environment variable demands it: docs/index.md lists
+the variables.
 """
 
 import os
@@ -16,9 +20,13 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError, LinkError
 
-CSRC = Path("csrc")
+# Where the sources lie, seen from the folder that is built: the top of the checkout, kernels/, or a source archive.
+KERNELS = Path("kernels" if Path("kernels/ajepa_kernels").is_dir() else ".")
+CSRC = Path("csrc" if Path("csrc").is_dir() else "../csrc")
 CXX = os.environ.get("CXX", "c++").split()
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -33,11 +41,11 @@ if X86:
 
 
 class CudaError(CompileError):
-    """The CUDA kernels cannot be built, the others may."""
+    """The CUDA kernels cannot be built; the rest of the extension can."""
 
 
 def choice(name: str) -> str:
-    """0 (never), 1 (must) or auto (where it can be)."""
+    """The value of an environment variable: `0` (never), `1` (required) or `auto` (where possible, the default)."""
     value = os.environ.get(name, "auto")
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"{name} must be auto, 0 or 1, not {value!r}")
@@ -71,7 +79,7 @@ def find_nvcc() -> str:
 
 
 def gencode(nvcc: str) -> list[str]:
-    """Of AJEPA_CUDA_ARCHS, all of which nvcc must know; of the default, those that it knows."""
+    """The -gencode options for AJEPA_CUDA_ARCHS, or by default for those of sm_80, 90 and 100 that nvcc supports."""
     asked = [arch for arch in re.split(r"[;, ]+", os.environ.get("AJEPA_CUDA_ARCHS", "").replace(".", "")) if arch]
     known = re.findall(r"compute_(\w+)", query([nvcc, "--list-gpu-arch"])[1])
     if known and (unknown := [arch for arch in asked if arch not in known]):
@@ -79,14 +87,14 @@ def gencode(nvcc: str) -> list[str]:
     archs = asked or [arch for arch in ("80", "90", "100") if arch in known]
     if not archs or not known:
         raise CudaError(f"{nvcc} knows no architecture from 80 on, only {', '.join(known) or 'none'}")
-    newest = max(archs, key=lambda arch: int(arch.rstrip("af")))  # its PTX serves later GPUs
+    newest = max(archs, key=lambda arch: int(arch.rstrip("af")))  # later GPUs compile its PTX when they load it
     return [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [
         f"-gencode=arch=compute_{newest},code=compute_{newest}"
     ]
 
 
 def host_compiler(nvcc: str) -> list[str]:
-    """The option that names a C++ compiler which this nvcc takes: neither too new nor too old for it."""
+    """The nvcc option that names a C++ compiler which this nvcc supports, neither too new nor too old for it."""
     own = [f"-ccbin={CXX[0]}"] if "CXX" in os.environ and "NVCC_CCBIN" not in os.environ and len(CXX) == 1 else []
     others = [found for version in range(16, 8, -1) if (found := shutil.which(f"g++-{version}"))]
     errors = []
@@ -110,7 +118,10 @@ def find_cudart(nvcc: str) -> str:
 
 
 def compile_object(command: list[str]) -> str:
-    """Runs the command, unless its last word, the object, is newer than every source and this command made it."""
+    """Run a compiler command whose last word is the object file, and return that file.
+
+    The command is skipped if the same command made the object file after the last change of a source.
+    """
     target, line = Path(command[-1]), " ".join(command)
     stamp = target.with_suffix(".command")
     newest = max(path.stat().st_mtime for path in CSRC.iterdir())
@@ -127,13 +138,13 @@ def compile_object(command: list[str]) -> str:
 
 
 class Build(build_ext):
-    """Compiles each CPU kernel with its own flags and the CUDA sources with nvcc; setuptools links."""
+    """Compiles each CPU kernel with its own flags and the CUDA sources with nvcc, then lets setuptools link them."""
 
     def build_extensions(self):
         try:
             (extension,) = self.extensions
             extension.extra_objects = self.objects()
-            extension.depends += extension.extra_objects  # another choice of parts is linked anew
+            extension.depends += extension.extra_objects  # other object files: link again
             super().build_extensions()
         except (CompileError, LinkError) as error:
             leave_out("AJEPA_EXTENSION", "kernels, the ops run in plain PyTorch", error)
@@ -141,8 +152,8 @@ class Build(build_ext):
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
-        if not self.extensions:  # an older build is not to be taken for this one
-            Path("kernels/ajepa_kernels/_C.abi3.so").unlink(missing_ok=True)
+        if not self.extensions:  # nobody may mistake an older build for the result of this one
+            Path(KERNELS, "ajepa_kernels/_C.abi3.so").unlink(missing_ok=True)
 
     def objects(self) -> list[str]:
         if choice("AJEPA_CUDA") != "0":
@@ -155,7 +166,7 @@ class Build(build_ext):
         return self.compile()
 
     def compile(self, nvcc: str | None = None) -> list[str]:
-        torch = find_spec("torch")  # its headers and libraries are wanted, not its import of seconds
+        torch = find_spec("torch")  # only its headers and libraries are needed, and importing it takes seconds
         if torch is None or torch.origin is None:
             raise CompileError("torch is not installed")
         home = Path(torch.origin).parent
@@ -184,7 +195,29 @@ class Build(build_ext):
             for name in ("ops", "gelu_product")
         ]
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(compile_object, commands))  # the longest first
+            return list(pool.map(compile_object, commands))  # the slowest compilations come first
+
+
+class BuildPy(build_py):
+    """Copies the modules, and drops those that an earlier build left behind and the sources no longer have."""
+
+    def run(self):
+        super().run()
+        copied = {Path(path) for path in self.get_outputs(include_bytecode=False)}
+        for package in {name.partition(".")[0] for name in self.packages}:
+            for path in set(Path(self.build_lib, package).rglob("*.py")) - copied:
+                path.unlink()
+
+
+class SourceArchive(sdist):
+    """Adds the files of the checkout that `ajepa-kernels` is built from and that lie above its folder."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        if CSRC.parent != Path("."):
+            shutil.copytree(CSRC, Path(base_dir, "csrc"), dirs_exist_ok=True)
+            Path(base_dir, "setup.py").unlink()
+            shutil.copy(CSRC.parent / "setup.py", base_dir)
 
 
 def extension() -> dict:
@@ -199,7 +232,6 @@ def extension() -> dict:
                 py_limited_api=True,
             )
         ],
-        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -210,7 +242,11 @@ if build and not (shutil.which(CXX[0]) and os.name == "posix"):
     build = False
 
 setup(
-    packages=[*find_packages(include=["ajepa*"]), *find_packages("kernels")],
-    package_dir={"ajepa_kernels": "kernels/ajepa_kernels"},
+    packages=[
+        *find_packages(include=["ajepa", "ajepa.*"]),
+        *find_packages(str(KERNELS), include=["ajepa_kernels", "ajepa_kernels.*"]),
+    ],
+    package_dir={"ajepa_kernels": str(KERNELS / "ajepa_kernels")},
+    cmdclass={"build_ext": Build, "build_py": BuildPy, "sdist": SourceArchive},
     **(extension() if build else {}),
 )

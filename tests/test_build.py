@@ -1,4 +1,4 @@
-"""setup.py where compilers are absent, too old or broken: scripts stand in for them."""
+"""What setup.py does where compilers are absent, too old or broken. Scripts stand in for the compilers."""
 
 import os
 import shutil
@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "kernels/ajepa_kernels/_C.abi3.so"
-# Writes what it is asked to compile or link, says so in $LOG; fails on arguments that $BROKEN is part of.
+SOURCES = {path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")}
+# Creates the file that it is asked to compile or link, and logs its command line to $LOG. It fails if $BROKEN occurs in
+# the command line.
 CXX = """#!/bin/sh
 echo "$0 $*" >>"$LOG"
 case "$*" in *"${BROKEN:-none}"*) echo "$1: error: $BROKEN is broken" >&2; exit 1;; esac
@@ -28,10 +30,11 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """The sources, with an older build in place, `c++` and an nvcc in a CUDA folder."""
+    """A copy of the sources with an older build in place, a `c++`, and a CUDA folder with an nvcc."""
+    built = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__", "build")
     for name in ("csrc", "kernels", "ajepa"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / LIBRARY).write_text("older")
     script(tmp_path / "bin/c++", CXX)
@@ -54,11 +57,11 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def build(checkout: Path, **environment: str) -> tuple[bool, str, str]:
-    """Whether it succeeds; what it says; the commands that ran."""
+def build(folder: Path, **environment: str) -> tuple[bool, str, str]:
+    """Build in place. Returns whether that succeeds, its messages, and the command lines of the compilers."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True)
-    log = checkout / "log"
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    log = Path(os.environ["LOG"])
     return done.returncode == 0, done.stderr, log.read_text() if log.exists() else ""
 
 
@@ -71,7 +74,7 @@ def test_failed_compilation_leaves_the_python(checkout, broken):
     if broken == "kAvx2Kernel" and os.uname().machine != "x86_64":
         pytest.skip("x86 only")
     works, errors, _ = build(checkout, BROKEN=broken)
-    assert works and not (checkout / LIBRARY).exists()  # the older library is gone, too
+    assert works and not (checkout / LIBRARY).exists()  # the older library has been removed
     (line,) = said(errors)
     assert "plain PyTorch" in line and "failed" in line and "AJEPA_EXTENSION=1" in line
     works, errors, _ = build(checkout, BROKEN=broken, AJEPA_EXTENSION="1")
@@ -123,7 +126,7 @@ def test_architectures_that_nvcc_does_not_know(checkout):
 
 
 def test_host_compiler_that_nvcc_takes(checkout):
-    """Where the default one is too new, an older one beside it; where there is none, a word about it."""
+    """If the default compiler is too new for nvcc, the build uses an older one, or says that there is none."""
     works, errors, _ = build(checkout, NEEDS_CCBIN="1", CXX="env c++", AJEPA_CUDA="auto")
     if not any(shutil.which(f"g++-{version}", path="/usr/bin:/bin") for version in range(9, 17)):
         assert works and "unsupported GNU version" in said(errors)[0] and "NVCC_CCBIN" in said(errors)[0]
@@ -146,3 +149,40 @@ def test_wheel_of_a_failed_compilation(checkout):
     (wheel,) = (checkout / "out").glob("*.whl")
     names = subprocess.check_output([sys.executable, "-m", "zipfile", "-l", wheel], text=True)
     assert "ajepa_kernels/log_mel.py" in names and "_C" not in names
+
+
+# --- the distribution `ajepa-kernels` ---------------------------------------------------------------------------------
+
+
+def compiled(log: str) -> set[str]:
+    """Names of the sources that were compiled, from the command lines of the compilers."""
+    return {Path(word).name for word in log.split() if word.endswith((".cpp", ".cu"))}
+
+
+def test_kernels_alone_are_the_same_build(checkout):
+    works, errors, log = build(checkout, AJEPA_EXTENSION="1", AJEPA_CUDA="1")
+    assert works and compiled(log) == {
+        path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")
+    }
+    (checkout / "log").unlink()
+    (checkout / LIBRARY).write_text("older")
+    works, errors, alone = build(checkout / "kernels", AJEPA_EXTENSION="1", AJEPA_CUDA="1")
+    assert works and (checkout / LIBRARY).read_text() != "older", errors
+    plain = alone.replace("../csrc/", "csrc/")
+    assert sorted(plain.splitlines()) == sorted(log.splitlines())
+    works, errors, _ = build(checkout / "kernels", BROKEN="ops.cpp", CXX="env c++")
+    assert works and "plain PyTorch" in said(errors)[0] and not (checkout / LIBRARY).exists()
+
+
+def test_source_archive_of_the_kernels_builds(checkout):
+    """The archive is made without a compiler, and still holds everything that one needs."""
+    command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('..')"]
+    environment = {**os.environ, "AJEPA_EXTENSION": "0"}
+    subprocess.run(command, cwd=checkout / "kernels", env=environment, check=True, capture_output=True)
+    (archive,) = checkout.glob("*.tar.gz")
+    shutil.unpack_archive(archive, checkout / "archive")
+    (folder,) = (checkout / "archive").iterdir()
+    works, errors, log = build(folder, AJEPA_EXTENSION="1", AJEPA_CUDA="1")
+    assert works and (folder / "ajepa_kernels/_C.abi3.so").exists(), errors
+    assert compiled(log) == SOURCES
+    assert (checkout / "kernels/setup.py").read_text() == (ROOT / "kernels/setup.py").read_text()

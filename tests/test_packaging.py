@@ -1,23 +1,50 @@
-"""What a user installs: the wheel's contents, and that it works away from the checkout."""
+"""What a user installs: the contents of both distributions, and that they work away from the checkout."""
 
+import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
+from configparser import ConfigParser
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 
+import ajepa
+from ajepa import __main__ as listing
+
 ROOT = Path(__file__).parents[1]
+BUILT = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__", "build")
+# What the trainer needs beside torch; `ajepa_kernels` must do without each of them.
+TRAINER = [
+    "ajepa", "huggingface_hub", "isal", "matplotlib", "numpy", "nvidia", "pyarrow", "pydantic", "rich", "safetensors",
+    "scipy", "sklearn", "soundfile", "soxr", "tensorboard", "torchaudio", "tyro",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel of the Python alone (the extension's build has tests of its own)."""
-    out = tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory) -> Path:
+    """A copy of the files that are built, beside the remains of a build of an older version."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("csrc", "kernels", "ajepa"):
+        shutil.copytree(ROOT / name, folder / name, ignore=BUILT)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, folder)
+    for package in ("build/lib/ajepa", "kernels/build/lib/ajepa_kernels"):
+        (folder / package).mkdir(parents=True)
+        (folder / package / "removed.py").touch()
+    return folder
+
+
+def build_wheel(folder: Path, out: Path) -> Path:
+    """Build a wheel of the Python modules alone: tests/test_build.py tests the build of the extension."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, folder],
         check=True,
         env={**os.environ, "AJEPA_EXTENSION": "0"},
     )
@@ -25,41 +52,143 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_the_two_packages_and_nothing_else(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert top == {"ajepa", "ajepa_kernels"}
-    for package, folder in (("ajepa", ROOT / "ajepa"), ("ajepa_kernels", ROOT / "kernels/ajepa_kernels")):
-        assert {f"{package}/{p.name}" for p in folder.glob("*.py")} <= set(names)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+def build_archive(folder: Path, out: Path) -> tarfile.TarFile:
+    out.mkdir(exist_ok=True)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    environment = {**os.environ, "AJEPA_EXTENSION": "0"}  # as on a machine without a compiler
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env=environment, capture_output=True)
+    (path,) = out.glob("*.tar.gz")
+    return tarfile.open(path)
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def kernels_wheel(source, tmp_path_factory) -> Path:
+    return build_wheel(source / "kernels", tmp_path_factory.mktemp("kernels_wheel"))
+
+
+def modules(*packages: str) -> set[str]:
+    """The files that a wheel of these packages must hold."""
+    folders = {"ajepa": ROOT, "ajepa_kernels": ROOT / "kernels"}
+    paths = [(folders[package], path) for package in packages for path in (folders[package] / package).rglob("*")]
+    return {p.relative_to(folder).as_posix() for folder, p in paths if p.suffix == ".py" or p.name == "py.typed"}
+
+
+def contents(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def metadata(wheel: Path):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    return message_from_bytes(archive.read(name))
+
+
+def console_scripts(wheel: Path) -> dict[str, str]:
+    archive, parser = zipfile.ZipFile(wheel), ConfigParser()
+    (name,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+    parser.read_string(archive.read(name).decode())
+    return dict(parser["console_scripts"])
+
+
+class Installed:
+    """An environment that holds a wheel, and takes the wheel's dependencies from the environment of the tests."""
+
+    def __init__(self, wheel: Path, folder: Path):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        self.bin, self.folder = folder / "bin", folder
+        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--no-compile", wheel], check=True)
+        self.env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        self.site = Path(self.run("python", "-c", code).stdout.strip())
+        # A path in a .pth file is searched last, and .pth files there, such as an editable install's, are not read.
+        (self.site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    def run(self, program: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+        command = [self.bin / program, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=self.env, cwd=self.folder)
+
+
+# --- contents ---------------------------------------------------------------------------------------------------------
+
+
+def test_wheels_hold_every_module_and_nothing_else(wheel, kernels_wheel):
+    assert contents(wheel) == modules("ajepa", "ajepa_kernels")
+    assert contents(kernels_wheel) == modules("ajepa_kernels")
+    for path in (wheel, kernels_wheel):
+        assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(path).namelist())
+
+
+@pytest.mark.parametrize("folder", [".", "kernels"])
+def test_source_archives_build_alone(source, wheel, kernels_wheel, folder, tmp_path):
+    """An archive holds the C++ and CUDA sources, also if it is made where there is no compiler."""
+    archive = build_archive(source / folder, tmp_path / "archive")
+    top = archive.getnames()[0]
+    files = {name.removeprefix(f"{top}/") for name in archive.getnames()}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} <= files
+    assert archive.extractfile(f"{top}/setup.py").read() == (ROOT / "setup.py").read_bytes()
+    assert not [name for name in files if name.startswith("tests/") or name.endswith((".so", ".pyc"))]
+    archive.extractall(tmp_path)
+    rebuilt = build_wheel(tmp_path / top, tmp_path / "wheel")
+    assert contents(rebuilt) == contents(wheel if folder == "." else kernels_wheel)
+
+
+def test_both_distributions_agree(wheel, kernels_wheel):
+    whole, kernels = metadata(wheel), metadata(kernels_wheel)
+    for field in ("Version", "Requires-Python", "License-Expression"):
+        assert whole[field] == kernels[field]
+    needed = set(kernels.get_all("Requires-Dist"))
+    assert {re.split(r"[>=<;!~ ]", line)[0] for line in needed} == {"torch", "triton"}
+    assert needed <= set(whole.get_all("Requires-Dist"))
+    assert (ROOT / "kernels/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    builds = [(ROOT / folder / "pyproject.toml").read_text().split("[project]")[0] for folder in (".", "kernels")]
+    assert len({re.search(r"^requires = .*$", text, re.MULTILINE)[0] for text in builds}) == 1
+    assert whole["Version"] == ajepa.__version__
+
+
+# --- use --------------------------------------------------------------------------------------------------------------
 
 
 def test_wheel_installs_into_an_empty_environment_and_runs_there(wheel, tmp_path):
-    import soundfile  # noqa: F401 (as tyro, what the program needs and not every machine has)
+    import soundfile  # noqa: F401 (the program needs it and tyro, which not every machine has)
     import tyro  # noqa: F401
 
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv/bin/python"
-    site = Path(
-        subprocess.check_output(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        ).strip()
+    installed = Installed(wheel, tmp_path / "venv")
+    scripts = console_scripts(wheel)
+    assert set(scripts) == {"ajepa", *(f"ajepa-{command}" for command in listing.COMMANDS)}
+    assert all((installed.bin / name).exists() for name in scripts)
+    code = "import ajepa_kernels, importlib.metadata as m; print(ajepa_kernels.__file__)\n" + "".join(
+        f"print(m.EntryPoint('', {target!r}, '').load().__code__.co_filename)\n" for target in scripts.values()
     )
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", site, wheel],
-        check=True,
+    files = installed.run("python", "-c", code).stdout.split()
+    assert len(files) == len(scripts) + 1 and all(name.startswith(str(installed.site)) for name in files)
+
+    done = installed.run("ajepa", "--version")
+    assert (done.returncode, done.stdout) == (0, f"ajepa {metadata(wheel)['Version']}\n")
+    done = installed.run("ajepa-train", "--help")
+    assert done.returncode == 0 and "--data" in done.stdout
+    missing = tmp_path / "missing"
+    done = installed.run("ajepa-pack", missing, tmp_path / "shards")  # the status of main() is that of the script
+    assert done.returncode == 2 and str(missing) in done.stderr
+
+
+def test_kernels_work_without_the_trainer(kernels_wheel, tmp_path):
+    """The examples of kernels/README.md run where none of the trainer's dependencies can be imported."""
+    installed = Installed(kernels_wheel, tmp_path / "venv")
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "kernels/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "examples.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({TRAINER!r}))\n"
+        "import ajepa_kernels\n"
+        f"assert ajepa_kernels.__file__.startswith({str(installed.site)!r}), ajepa_kernels.__file__\n"
+        f"for example in {examples!r}:\n    exec(example, {{}})\n"
     )
-    # The dependencies come from the environment of the tests; its own copy of ajepa, if any, lies behind.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-
-    def run(code: str) -> str:
-        return subprocess.check_output([python, "-c", code], text=True, env=env, cwd=tmp_path).strip()
-
-    assert run("import ajepa_kernels as a; print(a.__file__)").startswith(str(site))
-    assert run("import ajepa.train as t; print(t.__file__)").startswith(str(site))
-    out = subprocess.check_output([python, "-m", "ajepa.train", "--help"], text=True, env=env, cwd=tmp_path)
-    assert "--masks-per-clip" in out and "--data" in out
+    done = installed.run("python", tmp_path / "examples.py")
+    assert len(examples) >= 6 and done.returncode == 0, done.stderr
 
 
 def test_kernels_folder_is_not_a_package():
@@ -73,3 +202,36 @@ def test_kernels_do_not_import_the_trainer_nor_need_triton_to_import():
         "assert not [m for m in sys.modules if m == 'ajepa' or m.startswith('ajepa.')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the list of commands ---------------------------------------------------------------------------------------------
+
+
+def test_every_command_is_listed():
+    trees = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "ajepa").glob("*.py")}
+    with_main = {name for name, tree in trees.items() if "main" in {getattr(node, "name", "") for node in tree.body}}
+    assert with_main == {*listing.COMMANDS, "__main__"}
+    for command in listing.COMMANDS:
+        assert 10 < len(listing.summary(command)) < 100 and "ajepa." not in listing.summary(command).split("`")[0]
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys; from ajepa.__main__ import main; assert main([]) == 0 and 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(listing.COMMANDS)
+
+
+def test_unknown_command(capsys):
+    assert listing.main(["trian"]) == 2
+    assert "trian is not a command; did you mean train?" in capsys.readouterr().err
+
+
+def test_a_command_gets_its_own_arguments(monkeypatch):
+    from types import SimpleNamespace
+
+    seen = []
+    fake = SimpleNamespace(main=lambda: seen.append(sys.argv) or 3)
+    monkeypatch.setattr(listing.importlib, "import_module", lambda name: seen.append(name) or fake)
+    monkeypatch.setattr(sys, "argv", ["ajepa", "embed", "model", "--out", "x"])
+    assert listing.main() == 3
+    assert seen == ["ajepa.embed", ["ajepa embed", "model", "--out", "x"]]
