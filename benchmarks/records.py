@@ -1,4 +1,4 @@
-"""What this machine is, what it can do at most, and where a benchmark's records go: its device's results file."""
+"""Describes this machine and its ceilings, and writes the records of benchmarks into the result file of the device."""
 
 import functools
 import os
@@ -16,9 +16,9 @@ from sources import fingerprint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODE = os.environ.get("AJEPA_BENCH", "")
-FULL = MODE == "full"  # also measure what takes minutes
+FULL = MODE == "full"  # also measure cases that take minutes
 QUICK = MODE == "quick"  # few repetitions and no compiled peers, for a run with a time budget
-JOURNAL = os.environ.get("AJEPA_JOURNAL", "")  # that of the run of gpu.py which this is a part of: it takes the records
+JOURNAL = os.environ.get("AJEPA_JOURNAL", "")  # in a part of gpu.py's run: the journal, which takes the records
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def environment() -> dict:
         except OSError:
             return ""
 
-    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!README.md")
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results", ":!README.md", ":!docs")
     commit = (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
     commit = os.environ.get("AJEPA_COMMIT", commit)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -63,7 +63,7 @@ def environment() -> dict:
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """The rates of this run: GB/s of a copy, read and written, and TFLOP/s of a matrix product by dtype."""
+    """Return the rates of this run: GB/s of a copy, read and written, and TFLOP/s of a matrix product by dtype."""
     from ajepa.training.roofline import copy_bytes_per_ms, product_flops_per_ms
 
     dtypes = (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,)
@@ -86,7 +86,10 @@ def write(path: Path, records: list[dict], left_out: dict[str, dict[str, str]] |
 
 
 def put(path: Path, test: str, new: list[dict]) -> None:
-    """Make `new` the records of `test`; none where its check failed: a speed-up stands only while its check passes."""
+    """Replace the records of `test` by `new`.
+
+    `new` is empty if the check of `test` failed, because a speed-up counts only while its check passes.
+    """
     kept = read(path)
     mark = {"test": test, **{name: environment()[name] for name in ("commit", "date")}, "sources": fingerprint(test)}
     merged = result_files.merge(kept, test, [{**record, **mark} for record in new])
@@ -95,7 +98,7 @@ def put(path: Path, test: str, new: list[dict]) -> None:
 
 
 def put_left_out(path: Path, test: str, reasons: dict[str, str]) -> None:
-    """Make `reasons`, of what was not measured, those of `test`."""
+    """Replace what `test` did not measure, and why, by `reasons`."""
     stored = result_files.load(path)
     after = result_files.with_reasons(stored.get("left_out", {}), test, reasons)
     if stored and after != stored.get("left_out", {}):
@@ -103,7 +106,7 @@ def put_left_out(path: Path, test: str, reasons: dict[str, str]) -> None:
 
 
 def forget_others(path: Path, tests: set[str]) -> None:
-    """Drop records of tests that are no more: after a run of all benchmarks."""
+    """Drop the records of tests that no longer exist, after a run of all benchmarks."""
     stored = result_files.load(path)
     living = [r for r in stored.get("records", []) if r.get("test") in tests]
     if living != stored.get("records", []):

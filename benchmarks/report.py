@@ -1,21 +1,45 @@
-"""`python benchmarks/report.py [--check]`: the README's speed tables, `results/README.md` and plots, from result files.
+"""`python benchmarks/report.py [--check]`: every speed table and plot of the documentation, from the result files.
 
-`--check` writes nothing and exits with 1 where README.md or results/README.md is not what the result files give.
+The tables of README.md and of `docs/*.md` stand between marker lines that name a section (`SECTIONS`); the page
+`results/README.md` is written whole. `--check` writes nothing and exits with 1 where a page differs from what the
+result files give.
 """
 
 import argparse
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from result_files import left_out_lines
-from selection import WHOLE, groups, is_old, is_ours, kernels, load, measured, number, of, plots_of, when
+from selection import WHOLE, groups, is_ours, kernels, load, measured, number, of, plots_of, when
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- speed:begin, written by benchmarks/report.py -->", "<!-- speed:end -->"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BEGIN, END = "<!-- speed:begin{name}, written by benchmarks/report.py -->", "<!-- speed:end -->"
+BLOCK = re.compile(
+    rf"(?P<begin>{BEGIN.format(name='(?: (?P<name>[a-zA-Z0-9_]+))?')}\n)(?P<old>.*?)(?P<end>{END})", flags=re.DOTALL
+)
 UNMEASURED = (
     "**Not yet measured on a GPU**: no result file of one is there. `make gpu` on a machine with one writes it."
 )
+# The benchmarks of each op of `ajepa_kernels`, by its public name.
+OPS = {
+    "masked_attention": ("masked_attention",),
+    "latent_l2_loss": ("latent_l2_loss",),
+    "AdamWEMA": ("adamw_ema",),
+    "add_layer_norm": ("add_layer_norm",),
+    "bias_gelu": ("bias_gelu",),
+    "gelu_mlp": ("gelu_mlp",),
+    "fp8_linear": ("fp8_linear", "fp8_mlp"),
+    "log_mel": ("log_mel",),
+    "resample": ("resample",),
+}
+CPU_KERNELS = ("log_mel", "resample")
+ENGINES = ("eager", "compile", "fused")
+PUBLISHED = {"audio-jepa": "56 V100-hours"}
 
 
 def about(result: dict) -> str:
@@ -51,18 +75,31 @@ def whole_rows(records: list[dict]) -> list[list[str]]:
 
 
 ON_A_CPU = (
-    "On a CPU `log_mel` and `resample` have kernels; the floor of `log_mel` is a bare rfft of its frames, which does\n"
-    "less. The other ops are their plain definitions there, which torch.compile may beat."
+    "On a CPU, `log_mel` and `resample` have kernels of their own. The floor of `log_mel` is the time of a plain rfft "
+    "of its frames, which does less work. Every other op runs its plain definition there, and torch.compile may beat "
+    "that."
+)
+RESULTS_INTRODUCTION = (
+    "`benchmarks/report.py` writes this page from the JSON files beside it. A ratio above 1 means faster than plain "
+    "PyTorch, or than the best peer, in the same run. The floor of an op is the time that its least memory traffic "
+    "takes at the copy rate measured in that run. MFU is the share of the matrix product rate measured in that run. A "
+    "figure *before a rebuild* was measured on code that has changed since."
 )
 WHOLE_HEAD = (
     "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | of the step alone"
     " | measured"
 )
+HEADLINE_HEAD = (
+    "device | training step | plain PyTorch, clips/s | torch.compile, clips/s | ajepa, clips/s | x plain PyTorch"
+    " | x torch.compile | measured"
+)
+MEAN_RATIO = "Every batch has the preset's mean mask ratio, unless the case says *masks as drawn*."
+BEFORE = " A figure *before a rebuild* was measured on code that has changed since."
 KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer | measured"
 
 
 def prune(head: str, rows: list[list[str]]) -> str:
-    """The table without columns that hold nothing."""
+    """The table without the columns that are empty in every row."""
     columns = head.split(" | ")
     kept = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
     return table(" | ".join(columns[i] for i in kept), [[row[i] for i in kept] for row in rows])
@@ -72,7 +109,7 @@ def kernel_rows(records: list[dict]) -> list[list[str]]:
     return [
         [
             f"`{r['variant'].removeprefix('ajepa ')}`", r["shape"], number(r["median_ms"]),
-            number(r["floor_share"], ".0%"), number(r["ratio_to_plain"], ".2f"),
+            number(r.get("floor_share"), ".0%"), number(r["ratio_to_plain"], ".2f"),
             number(r["ratio_to_best_peer"], ".2f"), r["best_peer"] or "-", measured(r),
         ]
         for r in records if is_ours(r)
@@ -80,7 +117,7 @@ def kernel_rows(records: list[dict]) -> list[list[str]]:
 
 
 def side_by_side(records: list[dict]) -> str:
-    """A row a case: every engine's milliseconds, then what the fused step does with them."""
+    """One row for each case: milliseconds of every engine, then speed, ratios and memory of the fused step."""
     variants = list(dict.fromkeys(r["variant"] for r in sorted(records, key=lambda r: r["variant"] == "fused")))
     head = ["case", *(f"{variant} ms" for variant in variants), "fused clips/s", "x eager", "x compile", "MFU"]
     rows = []
@@ -101,7 +138,7 @@ def gib(r: dict | None) -> str:
 
 
 def profile_table(r: dict) -> str:
-    """Where the time of a step goes: by kind, then the kernels that take most of it."""
+    """Where the time of a step goes: the share of each kind of kernel, then the kernels that take most of it."""
     kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in r["kinds"].items())
     rows = [
         [
@@ -123,7 +160,7 @@ def tests_text(tested: dict) -> str:
 
 
 def largest(records: list[dict]) -> list[dict]:
-    """Of each benchmark, the case that takes plain PyTorch (or all variants) longest."""
+    """The records of one case for each benchmark: the case with the slowest variant."""
     best: dict[str, list[dict]] = {}
     for group in groups(records):
         name = group[0]["benchmark"]
@@ -132,24 +169,127 @@ def largest(records: list[dict]) -> list[dict]:
     return [r for group in best.values() for r in group]
 
 
-def readme_section(results: list[dict]) -> str:
-    parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
+def compared_step(result: dict) -> dict[str, dict]:
+    """The training step of every engine by its name, in the slowest case that most of them ran; empty without one."""
+    compared = [
+        {r["variant"]: r for r in group}
+        for group in groups(of(result, "train_step"))
+        if {"eager", "fused"} <= {r["variant"] for r in group}
+    ]
+    return max(compared, key=lambda step: ("compile" in step, step["eager"]["median_ms"]), default={})
+
+
+def claim(results: list[dict]) -> str:
+    """One sentence: how fast the training step is on the first GPU that was measured, else on the first device."""
+    for result in sorted(results, key=lambda result: not result["gpu"]):
+        if step := compared_step(result):
+            fused = step["fused"]
+            peers = {"plain PyTorch": step["eager"], "`torch.compile`": step.get("compile")}
+            ratios = [
+                f"{r['median_ms'] / fused['median_ms']:.2f} times as fast as {name}" for name, r in peers.items() if r
+            ]
+            return (
+                f"On one {result['device']}, a training step of {fused['shape']} takes {number(fused['median_ms'])} "
+                f"ms, which is {number(fused['clips_per_second'])} clips/s: {' and '.join(ratios)}."
+            )
+    return UNMEASURED
+
+
+def costs(results: list[dict]) -> str:
+    """What the budget of each preset takes: as published, and at the speeds in the result files."""
+    from ajepa.config import PRESETS, SIZES
+
+    rows = []
+    for name, cfg in PRESETS.items():
+        width, depth, _ = SIZES[cfg.model.size]
+        clips = cfg.optim.steps * cfg.optim.batch_size
+        model = (
+            f"{depth} layers of width {width}; clips of {cfg.data.clip_seconds:g} s at {cfg.front_end.sample_rate:,} Hz"
+        )
+        times = [text for result in results if (text := time_of(name, clips, result))]
+        times = times or ["not yet measured"]
+        rows.append([f"`{name}`", model, f"{clips:,} clips", PUBLISHED.get(name, "-"), "; ".join(times)])
+    return table("preset | model and data | budget | published | at the measured speed", rows)
+
+
+def time_of(preset: str, clips: int, result: dict) -> str:
+    """How long `clips` take on a device: from files if that was measured, else the steps alone.
+
+    Empty where nothing was measured, or where nobody would wait for the end: it would take longer than a day.
+    """
+    whole = [r for r in of(result, "end_to_end") if r["variant"] == "fused" and "shards" in r["shape"]]
+    steps = [r for r in of(result, "train_step") if r["variant"] == "fused"]
+    for records, what in ((whole, "from shards to weights"), (steps, "for the steps alone, without data,")):
+        ours = [r for r in records if re.match(rf"{preset}\b", r["shape"])]
+        if ours:
+            seconds = clips / max(r["clips_per_second"] for r in ours)
+            cores = "" if result["gpu"] else f" ({result['cores']} cores)"
+            if seconds > 86_400:
+                return ""
+            length = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} minutes"
+            return f"{length} {what} on {result['device']}{cores}"
+    return ""
+
+
+def headline(results: list[dict]) -> str:
+    """One row for each device: a training step of plain PyTorch, torch.compile and ajepa.
+
+    The case is one that all three ran, where there is such a case, and the slowest of those.
+    """
+    rows = []
     for result in results:
-        old = " Figures *before a rebuild* are of code that has changed since." * any(map(is_old, result["records"]))
-        parts.append(f"**{result['device']}** ({when(result)}).{old}")
-        parts += [side_by_side(steps) for name in ("step", "train_step", "end_to_end") if (steps := of(result, name))]
-        if ops := kernel_rows(largest(kernels(result))):
-            parts += [table(KERNEL_HEAD, ops)] + [ON_A_CPU] * (not result["gpu"])
-    plots = "[all cases and plots](benchmarks/results/README.md)"
-    parts.append(f"Of each op the largest case; {plots}.")
+        if step := compared_step(result):
+            speeds = [step[name]["clips_per_second"] if name in step else None for name in ENGINES]
+            ratios = [speeds[2] / peer if peer else None for peer in speeds[:2]]
+            row = [result["device"], step["fused"]["shape"], *map(number, speeds)]
+            rows.append([*row, *(number(ratio, ".2f") for ratio in ratios), measured(step["fused"])])
+    parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
+    if rows:
+        parts += [prune(HEADLINE_HEAD, rows), MEAN_RATIO + BEFORE * any("before" in row[-1] for row in rows)]
     return "\n\n".join(parts)
 
 
+def step_tables(results: list[dict]) -> str:
+    """The training step on each device: alone, beside other engines, and from files to weights."""
+    parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
+    for result in results:
+        tables = [side_by_side(steps) for name in ("step", "train_step", "end_to_end") if (steps := of(result, name))]
+        parts += [f"**{result['device']}** ({when(result, of(result, *WHOLE))})", *tables] if tables else []
+    return "\n\n".join(parts)
+
+
+def op_tables(results: list[dict]) -> str:
+    """The largest case of each op on each device."""
+    parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
+    for result in results:
+        if rows := kernel_rows(largest(kernels(result))):
+            parts += [f"**{result['device']}** ({when(result, kernels(result))})", table(KERNEL_HEAD, rows)]
+            parts += [ON_A_CPU] * (not result["gpu"])
+    return "\n\n".join(parts)
+
+
+def op_table(op: str, results: list[dict]) -> str:
+    """Every case of one op, on every device for which it has a kernel."""
+    rows, on_a_gpu = [], False
+    for result in results:
+        if result["gpu"] or op in CPU_KERNELS:
+            found = kernel_rows(of(result, *OPS[op]))
+            rows += [[result["device"], *row] for row in found]
+            on_a_gpu |= bool(found) and result["gpu"]
+    head = f"device | {KERNEL_HEAD}"
+    if len({row[1] for row in rows}) == 1:
+        head, rows = head.replace("op | ", ""), [row[:1] + row[2:] for row in rows]
+    parts = [] if on_a_gpu else ["**Not yet measured on a GPU.**"]
+    return "\n\n".join(parts + [prune(head, rows)] * bool(rows))
+
+
+SECTIONS: dict[str, Callable[[list[dict]], str]] = {"headline": headline, "steps": step_tables, "ops": op_tables}
+SECTIONS |= {"claim": claim, "costs": costs}
+SECTIONS |= {op: partial(op_table, op) for op in OPS}
+
+
 def results_page(results: list[dict]) -> str:
-    parts = ["# Benchmark results", "Written by `benchmarks/report.py` from the JSON files beside it. "
-             "Ratios above 1: faster than plain PyTorch, or than the best peer, in the same run. The floor of an op is "
-             "the time of its least bytes at the copy rate measured then; MFU is the share of the matrix product rate "
-             "measured then. A figure *before a rebuild* is of code that has changed since."]  # fmt: skip
+    parts = ["# Benchmark results", RESULTS_INTRODUCTION]
     if not any(result["gpu"] for result in results):
         parts.append(UNMEASURED)
     for result in results:
@@ -177,32 +317,40 @@ def results_page(results: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def replaced(readme: str, section: str) -> str:
-    try:
-        head, rest = readme.split(BEGIN)
-        _, tail = rest.split(END)
-    except ValueError:
-        raise SystemExit(f"README.md must hold the line `{BEGIN}` and then `{END}`, once each") from None
-    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+def renewed(page: Path, results: list[dict]) -> str:
+    """The text of `page` with each of its blocks as the results give it. A block without a name is the headline."""
+    text = page.read_text()
+
+    def block(found: re.Match) -> str:
+        name = found["name"] or "headline"
+        if name not in SECTIONS:
+            raise SystemExit(f"{page}: no section is called {name!r}; there are {', '.join(SECTIONS)}")
+        return f"{found['begin']}{SECTIONS[name](results)}\n{found['end']}"
+
+    blocks = len(BLOCK.findall(text))
+    if not blocks == text.count("<!-- speed:begin") == text.count(END):
+        begin = BEGIN.format(name=" NAME")
+        raise SystemExit(f"{page}: every table must stand between the lines `{begin}` and `{END}`")
+    return BLOCK.sub(block, text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--no-readme", action="store_true", help="the page and plots of --results alone")
+    parser.add_argument("--pages", type=Path, nargs="*", default=PAGES, help="pages that hold tables between markers")
+    parser.add_argument("--no-readme", action="store_true", help="only the page and the plots in the --results folder")
     options = parser.parse_args(argv)
     results = load(options.results)
-    pages = {options.results / "README.md": results_page(results)}
+    texts = {options.results / "README.md": results_page(results)}
     if not options.no_readme:
-        pages[options.readme] = replaced(options.readme.read_text(), readme_section(results))
+        texts |= {page: renewed(page, results) for page in options.pages}
     if options.check:
-        old = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+        old = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
         for path in old:
-            print(f"{path} is not what the results give: run `python benchmarks/report.py`", file=sys.stderr)
+            print(f"{path} differs from the result files: run `python benchmarks/report.py`", file=sys.stderr)
         return 1 if old else 0
-    for path, text in pages.items():
+    for path, text in texts.items():
         path.write_text(text)
     try:
         import plots

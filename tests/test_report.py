@@ -39,21 +39,29 @@ def steps(batch: int, grows: bool = False) -> list[dict]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A result file of a CPU and of a GPU, and a README with a place for the tables."""
+    """A result file of a CPU, one of a GPU, and pages with places for the tables."""
     plain = timed(variant="plain PyTorch", median_ms=6.0, ratio_to_plain=1.0, floor_share=0.17)
     lever = timed(benchmark="levers", shape="tiny, batch 4, recompute", variant="recompute", ratio_to_plain=0.83)
-    new = [timed(), plain, lever, *steps(16), *steps(64), *steps(8, True), *steps(32, True)]
+    compiled = {**steps(16)[0], "variant": "compile", "median_ms": 2.0, "clips_per_second": 8e3}
+    new = [timed(), plain, lever, *steps(16), *steps(64), compiled, *steps(8, True), *steps(32, True)]
     for device, cuda in (("cpu x", None), ("GPU y", "13.0")):
         marks = {"test": "t", "commit": "abc1234", "date": "2026-01-02"}
         result = {"device": device, "cores": 2, "versions": {"torch": "2.11", "cuda": cuda}, "commit": "abc1234",
                   "ceilings": {"copy_gb_per_s": 10.0}, "records": [{**r, **marks} for r in new]}  # fmt: skip
         (tmp_path / f"{device.replace(' ', '-').lower()}.json").write_text(json.dumps(result))
-    (tmp_path / "R.md").write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    (tmp_path / "R.md").write_text(page(""))
+    (tmp_path / "tables.md").write_text(page("steps") + page("ops") + page("headline"))
     return tmp_path
 
 
+def page(name: str) -> str:
+    begin = report.BEGIN.format(name=f" {name}" if name else "")
+    return f"above\n{begin}\nold\n{report.END}\nbelow\n"
+
+
 def run(folder, *more) -> int:
-    return report.main(["--results", str(folder), "--readme", str(folder / "R.md"), *more])
+    pages = ["--pages", str(folder / "R.md"), str(folder / "tables.md")]
+    return report.main(["--results", str(folder), *pages, *more])
 
 
 def test_what_was_left_out_stands_in_the_results(folder):
@@ -70,17 +78,27 @@ def test_what_was_left_out_stands_in_the_results(folder):
     assert not json.loads(path.read_text())["left_out"]
 
 
-def test_readme_is_what_the_results_give():
+def test_every_page_agrees_with_the_result_files():
     assert report.main(["--check"]) == 0, "run `python benchmarks/report.py`"
+
+
+def test_readme_holds_the_headline_and_kernels_page_a_table_of_every_op():
+    root = BENCHMARKS.parent
+    blocks = [found["name"] for found in report.BLOCK.finditer((root / "README.md").read_text())]
+    assert blocks == ["claim", None, "costs"]
+    kernels = [found["name"] for found in report.BLOCK.finditer((root / "docs" / "kernels.md").read_text())]
+    assert sorted(kernels) == sorted(report.OPS)
 
 
 def test_report_writes_tables_and_plots_and_check_finds_what_changed(folder, capsys):
     pytest.importorskip("matplotlib", reason="without it there are no plots")
     assert run(folder, "--check") == 1 and "report.py" in capsys.readouterr().err
     assert run(folder) == 0 and run(folder, "--check") == 0
-    text = (folder / "R.md").read_text()
-    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-    assert "| tiny, batch 64 | 4 | 2.5 | 25,600 | 1.60 | 25% |" in text
+    for name in ("R.md", "tables.md"):
+        text = (folder / name).read_text()
+        assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert text.count("above\n") == text.count("\nbelow\n") == 3
+    assert "| tiny, batch 64 | 4 | - | 2.5 | 25,600 | 1.60 | - | 25% |" in text
     assert "| `op` | 64 rows | 2 | 50% | 3.00 | 1.50 | torch.compile |" in text
     plots = {path.name for path in (folder / "plots").iterdir()}
     assert plots == {f"{d}-{p}.png" for d in ("cpu-x", "gpu-y") for p in ("floor", "phases", "scaling", "throughput")}
@@ -94,14 +112,66 @@ def test_report_writes_tables_and_plots_and_check_finds_what_changed(folder, cap
     assert run(folder, "--check") == 1
 
 
-def test_without_a_gpu_the_report_says_so(folder):
-    assert "Not yet measured on a GPU" not in report.readme_section(report.load(folder))
-    (folder / "gpu-y.json").unlink()
-    assert "Not yet measured on a GPU" not in report.readme_section(
-        report.load(folder)[:0] + [{**report.load(folder)[0], "gpu": True}]
+def test_headline_is_the_case_that_all_engines_ran(folder):
+    assert run(folder) == 0
+    text = (folder / "R.md").read_text()
+    assert "| GPU y | tiny, batch 16 | 4,000 | 8,000 | 6,400 | 1.60 | 0.80 | 2026-01-02, abc1234 |" in text
+    assert text.count("| tiny, batch") == 2, "one row for each device"
+    assert text.split(report.END)[0] in (folder / "tables.md").read_text().replace(" headline, written", ", written")
+
+
+def test_claim_and_costs_follow_from_the_records(folder):
+    results = report.load(folder)
+    assert report.claim(results) == (
+        "On one GPU y, a training step of tiny, batch 16 takes 2.5 ms, which is 6,400 clips/s: 1.60 times as fast as "
+        "plain PyTorch and 0.80 times as fast as `torch.compile`."
     )
-    assert "Not yet measured on a GPU" in report.readme_section(report.load(folder))
-    assert "Not yet measured on a GPU" in report.results_page(report.load(folder))
+    assert report.claim([]) == report.UNMEASURED
+    shards = timed("end_to_end", "tiny, batch 8, shards, 2 cores", "fused", clips_per_second=400.0)
+    results[1]["records"].append(shards)
+    row = next(line for line in report.costs(results).splitlines() if "`tiny`" in line)
+    assert "16,000 clips" in row and "40 s from shards to weights on cpu x (2 cores)" in row
+    assert "1 s for the steps alone, without data, on GPU y" in row  # at 25,600 clips/s
+    assert "56 V100-hours | not yet measured |" in report.costs(results)
+
+
+def test_an_op_has_the_cases_of_devices_that_have_a_kernel_for_it(folder):
+    for path in folder.glob("*.json"):
+        result = json.loads(path.read_text())
+        marks = {"date": "2026-01-02", "commit": "abc1234"}
+        result["records"] += [
+            timed(op, f"{op} on {result['device']}", f"ajepa {op}", **marks) for op in ("resample", "gelu_mlp")
+        ]
+        path.write_text(json.dumps(result))
+    results = report.load(folder)
+    resampled, products = report.op_table("resample", results), report.op_table("gelu_mlp", results)
+    assert "| GPU y | resample on GPU y | 2 | 50% |" in resampled and "| cpu x | resample on cpu x |" in resampled
+    assert "| GPU y | gelu_mlp on GPU y | 2 |" in products and "cpu x" not in products
+    assert "Not yet measured" not in resampled + products
+    assert report.op_table("gelu_mlp", results[1:]) == "**Not yet measured on a GPU.**"
+    assert report.op_table("resample", results[1:]).startswith("**Not yet measured on a GPU.**\n\n| device |")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (page("no_such_op"), "no section is called 'no_such_op'"),
+        (page("ops").replace(report.END, ""), "must stand between the lines"),
+        (page("ops").replace(", written by benchmarks/report.py", ""), "must stand between the lines"),
+    ],
+)
+def test_a_page_with_a_wrong_marker_is_named(folder, text, message):
+    (folder / "R.md").write_text(text)
+    with pytest.raises(SystemExit, match=f"R.md: .*{message}"):
+        run(folder)
+    assert (folder / "R.md").read_text() == text
+
+
+def test_without_a_gpu_the_report_says_so(folder):
+    pages = (report.headline, report.step_tables, report.op_tables, report.results_page)
+    assert not any("Not yet measured on a GPU" in page(report.load(folder)) for page in pages)
+    (folder / "gpu-y.json").unlink()
+    assert all("Not yet measured on a GPU" in page(report.load(folder)) for page in pages)
 
 
 def test_figures_of_code_that_has_changed_are_marked(folder):
@@ -115,9 +185,10 @@ def test_figures_of_code_that_has_changed_are_marked(folder):
     assert run(folder) == 0
     marked = [line for line in (folder / "README.md").read_text().splitlines() if "before a rebuild |" in line]
     assert len(marked) == 1 and marked[0].startswith("| `op` | 64 rows") and "2026-01-02, abc1234" in marked[0]
-    section = (folder / "R.md").read_text()
-    assert section.count("before a rebuild |") == 1 and "Figures *before a rebuild* are of code" in section
-    assert "| tiny, batch 64 | 4 | 2.5 | 25,600 | 1.60 | 25% | 2026-01-02, abc1234 |" in section
+    section = (folder / "tables.md").read_text()
+    assert section.count("before a rebuild |") == 1
+    assert "A figure *before a rebuild* was measured on code" in (folder / "README.md").read_text()
+    assert "| tiny, batch 64 | 4 | - | 2.5 | 25,600 | 1.60 | - | 25% | 2026-01-02, abc1234 |" in section
 
 
 def test_a_step_its_kernels_and_the_tests_have_their_tables(folder):
@@ -148,7 +219,8 @@ def test_a_step_its_kernels_and_the_tests_have_their_tables(folder):
     assert "| `_add_layer_norm_fwd_kernel` | element-wise and norms | 1.50 | 24 | 10.0% |" in page
     assert "GEMM 60.0%, idle 10.0%." in page
     assert (
-        "| ViT-B, batch 256, masks as drawn | 2 | 6,400 | 50% | 2026-01-02, abc1234 |" in (folder / "R.md").read_text()
+        "| ViT-B, batch 256, masks as drawn | 2 | 6,400 | 50% | 2026-01-02, abc1234 |"
+        in (folder / "tables.md").read_text()
     )
 
 
