@@ -7,13 +7,14 @@ that `import ajepa` stays light.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ajepa.utils.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from ajepa.config import Config, ConfigError, preset
     from ajepa.encoder import Encoder
     from ajepa.train import run as train
 
-__version__ = "0.1.0"
-__all__ = ["Config", "ConfigError", "Encoder", "preset", "train"]
+__all__ = ["Config", "ConfigError", "Encoder", "__version__", "preset", "train"]
 
 _HOMES = {"Config": "config", "ConfigError": "config", "Encoder": "encoder", "preset": "config"}
 

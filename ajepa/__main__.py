@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from ajepa import __version__
+from ajepa.utils.version import VERSION
 
 COMMANDS = ("train", "probe", "finetune", "embed", "export", "convert", "pack", "doctor")
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     if name == "--version":
-        print(f"ajepa {__version__}")
+        print(f"ajepa {VERSION}")
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

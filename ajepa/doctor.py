@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ajepa
+from ajepa.utils.version import VERSION
 
 REQUIRED = ("torch", "numpy", "soundfile", "safetensors", "tyro", "pydantic", "rich", "tensorboard", "matplotlib")
 LINUX = ("triton", "nvidia-dali-cuda130")
@@ -308,7 +308,7 @@ SECTIONS: dict[str, list[Callable[[], Iterator[Line]]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Print the report. Returns 1 if a section found a problem or could not be finished."""
     parser = argparse.ArgumentParser("python -m ajepa.doctor", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("--version", action="version", version=f"ajepa {ajepa.__version__}")
+    parser.add_argument("--version", action="version", version=f"ajepa {VERSION}")
     parser.parse_args(argv)
     problems: list[str] = []
     start = time.monotonic()

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import ajepa
+from ajepa.utils.version import VERSION
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ def parse(
 
     words = list(sys.argv[1:] if argv is None else argv)
     if "--version" in words:
-        print(f"ajepa {ajepa.__version__}")
+        print(f"ajepa {VERSION}")
         raise SystemExit(0)
     if "--help-all" in words:
         words = ["--help"]
