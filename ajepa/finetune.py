@@ -353,6 +353,9 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, list[str]]:
 
     Example::
 
+        from ajepa.finetune import load_classifier
+        from ajepa.model.frontend import FrontEnd
+
         model, classes = load_classifier("runs/mine/finetune")
         chances = model(FrontEnd(model.spec)(pcm, lengths), lengths).softmax(-1)  # int16 [B, S], [B] -> [B, K]
     """

@@ -161,6 +161,11 @@ def quantize_rows(x_MK: torch.Tensor, *, gelu: str | None = None, impl: str = "a
 
     Raises:
         ValueError: shapes, dtypes or options are invalid; raised before any launch.
+
+    Example::
+
+        x = torch.randn(512, 768, device="cuda", dtype=torch.bfloat16)
+        values, scale = quantize_rows(x)
     """
     if x_MK.dim() != 2 or not x_MK.is_floating_point():
         raise ValueError(f"quantize_rows: x must be floating point [M, K], got {list(x_MK.shape)} {x_MK.dtype}")
@@ -191,6 +196,13 @@ def norm_quantize_rows(
 
     Raises:
         ValueError: shapes or dtypes are invalid; raised before any launch.
+
+    Example::
+
+        norm = torch.nn.LayerNorm(768, device="cuda")
+        x = torch.randn(512, 768, device="cuda", dtype=torch.bfloat16)
+        stream = torch.randn(512, 768, device="cuda")
+        quantized, stream = norm_quantize_rows(x, stream, norm.weight, norm.bias, norm.eps)
     """
     tensors = tuple(t.detach() for t in (x_MK, residual_MK, weight_K, bias_K))
     x, residual, weight, bias = tensors

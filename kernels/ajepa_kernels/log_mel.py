@@ -47,6 +47,11 @@ class LogMelSpec:
 
     Raises:
         ValueError: a value is invalid; the message names the field and the remedy.
+
+    Example::
+
+        spec = LogMelSpec(sample_rate=32_000, n_fft=1024, win_length=800, hop_length=320, n_frames=1024)
+        spec.grid  # (8, 64) patches
     """
 
     sample_rate: int = 16000
@@ -655,6 +660,11 @@ def log_mel(
     Raises:
         TypeError, ValueError: wrong dtype, shape or device, or clips shorter than one window.
         RuntimeError: `impl="fused"` and the kernel cannot run; or the first call with a spec is in a graph capture.
+
+    Example::
+
+        pcm = torch.randint(-9999, 9999, (8, 320_000), dtype=torch.int16, device="cuda")
+        patches = log_mel(pcm, LOG_MEL_PRESETS["audio-jepa"])  # [8, 128, 256]
     """
     _check(pcm, spec, lengths, dtype, layout)
     if impl not in ("auto", "fused", "reference"):

@@ -312,6 +312,10 @@ def _check(
 def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
     """The number of outputs for a recording of `samples` samples: one at every time m / to_rate before its end.
 
+    Raises:
+        TypeError, ValueError: a rate is not a whole number of Hz from 1 to 384,000, or `from_rate` is too many times
+            `to_rate`.
+
     >>> resampled_length(44100, 44100, 16000), resampled_length(1, 48000, 16000), resampled_length(0, 8000, 16000)
     (16000, 1, 0)
     """
@@ -326,6 +330,18 @@ def input_span(first: int, count: int, from_rate: int, to_rate: int) -> tuple[in
     exists, and pass the index of its first sample as `offset`. The CPU kernel filters whole blocks, so the span covers
     all blocks that contain these outputs: up to 24000 samples more than the reach of the filter. If the rates are
     equal, the span is (first, first + count).
+
+    Raises:
+        TypeError, ValueError: a rate is not a whole number of Hz from 1 to 384,000, or `from_rate` is too many times
+            `to_rate`.
+        ValueError: `first` or `count` is negative.
+
+    Example::
+
+        recording = torch.randn(200_000)
+        start, stop = input_span(16_000, 16_000, 44_100, 16_000)
+        start, stop = max(start, 0), min(stop, len(recording))
+        part = resample(recording[start:stop], 44_100, 16_000, first=16_000, count=16_000, offset=start)  # [16000]
     """
     from_rate, to_rate = _rates(from_rate, to_rate)
     if first < 0 or count < 0:
@@ -604,6 +620,12 @@ class Resampler:
 
     The joined results equal `resample` of the joined blocks, bit for bit with the compiled kernel. Outputs come a few
     thousand samples late, because the kernel filters two of its own blocks at a time.
+
+    Raises:
+        TypeError, ValueError: a rate is not a whole number of Hz from 1 to 384,000, or `from_rate` is too many times
+            `to_rate`.
+        TypeError, ValueError: an invalid dtype, `impl` or block.
+        RuntimeError: `push` or `finish` after `finish`.
 
     >>> stream = Resampler(44100, 16000)
     >>> parts = [stream.push(block) for block in torch.zeros(44100).split(1000)] + [stream.finish()]

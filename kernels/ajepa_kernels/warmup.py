@@ -47,6 +47,9 @@ def warmup(
     Returns:
         False if there is no GPU or no Triton to compile for, else True.
 
+    Raises:
+        ValueError: an operation has no kernel for one of these sizes, or `kind` is invalid.
+
     Example::
 
         warmup(heads=[(12, 64), (12, 32)], max_seqlens=[64, 128], widths=[768, 384])
