@@ -1,7 +1,7 @@
-"""AdamWEMA against torch's fused AdamW, foreach EMA and foreach casts, on the parameters of a ViT.
+"""Benchmark AdamWEMA against torch's fused AdamW with a foreach EMA and foreach casts, on the parameters of a ViT.
 
-Milliseconds a step. The floor is 38 bytes a parameter (p, m, v, ema read and written, gradient read, bfloat16 copy
-of p written) over the measured copy rate.
+A time is milliseconds per step. The floor is 38 bytes per parameter divided by the measured copy rate: p, m, v and ema
+are read and written, the gradient is read, and the bfloat16 copy of p is written.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_adamw_ema(interleave, record):
         )
         return params, emas, lambda: optimizer.step(ema_decay=decay, grad_scale=scale)
 
-    def torchs():
+    def torch_fused():
         params, emas, copies = tensors()
         optimizer = torch.optim.AdamW(params, fused=True, capturable=DEVICE == "cuda", **options)
         optimizer.grad_scale, optimizer.found_inf = scale, None
@@ -55,7 +55,7 @@ def test_adamw_ema(interleave, record):
 
         return params, emas, step
 
-    made = {"ajepa AdamWEMA": ours("auto"), "torch fused AdamW + foreach": torchs()}
+    made = {"ajepa AdamWEMA": ours("auto"), "torch fused AdamW + foreach": torch_fused()}
     for *_, step in made.values():
         step()
     (ours_params, ours_emas, _), (params, emas, _) = made.values()
@@ -67,13 +67,13 @@ def test_adamw_ema(interleave, record):
     floor = 38 * n / copy_bytes_per_ms()
     record("adamw_ema", f"{n / 1e6:.1f} M parameters", times, plain=peer, peers=[peer], floor_ms=floor)
     if DEVICE == "cpu":
-        left_out({"the kernel": "needs a GPU: AdamWEMA runs torch's own operations here"})
+        left_out({"the kernel": "needs a GPU; on a CPU AdamWEMA runs torch's own operations"})
 
 
-@pytest.mark.skipif(QUICK, reason="not the step's own: left out of a quick run")
-@pytest.mark.skipif(DEVICE != "cuda", reason="the remainder is for the GPU's bfloat16 weights")
+@pytest.mark.skipif(QUICK, reason="the training step has no remainder, so a quick run leaves it out")
+@pytest.mark.skipif(DEVICE != "cuda", reason="the remainder is only used with bfloat16 weights on a GPU")
 def test_remainder(interleave, record):
-    """bfloat16 weights with a 16-bit remainder: the compute copy is the weight, 34 bytes a parameter."""
+    """Time bfloat16 weights with a 16-bit remainder. No compute copy is needed, and 34 bytes per parameter move."""
     params = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters()]
     for p in params:
         p.grad = torch.randn_like(p)

@@ -1,11 +1,12 @@
-"""masked_attention over packed visible patches against varlen attention, SDPA, FlexAttention and jagged SDPA.
+"""Benchmark masked_attention on packed visible patches against varlen attention, SDPA, FlexAttention and jagged SDPA.
 
-Milliseconds a call, 12 heads, bfloat16 on a GPU, float32 on a CPU: forward, backward of a graph that is built
-beforehand, and both. The floor is the bytes that must move over the copy rate measured in the same run: q, k, v, out
-forward; q, k, v, dO, dq, dk, dv backward.
+A time is milliseconds per call with 12 heads, in bfloat16 on a GPU and in float32 on a CPU. Three ways are timed: the
+forward pass, the backward pass of a graph that was built beforehand, and both together. The floor is the bytes that
+must move, divided by the copy rate measured in the same run. The forward pass moves q, k, v and out; the backward pass
+moves q, k, v, dO, dq, dk and dv.
 
-The first cases are those of a step of `audio-jepa`: 51 to 77 visible patches a clip in the context encoder, all 128 in
-the target encoder (both of head dim 64) and in the predictor (head dim 32).
+The first cases are those of a step of `audio-jepa`. The context encoder attends over 51 to 77 visible patches per clip
+and the target encoder over all 128, both with head dim 64. The predictor attends over all 128 with head dim 32.
 """
 
 import functools
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from ceilings import SECONDS, alone_backward, copy_bytes_per_ms, rotating
+from ceilings import SECONDS, backward_only, copy_bytes_per_ms, rotating
 from conftest import left_out
 from records import DEVICE, QUICK
 
@@ -33,7 +34,7 @@ FLEX = {("64", 64), ("32-96", 64)}  # tokens and head dim of the cases that Flex
 
 
 def lengths(batch: int, tokens: str) -> torch.Tensor:
-    """Tokens of each clip: "64", or "32-96" for a ragged batch whose mean is the middle of that span."""
+    """Return the tokens of each clip: `tokens` is "64", or "32-96" for a ragged batch whose mean is the middle."""
     low, high = int(tokens.split("-")[0]), int(tokens.split("-")[-1])
     spread = (high - low) // 2
     half = torch.randint(-spread, spread + 1, (batch // 2,), generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,7 @@ def lengths(batch: int, tokens: str) -> torch.Tensor:
 
 
 def padded(backend, n: torch.Tensor) -> Callable:
-    """SDPA on `[B, H, S, D]`, with a key mask where lengths differ. Padding and unpadding are not timed."""
+    """Return SDPA on padded `[B, H, S, D]`, with a key mask if lengths differ. Padding and unpadding are not timed."""
     S = int(n.max())
     mask = None if int(n.min()) == S else (torch.arange(S, device=DEVICE) < n.to(DEVICE)[:, None])[:, None, None, :]
 
@@ -64,7 +65,7 @@ def jagged(n: torch.Tensor) -> Callable:
                 x.contiguous(),
                 offsets,
                 min_seqlen=int(n.min()),
-                max_seqlen=int(n.max()),  # else read from the device
+                max_seqlen=int(n.max()),  # without these bounds torch reads the lengths from the device
             ).transpose(1, 2)
             for x in qkv.unbind(1)
         )
@@ -85,55 +86,59 @@ def flex(n: torch.Tensor) -> Callable:
 
 
 def variants(n: torch.Tensor, backward: bool, flexible: bool) -> tuple[dict[str, tuple[Callable, int]], dict[str, str]]:
-    """{name: (function of qkv, rows of qkv)}, and what is left out here with its reason."""
+    """Return {name: (function of qkv, rows of qkv)}, and {variant left out on this machine: reason}."""
     T, S = int(n.sum()), int(n.max())
     cu = F.pad(n.cumsum(0), (1, 0)).to(DEVICE, torch.int32)
-    run = {"ajepa masked_attention": (lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S), T)}
-    out = {}
+    functions = {"ajepa masked_attention": (lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S), T)}
+    missing = {}
     if DEVICE == "cuda":
         plain = lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="reference")  # noqa: E731
-        run["plain PyTorch"] = (plain, T)
+        functions["plain PyTorch"] = (plain, T)
         try:
             from torch.nn.attention.varlen import varlen_attn
 
-            run["varlen_attn"] = (lambda x: varlen_attn(*x.unbind(1), cu, cu, S, S), T)
+            functions["varlen_attn"] = (lambda x: varlen_attn(*x.unbind(1), cu, cu, S, S), T)
         except ImportError as error:
-            out["varlen_attn"] = str(error)
+            missing["varlen_attn"] = str(error)
         for name in () if QUICK else ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             if int(n.min()) == S or name != "FLASH_ATTENTION":
                 backend = getattr(torch.nn.attention.SDPBackend, name)
-                run[f"padded SDPA {name.split('_')[0].lower()}"] = (padded(backend, n), len(n) * S)
+                functions[f"padded SDPA {name.split('_')[0].lower()}"] = (padded(backend, n), len(n) * S)
             else:
-                out[f"padded SDPA {name}"] = "takes no key mask"
+                missing[f"padded SDPA {name}"] = "this backend takes no key mask"
     else:
-        out["the kernel"] = "needs a GPU: masked_attention is its plain definition here"
-        out["varlen_attn"] = "CUDA only"
-        run["padded SDPA"] = (padded(None, n), len(n) * S)
+        missing["the kernel"] = "needs a GPU; on a CPU masked_attention runs its plain definition"
+        missing["varlen_attn"] = "it runs only on CUDA devices"
+        functions["padded SDPA"] = (padded(None, n), len(n) * S)
     if QUICK:
-        out["FlexAttention"] = "compiled peers are left out of a quick run"
-        out["padded SDPA by backend, jagged SDPA, flash-attn"] = "slow peers are left out of a quick run"
-        return run, out
-    run["jagged SDPA"] = (jagged(n), T)
+        missing["FlexAttention"] = "compiled peers are left out of a quick run"
+        missing["padded SDPA by backend, jagged SDPA, flash-attn"] = "slow peers are left out of a quick run"
+        return functions, missing
+    functions["jagged SDPA"] = (jagged(n), T)
     if not flexible:
-        out["FlexAttention"] = "compiled for 64 and 32-96 tokens of head dim 64 alone"
+        missing["FlexAttention"] = "it is compiled only for 64 and for 32-96 tokens of head dim 64"
     elif DEVICE == "cuda" or not backward:
-        run["FlexAttention"] = (flex(n), T)
+        functions["FlexAttention"] = (flex(n), T)
     else:
-        out["FlexAttention"] = "no backward on a CPU"
+        missing["FlexAttention"] = "it has no backward pass on a CPU"
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_qkvpacked_func
 
-        run["flash-attn"] = (lambda x: flash_attn_varlen_qkvpacked_func(x, cu, S), T)
+        functions["flash-attn"] = (lambda x: flash_attn_varlen_qkvpacked_func(x, cu, S), T)
     else:
-        out["flash-attn"] = "not installed"
-    return run, out
+        missing["flash-attn"] = "the package is not installed"
+    return functions, missing
 
 
 def checker(n: torch.Tensor, D: int, backward: bool) -> Callable[[Callable, int], None]:
-    """check(function, rows): output and gradient of `function`, on packed or padded tokens, against plain float64."""
+    """Return check(function, rows). It compares the output and gradient of `function` with plain PyTorch in float64.
+
+    The tokens of `function` are packed (`rows` is their number) or padded.
+    """
     T, S = int(n.sum()), int(n.max())
     cu = F.pad(n.cumsum(0), (1, 0)).to(DEVICE)
-    places = (torch.arange(S) < n[:, None]).flatten().nonzero().squeeze(1).to(DEVICE)  # of the tokens among padded ones
+    # The rows of the padded batch that hold tokens.
+    places = (torch.arange(S) < n[:, None]).flatten().nonzero().squeeze(1).to(DEVICE)
     qkv, upstream = (torch.randn(T, *shape, H, D, device=DEVICE, dtype=DTYPE) for shape in ((3,), ()))
 
     def run(attend, x):
@@ -188,7 +193,7 @@ def test_attention(batch, tokens, D, way, interleave, record):
             return out, x, torch.randn_like(out)
 
         if way == "backward":
-            timed[name] = alone_backward(build, 2 * rows * 4 * H * D * size)
+            timed[name] = backward_only(build, 2 * rows * 4 * H * D * size)
         else:
             call = functools.partial(both_ways, function) if backward else function
             timed[name] = rotating(call, make, rows * 3 * H * D * size)

@@ -1,7 +1,8 @@
-"""Who should decode which format, DALI or libsndfile, behind our reader; beside soundfile + soxr in a DataLoader.
+"""Benchmark DALI against libsndfile as the decoder behind our reader, and against soundfile + soxr in a DataLoader.
 
-Recordings of 10 s become mono clips at 32 kHz. Milliseconds for 1,000 clips, all variants in turns, each turn a pass
-from a standing start. `ajepa.data.dali.FASTER` names the formats that this benchmark found DALI to decode faster.
+Recordings of 10 s become mono clips at 32 kHz. A time is milliseconds for 1,000 clips. All variants are timed in turn,
+and each turn is one pass over the recordings that starts with nothing read ahead. `ajepa.data.dali.FASTER` names the
+formats that DALI decoded faster in this benchmark.
 """
 
 import os
@@ -18,7 +19,7 @@ from records import QUICK
 from ajepa.data.index import build_index
 from ajepa.data.loader import iterate_once
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # appended: tests/ has a conftest.py as well
 from make_audio import FORMATS, noise, write
 
 RATE, SAMPLES, FILES, BATCH = 32_000, 320_000, 4 if QUICK else 16, 8
@@ -65,7 +66,7 @@ def test_decode(kind, rate, channels, tmp_path, monkeypatch, interleave, record)
         assert sum(len(batch) for batch in loader) == FILES
 
     variants = {"ajepa, libsndfile": ours("soundfile"), PEER: peer}
-    if kind != "mp3":  # which DALI does not decode
+    if kind != "mp3":  # DALI does not decode MP3
         variants["ajepa, DALI"] = ours("dali")
     times = interleave(variants, *((0.5, 2) if QUICK else (4.0, 5)))
     per_clip = {name: [t / FILES * 1e3 for t in values] for name, values in times.items()}

@@ -1,4 +1,4 @@
-"""The device before anything else: versions and clocks, and the ceilings that all floors are computed from."""
+"""Record the versions and clocks of the device, and measure the ceilings that all floors are computed from."""
 
 import nvidia_smi
 import torch
@@ -8,13 +8,13 @@ CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit
 
 
 def test_device(request):
-    """Rates of a large copy and of large matrix products, and the clocks right after a second of products."""
+    """Measure the rates of a large copy and of large matrix products, and read the clocks under such products."""
     facts: dict = {"ceilings": ceilings()}
     if DEVICE == "cuda":
         a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
         for _ in range(700):
             a @ a
-        facts["clocks"] = nvidia_smi.query(*CLOCKS)  # while the products run
+        facts["clocks"] = nvidia_smi.query(*CLOCKS)  # the queued products are still running
         torch.cuda.synchronize()
         properties = torch.cuda.get_device_properties(0)
         facts["memory_bytes"], facts["multiprocessors"] = properties.total_memory, properties.multi_processor_count

@@ -1,4 +1,7 @@
-"""Row-wise float8 product beside the bf16 one, as the target encoder uses it: quantised on the way, forward only."""
+"""Benchmark the float8 product, which has a scale per row, against the bf16 product.
+
+The cases are those of the target encoder: the inputs are quantised on the way, and only the forward pass runs.
+"""
 
 import pytest
 import torch
@@ -10,9 +13,13 @@ from ajepa_kernels import add_layer_norm, fp8_linear, norm_quantize_rows, quanti
 M = 131_072 if DEVICE == "cuda" else 64 if QUICK else 256
 SHAPES = [(768, 2304), (768, 3072), (3072, 768)]
 TIME = SECONDS if QUICK else 1.0
+needs_float8 = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9),
+    reason="float8 products need compute capability 8.9 or later",
+)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="float8 needs sm_89")
+@needs_float8
 @pytest.mark.parametrize(("K", "N"), SHAPES if DEVICE == "cuda" and not QUICK else SHAPES[:1])
 def test_fp8_linear(K, N, interleave, record):
     x = torch.randn(M, K, device=DEVICE, dtype=torch.bfloat16)
@@ -29,13 +36,13 @@ def test_fp8_linear(K, N, interleave, record):
     record("fp8_linear", f"{M} x {K} to {N}", times, plain="bf16 linear", peers=["bf16 linear"])
 
 
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="float8 needs sm_89")
+@needs_float8
 def test_quantised_where_it_is_made(interleave, record):
-    """Norm to first product and GELU to second of a target encoder's MLP, beside bf16."""
-    C, on = 768, {"device": DEVICE, "dtype": torch.bfloat16}
-    x, residual, z = torch.randn(M, C, **on), torch.randn(M, C, device=DEVICE), torch.randn(M, 4 * C, **on)
+    """Time the norm with the first product and the GELU with the second product of a target encoder's MLP."""
+    C, options = 768, {"device": DEVICE, "dtype": torch.bfloat16}
+    x, residual, z = torch.randn(M, C, **options), torch.randn(M, C, device=DEVICE), torch.randn(M, 4 * C, **options)
     norm, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
-    w1, w2 = torch.randn(4 * C, C, **on) / C**0.5, torch.randn(C, 4 * C, **on) / (4 * C) ** 0.5
+    w1, w2 = torch.randn(4 * C, C, **options) / C**0.5, torch.randn(C, 4 * C, **options) / (4 * C) ** 0.5
 
     def fp8():
         normed, _ = norm_quantize_rows(x, residual, norm, bias)

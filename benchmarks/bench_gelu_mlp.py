@@ -1,9 +1,9 @@
-"""gelu_mlp, its GELU in the epilogues of cuBLASLt's products, against plain PyTorch, eager and compiled.
+"""Benchmark gelu_mlp, whose GELU runs in the epilogues of cuBLASLt's products, against plain PyTorch and torch.compile.
 
-Milliseconds a call, both ways, with the gradients of x and of the four parameters. The floor is the FLOPs of the six
-products at the rate of a large one measured in the same run.
+A time is milliseconds per call, forward and backward, with the gradients of x and of the four parameters. The floor is
+the FLOPs of the six products divided by the rate of a large product measured in the same run.
 
-The step has no such MLP unless it is asked for (`--mlp epilogue`), since its GELU is the one with the tanh.
+The training step uses this MLP only with `--mlp epilogue`, because its GELU is the tanh approximation.
 """
 
 import functools
@@ -18,12 +18,12 @@ from ajepa.training.roofline import product_flops_per_ms
 from ajepa_kernels import bias_gelu, gelu_mlp, gelu_mlp_reference
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-# tokens of the context encoder and the predictor at 1,024 and 64 clips
+# (tokens, width) of the context encoder and of the predictor at 1,024 clips, and of the context encoder at 64 clips
 SIZES = [(65536, 768), (131072, 384), (4096, 768)] if DEVICE == "cuda" else [(64, 64)] if QUICK else [(1024, 384)]
 
 
 def two_passes(x, w1, b1, w2, b2):
-    """The exact GELU apart from the products, in one pass each way."""
+    """Compute the exact GELU outside the products, in one pass forward and one pass backward."""
     hidden = bias_gelu(torch.nn.functional.linear(x, w1), b1)
     return torch.nn.functional.linear(hidden, w2, b2)
 
@@ -34,12 +34,12 @@ def both_ways(function, upstream, *leaves):
 
 @pytest.mark.parametrize(("M", "C"), SIZES[:1] if QUICK else SIZES)
 def test_gelu_mlp(M, C, interleave, record):
-    on = {"device": DEVICE, "dtype": DTYPE}
+    options = {"device": DEVICE, "dtype": DTYPE}
 
     def make(rows=M):
         shapes = {(rows, C): 1.0, (4 * C, C): C**-0.5, (4 * C,): 1.0, (C, 4 * C): (4 * C) ** -0.5, (C,): 1.0}
-        leaves = [(s * torch.randn(shape, **on)).requires_grad_() for shape, s in shapes.items()]
-        return torch.randn(rows, C, **on), *leaves
+        leaves = [(s * torch.randn(shape, **options)).requires_grad_() for shape, s in shapes.items()]
+        return torch.randn(rows, C, **options), *leaves
 
     functions = {
         "ajepa gelu_mlp": gelu_mlp,
@@ -49,14 +49,14 @@ def test_gelu_mlp(M, C, interleave, record):
     if QUICK:
         left_out({"torch.compile": "compiled peers are left out of a quick run"})
     else:
-        torch.compiler.reset()  # with dynamic=False: each case is compiled for its own shapes
+        torch.compiler.reset()  # together with dynamic=False, so that each case is compiled for its own shapes
         functions["torch.compile"] = torch.compile(gelu_mlp_reference, dynamic=False)
-    upstream, *leaves = make(min(M, 2048))  # of more rows float64 products would take long
+    upstream, *leaves = make(min(M, 2048))  # with more rows the float64 products would take long
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     want = both_ways(gelu_mlp_reference, upstream.double(), *doubles)
     for name, function in functions.items():
         for got, right in zip(both_ways(function, upstream, *leaves), want, strict=True):
-            bound = (2e-3 if name == "ajepa bias_gelu" else 0) + 16 * torch.finfo(DTYPE).eps  # another GELU
+            bound = (2e-3 if name == "ajepa bias_gelu" else 0) + 16 * torch.finfo(DTYPE).eps  # an exact GELU
             assert (got.double() - right).norm() < bound * right.norm(), name
     size = upstream.element_size()
     timed = {
@@ -69,4 +69,4 @@ def test_gelu_mlp(M, C, interleave, record):
         "gelu_mlp", shape, interleave(timed, SECONDS), plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor
     )
     if DEVICE == "cpu":
-        left_out({"the epilogues": "need a GPU: gelu_mlp is its plain definition here"})
+        left_out({"the epilogues": "need a GPU; on a CPU gelu_mlp runs its plain definition"})

@@ -1,6 +1,7 @@
-"""latent_l2_loss with its gradient against plain PyTorch, compiled and not.
+"""Benchmark latent_l2_loss and its gradient against plain PyTorch, eager and compiled.
 
-Milliseconds a call. The floor is the bytes of prediction, gathered targets and gradient over the measured copy rate.
+A time is milliseconds per call. The floor is the bytes of the prediction, of the gathered targets and of the gradient,
+divided by the measured copy rate.
 """
 
 import functools
@@ -15,7 +16,7 @@ from ajepa_kernels import latent_l2_loss, latent_l2_loss_reference
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 C = 768
-# 65,536 is a step of 1,024 clips
+# A step of 1,024 clips predicts 65,536 tokens.
 TOKENS = [65536, 4096] if DEVICE == "cuda" else [256] if QUICK else [4096]
 KINDS = ["l2", "smooth_l1", "cosine"]
 CHECKED = 8192  # tokens that are compared with float64
@@ -40,7 +41,7 @@ def test_latent_loss(T, kind, interleave, record):
     if QUICK:
         left_out({"torch.compile": "compiled peers are left out of a quick run"})
     else:
-        torch.compiler.reset()  # with dynamic=False: each case is compiled for its own shapes
+        torch.compiler.reset()  # together with dynamic=False, so that each case is compiled for its own shapes
         functions["torch.compile"] = torch.compile(functions["plain PyTorch"], dynamic=False)
     prediction, latents, index = make(min(T, CHECKED))
     want = both_ways(functions["plain PyTorch"], prediction.detach().double().requires_grad_(), latents.double(), index)
@@ -63,4 +64,4 @@ def test_latent_loss(T, kind, interleave, record):
         floor_ms=floor,
     )
     if DEVICE == "cpu":
-        left_out({"the kernel": "needs a GPU: latent_l2_loss is its plain definition here"})
+        left_out({"the kernel": "needs a GPU; on a CPU latent_l2_loss runs its plain definition"})

@@ -1,19 +1,19 @@
-"""add_layer_norm against an addition and torch's layer norm, compiled and not.
+"""Benchmark add_layer_norm against an addition followed by torch's layer norm, eager and compiled.
 
-Milliseconds a call. The step adds a bfloat16 half `x` to a float32 residual stream, with float32 weight and bias, and
-asks for a bfloat16 `normed`: "fp32 stream" in the names of the cases. The floor is the bytes that must move over the
-copy rate measured in the same run. Bytes of an element of that case:
+A time is milliseconds per call. The step adds a bfloat16 `x` to a float32 residual stream, with float32 weight and
+bias, and asks for a bfloat16 `normed`. The names of these cases say "fp32 stream". The floor is the bytes that must
+move, divided by the copy rate measured in the same run. These cases move the following bytes per element:
 
-    forward   12: reads x 2, residual 4; writes sum 4, normed 2
-    backward  16: reads sum 4, the gradients of normed 2 and of sum 4; writes those of x 2 and of residual 4
+    forward   12: reads x (2) and residual (4); writes sum (4) and normed (2)
+    backward  16: reads sum (4) and the gradients of normed (2) and sum (4); writes those of x (2) and residual (4)
 
-Where all tensors have one dtype, x and residual share one gradient: 4 tensors move forward, and 4 backward.
+If all tensors have one dtype, x and residual share one gradient, so that 4 tensors move forward and 4 backward.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ceilings import SECONDS, alone_backward, copy_bytes_per_ms, rotating
+from ceilings import SECONDS, backward_only, copy_bytes_per_ms, rotating
 from conftest import left_out
 from records import DEVICE, QUICK
 
@@ -22,7 +22,7 @@ from ajepa_kernels import add_layer_norm
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SIZES = [(65536, 768), (131072, 384)] if DEVICE == "cuda" else [(256, 64)] if QUICK else [(4096, 768), (8192, 384)]
 CHECKED = 8192  # rows that are compared with float64
-BYTES = {"forward": 12, "backward": 16}  # of an element, with a float32 stream
+BYTES = {"forward": 12, "backward": 16}  # per element, with a float32 stream
 
 
 def plain(x, residual, weight, bias):
@@ -31,13 +31,16 @@ def plain(x, residual, weight, bias):
 
 
 def both_ways(function, leaves, upstream):
-    """The outputs, and the gradients of x, residual, weight and bias."""
+    """Return the outputs, and the gradients of x, residual, weight and bias."""
     outputs = function(*leaves)
     return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
 
 
 def compare(shape, M, C, half, stream, way, bytes_each, interleave, record):
-    """Check and time `way` on M rows of C channels; half: dtype of x; stream: of the residual and the parameters."""
+    """Check and time `way` on M rows of C channels.
+
+    half: dtype of x. stream: dtype of the residual and of the parameters.
+    """
 
     def make(rows=M):
         def draw(dtype, *size):
@@ -51,14 +54,14 @@ def compare(shape, M, C, half, stream, way, bytes_each, interleave, record):
     if QUICK:
         left_out({"torch.compile": "compiled peers are left out of a quick run"})
     else:
-        torch.compiler.reset()  # with dynamic=False: each case is compiled for its own shapes
+        torch.compiler.reset()  # together with dynamic=False, so that each case is compiled for its own shapes
         functions["torch.compile"] = torch.compile(plain, dynamic=False)
     leaves, upstream = make(min(M, CHECKED))
     doubles = tuple(t.detach().double().requires_grad_() for t in leaves), tuple(t.double() for t in upstream)
     want = both_ways(plain, *doubles)
     for name, function in functions.items():
         for got, right in zip(both_ways(function, leaves, upstream), want, strict=True):
-            bound = (4 if got.dim() == 2 else 64) * torch.finfo(half).eps  # a vector is a sum over the rows
+            bound = (4 if got.dim() == 2 else 64) * torch.finfo(half).eps  # vectors are sums over the rows
             assert (got.double() - right).norm() < bound * right.norm(), name
 
     def timed(function):
@@ -67,7 +70,7 @@ def compare(shape, M, C, half, stream, way, bytes_each, interleave, record):
             return function(*leaves), leaves, upstream
 
         if way == "backward":
-            return alone_backward(build, bytes_each)
+            return backward_only(build, bytes_each)
         if way == "forward":
             return rotating(lambda leaves, upstream: function(*leaves), make, bytes_each)
         return rotating(lambda leaves, upstream: both_ways(function, leaves, upstream), make, bytes_each)
@@ -76,20 +79,20 @@ def compare(shape, M, C, half, stream, way, bytes_each, interleave, record):
     floor = bytes_each / copy_bytes_per_ms()
     record("add_layer_norm", shape, times, plain="plain PyTorch", peers=["torch.compile"], floor_ms=floor)
     if DEVICE == "cpu":
-        left_out({"the kernel": "needs a GPU: add_layer_norm is its plain definition here"})
+        left_out({"the kernel": "needs a GPU; on a CPU add_layer_norm runs its plain definition"})
 
 
 @pytest.mark.parametrize("way", BYTES)
 @pytest.mark.parametrize(("M", "C"), SIZES)
 def test_fp32_stream(M, C, way, interleave, record):
-    """As the step runs it."""
+    """Time the dtypes that the training step uses."""
     shape = f"{M} x {C}, fp32 stream, {way}"
     compare(shape, M, C, torch.bfloat16, torch.float32, way, BYTES[way] * M * C, interleave, record)
 
 
-@pytest.mark.skipif(QUICK, reason="not the step's own: left out of a quick run")
+@pytest.mark.skipif(QUICK, reason="the training step has other dtypes, so a quick run leaves this out")
 @pytest.mark.parametrize(("M", "C"), SIZES)
 def test_layer_norm(M, C, interleave, record):
-    """All tensors in one dtype."""
+    """Time tensors that all have the same dtype."""
     way, size = "forward + backward", torch.finfo(DTYPE).bits // 8
     compare(f"{M} x {C}, {way}", M, C, DTYPE, DTYPE, way, 8 * M * C * size, interleave, record)

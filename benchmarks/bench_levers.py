@@ -1,7 +1,8 @@
-"""The levers of the fused step that are switches, each thrown alone, beside the step as it is shipped.
+"""Benchmark the switches of the fused step, one at a time, against the step as it is shipped.
 
-Both run the same batches in turn, and a time is one step that the host waits for. A variant must train as the shipped
-step does, loss after loss, before its time counts. NOTES.md has the prediction, measurement and verdict of each lever.
+Both variants run the same batches in turn. A time is one step, including the host's wait for its end. The time of a
+switch counts only if its loss agrees with that of the shipped step at every step. NOTES.md has the prediction, the
+measurement and the verdict for each lever.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ ON_A_CPU = ("bias_gelu", "GELU epilogues", "recompute")
 @pytest.mark.parametrize("lever", LEVERS if DEVICE == "cuda" else ON_A_CPU)
 def test_levers(lever, batch, record):
     cfg = PRESETS[PRESET]
-    # Targets of the last layer, as published: where the dead work is left out.
+    # The targets are those of the last layer, as published. In this case the step leaves out the dead work.
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, size=SIZE, target_layers=1))
     changed = dataclasses.replace(cfg, step=dataclasses.replace(cfg.step, **LEVERS[lever]))
     try:

@@ -1,7 +1,8 @@
-"""Clips of 10 s at 32 kHz a second: our loader from shards, WAV and FLAC against soundfile in a torch DataLoader.
+"""Benchmark our loader on shards, WAV and FLAC against soundfile in a torch DataLoader, with clips of 10 s at 32 kHz.
 
-Milliseconds for 1,000 clips, all variants in turns. A turn is a pass over its clips from a standing start, ours and
-DataLoader's alike (whose workers are kept): nothing is read ahead in another's turn.
+A time is milliseconds for 1,000 clips. All variants are timed in turn. A turn is one pass over the variant's clips that
+starts with nothing read ahead, for our loader and for the DataLoader, which keeps its workers between turns. So no
+variant reads ahead during the turn of another.
 """
 
 import os
@@ -21,7 +22,7 @@ from ajepa.data.index import build_index
 from ajepa.data.loader import iterate_once
 from ajepa.data.shards import Shard
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # appended: tests/ has a conftest.py as well
 from make_audio import noise, write
 
 RATE, SAMPLES, FILES, BATCH = 32_000, 320_000, 8 if QUICK else 32, 16
@@ -97,7 +98,7 @@ def test_loader(tmp_path, monkeypatch, interleave, record):
         print(f"  {name:34} {rate[name]:8,.0f} clips/s, at best {best[name]:8,.0f}", file=sys.stderr)
     for kind in ("wav", "flac"):
         ratios = sorted(b / a for a, b in zip(times[kind], times[PEER + kind], strict=True))
-        print(f"  {kind} x {statistics.median(ratios):.2f} of {PEER}{kind} (turns beside each other: "
+        print(f"  {kind} is {statistics.median(ratios):.2f} x as fast as {PEER}{kind} (from turn to turn: "
               f"{ratios[0]:.2f} to {ratios[-1]:.2f})", file=sys.stderr)  # fmt: skip
 
 

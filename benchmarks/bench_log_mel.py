@@ -1,7 +1,8 @@
-"""log_mel against torchaudio, librosa, kaldi-native-fbank and DALI, and against a bare rfft of the same frames.
+"""Benchmark log_mel against torchaudio, librosa, kaldi-native-fbank, DALI and a bare rfft of the same frames.
 
-Milliseconds a batch; on a CPU with 1 thread and with all. The floor on a CPU is the bare rfft (MKL), which does less:
-no framing, window, mel or logarithm. On a GPU it is the greater of the memory's and the fp32 units' least time.
+A time is milliseconds per batch. A CPU is timed with one thread and with all its threads. The floor on a CPU is the
+time of the bare rfft (MKL), which does less work: no framing, window, mel filters or logarithm. The floor on a GPU is
+the larger of the least times that the memory and the fp32 units need.
 """
 
 import math
@@ -20,7 +21,7 @@ from records import DEVICE, QUICK
 from ajepa.model._torchaudio import import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # appended: tests/ has a conftest.py as well
 from log_mel_cases import assert_exact, clips
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,7 +34,7 @@ CASES = {name: LOG_MEL_PRESETS[name] for name in (*RECIPES, "audio-jepa-16k")} |
         convention="torchaudio", mel_scale="slaney", mel_norm="slaney", log="db",
     ),
 }  # fmt: skip
-OUTSIDE_GRAPHS = ("librosa", "kaldi_native_fbank", "nvidia.dali")  # on the CPU, or on streams of their own
+OUTSIDE_GRAPHS = ("librosa", "kaldi_native_fbank", "nvidia.dali")  # they work on the CPU or on streams of their own
 
 
 def torchaudio_fbank(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
@@ -54,7 +55,7 @@ def mel_spectrogram(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
         spec.sample_rate, spec.n_fft, spec.win_length, spec.hop_length, f_min=spec.f_min, f_max=spec.f_max,
         n_mels=spec.n_mels,
     ).to(x.device)  # fmt: skip
-    return lambda: mel(x)  # no logarithm: the bare transform is the harder opponent
+    return lambda: mel(x)  # without the logarithm, which makes this peer faster
 
 
 def librosa_mel(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
@@ -78,7 +79,7 @@ def kaldi_native(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
     )
     options.mel_opts.num_bins, options.mel_opts.low_freq = spec.n_mels, spec.f_min
     options.mel_opts.high_freq = spec.f_max or 0
-    knf.OnlineFbank(options)  # raises for mel bands without a bin
+    knf.OnlineFbank(options)  # raises an error if a mel band contains no FFT bin
     batch = x.cpu().numpy()
 
     def run():
@@ -118,8 +119,11 @@ def dali_mel(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
 
 
 def floor_ms(spec: LogMelSpec, samples: int) -> float | None:
-    """Of a GPU: bytes over the copy rate, and one fp32 instruction a butterfly's, window's and mel's flop, both from
-    what this device has; None on a CPU, where the bare rfft stands for it."""
+    """Return the floor of a batch on a GPU, or None on a CPU, where the bare rfft is the floor.
+
+    The floor is the larger of two times: the bytes over the measured copy rate, and one fp32 instruction for each FLOP
+    of the butterflies, of the window and of the mel filters, over the rate at which this device issues instructions.
+    """
     if DEVICE == "cpu":
         return None
     frames = spec.n_frames or spec.frames(samples)
@@ -134,7 +138,7 @@ def floor_ms(spec: LogMelSpec, samples: int) -> float | None:
 @pytest.mark.parametrize("name", RECIPES if QUICK else CASES)
 def test_log_mel(name, threads, interleave, record):
     spec, before = CASES[name], torch.get_num_threads()
-    few = min(BATCH, 8)  # clips to draw: on a CPU, so all of a GPU's would take seconds
+    few = min(BATCH, 8)  # distinct clips; they are drawn on the CPU, where a GPU's whole batch would take seconds
     pcm = clips(10 * spec.sample_rate, batch=few).to(DEVICE).repeat(BATCH // few, 1)
     x, dtype = pcm.float() / 32768, torch.float32 if DEVICE == "cpu" else torch.bfloat16
     kaldi, fused = spec.convention == "kaldi", "ajepa log_mel"
@@ -143,7 +147,8 @@ def test_log_mel(name, threads, interleave, record):
         "plain PyTorch": lambda: log_mel(pcm, spec, dtype=dtype, impl="reference"),
         "torchaudio MelSpectrogram": mel_spectrogram(x, spec),
     }
-    single = log_mel(pcm[:2], spec, impl="fused")  # against float64; then what is timed, against that, to the bit
+    # The float32 result is checked against float64. The call that is timed must then give the same bits.
+    single = log_mel(pcm[:2], spec, impl="fused")
     assert_exact(single.cpu(), pcm[:2].cpu(), spec)
     assert torch.equal(variants[fused]()[:2], single.to(dtype))
     optional = {}

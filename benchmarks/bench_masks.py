@@ -1,6 +1,6 @@
-"""Drawing and packing the masks of one step: on the device, beside the CPU.
+"""Benchmark drawing and packing the masks of one step, on the device and on the CPU.
 
-A step of 1,024 clips must not wait for its masks: 128 ms is the budget of one at 8,000 clips/s.
+A step of 1,024 clips must not wait for its masks. At 8,000 clips/s such a step takes 128 ms.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def test_masks(preset, fixed, batch, record):
 
     devices = dict.fromkeys(["cpu", DEVICE])
     assert all(torch.equal(draw(device).cpu(), draw("cpu")) for device in devices)
-    # not as a CUDA graph: the counts must come to the host
+    # not in a CUDA graph, because the host needs the token counts
     times = {f"on the {device.upper()}": [timed(draw, device) for _ in range(ROUNDS)] for device in devices}
     record("masks", f"{preset}, {batch} clips{', fixed budget' * fixed}", times)
 

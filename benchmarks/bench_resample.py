@@ -1,8 +1,9 @@
-"""resample against soxr, torchaudio, librosa, DALI and scipy, on clips of 10 s: float mono, and int16 stereo to mono.
+"""Benchmark resample against soxr, torchaudio, librosa, DALI and scipy, on clips of 10 s.
 
-Milliseconds a batch, one thread each. The filters differ: ours and soxr's keep 0.90 of the band and are 100 dB down
-from its edge on; torchaudio's default, DALI's and scipy's are shorter and let aliases through. The floor is the time to
-copy as many bytes as are read and written.
+The clips are float mono, or int16 stereo that is mixed down to mono. A time is milliseconds per batch; every variant
+runs on one thread. The filters differ. Ours and soxr's keep 0.90 of the band and attenuate by 100 dB from its edge on.
+torchaudio's default filter, DALI's and scipy's are shorter and let aliases through. The floor is the time to copy as
+many bytes as are read and written.
 """
 
 import math
@@ -21,7 +22,7 @@ from records import DEVICE, QUICK
 from ajepa.model._torchaudio import import_torchaudio
 from ajepa_kernels import resample, resample_reference
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # behind: it has a conftest, too
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # appended: tests/ has a conftest.py as well
 from log_mel_cases import clips
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,17 +33,17 @@ Peer = Callable[[], Any]
 
 
 def mixed(pcm: np.ndarray) -> np.ndarray:
-    """float32 mono of the case's samples, as a user of these libraries makes it."""
+    """Mix the samples of the case to float32 mono, as a user of these libraries would."""
     return pcm if pcm.dtype == np.float32 else (pcm[:, 0].astype(np.float32) + pcm[:, 1]) * np.float32(2**-16)
 
 
-def as_asked(y: np.ndarray, pcm: np.ndarray) -> np.ndarray:
+def as_dtype_of(y: np.ndarray, pcm: np.ndarray) -> np.ndarray:
     return y if pcm.dtype == np.float32 else np.rint(np.clip(y * 32768, -32768, 32767)).astype(np.int16)
 
 
 def each(function: Callable[[np.ndarray], np.ndarray], pcm: torch.Tensor) -> Peer:
     clips = list(pcm.cpu().numpy())
-    return lambda: [as_asked(function(mixed(clip)), clip) for clip in clips]
+    return lambda: [as_dtype_of(function(mixed(clip)), clip) for clip in clips]
 
 
 def with_soxr(quality: str) -> Callable[[torch.Tensor, int, int], Peer]:
@@ -119,7 +120,7 @@ PEERS: dict[str, Callable[[torch.Tensor, int, int], Peer]] = {
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 def test_resample(from_rate, to_rate, stereo, interleave, record):
     before = torch.get_num_threads()
-    few = min(BATCH, 4)  # clips to draw: a GPU's batch repeats them
+    few = min(BATCH, 4)  # distinct clips; a GPU's batch repeats them
     left, right = (clips(10 * from_rate, batch=few, seed=seed) for seed in (0, 1))
     pcm = torch.stack((left, right), -1) if stereo else left.float() / 32768
     pcm = pcm.to(DEVICE).repeat(BATCH // few, *[1] * (pcm.dim() - 1))

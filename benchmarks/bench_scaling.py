@@ -1,7 +1,8 @@
-"""How a step's cost grows: tokens a clip (longer clips), visible ratio, batch, depth; fused beside plain.
+"""Benchmark how the cost of a step grows with the tokens per clip (longer clips), visible share, batch and depth.
 
-One of the four grows at a time, the others stay; each value is a test of its own. A time is one step, PCM to updated
-weights, that the host waits for. The engines must give the same losses before their times count.
+The fused step runs beside plain PyTorch. Only one of the four quantities changes at a time, and each value is a test of
+its own. A time is one step from PCM to updated weights, including the host's wait for its end. The times count only if
+the engines give the same losses.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ if DEVICE == "cpu" and QUICK:
 
 
 def config(tokens: int, visible: float, depth: int) -> Config:
-    """The preset with clips of so many tokens, a fixed share of them visible, and an encoder of so many layers."""
+    """Return the preset with `tokens` tokens per clip, of which the share `visible` is visible, and `depth` layers."""
     cfg = PRESETS[PRESET]
     longer = tokens / cfg.front_end.n_patches
     return dataclasses.replace(
@@ -60,6 +61,6 @@ def test_scaling(grows, value, record, monkeypatch):
 
 def test_left_out():
     if not FULL:
-        left_out({"compile": "a compilation for every shape: AJEPA_BENCH=full times it"})
+        left_out({"compile": "every shape needs a compilation; AJEPA_BENCH=full times it"})
     if DEVICE == "cpu":
-        left_out({"ViT-B": f"the {PRESET} encoder stands for it: seconds to minutes a step on a CPU"})
+        left_out({"ViT-B": f"a step takes seconds to minutes on a CPU; the {PRESET} encoder is timed in its place"})

@@ -1,8 +1,9 @@
-"""Parts of work under one clock: each has an expected and a largest duration, and together they keep to a budget.
+"""Runs parts of work within one time budget. Each part has an expected and a longest duration.
 
-A part runs in processes of its own, which are killed where its time is over: a part that hangs, crashes or eats all
-memory costs its own time and nothing else. A part that no longer fits is skipped and named, and the next one that fits
-runs. What the parts measure is in the journal, line by line; a later run goes on with what is missing there.
+A part runs in processes of its own, which are killed when its time is over. So a part that hangs, crashes or uses up
+the memory costs only its own time. A part that no longer fits into the budget is skipped and named, and the next part
+that fits runs. The parts write their measurements to the journal, line by line. A later run measures what is missing
+there.
 """
 
 import contextlib
@@ -24,22 +25,22 @@ from journal import CONSOLE, LOST, Journal, Key, settled, tried
 from sources import inputs
 
 IMPORTS = ("ajepa.training.engine",)
-TICK = 0.05  # seconds between looks at a part's processes
+TICK = 0.05  # seconds between two checks of a part's processes
 GRACE = 3.0  # seconds to wait for killed processes, since one inside the GPU driver may not end at once
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one part runs, and for how long."""
+    """Describes what one part runs, and for how long."""
 
     name: str
     about: str
     items: tuple[str, ...]  # arguments of pytest: files, node ids, options
     expected: float  # seconds; the part begins only if this much time is left
     limit: float  # seconds after which the part is killed
-    mode: str = ""  # AJEPA_BENCH
-    processes: int = 1  # the items are divided among them
-    retry: bool = False  # whether items that did not pass before are tried again
+    mode: str = ""  # the value of AJEPA_BENCH
+    processes: int = 1  # how many processes share the items
+    retry: bool = False  # whether to try items again that did not pass before
 
 
 class Process(Protocol):
@@ -71,7 +72,7 @@ class Worker:
 
     def begin(self, work: dict[str, Any]) -> "Worker":
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died while it waited, which `poll` tells
+        with contextlib.suppress(BrokenPipeError):  # the process died while it waited, which `poll` reports
             self.process.stdin.write((json.dumps(work) + "\n").encode())
             self.process.stdin.close()
         return self
@@ -85,17 +86,17 @@ class Worker:
 
 
 class Workers:
-    """Starts the processes of a part, the first of them from the one that waits."""
+    """Starts the processes of a part. The first of them is a spare process that is waiting already."""
 
     def __init__(self, journal: Path, log: Path, environment: dict[str, str], on_gpu: bool, say: Callable[[str], None]):
         self.journal, self.on_gpu = journal, on_gpu
         self.make = lambda *imports: Worker(log, environment, say, ("torch", *imports))
-        self.more: dict[str, str] = {}  # variables that become known after the first process has started
-        self.spare = self.make()  # without the project, whose extension may not be in place yet
+        self.variables: dict[str, str] = {}  # of the environment, known only after the first process has started
+        self.spare = self.make()  # imports torch only, because the project's extension may not be in place yet
 
     def start(self, part: Part) -> list[Worker]:
         work = {"part": part.name, "items": part.items, "mode": part.mode, "retry": part.retry}
-        work |= {"journal": str(self.journal), "environment": self.more, "on_gpu": self.on_gpu}
+        work |= {"journal": str(self.journal), "environment": self.variables, "on_gpu": self.on_gpu}
         spares = [self.spare, *(self.make() for _ in range(part.processes - 1))]
         begun = [worker.begin({**work, "share": [i, part.processes]}) for i, worker in enumerate(spares)]
         self.spare = self.make(*IMPORTS)
@@ -106,11 +107,11 @@ class Workers:
 
 
 class Progress(NamedTuple):
-    """How far a part was in earlier runs, counted against the sources as they are now."""
+    """Says how far earlier runs got with a part, judged by the sources as they are now."""
 
     items: int
     missing: set[Key]
-    ended_well: bool  # its last run reached its end: one that was killed may not have got to all its items
+    ended_well: bool  # whether its last run reached the end; a killed run may not have started all its items
 
     @property
     def complete(self) -> bool:
@@ -118,7 +119,7 @@ class Progress(NamedTuple):
 
 
 def progress(part: Part, lines: Sequence[dict]) -> Progress | None:
-    """None for a part that has not run yet with these items."""
+    """Return the progress of a part, or None if it has not run yet with these items."""
     of_part = [line for line in lines if line.get("part") == part.name]
     known = [line for line in of_part if "collected" in line]
     if not known or known[-1]["of"] != list(part.items):
@@ -129,9 +130,10 @@ def progress(part: Part, lines: Sequence[dict]) -> Progress | None:
 
 
 def passes(parts: Sequence[Part], lines: Sequence[dict]) -> list[Part]:
-    """`parts` in order, without the items that were tried before and failed or were killed; those come after all.
+    """Return `parts` in order, followed by those that have items which failed or were killed before.
 
-    Of a part whose items are not known, as where it was killed before it had collected them, all are tried.
+    Such items are tried only in the second pass. If the items of a part are unknown, for example because it was killed
+    before it had collected them, all of them are tried in the first pass.
     """
     first, again = [], []
     for part in parts:
@@ -162,7 +164,7 @@ def run(
     """Run `parts` in order within `budget` seconds of `begin`. Returns {part: how it ended}.
 
     start: starts a part's processes; each exits with pytest's status.
-    watch: is given every new line of the journal.
+    watch: called with every new line of the journal.
     """
     begin = clock() if begin is None else begin
     ended = {}
@@ -171,7 +173,7 @@ def run(
         before = progress(part, journal.read())
         if before is not None and before.complete:
             ended[part.name] = "passed"
-            say(f"{part.name}: all of it is there already")
+            say(f"{part.name}: nothing is left to measure")
             continue
         remaining = budget - (clock() - begin)
         expected = part.expected * (len(before.missing) / max(before.items, 1) if before is not None else 1)
@@ -189,13 +191,13 @@ def run(
 
 
 def _run_one(part: Part, seconds: float, journal, start, clock, sleep, watch) -> tuple[str, str]:
-    """How the part ended, and why. Its processes are gone afterwards, whatever they did."""
+    """Run one part and return how it ended, and why. None of its processes is left afterwards."""
     end = clock() + seconds
     processes = list(start(part))
     under_way: dict[int, str] = {}
     counts: Counter[str] = Counter()
 
-    def look() -> None:
+    def read_news() -> None:
         for line in journal.news():
             if "started" in line:
                 under_way[line.get("process", 0)] = line["started"]
@@ -204,29 +206,29 @@ def _run_one(part: Part, seconds: float, journal, start, clock, sleep, watch) ->
                 counts[line["outcome"]] += 1
             watch(line)
 
-    def told(why: str = "") -> str:
+    def summary(why: str = "") -> str:
         at = f" in {', '.join(under_way.values())}" if why and under_way else ""
         return ", ".join([*([why + at] if why else []), *(f"{n} {outcome}" for outcome, n in counts.items())])
 
     try:
         while any(process.poll() is None for process in processes):
-            look()
+            read_news()
             if clock() >= end:
                 for process in processes:
                     process.kill()
                 _wait_for(processes, clock, sleep)
-                look()
-                return "killed", told(f"its {seconds:.0f} s were over")
+                read_news()
+                return "killed", summary(f"it exceeded its {seconds:.0f} s")
             sleep(TICK)
-        look()
+        read_news()
         codes = [process.poll() for process in processes]
     finally:
         for process in processes:
-            process.kill()  # this also ends the children that the process has left
-    if all(code in (0, 5) for code in codes):  # 5: all its items were there already
-        return "passed", told()
+            process.kill()  # this also ends child processes that are left
+    if all(code in (0, 5) for code in codes):  # pytest exits with 5 if no item was left to run
+        return "passed", summary()
     crashed = [code for code in codes if code not in (0, 1, 5)]
-    return "failed", told(f"a process ended with status {crashed[0]}" if crashed else "")
+    return "failed", summary(f"a process ended with status {crashed[0]}" if crashed else "")
 
 
 def _wait_for(processes: Sequence[Process], clock, sleep) -> None:

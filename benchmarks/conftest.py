@@ -1,7 +1,7 @@
 """Timers and records shared by the benchmarks. `pytest benchmarks/` runs them all with sizes for this machine.
 
-Variants of one benchmark are timed in turns (A B, B A), so that what else the machine does hits all of them alike.
-A benchmark checks its variants before it times them; where it fails, its earlier records are dropped, too.
+Variants of one benchmark are timed in turns (A B, B A), so that other work on the machine affects all of them alike.
+A benchmark checks its variants before it times them. If a check fails, the benchmark's earlier records are dropped.
 """
 
 import functools
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from missing import *  # noqa: F403
 
 Times = dict[str, list[float]]  # milliseconds of each call, by variant
-LEFT_OUT: dict[str, dict[str, str]] = {}  # {test: {what it does not measure here: why}}, of this session
+LEFT_OUT: dict[str, dict[str, str]] = {}  # {test: {what it does not measure on this machine: why}}
 
 
 def percentile(times: list[float], share: float) -> float:
@@ -33,7 +33,10 @@ def percentile(times: list[float], share: float) -> float:
 
 
 def _prepare(function: Callable[[], object], graphed: bool) -> tuple[Callable[[], object], int, str]:
-    """Warms up; on a GPU, a CUDA graph of enough calls to hide the launch, and how many. Or why there is no graph."""
+    """Warm up, and capture a CUDA graph of enough calls to hide the launch, if `graphed`.
+
+    Returns (function to time, number of calls that it makes, reason why it is no graph although it should be).
+    """
     function()
     if not graphed:
         return function, 1, ""
@@ -57,7 +60,7 @@ def _first_line(error: Exception) -> str:
 
 
 def left_out(reasons: dict[str, str]) -> None:
-    """Say at the end, and in the results, what this test does not measure here."""
+    """Note what this test does not measure on this machine, for the summary and the result file."""
     LEFT_OUT.setdefault(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0], {}).update(reasons)
 
 
@@ -65,8 +68,8 @@ def left_out(reasons: dict[str, str]) -> None:
 def rehearsal(monkeypatch):
     """Make quick runs on a CPU small, since they only show that everything works.
 
-    They can ask for an encoder of one layer, "tiny x 1". They run on one thread, because several spin while they wait,
-    and their torch.compile traces without generating code.
+    Their models may have the size "tiny x 1", an encoder of one layer. They run on one thread, because several threads
+    spin while they wait. Their torch.compile traces without generating code.
     """
     if not QUICK or DEVICE != "cpu":
         yield
@@ -84,12 +87,13 @@ def rehearsal(monkeypatch):
 
 @pytest.fixture(scope="session")
 def interleave() -> Callable[..., Times]:
-    """interleave({name: function}, seconds=3.0, rounds=7) -> times: every function once a round, in a new order.
+    """interleave({name: function}, seconds=3.0, rounds=7) -> times. Every round calls each function, in a new order.
 
-    Stops after `seconds` and at least `rounds` rounds; a quick run asks for fewer rounds, 5 on a GPU and 2 on a CPU. On
-    a GPU, pass functions that rotate through their inputs. What cannot run here is left out with its reason, what
-    cannot be in a CUDA graph is launched; ours must do both.
-    `outside_graphs` names what a graph would not hold, though it can be captured: work on the CPU or on other streams.
+    Timing stops after `seconds`, but not before `rounds` rounds; a quick run asks for fewer, 5 on a GPU and 2 on a CPU.
+    On a GPU, pass functions that rotate through their inputs. A variant that cannot run on this machine is left out
+    with its reason, and one that cannot be captured in a CUDA graph is launched call by call. Our own variants must run
+    and be captured. `outside_graphs` names variants whose work a graph would not hold although the capture succeeds,
+    because they work on the CPU or on other streams.
     """
 
     def run(
@@ -108,7 +112,7 @@ def interleave() -> Callable[..., Times]:
                     raise
                 left_out({name: _first_line(error)})
                 continue
-            assert not (ours and no_graph), f"{name} in a CUDA graph: {no_graph}"
+            assert not (ours and no_graph), f"{name} cannot be captured in a CUDA graph: {no_graph}"
             if no_graph:
                 left_out({f"{name} in a CUDA graph": f"launched call by call: {no_graph}"})
         times: Times = {name: [] for name in ready}
@@ -118,7 +122,7 @@ def interleave() -> Callable[..., Times]:
         try:
             start = time.perf_counter()
             while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < rounds:
-                order.shuffle(names)  # the threads of a library spin for a while after it: not always before the same
+                order.shuffle(names)  # a library's threads spin for a while and slow whichever function comes next
                 for name in names:
                     function, calls = ready[name]
                     begin = time.perf_counter()
@@ -139,10 +143,11 @@ def record(request) -> Callable[..., list[dict]]:
 
     Args:
         benchmark, shape: what was timed.
-        times: of `interleave`.
-        plain: the variant that is plain PyTorch. Ratios are its median over a variant's: above 1 the variant is faster.
-        peers: variants by others; the fastest of them is the best peer.
-        floor_ms: the time no implementation can beat; a variant's share of it is floor_ms / median.
+        times: what `interleave` returned.
+        plain: the variant that is plain PyTorch. A variant's ratio is the median of plain PyTorch over its own median:
+            above 1 the variant is faster.
+        peers: variants of other libraries. The fastest of them is the best peer.
+        floor_ms: the time that no implementation can beat. A variant's share of the floor is floor_ms / median.
         more: further fields of a variant's record, such as `clips_per_second` and `mfu`.
     """
     written: list[dict] = []
@@ -190,7 +195,7 @@ def record(request) -> Callable[..., list[dict]]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """The records of a test that passed go into the results file; in a run of gpu.py, worker.py takes them."""
+    """Write the records of a passed test into the result file. In a run of gpu.py, worker.py takes them instead."""
     if call.when == "call":
         item.user_properties.append(("left_out", LEFT_OUT.get(item.nodeid, {})))
     report = yield

@@ -1,13 +1,13 @@
-"""Lines of JSON that outlive whatever ends the program: every measurement is appended the moment it exists.
+"""A journal of JSON lines that survives a crash: every measurement is appended as soon as it exists.
 
-A line is written whole or not at all. Lines that a crash has torn are passed over when read. Several processes may
-append to one file. The lines of a run of `gpu.py`:
+A line is written completely or not at all. A reader skips lines that a crash has torn. Several processes may append to
+one file. A run of `gpu.py` writes these lines:
 
-    {"call": {device, began}}                               a call of the program, on this device
-    {"run": {device, versions, commit, date, cores}}        what the part's process found
-    {"prepared": {what, seconds, note}}                     what was unpacked or had to be built
-    {"part": name, "collected": [[item, mode, inputs]]}     a part has begun and knows its items
-    {"part": name, "started": item, "mode", "inputs"}       an item has begun; without an outcome below: it was killed
+    {"call": {device, began}}                               the program was called on this device
+    {"run": {device, versions, commit, date, cores}}        the machine, as the process of a part found it
+    {"prepared": {what, seconds, note}}                     something was unpacked or had to be built
+    {"part": name, "collected": [item], "of": [argument]}   a part has begun and knows its items
+    {"part": name, "started": item, "mode", "inputs"}       an item has begun; it was killed if no outcome follows
     {"part": name, "item": item, "mode", "inputs": hash, "outcome": passed | failed | skipped, "reason", "seconds",
      "device", "commit", "date", "sources": hash, "records": [...], "left_out": {...}, "facts": {...}}
     {"part": name, "ended": passed | failed | killed | skipped, "seconds": s, "note": why}
@@ -21,17 +21,17 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-CONSOLE = "gpu.py: "  # begins a line of a part's process that is printed on the console as well as in the log
-LOST = "; the line is: "  # before a line that could not be written, where it is printed instead
+CONSOLE = "gpu.py: "  # a line of a part's process that begins so is also printed on the console
+LOST = "; the line is: "  # precedes a line that is printed because it could not be written
 
 
 class Journal:
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.read_to = 0  # bytes that `news` has given
+        self.read_to = 0  # bytes that `news` has returned so far
 
     def append(self, line: dict) -> None:
-        """Append `line`. Where the disk is full it goes to standard error, whose text can be read as a journal, too."""
+        """Append `line`. If the disk is full, print it to standard error, whose text can be read as a journal, too."""
         data = (json.dumps(line) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +61,11 @@ class Journal:
             raise
 
     def read(self) -> list[dict]:
-        """All lines that are whole."""
+        """Return all complete lines."""
         return _parse(self.path.read_bytes().splitlines()) if self.path.exists() else []
 
     def news(self) -> list[dict]:
-        """The lines that were written since the last call."""
+        """Return the lines that were written since the last call."""
         if not self.path.exists():
             return []
         with open(self.path, "rb") as file:
@@ -86,16 +86,16 @@ def _parse(lines: Iterable[bytes]) -> list[dict]:
     return parsed
 
 
-Key = tuple[str, str, str]  # item, mode, inputs: what makes a measurement the same one
+Key = tuple[str, str, str]  # item, mode and inputs identify a measurement
 
 
 def settled(lines: Iterable[dict]) -> set[Key]:
-    """What need not run again: it passed, or was skipped with its reason."""
+    """Return the items that need not run again, because they passed or were skipped with a reason."""
     return {_key(line, line["item"]) for line in lines if line.get("outcome") in ("passed", "skipped")}
 
 
 def tried(lines: Iterable[dict]) -> set[Key]:
-    """What began, whether it passed, failed or was killed."""
+    """Return the items that began, whether they passed, failed or were killed."""
     return {_key(line, line["started"]) for line in lines if "started" in line}
 
 

@@ -1,6 +1,7 @@
-"""What training steps and the benchmarks launch, compiled into an archive of Triton's cache on a machine without a GPU.
+"""Compiles the kernels that training steps and the benchmarks launch, without a GPU, into an archive of Triton's cache.
 
-`prebuilt.py` calls `fill` in an environment that has the GPU machine's versions, and unpacks the archive there.
+`prebuilt.py` calls `fill` in an environment that has the GPU machine's versions, and unpacks the archive on the GPU
+machine.
 """
 
 import contextlib
@@ -50,13 +51,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def fill(out: Path, archs: list[int], cases: Cases | None = None) -> dict[str, int]:
-    """Compile what `cases` launch, by default what this module lists, and write the archive of this Triton and Python.
+    """Compile the kernels that `cases` launch (None: `launches()`), and write the archive of this Triton and Python.
 
-    Every launch takes Triton's own path, which specialises its arguments; only the driver is a stand-in. Tensors lie on
-    the CPU, where allocations are aligned to 16 bytes as they are on a GPU. The process must not have TRITON_INTERPRET.
-    Kernels that are in TRITON_CACHE_DIR already are not compiled again.
+    Every launch takes Triton's own path, which specialises the arguments; only the driver is a stand-in. The tensors
+    are on the CPU, where allocations are aligned to 16 bytes as they are on a GPU. The process must run without
+    TRITON_INTERPRET. Kernels that are in TRITON_CACHE_DIR already are not compiled again.
 
-    Returns how many kernels were `found` there, how many were `compiled`, and the number of C `modules`.
+    Returns how many kernels were `found` in TRITON_CACHE_DIR, how many were `compiled`, and the number of C `modules`.
     """
     cache = Path(os.environ.setdefault("TRITON_CACHE_DIR", str(prebuilt.WORK / "triton")))
     hits: list[bool] = []
@@ -65,7 +66,7 @@ def fill(out: Path, archs: list[int], cases: Cases | None = None) -> dict[str, i
         kernels = {kernel.hash: kernel for arch in archs for kernel in _compile(arch, cases)}
         with _stand_in_for_libcuda():
             nvidia.CudaUtils()
-            for kernel in kernels.values() if hasattr(nvidia, "make_launcher") else ():  # later versions need no more
+            for kernel in kernels.values() if hasattr(nvidia, "make_launcher") else ():  # absent in later versions
                 nvidia.CudaLauncher(kernel.src, kernel.metadata)
     made: dict = {"archs": archs, "triton_key": triton_key(), "fingerprint": prebuilt.fingerprint(prebuilt.KERNELS)}
     made |= {"kernels": [], "modules": []}
@@ -88,7 +89,7 @@ def fill(out: Path, archs: list[int], cases: Cases | None = None) -> dict[str, i
 
 
 def _compile(arch: int, cases: Cases | None) -> list:
-    """The kernels that `cases` launch on a GPU of this compute capability, each once."""
+    """Compile the kernels that `cases` launch on a GPU of this compute capability."""
     triton.runtime.driver.set_active(_Driver(GPUTarget("cuda", arch, 32)))
     started = []
     workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
@@ -101,7 +102,7 @@ def _compile(arch: int, cases: Cases | None) -> list:
 
 
 class _Driver:
-    """What Triton asks of a driver before it launches."""
+    """Answers what Triton asks of a driver before a launch."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -110,7 +111,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # a device for each target, since a kernel remembers its device's
+        return self.target.arch  # one device for each target, since a kernel remembers the target of a device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -118,7 +119,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def _remembered() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    """What Triton hashes, by its hash: a kernel's key without Triton's own, and the source of a C module."""
+    """Record what Triton hashes, by the hash: keys of kernels without Triton's own key, and sources of C modules."""
     keys: dict[str, str] = {}
     sources: dict[str, str] = {}
     get_cache_key, compile_module = compiler.get_cache_key, nvidia.compile_module_from_src
@@ -141,7 +142,7 @@ def _remembered() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
 
 @contextlib.contextmanager
 def _stand_in_for_libcuda() -> Iterator[None]:
-    """An empty library of the driver's name, for C modules to be linked and loaded with, but not to be called."""
+    """Provide an empty library with the driver's name, so that C modules can be linked and loaded, but not called."""
     flags = sys.getdlopenflags()
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "libcuda.so.1")
@@ -155,7 +156,7 @@ def _stand_in_for_libcuda() -> Iterator[None]:
             sys.setdlopenflags(flags)
 
 
-# --- what is launched -------------------------------------------------------------------------------------------------
+# --- the launches -------------------------------------------------------------------------------------------------
 
 MODELS = [("audio-jepa", "B"), ("audio-jepa", "S"), ("audio-jepa", "L"), ("a-jepa", "B"), ("a-jepa", "S")]
 MODELS += [("a-jepa", "L"), ("tiny", "tiny"), ("tiny", "S")]
@@ -168,7 +169,7 @@ SWITCHED = [("audio-jepa", "B", 0.4, 0.5), ("tiny", "tiny", 0.7)]
 
 
 def launches() -> Iterator[Callable[[], object]]:
-    """Functions that launch what training steps in bfloat16, the benchmarks, and tests of large tensors do."""
+    """Yield functions that launch the kernels of training steps in bfloat16, benchmarks and tests of large tensors."""
     for preset, size in MODELS:
         yield lambda preset=preset, size=size: _train(preset, size, {}, (0.4, 0.5))
     for switches, (preset, size, *ratios) in itertools.product(SWITCHES, SWITCHED):
@@ -179,9 +180,9 @@ def launches() -> Iterator[Callable[[], object]]:
 
 
 def _train(preset: str, size: str, switches: dict, mask_ratios: Iterable[float]) -> None:
-    """Steps of three layers, a first one, a last one and one between, of which all others are repetitions.
+    """Run steps of a model with three layers: the first, the last, and one between them, which all others repeat.
 
-    No kernel runs, so that values are whatever memory happens to hold.
+    No kernel runs, so the values are whatever the memory happens to hold.
     """
     cfg, shape = config.PRESETS[preset], config.SIZES[size]
     model = dataclasses.replace(cfg.model, size=size, predictor_depth=min(cfg.model.predictor_depth, 3))
@@ -198,7 +199,7 @@ def _train(preset: str, size: str, switches: dict, mask_ratios: Iterable[float])
         mask = dataclasses.replace(cfg.mask, mask_ratio=(ratio, ratio))
         masks = MaskSampler(mask, cfg.front_end.grid)(0, cfg.optim.steps, 2)
         engine.step(pcm, lengths, masks, 1)
-        engine.graphs = StepGraphs(engine._train, engine.device)  # which keep the schedules' values on the device
+        engine.graphs = StepGraphs(engine._train, engine.device)  # keeps the schedule values on the device
     engine.inspect(pcm, lengths, masks)
 
 
@@ -213,7 +214,7 @@ def _both_ways(function: Callable, *leaves: torch.Tensor) -> None:
 
 
 def _operations() -> Iterator[Callable[[], object]]:
-    """As the benchmarks call them, but on a few rows: how many there are is not compiled in."""
+    """Call the operations as the benchmarks do, but on a few rows, because their number is not compiled in."""
     yield lambda: warmup(device="cpu", heads=[(12, 64), (12, 32)], max_seqlens=[16, 32, 64, 96, 128], widths=[768, 384])
     for C, stream, affine in itertools.product((768, 384, 1024, 4096), (BF16, FP32), (BF16, FP32)):
         leaves = _leaf(16, C), _leaf(16, C, dtype=stream), _leaf(C, dtype=affine), _leaf(C, dtype=affine)
@@ -235,7 +236,7 @@ def _operations() -> Iterator[Callable[[], object]]:
 
 
 def _update(remainder: bool) -> None:
-    """The optimiser with averages, on float32 weights and their copies, or on bfloat16 ones and their remainder."""
+    """Run the optimiser with its EMA, on float32 weights with copies or on bfloat16 weights with a remainder."""
     p = torch.nn.Parameter(torch.ones(768, 768, dtype=BF16 if remainder else FP32))
     p.grad = torch.ones_like(p)
     ema, copies = [(p, p.detach().to(FP32, copy=True))], [] if remainder else [(p, p.detach().to(BF16))]

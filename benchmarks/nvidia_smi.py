@@ -1,11 +1,11 @@
-"""What nvidia-smi knows of the first GPU: it answers before torch is imported, and beside running kernels."""
+"""Asks nvidia-smi about the first GPU. It answers before torch is imported, and while kernels run."""
 
 import shutil
 import subprocess
 
 
 def query(*fields: str) -> dict[str, str]:
-    """{field: value} of `nvidia-smi --query-gpu`; empty where nvidia-smi is absent or has no answer."""
+    """Return {field: value} of `nvidia-smi --query-gpu`, which is empty if nvidia-smi is absent or has no answer."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return {}

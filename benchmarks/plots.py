@@ -1,4 +1,4 @@
-"""The plots of `report.py`: share of the floor by op, throughput by batch, phases of a step, cost as the work grows."""
+"""Draws the plots of `report.py`: share of the floor, throughput, phases of a step, and cost as the work grows."""
 
 import math
 from pathlib import Path
@@ -32,14 +32,14 @@ def _title(figure, title: str, result: dict, benchmarks: tuple[str, ...]) -> Non
 
 
 def floor(result: dict):
-    """A bar an op and case: floor over median of ours; marks for plain PyTorch and the best peer."""
+    """Draw a bar for each op and case, the floor over our median, with marks for plain PyTorch and the best peer."""
     cases = [g for g in groups(kernels(result)) if any(map(is_ours, g))]
     marks = {
         "plain PyTorch": {"marker": "|", "s": 110, "color": "black"},
         "best peer": {"marker": "D", "s": 22, "color": "#d9822b"},
     }
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.3 * len(cases)), layout="constrained")
-    widest = max([1.0, *(r["floor_share"] for group in cases for r in group)])  # of the axis, which has the floor in it
+    widest = max([1.0, *(r["floor_share"] for group in cases for r in group)])  # the axis always shows the floor, 1.0
     for y, group in enumerate(cases):
         ours = next(r for r in group if is_ours(r))
         axes.barh(y, 100 * ours["floor_share"], color=COLOURS["fused"], height=0.62, label="ajepa" if y == 0 else None)

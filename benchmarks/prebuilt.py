@@ -1,18 +1,18 @@
-"""Everything that a GPU machine would otherwise compile or download, made on a machine that has no GPU.
+"""Makes, on a machine without a GPU, everything that a GPU machine would otherwise compile or download.
 
 `python benchmarks/prebuilt.py` writes the folder `prebuilt/`:
 
     extension/      `_C.abi3.so` with CUDA kernels for the architectures, and the fingerprint of its sources
     wheels/         packages that CUDA images lack
-    triton-*.zip    what Triton keeps on disk of the kernels that a training step and the benchmarks launch, and of
-                    the C modules that start them, for one version of Triton and of Python
+    triton-*.zip    Triton's cache files of the kernels that a training step and the benchmarks launch, and of the C
+                    modules that start them, for one version of Triton and of Python
 
-`unpack` puts all of it in place on the GPU machine. This module imports the standard library alone, so that `unpack`
-can run before torch is imported.
+`unpack` puts all of it in place on the GPU machine. This module imports only the standard library, so that `unpack` can
+run before torch is imported.
 
 A key of Triton's cache is a hash of the kernel's source, its specialised arguments, the compiler options, and the
-installed Triton itself. The archive holds everything but the last, from which `unpack` computes the keys of the machine
-that it runs on: a rebuilt wheel of the same version finds the kernels, too.
+installed Triton itself. The archive holds everything but the last. `unpack` adds the Triton of its own machine and
+computes the keys there, so that a rebuilt wheel of the same Triton version finds the kernels, too.
 """
 
 import argparse
@@ -38,17 +38,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "kernels/ajepa_kernels/_C.abi3.so"
-EXTENSION, KERNELS = ("csrc/*", "setup.py"), ("kernels/ajepa_kernels/*.py",)  # the sources of either
-WORK = ROOT / "build/prebuilt"  # objects, an environment for each version of Python, and Triton's cache
-TORCH = "torch==2.11.0"  # of the GPU machine; it brings the Triton that it was released with
-# What CUDA images lack, but for DALI: 200 MB, and libsndfile decodes in its place.
+EXTENSION, KERNELS = ("csrc/*", "setup.py"), ("kernels/ajepa_kernels/*.py",)  # the sources of each
+WORK = ROOT / "build/prebuilt"  # holds objects, an environment for each version of Python, and Triton's cache
+TORCH = "torch==2.11.0"  # that of the GPU machine; it installs the Triton that it was released with
+# The packages that CUDA images lack, except DALI, which has 200 MB: libsndfile decodes in its place.
 WHEELS = ["soundfile", "cffi", "pycparser", "soxr", "isal", "tyro", "docstring-parser", "typeguard", "pydantic"]
-KINDS = ("cubin", "json")  # what a kernel needs of the files that Triton keeps
+KINDS = ("cubin", "json")  # the cache files of a kernel that Triton needs to launch it
 MACHINE = """
 import json, os, triton, triton.runtime.build, triton.runtime.cache
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 print(json.dumps([triton.runtime.cache.triton_key(), triton.runtime.build.platform_key(), ptxas]))
-"""  # what the keys of a machine's cache contain of it, and Triton's own assembler
+"""  # prints the parts of the cache's keys that depend on the machine, and the path of Triton's own assembler
 PROOF = """
 import importlib.util, os, pathlib, torch
 from ajepa_kernels import bias_gelu
@@ -57,13 +57,14 @@ want = torch.nn.functional.gelu(x.float() + bias)
 assert (bias_gelu(x, bias, impl="triton").float() - want).norm() < 0.02 * want.norm(), "bias_gelu is wrong"
 for path in pathlib.Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.so"):
     importlib.util.module_from_spec(importlib.util.spec_from_file_location(path.name.split(".")[0], path))
-"""  # that a kernel of the cache runs on this GPU, and that its C modules load with this driver
+"""  # checks that a kernel of the cache runs on this GPU, and that its C modules load with this driver
 
 
 def run(command: Iterable[object], root: Path = ROOT, seconds: float | None = None, **environment: str) -> str:
-    """What the command prints. Raises RuntimeError with the last line of its errors where it fails.
+    """Return what the command prints. Raises RuntimeError with the last line of its errors if it fails.
 
-    A command that takes more than `seconds` is killed with all that it has started, which is an error, too.
+    A command that takes more than `seconds` is killed together with the processes that it started. This is an error,
+    too.
     """
     words = [str(word) for word in command]
     process = subprocess.Popen(
@@ -88,18 +89,18 @@ def run(command: Iterable[object], root: Path = ROOT, seconds: float | None = No
 def unpack(
     folder: Path, into: Path, capability: int | None, root: Path = ROOT, seconds: float | None = None
 ) -> list[dict]:
-    """Put the contents of `folder` in place, for the Python that runs this; nothing is raised.
+    """Put the contents of `folder` in place for the Python that calls this. No exception is raised.
 
     Args:
-        folder: as this module writes it. What it lacks, or what does not fit, is built here or left out.
+        folder: a folder that this module wrote. What is missing or does not fit is built on this machine or left out.
         into: a folder for packages (`site`) and for Triton's cache (`triton`).
-        capability: 10 x compute capability of the GPU; None: there is none, and nothing is built.
+        capability: 10 x compute capability of the GPU, or None if there is no GPU. Then nothing is built.
         root: the checkout that the extension belongs to.
-        seconds: the most that building or installing may take.
+        seconds: the longest time that building or installing may take.
 
     Returns:
-        A dict for each step: `what` it is, its `seconds`, a `note` in one sentence, and the `environment` variables to
-        set before torch is imported. The steps run side by side.
+        One dict for each step: `what` it is, its `seconds`, a `note` in one sentence, and the `environment` variables
+        to set before torch is imported. The steps run side by side.
     """
     folder, into = Path(folder).absolute(), Path(into).absolute()
     steps: dict[str, Callable[[], tuple[str, dict]]] = {
@@ -112,7 +113,7 @@ def unpack(
         begin = time.perf_counter()
         try:
             note, environment = steps[what]()
-        except Exception as error:  # whatever it is, the run goes on without
+        except Exception as error:  # the run goes on without this step, whatever went wrong
             note, environment = f"{what} could not be unpacked: {type(error).__name__}: {error}".splitlines()[0], {}
         return {
             "what": what,
@@ -126,7 +127,7 @@ def unpack(
 
 
 def fingerprint(patterns: Iterable[str], root: Path = ROOT) -> str:
-    """sha256 of the files that match `patterns`."""
+    """Return the sha256 of the files that match `patterns`."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
@@ -142,16 +143,16 @@ def _place_extension(folder: Path, capability: int | None, root: Path, seconds: 
         return "The prebuilt extension is in place."
     begin, command = time.perf_counter(), [sys.executable, "setup.py", "build_ext", "--inplace"]
     try:
-        said = run(command, root, seconds, AJEPA_CUDA_ARCHS=str(capability))
+        output = run(command, root, seconds, AJEPA_CUDA_ARCHS=str(capability))
     except RuntimeError as error:
         return f"The prebuilt extension is not used: {why_not}. Building it here failed, too: {error}"
-    left_out = "".join(f" {line}." for line in said.splitlines() if line.startswith("ajepa:"))
+    left_out = "".join(f" {line}." for line in output.splitlines() if line.startswith("ajepa:"))
     took = time.perf_counter() - begin
     return f"The prebuilt extension is not used: {why_not}. Building it here took {took:.0f} s.{left_out}"
 
 
 def _try_extension(folder: Path, capability: int, root: Path) -> str:
-    """Copy the extension to where it is imported from; or why that cannot be, else empty."""
+    """Copy the extension to where it is imported from. Returns why it cannot be used, or an empty string."""
     library = root / LIBRARY
     try:
         made = json.loads((folder / "made.json").read_text())
@@ -161,7 +162,7 @@ def _try_extension(folder: Path, capability: int, root: Path) -> str:
             return f"it is for sm_{', sm_'.join(made['archs'])} and this GPU is sm_{capability}"
         if not (library.exists() and filecmp.cmp(folder / library.name, library, shallow=False)):
             shutil.copy2(folder / library.name, library.with_suffix(".new"))
-            os.replace(library.with_suffix(".new"), library)  # a process may have the older one open
+            os.replace(library.with_suffix(".new"), library)  # another process may have the older file open
         run([sys.executable, "-c", f"import torch; torch.ops.load_library({str(library)!r})"], root)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         return str(error)
@@ -169,7 +170,7 @@ def _try_extension(folder: Path, capability: int, root: Path) -> str:
 
 
 def _place_wheels(folder: Path, site: Path, seconds: float | None) -> tuple[str, dict]:
-    """Install those wheels that hold a module which cannot be imported."""
+    """Install the wheels that hold a module which cannot be imported."""
     wheels = sorted(folder.glob("*.whl"))
     search = [str(site), *sys.path]
     importlib.invalidate_caches()
@@ -188,7 +189,7 @@ def _place_wheels(folder: Path, site: Path, seconds: float | None) -> tuple[str,
 
 
 def _modules(wheel: Path) -> set[str]:
-    """Top-level modules of a wheel."""
+    """Return the top-level modules of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
     return {top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".data"))}
@@ -198,14 +199,14 @@ def _place_kernels(folder: Path, cache: Path, capability: int | None, root: Path
     if capability is None:
         return "There is no GPU to compile kernels for.", {}
     cache.mkdir(parents=True, exist_ok=True)
-    environment = {"TRITON_CACHE_DIR": str(cache)}  # in any case, so that `new_entries` sees what is compiled
+    environment = {"TRITON_CACHE_DIR": str(cache)}  # always set, so that `new_entries` sees what is compiled
     try:
         archive = folder / archive_name()
     except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed.", {}
     if not archive.exists():
-        there = ", ".join(sorted(path.name for path in folder.glob("triton-*.zip"))) or "no archive"
-        return f"Kernels will be compiled here: {archive.name} is wanted and {folder} holds {there}.", environment
+        archives = ", ".join(sorted(path.name for path in folder.glob("triton-*.zip"))) or "no archive"
+        return f"Kernels will be compiled here: {archive.name} is wanted and {folder} holds {archives}.", environment
     try:
         with zipfile.ZipFile(archive) as file:
             made = json.loads(file.read("made.json"))
@@ -227,7 +228,10 @@ def _place_kernels(folder: Path, cache: Path, capability: int | None, root: Path
 
 
 def _proven(note: str, environment: dict, root: Path) -> tuple[str, dict]:
-    """The same; or, where the kernels do not run here, an empty cache: what is to help a run must not break it."""
+    """Run a kernel of the cache. If it fails, empty the cache, because prebuilt kernels must not break a run.
+
+    Returns the note and the environment variables that are valid afterwards.
+    """
     if "TRITON_PTXAS_PATH" not in environment:
         return note, environment  # nothing was put in place
     try:
@@ -243,7 +247,7 @@ def _proven(note: str, environment: dict, root: Path) -> tuple[str, dict]:
 
 
 def archive_name(version: str = "", python: str = "") -> str:
-    """The archive of this version of Triton and Python."""
+    """Return the file name of the archive for this version of Triton and Python."""
     python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
     return f"triton-{version or importlib.metadata.version('triton')}-py{python}.zip"
 
@@ -253,7 +257,7 @@ def cache_entry(digest: str) -> str:
 
 
 def _write_kernel(file: zipfile.ZipFile, kernel: dict, triton_key: str, cache: Path) -> str:
-    """One entry of the cache. Its last file names the others by their absolute paths, without which it is not read."""
+    """Write one entry of the cache. Triton reads it only if the last file has the absolute paths of the others."""
     digest = hashlib.sha256(f"{triton_key}-{kernel['key']}".encode()).hexdigest()
     place = cache / cache_entry(digest)
     group = place / f"__grp__{kernel['name']}.json"
@@ -280,7 +284,7 @@ def _write_module(file: zipfile.ZipFile, module: dict, platform_key: str, cache:
 
 
 def new_entries(into: Path) -> list[str]:
-    """Names of the kernels and modules that were compiled since `unpack`, one for each entry of Triton's cache."""
+    """Return the names of the kernels and modules compiled since `unpack`, one for each entry of Triton's cache."""
     known = Path(into) / "unpacked.json"
     keys = set(json.loads(known.read_text())) if known.exists() else set()
     places = [place for place in (Path(into) / "triton").glob("*") if place.is_dir() and place.name not in keys]
@@ -292,7 +296,7 @@ def new_entries(into: Path) -> list[str]:
 
 
 def build_extension(out: Path, archs: list[str]) -> str:
-    """With nvcc, in folders of its own: the checkout keeps its own build."""
+    """Build the extension with nvcc in separate folders, so that the checkout keeps its own build."""
     options = {"AJEPA_CUDA_ARCHS": ";".join(archs), "AJEPA_CUDA": "1", "AJEPA_EXTENSION": "1"}
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", WORK / "objects", "--build-lib", WORK / "lib"]
     run(command, **options)
@@ -311,7 +315,7 @@ def download_wheels(out: Path, python: str) -> str:
         run([sys.executable, "-m", "pip", "download", *options, *names])
 
     download(WHEELS)
-    (pydantic,) = folder.glob("pydantic-*.whl")  # whose compiled core must be of one version
+    (pydantic,) = folder.glob("pydantic-*.whl")  # it needs its compiled core in one exact version
     with zipfile.ZipFile(pydantic) as file:
         (metadata,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
         lines = file.read(metadata).decode().splitlines()
@@ -322,7 +326,7 @@ def download_wheels(out: Path, python: str) -> str:
 
 
 def compile_kernels(out: Path, archs: list[str], python: str) -> str:
-    """In an environment that has the GPU machine's torch, Triton and version of Python."""
+    """Compile the kernels in an environment that has the GPU machine's torch, Triton and version of Python."""
     home = WORK / f"python{python}"
     interpreter = home / "bin/python"
     if not (home / "installed").exists():
@@ -333,14 +337,14 @@ def compile_kernels(out: Path, archs: list[str], python: str) -> str:
         old.unlink()
     path = os.pathsep.join(str(ROOT / name) for name in ("benchmarks", "kernels", "."))
     code = f"import pathlib, launches; launches.fill(pathlib.Path({str(out)!r}), {[int(arch) for arch in archs]})"
-    said = run(
+    output = run(
         [interpreter, "-W", "ignore", "-c", code], PYTHONPATH=path, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0"
     )
-    return said.splitlines()[-1]
+    return output.splitlines()[-1]
 
 
 def _find_python(version: str) -> str:
-    """A program `python<version>` that runs: on the PATH, or beside this Python's own installation."""
+    """Return a program `python<version>` that runs, from the PATH or from beside this Python's own installation."""
     folders = [*os.environ.get("PATH", "").split(os.pathsep), *Path(sys.base_prefix).parent.glob("*/bin")]
     for folder in folders:
         program = Path(folder, f"python{version}")
@@ -351,7 +355,7 @@ def _find_python(version: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "prebuilt")
+    parser.add_argument("--out", type=Path, default=ROOT / "prebuilt", help="folder to write")
     parser.add_argument("--archs", nargs="+", default=["90"], help="10 x compute capability of the GPUs")
     parser.add_argument("--python", default="3.12", help="version of the GPU machine's Python")
     options = parser.parse_args()

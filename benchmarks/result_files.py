@@ -1,9 +1,9 @@
-"""Result files: `results/<device>.json` holds what was measured on a device, as flat records.
+"""Reads and writes result files: `results/<device>.json` holds what was measured on a device, as flat records.
 
-A file holds the device, the versions and commit of the last run, the ceilings it measured, and `records`. Each record
-keeps the test, the commit and the day it was measured at, and a hash of the code that it measured (`sources.py`). So a
-run of one file renews its own records and leaves the others as they are. `left_out` says of each test what it did not
-measure here, and why; `tests` says how the tests of the last `make gpu` went.
+A file holds the device, the versions and commit of the last run, the ceilings that this run measured, and `records`.
+Each record keeps its test, the commit and the day of the measurement, and a hash of the measured code (`sources.py`).
+So a run of one benchmark updates its own records and leaves the others unchanged. `left_out` says for each test what it
+did not measure on this device, and why. `tests` holds the outcome of the tests of the last `make gpu`.
 """
 
 import json
@@ -31,20 +31,23 @@ def save(path: Path, result: dict) -> None:
 
 
 def merge(kept: list[dict], test: str, new: list[dict]) -> list[dict]:
-    """`kept` without what `test` gave before and without other records of the same benchmark and shape, and `new`."""
+    """Return `kept` with `new` as the records of `test`.
+
+    The former records of `test` are dropped, and so are other records of the same benchmark and shape.
+    """
     shapes = {(r["benchmark"], r["shape"]) for r in new}
     rest = [r for r in kept if r.get("test") != test and (r["benchmark"], r["shape"]) not in shapes]
     return sorted(rest + new, key=lambda r: (r["benchmark"], _natural(r["shape"])))
 
 
 def with_reasons(before: dict, test: str, reasons: dict[str, str]) -> dict[str, dict[str, str]]:
-    """`before`, of what was left out, with `reasons` as those of `test`."""
+    """Return `before`, which says what was left out and why, with `reasons` as the entry of `test`."""
     others = {name: why for name, why in before.items() if name != test}
     return dict(sorted({**others, **({test: reasons} if reasons else {})}.items()))
 
 
 def left_out_lines(left_out: dict[str, dict[str, str]]) -> list[str]:
-    """`left_out` to read, each thing once."""
+    """Return `left_out` as lines to read, without repetitions."""
     named = {test: re.sub(r".*bench_(\w+)\.py.*", r"\1", test) for test in left_out}
     return list(
         dict.fromkeys(f"{named[test]}: {what}: {why}" for test in left_out for what, why in left_out[test].items())
@@ -52,7 +55,7 @@ def left_out_lines(left_out: dict[str, dict[str, str]]) -> list[str]:
 
 
 def from_journal(lines: list[dict], folder: Path = RESULTS) -> list[Path]:
-    """Renew the results file of each device that a journal's lines name. Returns the files."""
+    """Update the result file of each device that the lines of a journal name. Returns the files."""
     abouts = {line["run"]["device"]: line["run"] for line in lines if "run" in line}
     for device, about in abouts.items():
         path = path_of(device, folder)
@@ -62,20 +65,20 @@ def from_journal(lines: list[dict], folder: Path = RESULTS) -> list[Path]:
             test = line["item"]
             mark = {"test": test, **{name: line.get(name) for name in ("commit", "date", "sources")}}
             new = [{**record, **mark} for record in line.get("records", [])]
-            if new or line["outcome"] == "failed":  # a speed-up stands only while its check passes
+            if new or line["outcome"] == "failed":  # a speed-up counts only while its check passes
                 result["records"] = merge(result["records"], test, new)
             if "left_out" in line:
                 result["left_out"] = with_reasons(result["left_out"], test, line["left_out"])
             result |= line.get("facts", {})
-        here = [line for line in lines if line.get("device") == device and line["item"].startswith("tests/")]
-        if tests := {line["item"]: line for line in here}:
-            result["tests"] = _tests(list(tests.values()))
+        of_tests = [line for line in lines if line.get("device") == device and line["item"].startswith("tests/")]
+        if last := {line["item"]: line for line in of_tests}:
+            result["tests"] = _tests(list(last.values()))
         save(path, result)
     return [path_of(device, folder) for device in abouts]
 
 
 def _tests(last: list[dict]) -> dict:
-    """How many tests passed and were skipped, which failed and why; of each test's last outcome."""
+    """Summarise the last outcome of each test: how many passed and were skipped, which failed, and why."""
     outcomes = [line["outcome"] for line in last]
     return {
         "passed": outcomes.count("passed"),
@@ -87,5 +90,5 @@ def _tests(last: list[dict]) -> dict:
 
 
 def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """Sorts 64 before 256."""
+    """Return a sort key that puts 64 before 256."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]

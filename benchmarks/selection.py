@@ -1,4 +1,4 @@
-"""What tables and plots take from the result files: which records, which of them are ours, and when they were read."""
+"""Selects what tables and plots show of the result files: which records, which of them are ours, and their dates."""
 
 import json
 import re
@@ -16,7 +16,7 @@ WHOLE = {
 
 
 def load(folder: Path) -> list[dict]:
-    """Result files, GPUs first. Raises SystemExit naming a file that is not one."""
+    """Return the result files, GPUs first. Raises SystemExit that names a file which is no result file."""
     results = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -35,7 +35,7 @@ def of(result: dict, *benchmarks: str) -> list[dict]:
 
 
 def kernels(result: dict) -> list[dict]:
-    """Records of single operations that have a floor."""
+    """Return the records of single operations that have a floor."""
     return [r for r in result["records"] if r["benchmark"] not in WHOLE and r.get("floor_share")]
 
 
@@ -44,7 +44,7 @@ def is_ours(r: dict) -> bool:
 
 
 def groups(records: list[dict]) -> list[list[dict]]:
-    """Records of one benchmark and shape together."""
+    """Group the records by benchmark and shape."""
     found: dict[tuple, list[dict]] = {}
     for r in records:
         found.setdefault((r["benchmark"], r["shape"]), []).append(r)
@@ -52,7 +52,7 @@ def groups(records: list[dict]) -> list[list[dict]]:
 
 
 def when(result: dict, records: list[dict] | None = None) -> str:
-    """Days and commits of the measurements."""
+    """Return the days and commits of the measurements."""
     records = result["records"] if records is None else records
     marks = {(r.get("date", "undated"), r.get("commit", "unknown")) for r in records}
     dates = sorted({date for date, _ in marks})
@@ -62,25 +62,25 @@ def when(result: dict, records: list[dict] | None = None) -> str:
 
 
 def measured(r: dict) -> str:
-    """The day and commit of a record; and whether the code that it measured has changed since."""
+    """Return the day and commit of a record, with a note if the code that it measured has changed since."""
     at = f"{r.get('date', 'undated')}, {r.get('commit', 'unknown')}"
     return at + ", before a rebuild" * is_old(r)
 
 
 def is_old(r: dict) -> bool:
-    """Whether the code that gave this record has changed since. Other libraries' code does not change here."""
+    """Return whether the code that gave this record has changed since. The code of other libraries never does."""
     return is_ours(r) and r.get("sources") not in (None, fingerprint(r.get("test", "")))
 
 
 def number(value: float | None, form: str = ",.3g") -> str:
-    """Three digits that matter, no exponent."""
+    """Format `value` with three significant digits and no exponent."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if form == ",.3g" and abs(value) >= 99.5 else format(value, form)
 
 
 def plots_of(result: dict, name: str) -> list[str]:
-    """The plots that the results of `name` give."""
+    """Return the file names of the plots that can be drawn from the results of `name`."""
     given = {
         "step": [],
         "train_step": [("phases", any(r.get("phases_ms") for r in of(result, "train_step")))],
@@ -95,7 +95,7 @@ def plots_of(result: dict, name: str) -> list[str]:
 
 
 def throughput_lines(result: dict) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """{(case, variant): [(batch, clips/s)]} where more than one batch was timed."""
+    """Return {(case, variant): [(batch, clips/s)]} for those of which more than one batch was timed."""
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for r in of(result, "step", "train_step"):
         case = re.sub(r", batch \d+", "", r["shape"])

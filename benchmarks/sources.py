@@ -1,7 +1,7 @@
-"""Which code a measurement is of: a hash of the sources that it runs, so that a figure from before a rebuild is told.
+"""Hashes the sources that a measurement runs, so that figures of code that has changed since can be marked.
 
 The hash covers a benchmark's root modules, the modules of this project that they import, and the C++ and CUDA sources
-behind them. Comments, docstrings, imports, whitespace and file names do not count: a reworded or moved file is the same
+behind them. It ignores comments, docstrings, imports, whitespace and file names: a reworded or moved file is the same
 code.
 """
 
@@ -18,13 +18,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"ajepa": "ajepa", "ajepa_kernels": "kernels/ajepa_kernels"}
-# C++ and CUDA sources of a module's ops, which no import names.
+# The C++ and CUDA sources of a module's ops, which no import names.
 NATIVE = {
     "ajepa_kernels.log_mel": ("csrc/log_mel*", "csrc/simd_cpu.h"),
     "ajepa_kernels.resample": ("csrc/resample*", "csrc/simd_cpu.h"),
     "ajepa_kernels.mlp": ("csrc/gelu_product*", "csrc/cublaslt.h"),
 }
-# Settings, files, and what chooses between a kernel and its plain definition: a new flag is no new kernel.
+# Modules that the hash ignores: settings, file access, and the choice between a kernel and its plain definition. A new
+# flag, for example, is no new kernel.
 NOT_TIMED = {
     "ajepa.config",
     "ajepa.utils.atomic_files",
@@ -33,7 +34,7 @@ NOT_TIMED = {
     "ajepa_kernels._triton",
 }
 STEP, LOADER = ("ajepa.training.engine",), ("ajepa.data.loader", "ajepa.data.resident")
-BENCHMARKS = {  # the root modules of each file of benchmarks
+BENCHMARKS = {  # the root modules of each benchmark file
     "bench_adamw_ema": ("ajepa_kernels.adamw_ema",),
     "bench_attention": ("ajepa_kernels.attention",),
     "bench_bias_gelu": ("ajepa_kernels.bias_gelu",),
@@ -56,7 +57,7 @@ BENCHMARKS = {  # the root modules of each file of benchmarks
 
 
 class Tree(NamedTuple):
-    """Files of the project, and how to read them."""
+    """The files of the project, and a function that reads them."""
 
     files: tuple[str, ...]
     read: Callable[[str], str]
@@ -70,17 +71,17 @@ def working_tree() -> Tree:
 
 
 def bench_of(item: str) -> str:
-    """`bench_step` of `benchmarks/bench_step.py::test_step[...]`."""
+    """Return `bench_step` for `benchmarks/bench_step.py::test_step[...]`."""
     return Path(item.partition("::")[0]).stem
 
 
 def fingerprint(item: str, tree: Tree | None = None) -> str:
-    """The hash of the code that a pytest item measures; of a test, or an unknown benchmark, of all code there is."""
+    """Return the hash of the code that a pytest item measures; for a test or an unknown benchmark, of all code."""
     return _fingerprint(bench_of(item), tree or working_tree())
 
 
 def inputs(item: str) -> str:
-    """The hash of what decides an item's outcome here: the code it measures, its own file, and those it builds on."""
+    """Return the hash of all that decides an item's outcome: the measured code, its own file, and those it imports."""
     return _inputs(item.partition("::")[0])
 
 
@@ -91,7 +92,7 @@ def _inputs(own: str) -> str:
 
 
 def _beside(own: str, tree: Tree) -> set[str]:
-    """A benchmark's or test's own file, and those beside it that it imports."""
+    """Return a benchmark's or test's own file, and the benchmarks or tests beside it that it imports."""
     if own not in tree.files:
         return set()
     folder = Path(own).parent
@@ -113,7 +114,10 @@ def _fingerprint(bench: str, tree: Tree) -> str:
 
 
 def _entries(path: str, texts: dict[str, str]) -> str:
-    """A file's code; of the table of launch configurations only the entries of operations that the other files name."""
+    """Return the code of a file.
+
+    Of the table of launch configurations it holds only the entries of operations that the other files name.
+    """
     if not path.endswith("/_tuned.py"):
         return texts[path]
     others = " ".join(text for other, text in texts.items() if other != path)
@@ -128,11 +132,11 @@ def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:16]
 
 
-# --- which modules --------------------------------------------------------------------------------------------------
+# --- the modules of a benchmark ---------------------------------------------------------------------------------------
 
 
 def _reached(roots: Iterable[str], tree: Tree) -> dict[str, str]:
-    """{module: path} of the roots and of everything of this project that they import, one after the other."""
+    """Return {module: path} of the roots and of all modules of this project that they import, directly or not."""
     found: dict[str, str] = {}
     waiting = list(roots)
     while waiting:
@@ -156,7 +160,10 @@ def _path(module: str, tree: Tree) -> str | None:
 
 @functools.cache
 def _imports(path: str, tree: Tree) -> list[str]:
-    """Modules of this project named by the imports of a file. A name that a package passes on is its own module's."""
+    """Return the modules that the imports of a file name.
+
+    A name that a package re-exports stands for the module that defines it.
+    """
     modules: list[str] = []
     for node in ast.walk(ast.parse(tree.read(path))):
         if isinstance(node, ast.Import):
@@ -180,12 +187,12 @@ def _home_of(package: str, name: str, init: str, tree: Tree) -> str:
     return package
 
 
-# --- what of a file -------------------------------------------------------------------------------------------------
+# --- the code of a file -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _plain(path: str, text: str) -> str:
-    """A file's code alone: the same in every version of Python, unlike a dump of its syntax tree."""
+    """Return only the code of a file. Unlike a dump of its syntax tree, it is the same in every version of Python."""
     if path.endswith(".py"):
         text = _without_words(text)
     elif path.startswith("csrc/"):
@@ -194,7 +201,7 @@ def _plain(path: str, text: str) -> str:
 
 
 def _without_words(text: str) -> str:
-    """Python without comments, docstrings and imports."""
+    """Return Python code without comments, docstrings and imports."""
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:

@@ -1,8 +1,9 @@
-"""Times candidate configurations of every Triton operation on the GPU at hand, and keeps the fastest in its table.
+"""Times candidate configurations of every Triton operation on this GPU, and keeps the fastest of them in a table.
 
-`python benchmarks/tune.py` rewrites the timed part of kernels/ajepa_kernels/_tuned.py for this GPU's model after each
-size that it is done with, those of the audio-jepa recipe first; `--minutes 20` stops it after so many. A candidate
-counts where its result agrees with the plain definition's and it beats the present configuration by 2 %.
+`python benchmarks/tune.py` tunes one size after the other, those of the audio-jepa recipe first. After each size it
+rewrites the timed part of kernels/ajepa_kernels/_tuned.py for this GPU's model. `--minutes 20` stops it after 20
+minutes. A candidate is kept if its result agrees with the plain definition's and it is 2 % faster than the present
+configuration.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from ajepa_kernels import _tuned, add_layer_norm, bias_gelu, latent_l2_loss, mas
 from ajepa_kernels._tuned import LONG, Rows, Tiles
 
 TOKENS, HEADS, GAIN = 65536, 12, 0.98
-REGISTERS = 255  # of a thread, at most
+REGISTERS = 255  # a thread has at most so many
 Case = tuple[tuple, list, Callable[[str], list[torch.Tensor]]]  # key, candidates, function of impl
 
 
 def rewrite(source: str, timed: dict[str, dict[tuple, object]]) -> str:
-    """`source` of _tuned.py with `timed` in place of its timed entries."""
+    """Return `source`, the text of _tuned.py, with `timed` in place of its timed entries."""
     lines = ["TIMED: dict[str, dict[tuple, Any]] = {"]
     for model, entries in sorted(timed.items()):
         lines.append(f'    "{model}": {{')
@@ -38,17 +39,21 @@ def rewrite(source: str, timed: dict[str, dict[tuple, object]]) -> str:
 
 
 def tiles(op: str, bits: int, S: int, D: int, shared: int) -> list[Tiles]:
-    """Candidates that registers and `shared` bytes a block can hold, by arithmetic: compiling takes seconds each."""
+    """Return candidates that fit into the registers and into `shared` bytes per block.
+
+    This is decided by arithmetic, because compiling a candidate takes seconds.
+    """
     back, size = op == "attention_bwd", bits // 8
-    least = 2 if bits == 32 else 4 if S == 16 else 8  # scores of a thread
+    least = 2 if bits == 32 else 4 if S == 16 else 8  # the fewest scores of a thread
     keys = (32, 64, 128) if S == LONG else (128,) if S == 96 else (S,)
-    queries = (32, 64, 128) if S == LONG and bits == 16 else (16, 32, 64, 128)  # few: all keys are read often
+    queries = (32, 64, 128) if S == LONG and bits == 16 else (16, 32, 64, 128)  # with few queries, keys are read often
     found = []
     for q, k, warps in ((q, k, w) for k in keys for q in queries for w in (1, 2, 4, 8)):
         threads = 32 * warps
         if q > k and S != LONG:
             continue
-        # float32 scores (two in the backward) and sums of a thread: out; or dk and dv, and dq by turns
+        # The float32 registers of a thread hold scores (two kinds in the backward pass) and sums: out in the forward
+        # pass; dk and dv, and dq in turn, in the backward pass.
         scores = q * k / threads
         sums = (2 * k + q if q < k or S == LONG else k) * D / threads if back else q * D / threads
         if not (least <= scores <= 128 and (1 + back) * scores + sums < 0.9 * REGISTERS):
@@ -58,13 +63,13 @@ def tiles(op: str, bits: int, S: int, D: int, shared: int) -> list[Tiles]:
             if held * size > shared:
                 continue
             found.append(Tiles(q, k, warps, stages))
-            if S in (64, 96, 128):  # any bound on the registers changes the order of the loads
+            if S in (64, 96, 128):  # a bound on the registers changes the order of the loads
                 found.append(Tiles(q, k, warps, stages, min(REGISTERS, 65536 // threads)))
     return found
 
 
 def rows(op: str, block: int) -> list[Rows]:
-    """Candidates of 4 to 32 channels a thread; 16 in the backward of GELU, which holds their sums as well."""
+    """Return candidates with 4 to 32 channels per thread, or 16 in the backward pass of GELU, which also holds sums."""
     back = op in ("add_layer_norm_bwd", "bias_gelu_bwd")
     return [
         Rows(n, warps, stages)
@@ -75,7 +80,7 @@ def rows(op: str, block: int) -> list[Rows]:
 
 
 def cases() -> Iterator[Case]:
-    """The recipe's before others. Backward passes are timed with their forward passes, which are tuned before them."""
+    """Yield the recipe's cases before others. A backward pass is timed with its forward pass, which is tuned first."""
     recipe = [(16, S, D) for S in (64, 96, 128) for D in (64, 32)]
     every = [(bits, S, D) for bits in (16, 32) for D in (32, 64, 128) for S in (16, 32, 64, 96, 128, LONG)]
     for size in recipe:
@@ -93,10 +98,10 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def attention(bits: int, S: int, D: int) -> Iterator[Case]:
-    here = torch.empty(0, device="cuda")
-    length, shared = S or 512, torch.cuda.get_device_properties(here.device).shared_memory_per_block_optin
-    if any(_tuned.tuned(here, op, bits, 128 if S == 96 else S, D) is None for op in ("attention_fwd", "attention_bwd")):
-        return  # not in one launch
+    x = torch.empty(0, device="cuda")
+    length, shared = S or 512, torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    if any(_tuned.tuned(x, op, bits, 128 if S == 96 else S, D) is None for op in ("attention_fwd", "attention_bwd")):
+        return  # this size does not run in one launch
     sequences = TOKENS // length
     cu = length * torch.arange(sequences + 1, device="cuda", dtype=torch.int32)
     qkv = draw(sequences * length, 3, HEADS, D, dtype=torch.bfloat16 if bits == 16 else torch.float32)
@@ -156,9 +161,9 @@ def fastest(
     time_of=milliseconds,
     deadline=float("inf"),
 ):
-    """(configuration, its time, the present one's time); the configuration is None where nothing beats the present.
+    """Return (configuration, its time, the time of the present one), or None as configuration if none is faster.
 
-    Candidates that `deadline`, of `time.monotonic`, leaves no time for are not tried.
+    No candidate is tried after `deadline`, a value of `time.monotonic`.
     """
     want = run("reference")
 
@@ -171,7 +176,7 @@ def fastest(
                 if not (got.double() - right.double()).norm() <= 0.02 * right.double().norm():
                     return float("inf")
             return time_of(lambda: run("triton"))
-        except (TritonError, RuntimeError, AssertionError):  # does not fit, or does not compile
+        except (TritonError, RuntimeError, AssertionError):  # the candidate does not fit, or does not compile
             return float("inf")
         finally:
             entries.pop(key, None)
@@ -184,15 +189,16 @@ def fastest(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="tune the operations whose name contains this")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, with what was found")
+    parser.add_argument("--only", default="", help="tune only the operations whose name contains this")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, keep what was found")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("tune: no CUDA device here: the configurations stay as they are", file=sys.stderr)
+        print("tune: this machine has no CUDA device, so the configurations stay as they are", file=sys.stderr)
         return 2
     model = _tuned.model(torch.cuda.current_device())
     if not model:
-        print(f"tune: no model in the name {torch.cuda.get_device_name()!r}: nothing to file it under", file=sys.stderr)
+        name = torch.cuda.get_device_name()
+        print(f"tune: {name!r} names no known GPU model, so the configurations stay as they are", file=sys.stderr)
         return 2
     entries, path = _tuned.TIMED.setdefault(model, {}), Path(_tuned.__file__)
     _tuned._tables.cache_clear()
@@ -204,7 +210,7 @@ def main() -> int:
             print(f"tune: {args.minutes:g} minutes are over before {key}", flush=True)
             break
         done.add(key)
-        if key in entries:  # of an earlier run
+        if key in entries:  # from an earlier run
             candidates = [entries[key], *candidates]
         config, best, present = fastest(key, candidates, run, entries, deadline=deadline)
         print(f"{key}: {present:.4f} ms" + (f" -> {best:.4f} ms, {config}" if config else ", kept"), flush=True)

@@ -1,9 +1,9 @@
-"""A process of `gpu.py`: imports the modules it is given, waits for a part on standard input, runs its pytest items.
+"""A process of `gpu.py`: imports the given modules, waits for a part on standard input, and runs its pytest items.
 
 Each item's outcome and measurements become a line of the journal when the item ends.
 
-Items that the journal holds already, for the same sources and mode, are left out. So are items that were tried before
-and did not pass, unless the part is there to try them again.
+Items that the journal already holds for the same sources and mode are left out. So are items that were tried before and
+did not pass, unless the part retries them.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ OPTIONS = ("-q", "-ra", "-p", "no:cacheprovider", "--continue-on-collection-erro
 
 
 class Recorder:
-    """The pytest plugin that writes the lines. It imports `records` late: that reads the mode and asks for the GPU."""
+    """The pytest plugin that writes the lines. It imports `records` late, which reads the mode and looks for a GPU."""
 
     def __init__(self, work: dict):
         self.part, self.mode, self.of, self.retry = (work[name] for name in ("part", "mode", "items", "retry"))
@@ -45,13 +45,14 @@ class Recorder:
             self._append(run=environment())
             self._append(collected=[item.nodeid for item in items], of=self.of)
         out = settled(lines) | (set() if self.retry else tried(lines))
-        share = items[self.process :: self.processes]  # of all: the others' outcomes are in the journal already
+        # All items are divided, because the journal may already have outcomes of the other processes.
+        share = items[self.process :: self.processes]
         kept = [item for item in share if self._key(item.nodeid) not in out]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
     def pytest_collectreport(self, report) -> None:
-        """A file that cannot be imported costs its own items alone, and is named."""
+        """Name a file that cannot be imported. Only its own items are lost."""
         if not report.passed and self.process == 0:
             self._append(item=report.nodeid, mode=self.mode, outcome=report.outcome, reason=_reason(report))
 
@@ -60,7 +61,7 @@ class Recorder:
         self._append(started=nodeid, mode=self.mode, inputs=self._key(nodeid)[2])
 
     def pytest_runtest_logreport(self, report) -> None:
-        """The outcome is known when the call has ended, or a set-up or tear-down that did not pass."""
+        """Write the outcome when the call has ended, or when the set-up or tear-down did not pass."""
         if report.when != "call" and report.passed:
             return
         from records import environment
@@ -86,7 +87,7 @@ class Recorder:
 
 
 def _reason(report) -> str:
-    """Why an item failed or was skipped, in a line."""
+    """Return in one line why an item failed or was skipped."""
     if report.skipped and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -96,14 +97,14 @@ def _reason(report) -> str:
 
 
 def die_with_parent() -> None:
-    """The kernel ends this process when the one that started it is killed (Linux)."""
+    """Have the kernel end this process when the process that started it is killed (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main() -> int:
     die_with_parent()
-    for module in sys.argv[1:]:  # what takes seconds to import, while another part runs
+    for module in sys.argv[1:]:  # importing them takes seconds, during which another part runs
         importlib.import_module(module)
     line = sys.stdin.readline()
     if not line:  # no part is left
@@ -114,8 +115,8 @@ def main() -> int:
     import torch
 
     if work["on_gpu"] and not torch.cuda.is_available():
-        print(f"{CONSOLE}torch {torch.__version__} sees no GPU: nothing is measured", flush=True)
-        return 3  # a CPU must not be measured in its place
+        print(f"{CONSOLE}torch {torch.__version__} sees no GPU, so nothing is measured", flush=True)
+        return 3  # a CPU must not be measured in place of a GPU
     return int(pytest.main([*work["items"], *OPTIONS], plugins=[Recorder(work)]))
 
 

@@ -1,7 +1,7 @@
-"""A minimal JEPA on spectrograms of unequal length, in plain PyTorch or on the ops: `--ops` changes the marked lines.
+"""A minimal JEPA on spectrograms of unequal length, in plain PyTorch or with the ops: `--ops` changes the marked lines.
 
-Clips differ in length and in how much they show, so tokens are packed end to end, `[T, C]`, with `cu_seqlens`: there is
-no padding to compute. The plain version pads, masks and unpads around every attention.
+Clips differ in their length and in their number of visible tokens. So the tokens are packed end to end, `[T, C]`, with
+`cu_seqlens`, and nothing is computed on padding. The plain version pads, masks and unpads around every attention.
 """
 
 import argparse
@@ -17,7 +17,7 @@ BANDS, FRAMES, LONGEST = 64, 4, 48  # a token is 4 frames of 64 mel bands; a cli
 
 
 def padded_attention(qkv_T3HD, cu_seqlens):
-    """What the op replaces."""
+    """Plain attention over packed tokens, which `masked_attention` replaces."""
     n = cu_seqlens.diff()
     rows = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
     places = torch.arange(len(rows), device=n.device) - cu_seqlens[rows]
@@ -76,9 +76,9 @@ class AudioJEPA(nn.Module):
         self.target = copy.deepcopy(self.context).requires_grad_(False)
 
     def forward(self, patches_TP, place_T, cu_seqlens, visible_T):
-        """visible_T: which tokens the context encoder sees; the others are predicted."""
+        """visible_T: True for the tokens that the context encoder sees. All other tokens are predicted."""
         x = self.embed(patches_TP) + self.positions[place_T]
-        seen = F.pad(visible_T.cumsum(0), (1, 0))[cu_seqlens]  # cu_seqlens of the visible tokens alone
+        seen = F.pad(visible_T.cumsum(0), (1, 0))[cu_seqlens]  # cu_seqlens of the visible tokens only
         rows, masked = visible_T.nonzero().squeeze(1), (~visible_T).nonzero().squeeze(1)
         context = self.context(x[rows], seen) + self.positions[place_T[rows]]
         queries = (self.query + self.positions[place_T]).index_put((rows,), context)
@@ -91,7 +91,10 @@ class AudioJEPA(nn.Module):
 
 
 def sweeps(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Spectrogram patches of rising tones of random pitch, slope and length; token places; cu_seqlens."""
+    """Draw spectrograms of rising tones with random pitch, slope and length.
+
+    Returns (patches `[T, P]`, place of each token in its clip `[T]`, cu_seqlens `[batch + 1]`).
+    """
     n = torch.randint(LONGEST // 3, LONGEST + 1, (batch,))
     cu_seqlens = F.pad(n.cumsum(0), (1, 0))
     sequence = torch.repeat_interleave(torch.arange(batch), n)
@@ -103,7 +106,7 @@ def sweeps(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def train(steps: int, ops: bool, batch: int = 8, device: str = "cpu") -> list[float]:
-    """Losses of each step."""
+    """Train for `steps` steps and return the loss of each step."""
     torch.manual_seed(0)
     model = AudioJEPA(ops=ops).to(device)
     pairs = list(zip(model.context.parameters(), model.target.parameters(), strict=True))
@@ -131,8 +134,8 @@ def train(steps: int, ops: bool, batch: int = 8, device: str = "cpu") -> list[fl
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ops", action="store_true")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--ops", action="store_true", help="use the ops in place of plain PyTorch")
+    parser.add_argument("--steps", type=int, default=100, help="number of training steps (100)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for step, value in enumerate(train(arguments.steps, arguments.ops, device=device)):

@@ -1,6 +1,6 @@
-"""A minimal I-JEPA (arXiv 2301.08243) on images, in plain PyTorch or on the ops: `--ops` changes the marked lines only.
+"""A minimal I-JEPA (arXiv 2301.08243) on images, in plain PyTorch or with the ops: `--ops` changes the marked lines.
 
-Every image shows the same number of patches, so the visible ones are a dense `[B, V, C]`.
+Every image has the same number of visible patches, so the visible patches are a dense tensor, `[B, V, C]`.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class IJEPA(nn.Module):
 
 
 def train(steps: int, ops: bool, batch: int = 16, device: str = "cpu") -> list[float]:
-    """Losses of each step, on shapes of random place and colour."""
+    """Train for `steps` steps on squares of random place and colour, and return the loss of each step."""
     torch.manual_seed(0)
     model = IJEPA(ops=ops).to(device)
     pairs = list(zip(model.context.parameters(), model.target.parameters(), strict=True))
@@ -89,9 +89,9 @@ def train(steps: int, ops: bool, batch: int = 16, device: str = "cpu") -> list[f
         optimizer = AdamWEMA(trained, ema=pairs, lr=1e-3)  # <- ops
     losses = []
     for _ in range(steps):
-        colour, at = torch.rand(batch, 3, 1, 1), torch.randint(SIDE // 2, (batch, 2))
+        colour, corner = torch.rand(batch, 3, 1, 1), torch.randint(SIDE // 2, (batch, 2))
         images = 0.1 * torch.randn(batch, 3, SIDE, SIDE)
-        for image, (i, j), c in zip(images, at.tolist(), colour, strict=True):
+        for image, (i, j), c in zip(images, corner.tolist(), colour, strict=True):
             image[:, i : i + SIDE // 2, j : j + SIDE // 2] += c
         order = torch.rand(batch, N).argsort(1).to(device)
         loss = model(images.to(device), order[:, :24], order[:, 24:])
@@ -110,8 +110,8 @@ def train(steps: int, ops: bool, batch: int = 16, device: str = "cpu") -> list[f
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ops", action="store_true")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--ops", action="store_true", help="use the ops in place of plain PyTorch")
+    parser.add_argument("--steps", type=int, default=100, help="number of training steps (100)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for step, value in enumerate(train(arguments.steps, arguments.ops, device=device)):

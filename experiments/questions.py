@@ -1,15 +1,16 @@
-"""The questions, as data: what each variant changes in the base configuration of a scale.
+"""The questions of the experiments as data: each variant changes fields of a scale's base configuration.
 
-A variant is (name, {"section.field": value}); "base" is the scale's own configuration. What differs between the scales
-is given by scale. `equal_flops` shrinks the batch until a step costs what the base's does, rounding made up by steps.
+A variant is (name, {"section.field": value}). A variant "base" changes nothing. Variants are listed for each scale,
+because the scales may differ. With `equal_flops` the batch of a variant shrinks until a step costs as much as a step of
+the base configuration, and the number of steps makes up for the rounding.
 """
 
 from dataclasses import dataclass
 
 SCALES = {
-    # The tiny preset with fewer steps: about two minutes a run on one core, probes included.
+    # The tiny preset with fewer steps. A run takes about two minutes on one core, probes included.
     "cpu": ("tiny", {"optim.steps": 600, "optim.warmup_steps": 60, "watch.pooling": "concat"}),
-    # About an hour a run on one H100 is the aim; not yet measured on a GPU.
+    # The aim is about an hour per run on one H100. This is not yet measured on a GPU.
     "gpu": ("audio-jepa", {"optim.steps": 20_000, "optim.warmup_steps": 2_000, "model.target_layers": 12}),
 }
 

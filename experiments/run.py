@@ -52,7 +52,7 @@ class Arguments:
     data: str | None = None
     """Labelled recordings to pretrain on and to probe; by default the synthetic set."""
     label: str | None = None
-    """Column of --data that holds the label, if its name does not show it."""
+    """Column of --data that holds the label; by default one called label, target, category or class."""
     test: str | None = None
     """Rows for scoring, such as "fold=4"; no run is pretrained on them. The alternative is --folds."""
     folds: str | None = None
@@ -60,7 +60,7 @@ class Arguments:
     score: str | None = None
     """Other recordings to score instead, by cross-validation over --folds; all of --data is pretrained on."""
     score_label: str | None = None
-    """Column of --score that holds the label, if its name does not show it."""
+    """Column of --score that holds the label; by default one called label, target, category or class."""
     steps: int | None = None
     """Number of pretraining steps, instead of that of the scale."""
     report: bool = False
@@ -96,7 +96,7 @@ def trials(cfg: Config, args: Arguments) -> list[tuple[Config, str]]:
 def fold_values(data: str, column: str) -> list[str]:
     index = build_index(data)
     if column not in index.metadata:
-        raise DataError(f"--folds {column}: there is no such column; the columns are {', '.join(index.metadata) or 'none'}")
+        raise DataError(f"--folds {column}: no such column; the columns are {', '.join(index.metadata) or 'none'}")
     return sorted(set(index.metadata[column]))
 
 

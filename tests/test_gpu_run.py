@@ -1,4 +1,4 @@
-"""`make gpu`: parts under one clock, lines that outlive any end, and a rehearsal of every part on a CPU."""
+"""`make gpu`: its parts share a time budget, its journal survives any end, and every part is rehearsed on a CPU."""
 
 import errno
 import json
@@ -21,16 +21,16 @@ from journal import Journal
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(
-    bool(os.environ.get("AJEPA_JOURNAL")), reason="these tests run gpu.py, and this is a run of it"
+    bool(os.environ.get("AJEPA_JOURNAL")), reason="these tests start gpu.py, which started this run"
 )
 
 
 class Machine:
-    """A clock that nobody waits for, and processes that take as long as they are told."""
+    """A simulated clock, and simulated processes with given durations and exit codes."""
 
     def __init__(self, journal: Journal, takes: dict[str, float] | None = None, codes: dict[str, int] | None = None):
         self.now, self.journal, self.takes, self.codes = 100.0, journal, takes or {}, codes or {}
-        self.stubborn = 0.0  # seconds that a killed process stays
+        self.stubborn = 0.0  # seconds that a process survives after it is killed
         self.ran: list[tuple[str, float]] = []
 
     def sleep(self, seconds: float) -> None:
@@ -48,7 +48,7 @@ class Machine:
 
 
 class Ran:
-    """Measures one item a second; ends when its part's time is over, or never."""
+    """A simulated process of a part. It ends when its duration is over, or never."""
 
     def __init__(self, machine: Machine, part: Part):
         self.machine, self.part, self.begin, self.killed = machine, part, machine.now, float("inf")
@@ -86,7 +86,7 @@ def test_a_part_that_does_not_fit_is_named_and_the_next_that_fits_runs(lines):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_budget_is_kept_whatever_the_parts_do(lines, seed):
-    """Durations at random, some endless; processes that stay for a while after they are killed."""
+    """Durations are random and some are endless; killed processes may survive for a while."""
     rng = random.Random(seed)
     parts = [part(f"p{i}", expected := rng.uniform(1, 60), expected * rng.uniform(1, 3)) for i in range(9)]
     takes = {p.name: rng.choice([rng.uniform(0, 100), float("inf")]) for p in parts}
@@ -98,7 +98,7 @@ def test_the_budget_is_kept_whatever_the_parts_do(lines, seed):
     for line in lines.read():
         if "ended" in line and line["ended"] != "skipped":
             limit = next(p.limit for p in parts if p.name == line["part"])
-            assert line["seconds"] <= limit + 5, f"{line['part']} exceeded its limit"
+            assert line["seconds"] <= limit + 5, f"the part {line['part']} exceeded its limit"
 
 
 def test_time_that_is_gone_before_the_first_part_counts(lines):
@@ -110,35 +110,35 @@ def test_a_part_that_hangs_or_crashes_costs_its_own_time(lines):
     machine = Machine(lines, {"hangs": float("inf"), "raises": 1.0, "crashes": 1.0}, {"raises": 1, "crashes": -11})
     ended = machine.run([part(name) for name in ("hangs", "raises", "crashes", "works")], 200)
     assert ended == {"hangs": "killed", "raises": "failed", "crashes": "failed", "works": "passed"}
-    said = "\n".join(machine.said)
-    assert "hangs: killed after 20 s: its 20 s were over in hangs::0" in said
-    assert "crashes: failed after 1 s: a process ended with status -11 in crashes::0" in said
+    output = "\n".join(machine.said)
+    assert "hangs: killed after 20 s: it exceeded its 20 s in hangs::0" in output
+    assert "crashes: failed after 1 s: a process ended with status -11 in crashes::0" in output
 
 
 def test_what_got_stuck_before_comes_after_everything_else(lines, monkeypatch):
     monkeypatch.setattr(budget, "inputs", lambda item: "x")
     machine = Machine(lines, {"hangs": float("inf")})
     parts = [part("hangs"), part("works")]
-    machine.run(parts, 25)  # no time is left for the second
+    machine.run(parts, 25)  # no time is left for the second part
     names = lambda: [(p.name, p.retry) for p in budget.passes(parts, lines.read())]  # noqa: E731
-    assert names() == [("hangs", False), ("works", True), ("hangs", True)], "its other items, and at last the one"
+    assert names() == [("hangs", False), ("works", True), ("hangs", True)], "an item that hung comes last"
     for i in range(1, 3):
         lines.append({"part": "hangs", "item": f"hangs::{i}", "mode": "", "inputs": "x", "outcome": "passed"})
     assert names() == [("works", True), ("hangs", True)]
-    monkeypatch.setattr(budget, "inputs", lambda item: "y")  # its sources have changed: it is worth another try
+    monkeypatch.setattr(budget, "inputs", lambda item: "y")  # changed sources make another try worthwhile
     assert names() == [("hangs", False), ("works", True)]
 
 
 def test_a_part_killed_before_it_knew_its_items_tries_all_of_them(lines):
-    """One of its processes may have been quicker than the one that writes down what they are."""
+    """One process may start an item before another process has written the list of items."""
     lines.append({"part": "a", "process": 1, "started": "a::1", "mode": "", "inputs": "x"})
     assert [p.retry for p in budget.passes([part("a", processes=2)], lines.read())] == [True]
 
 
-# --- lines ------------------------------------------------------------------------------------------------------------
+# --- the journal ------------------------------------------------------------------------------------------------------
 
 
-def test_a_torn_line_is_passed_over_and_the_next_stands_alone(lines):
+def test_a_torn_line_is_skipped_and_the_next_is_read(lines):
     lines.append({"a": 1})
     with open(lines.path, "a") as file:
         file.write('{"torn": ')
@@ -148,7 +148,7 @@ def test_a_torn_line_is_passed_over_and_the_next_stands_alone(lines):
 
 
 def test_a_full_disk_loses_no_line(lines, monkeypatch, capsys):
-    """The line goes to standard error instead, and no half of it stays in the file."""
+    """The line is printed to standard error instead, and no part of it stays in the file."""
     lines.append({"a": 1})
     write = Journal._write
 
@@ -159,7 +159,7 @@ def test_a_full_disk_loses_no_line(lines, monkeypatch, capsys):
         def write(self, data):
             if len(data) < 8:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data[: len(data) - 4])  # a part of it fits
+            return self.file.write(data[: len(data) - 4])  # only part of the line fits
 
         def truncate(self, end):
             self.file.truncate(end)
@@ -168,13 +168,13 @@ def test_a_full_disk_loses_no_line(lines, monkeypatch, capsys):
         patch.setattr(Journal, "_write", staticmethod(lambda file, data, end: write(Full(file), data, end)))
         lines.append({"b": 2})
     assert lines.read() == [{"a": 1}]
-    said = capsys.readouterr().err
-    assert "No space left" in said and json.loads(said.partition("the line is: ")[2]) == {"b": 2}
+    output = capsys.readouterr().err
+    assert "No space left" in output and json.loads(output.partition("the line is: ")[2]) == {"b": 2}
     lines.append({"c": 3})
     assert lines.read() == [{"a": 1}, {"c": 3}]
 
 
-def test_a_file_that_cannot_be_there(tmp_path, capsys):
+def test_a_journal_that_cannot_be_created_prints_its_lines(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     Journal(tmp_path / "file" / "gpu.jsonl").append({"a": 1})
     assert '"a": 1' in capsys.readouterr().err
@@ -217,7 +217,7 @@ sys.exit(gpu.main(["--device", "cpu", "--out", {here!r} + "/out", *sys.argv[1:]]
 
 @pytest.fixture
 def program(tmp_path):
-    """Starts gpu.py on parts of quick items, {part: source of its items}, with a torch that imports at once."""
+    """Starts gpu.py on {part: source of its items}, with a stand-in torch that imports quickly."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "conftest.py").write_text("from missing import *\n")
     (tmp_path / "stand-ins").mkdir()
@@ -250,22 +250,22 @@ def result_of(out: Path) -> dict:
 
 def test_killed_at_ten_points_nothing_is_lost_or_measured_twice(program, tmp_path):
     many = ITEMS.replace("range(6)", "range(12)")
-    sources, out = {"one": many, "two": many}, tmp_path / "out"  # processes
+    sources, out = {"one": many, "two": many}, tmp_path / "out"  # part "two" has two processes
     for point in range(10):
         running = program(sources)
         before, end = len(items_of(out)), time.monotonic() + 30
         while len(items_of(out)) <= before and running.poll() is None and time.monotonic() < end:
             time.sleep(0.003)
-        running.kill()  # the worker dies of it, too
+        running.kill()  # this must end the worker, too
         running.wait(10)
         running.stdout.close()
-        there = items_of(out)
-        assert len(there) > before, f"call {point} measured nothing"
+        measured_items = items_of(out)
+        assert len(measured_items) > before, f"run {point} measured nothing"
         time.sleep(0.15)
-        assert items_of(out) == there, "a worker outlived the program"
+        assert items_of(out) == measured_items, "a worker survived the program"
     done = program(sources)
-    said, _ = done.communicate(timeout=60)
-    assert done.returncode == 0, said
+    output, _ = done.communicate(timeout=60)
+    assert done.returncode == 0, output
     assert sorted(items_of(out)) == sorted(f"{n}/bench_device.py::test_item[{i}]" for n in sources for i in range(12))
     records = result_of(out)["records"]
     assert {(r["benchmark"], r["shape"], r["median_ms"]) for r in records} == {
@@ -273,8 +273,8 @@ def test_killed_at_ten_points_nothing_is_lost_or_measured_twice(program, tmp_pat
     }
     assert all(r["commit"] == "abc1234" and r["sources"] and r["date"] for r in records)
     again = program(sources)
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0 and said.count("all of it is there already") == 2
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0 and output.count("nothing is left to measure") == 2
 
 
 def test_what_fails_hangs_or_lacks_a_package_is_named_and_the_rest_is_measured(program, tmp_path):
@@ -286,33 +286,33 @@ def test_what_fails_hangs_or_lacks_a_package_is_named_and_the_rest_is_measured(p
         "works": ITEMS,
     }
     running = program(sources, limit=6.0)
-    said, _ = running.communicate(timeout=90)
+    output, _ = running.communicate(timeout=90)
     out = tmp_path / "out"
     assert running.returncode == 1
-    assert "failed: raises/bench_device.py::test_item[2]: AssertionError: two is wrong" in said
-    assert "hangs: killed after 6 s: its 6 s were over in hangs/bench_device.py::test_item[1]" in said
-    assert "exits: failed" in said and "ended with status 7 in exits/bench_device.py::test_item[0]" in said
-    assert "skipped: lacks/bench_device.py: Skipped: needs no_such_package, which is not installed" in said
-    there = items_of(out)
-    counts = {name: sum(item.startswith(name) for item in there) for name in sources}
+    assert "failed: raises/bench_device.py::test_item[2]: AssertionError: two is wrong" in output
+    assert "hangs: killed after 6 s: it exceeded its 6 s in hangs/bench_device.py::test_item[1]" in output
+    assert "exits: failed" in output and "ended with status 7 in exits/bench_device.py::test_item[0]" in output
+    assert "skipped: lacks/bench_device.py: Skipped: needs no_such_package, which is not installed" in output
+    measured_items = items_of(out)
+    counts = {name: sum(item.startswith(name) for item in measured_items) for name in sources}
     assert counts == {"raises": 5, "hangs": 1, "exits": 0, "lacks": 0, "works": 6}
 
-    second = program({**sources, "exits": ITEMS}, limit=6.0)  # mended; what hung comes last, on its own again
-    said, _ = second.communicate(timeout=90)
+    second = program({**sources, "exits": ITEMS}, limit=6.0)  # "exits" is repaired; the item that hung comes last
+    output, _ = second.communicate(timeout=90)
     counts = {name: sum(item.startswith(name) for item in items_of(out)) for name in sources}
     assert counts == {"raises": 5, "hangs": 5, "exits": 6, "lacks": 0, "works": 6} and second.returncode == 1
-    assert said.index("exits: passed") < said.index("hangs: killed"), said
+    assert output.index("exits: passed") < output.index("hangs: killed"), output
 
 
 def test_a_full_disk_costs_no_measurement(program, tmp_path):
-    """Files may not grow beyond 2 KiB: the console has the lines that the journal could not take."""
+    """With files limited to 2 KiB, the console shows the lines that do not fit into the journal."""
     full = program({"a": ITEMS}, most_bytes=2048)
-    said, _ = full.communicate(timeout=60)
-    (tmp_path / "console.log").write_text(said)
-    assert "File too large" in said and 0 < len(items_of(tmp_path / "out")) < 6 and "Traceback" not in said
+    output, _ = full.communicate(timeout=60)
+    (tmp_path / "console.log").write_text(output)
+    assert "File too large" in output and 0 < len(items_of(tmp_path / "out")) < 6 and "Traceback" not in output
     again = program({"a": ITEMS}, "--earlier", str(tmp_path / "console.log"))
-    said, _ = again.communicate(timeout=60)
-    assert again.returncode == 0 and len(items_of(tmp_path / "out")) == 6, said
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 0 and len(items_of(tmp_path / "out")) == 6, output
     assert len(result_of(tmp_path / "out")["records"]) == 6
 
 
@@ -324,13 +324,13 @@ def test_ctrl_c_and_termination_say_how_to_go_on(program, tmp_path):
         while sum(line.get("started") == endless for line in journal.read()) < number and time.monotonic() < end:
             time.sleep(0.01)
         running.send_signal(sign)
-        said, _ = running.communicate(timeout=20)
-        assert running.returncode == status and "the same command goes on" in said, said
-        assert "Traceback" not in said
+        output, _ = running.communicate(timeout=20)
+        assert running.returncode == status and "the same command measures the rest" in output, output
+        assert "Traceback" not in output
 
 
 def test_lines_of_another_device_do_not_count(tmp_path):
-    """Nor are they lost: they lie beside the new ones."""
+    """The lines of another device are not lost: their file is set aside beside the new one."""
     journal, lines = Journal(tmp_path / "gpu.jsonl"), [{"call": {"device": "one"}}, {"item": "a"}]
     for line in lines:
         journal.append(line)
@@ -339,7 +339,7 @@ def test_lines_of_another_device_do_not_count(tmp_path):
     gpu.begin_call(journal, [], "two", again=False)
     (aside,) = set(tmp_path.iterdir()) - {journal.path}
     assert Journal(aside).read()[:2] == lines and [*journal.read()[0]] == ["call"]
-    gpu.begin_call(journal, [aside], "one", again=False)  # back on the first: its lines are named
+    gpu.begin_call(journal, [aside], "one", again=False)  # back on the first device, given the set-aside file
     assert journal.read()[:2] == lines and {line["call"]["device"] for line in journal.read() if "call" in line} == {
         "one"
     }
@@ -353,7 +353,7 @@ def test_wrong_arguments_are_one_line():
         (["--parts", "step,nothing"], "--parts nothing: choose from device, step"),
         (["--report", "--out", "/nowhere"], "/nowhere/gpu.jsonl holds no measurements"),
         (["--budget", "soon"], "invalid float value: 'soon'"),
-        (["--budget", "nan"], "--budget nan: a number of seconds above 0"),
+        (["--budget", "nan"], "--budget must be a number of seconds above 0, not nan"),
         (["--earlier", "/no/such.jsonl"], "/no/such.jsonl"),
     ):
         done = subprocess.run([*command, *more], capture_output=True, text=True)
@@ -364,14 +364,14 @@ def test_wrong_arguments_are_one_line():
 
 
 def test_every_part_is_rehearsed_on_a_cpu(tmp_path):
-    """The real program, the real benchmarks and tests, at sizes of seconds."""
+    """Runs the real program with the real benchmarks and tests, at sizes that take seconds."""
     out = tmp_path / "out"
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--budget", "400", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=420)
     assert done.returncode == 0 and "all parts passed" in done.stdout, done.stdout + done.stderr
     lines = Journal(out / "gpu.jsonl").read()
     measured = {line["part"] for line in lines if line.get("outcome") == "passed"}
-    optional = set() if os.environ.get("AJEPA_TEST_AUDIO") else {"training"}  # which is skipped without real audio
+    optional = set() if os.environ.get("AJEPA_TEST_AUDIO") else {"training"}  # skipped without real audio
     assert measured >= {part.name for part in gpu.GPU} - optional
     assert [part.name for part in gpu.CPU] == [part.name for part in gpu.GPU]
     result = result_of(out)
@@ -392,4 +392,4 @@ def test_every_part_is_rehearsed_on_a_cpu(tmp_path):
     assert list((out / "results" / "plots").glob("*-floor.png"))
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and again.stdout.count("all of it is there already") == len(gpu.CPU), again.stdout
+    assert again.returncode == 0 and again.stdout.count("nothing is left to measure") == len(gpu.CPU), again.stdout

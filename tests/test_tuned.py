@@ -144,5 +144,5 @@ def test_tune_stops_in_time(tune, monkeypatch, capsys, tmp_path):
 def test_tune_says_that_there_is_no_gpu():
     done = subprocess.run([sys.executable, str(TUNE)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "tune: no CUDA device here: the configurations stay as they are"
+        "tune: this machine has no CUDA device, so the configurations stay as they are"
     )
