@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: train test install lint format bench
+.PHONY: train test install lint format docs bench
 
 train: install  ## train the embedded default to its end; a second call finds it finished
 	$(BIN)/python -m ajepa.train --out runs/tiny --resume
@@ -11,9 +11,13 @@ train: install  ## train the embedded default to its end; a second call finds it
 test: install
 	$(BIN)/python -m pytest
 
+# pip before 26.2 applies PIP_CONSTRAINT in its build environment as well; from 26.2 on, PIP_BUILD_CONSTRAINT does.
+CONSTRAINTS ?= constraints.txt
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/installed: export PIP_CONSTRAINT = $(CONSTRAINTS)
+$(VENV)/installed: export PIP_BUILD_CONSTRAINT = $(CONSTRAINTS)
+$(VENV)/installed: pyproject.toml setup.py $(wildcard $(CONSTRAINTS) csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[test,lint]'
@@ -28,13 +32,22 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## speed on this machine: benchmarks/results/<device>.json, the README's tables and the plots
+docs: $(VENV)/docs-installed  ## the documentation as a site, in build/site; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The project is installed already, so pip adds the packages of its extra alone and builds nothing.
+$(VENV)/docs-installed: export PIP_CONSTRAINT = $(CONSTRAINTS)
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet 'ajepa[docs]'
+	touch $@
+
+bench: install  ## speed on this machine: benchmarks/results/<device>.json, the documentation's tables and the plots
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/report.py
 
 # `make gpu` measures on a GPU within BUDGET seconds, the most important things first. Lines, log and results go to
-# $(OUT). A second call goes on with what is missing; EARLIER names files of lines that count as measured already.
-# DEVICE=cpu rehearses the run. A CUDA build of torch is needed, and no package registry: `make prebuilt` makes, on any
+# $(OUT). A second call measures what is missing. EARLIER names files of lines from earlier calls, which are not measured
+# again. DEVICE=cpu rehearses the run. A CUDA build of torch is needed, and no package registry: `make prebuilt` makes, on any
 # machine, what would otherwise be compiled or downloaded there. Copy its folder prebuilt/ along with the tree. Without
 # that folder the run builds for itself and says what it cost.
 OUT ?= build/gpu

@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-# Before torch is loaded: threads that spin while they wait take the cores from each other on a busy machine.
+# Set before torch is loaded: on a busy machine, threads that spin while waiting take the cores from working threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -17,29 +17,29 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 @pytest.fixture(autouse=True)
 def seed():
-    """torch draws a seed of its own in every process: what fails once in a hundred runs would fail on another day."""
+    """Fixes torch's seed, which otherwise differs in every process and would make rare failures unrepeatable."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Tests neither read nor fill the user's cache."""
+    """Gives the tests a cache of their own, so that they neither read nor fill the user's."""
     monkeypatch.setenv("AJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")
 def audio_dir() -> Path:
-    """Real recordings, named by AJEPA_TEST_AUDIO."""
+    """The folder of real recordings that AJEPA_TEST_AUDIO names."""
     folder = os.environ.get("AJEPA_TEST_AUDIO")
     if not folder:
-        pytest.skip("AJEPA_TEST_AUDIO is not set: no folder of real audio to test on")
+        pytest.skip("AJEPA_TEST_AUDIO is not set, so there is no folder of real audio to test on")
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory) -> Path:
-    """Forty short WAV files of two classes (low and high tones) in two folders, 16 kHz, half a second to one long."""
-    import soundfile  # here, so that the kernels' tests run without it
+    """Forty WAV files at 16 kHz, of 0.5 to 1 s, in two folders that are two classes: low and high tones."""
+    import soundfile  # imported here, so that the kernels' tests run without it
 
     root = tmp_path_factory.mktemp("tones")
     rng = np.random.default_rng(0)
@@ -56,18 +56,18 @@ SMALL = [
     *("--clip-seconds", "0.5", "--n-frames", "16", "--hop-length", "480", "--size", "tiny"),
     *("--batch-size", "4", "--steps", "8", "--warmup-steps", "2", "--log-every", "2", "--watch-every", "4"),
     *("--checkpoint-every", "3", "--compare-steps", "1", "--loader-threads", "1", "--min-context", "2"),
-]  # a run of a few seconds: 16 patches a clip
+]  # a run that takes a few seconds, with 16 patches a clip
 
 
 @pytest.fixture
 def small_run(tones, tmp_path):
-    """Command line of a small run on `tones` in a new folder, and that folder."""
+    """(command line, output folder) of a small run on `tones`."""
     return ["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL], tmp_path / "run"
 
 
 @pytest.fixture(scope="session")
 def run(tones, tmp_path_factory) -> Path:
-    """Folder of a small finished run on `tones`; tests add results to it and change nothing."""
+    """The folder of a small finished run on `tones`. Tests may add results to it, but must not change its files."""
     from ajepa import train
 
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -77,8 +77,8 @@ def run(tones, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def forks():
-    """Runs `ajepa.train.main` in processes of their own, without importing torch anew in each."""
-    import pydantic  # noqa: F401 (here, so that their absence is known before a process ends of it)
+    """Runs `ajepa.train.main` in separate processes without importing torch again in each."""
+    import pydantic  # noqa: F401 (a missing package is reported here, before it ends a process)
     import soundfile  # noqa: F401
     import tyro  # noqa: F401
 

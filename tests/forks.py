@@ -1,4 +1,4 @@
-"""Processes that start at once: a server imports torch and ajepa a single time and forks for every run asked of it."""
+"""Fast process starts: a server imports torch and ajepa once and then forks for each requested run."""
 
 import contextlib
 import importlib
@@ -32,22 +32,22 @@ class Forks:
         return json.loads(self.server.stdout.readline())
 
     def start(self, argv: list[str], log: Path, call: str = "ajepa.train:main", **environment: str) -> int:
-        """Starts `call(argv)` (module:function) with its output in `log`. Returns the process's id."""
+        """Start `call(argv)`, with `call` as "module:function" and the output in `log`, and return the process id."""
         environment["AJEPA_CACHE"] = os.environ["AJEPA_CACHE"]
         return self._ask(argv=argv, log=str(log), call=call, environment=environment)
 
     def wait(self, pid: int, seconds: float = 120) -> int:
-        """Exit status, negative for a signal. TimeoutError after `seconds`, and the process is killed."""
+        """Return the exit status (negative for a signal). After `seconds`, kill the process and raise TimeoutError."""
         status = self._ask(wait=pid, seconds=seconds)
         if status is None:
-            raise TimeoutError(f"process {pid} still ran after {seconds} s")
+            raise TimeoutError(f"process {pid} was still running after {seconds} s")
         return status
 
     def run(self, argv: list[str], log: Path, **options: str) -> int:
         return self.wait(self.start(argv, log, **options))
 
     def start_ranks(self, world_size: int, argv: list[str], log: Path, **options: str) -> list[int]:
-        """The same as ranks of one run, as torchrun starts them. Output of rank r in `log`.r."""
+        """Start the ranks of one run as torchrun does, with the output of rank r in `log`.r."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -65,8 +65,8 @@ class Forks:
 def _serve() -> None:
     import torch
 
-    with contextlib.suppress(ImportError):  # sets of plain PCM need none of it
-        from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (its import is the slowest)
+    with contextlib.suppress(ImportError):  # DALI is optional: plain PCM is read without it
+        from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (DALI is the slowest import)
     import ajepa.train  # noqa: F401
 
     for line in sys.stdin:

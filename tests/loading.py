@@ -1,4 +1,4 @@
-"""What the tests of loaders share: small clips, and batches compared bit for bit."""
+"""Helpers shared by the loader tests: options for small clips and a bit-for-bit comparison of batches."""
 
 import torch
 
@@ -13,7 +13,7 @@ def take(batches, count: int) -> list[Batch]:
 
 
 def once(index, **options) -> Batch:
-    """All of the index as one batch."""
+    """The whole index as one batch."""
     keep = {name: OPTIONS[name] for name in ("sample_rate", "clip_samples", "threads")}
     batches = list(iterate_once(index, **{**keep, "batch_size": 3, **options}))
     return Batch(*map(torch.cat, zip(*batches, strict=True)))

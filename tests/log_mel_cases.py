@@ -11,7 +11,7 @@ import torch
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel_reference
 
 AUDIO = (".wav", ".flac")
-NAT, DECIBEL = 2e-3, 1e-2  # largest error before the cast, against float64
+NAT, DECIBEL = 2e-3, 1e-2  # largest allowed error against float64, before the cast to the output dtype
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def quiet_about_empty_bands():
 
 
 def clips(samples: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    """Noise under a slow envelope, plus a chirp: loud and quiet frames, int16."""
+    """int16 clips of decaying noise plus a chirp, which have loud and quiet frames."""
     g = torch.Generator().manual_seed(seed)
     t = torch.linspace(0, 1, samples)
     x = 0.2 * torch.randn(batch, samples, generator=g) * torch.exp(-4 * t) + 0.3 * torch.sin(2000 * t + 9000 * t * t)
@@ -43,8 +43,8 @@ PRESETS = ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper"]
 
 
 def signal_case(name: str, signal: str) -> tuple[torch.Tensor, LogMelSpec]:
-    """A signal of some 20 frames, and the front end with a floor above the transform's rounding, which stands at 1e-14
-    of a full-scale frame's power; a constant keeps the front end's own floor."""
+    """A signal of about 20 frames and its front end. The floor is raised above the transform's rounding error, which is
+    1e-14 of the power of a full-scale frame; only the constant signal keeps the preset's floor."""
     spec = replace(LOG_MEL_PRESETS[name], n_frames=None, patch=(16, 8))
     if signal != "constant":
         spec = replace(spec, floor=1e-7)
@@ -53,7 +53,7 @@ def signal_case(name: str, signal: str) -> tuple[torch.Tensor, LogMelSpec]:
 
 
 def recordings(folder: Path, each: int) -> torch.Tensor:
-    """The beginnings of some recordings, one after another."""
+    """The first `each` samples of several recordings, concatenated."""
     soundfile = pytest.importorskip("soundfile")
     files = [path for name in ("smoke", "fsdd") for path in sorted((folder / name).rglob("*.*"))[:20:6]]
     found = [soundfile.read(path, dtype="int16", always_2d=True)[0][:each, 0] for path in files if path.suffix in AUDIO]
@@ -61,26 +61,27 @@ def recordings(folder: Path, each: int) -> torch.Tensor:
 
 
 def assert_exact(out: torch.Tensor, pcm: torch.Tensor, spec: LogMelSpec, **arguments) -> None:
-    """Against the definition in float64: within the tolerance, or within 2^-24 of the amplitude of the frame's loudest
-    band before pre-emphasis, which is more where a band is over 90 dB below that one: a float32 transform, torchaudio's
-    too, leaves that much rounding in every bin."""
+    """Compare `out` with the float64 definition. The allowed error is the tolerance or, if larger, 2^-24 of the
+    amplitude of the frame's loudest band before pre-emphasis. The second bound counts for bands more than 90 dB below
+    the loudest one: a float32 transform, torchaudio's included, leaves that much rounding error in every bin."""
     scaled = pcm.double() / 32768 if pcm.dtype == torch.int16 else pcm.double()
     exact = log_mel_reference(scaled, spec, **arguments)
     flat = log_mel_reference(scaled, replace(spec, preemphasis=0.0), **{**arguments, "layout": "spectrogram"})
     loudest = flat.amax(1, keepdim=True).expand_as(flat)
     if arguments.get("layout") != "spectrogram":
         loudest = patches(loudest, spec, pcm.shape[1])
-    neper = spec.std * (math.log(10) / 20 if spec.log == "db" else 1 / spec.power)  # of amplitude, in a unit of out
+    # nepers of amplitude per unit of `out`
+    neper = spec.std * (math.log(10) / 20 if spec.log == "db" else 1 / spec.power)
     rounding = 2.0**-24 * ((loudest - exact) * neper).exp() / neper
     allowed = rounding.clamp_min((NAT if spec.log == "ln" else DECIBEL) / spec.std)
     error = (out.double() - exact).abs()
     assert not out.isnan().any()
     worst = (error / allowed).argmax() if error.numel() else 0
-    assert (error <= allowed).all(), f"{error.flatten()[worst]:.2e} > {allowed.flatten()[worst]:.2e}"
+    assert (error <= allowed).all(), f"error {error.flatten()[worst]:.2e}, allowed {allowed.flatten()[worst]:.2e}"
 
 
 def patches(x: torch.Tensor, spec: LogMelSpec, samples: int) -> torch.Tensor:
-    """A spectrogram in patch order."""
+    """Rearrange a spectrogram `[B, mels, frames]` into patch order `[B, patches, patch size]`."""
     (freq, time), (height, width) = spec.patch_grid(samples), spec.patch
     x = torch.nn.functional.pad(x, (0, time * width - x.shape[2]))
     return x.view(len(x), freq, height, time, width).transpose(2, 3).reshape(len(x), freq * time, height * width)

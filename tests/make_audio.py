@@ -1,4 +1,4 @@
-"""Small audio files, whole and broken, for the data tests."""
+"""Small audio files, intact and broken, for the data tests."""
 
 import io
 import tarfile
@@ -21,7 +21,7 @@ FORMATS = {
 
 
 def noise(frames: int, seed: int = 0, channels: int = 1, level: float = 0.2) -> np.ndarray:
-    """int16 `[frames]` or `[frames, channels]`, smooth enough for the lossy coders."""
+    """int16 noise `[frames]` or `[frames, channels]`, smooth enough for lossy codecs."""
     white = np.random.default_rng(seed).standard_normal((frames + 7, channels))
     smooth = np.stack([np.convolve(white[:, c], np.ones(8) / 8**0.5, "valid") for c in range(channels)], 1)
     pcm = np.clip(smooth * level * 32768, -32768, 32767).astype(np.int16)
@@ -61,7 +61,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
-    """name: (bytes, a part of the reason expected)."""
+    """{file name: (bytes, part of the expected reason)}."""
     pcm = noise(20000)
     wav, flac, vorbis, opus, mp3 = (encode(pcm, 16000, kind) for kind in ("wav16", "flac", "vorbis", "opus", "mp3"))
     torn = bytearray(flac)

@@ -1,4 +1,4 @@
-"""Tests and benchmarks whose packages are not installed are left out, with the reason, instead of failing."""
+"""Skips tests and benchmarks whose packages are not installed, with the reason, instead of letting them fail."""
 
 import re
 import traceback
@@ -14,7 +14,7 @@ def _reason(message: str) -> str | None:
     if missing is None or missing[1].split(".")[0] in ("ajepa", "ajepa_kernels"):
         return None
     try:
-        absent = find_spec(missing[1]) is None  # of a submodule, too: nvidia is there wherever cuBLAS is
+        absent = find_spec(missing[1]) is None  # the full name counts: cuBLAS alone already provides `nvidia`
     except ImportError:
         absent = True
     return f"needs {missing[1]}, which is not installed" if absent else None
@@ -33,7 +33,7 @@ def _skip_missing(item):
     try:
         return (yield)
     except Exception as error:
-        reason = _reason("".join(traceback.format_exception(error)))  # a cause of it, or told by another process
+        reason = _reason("".join(traceback.format_exception(error)))  # includes causes and the output of subprocesses
         if reason:
             pytest.skip(reason)
         raise

@@ -1,4 +1,4 @@
-"""Small valid audio files, broken in every way a seed can think of, and headers that lie."""
+"""Small valid audio files with random damage chosen by a seed, and files whose headers state false values."""
 
 import io
 import struct
@@ -37,7 +37,7 @@ def original(kind: str, pcm: np.ndarray, rate: int = 16_000) -> bytes:
     data = buffer.getvalue()
     if kind == "flac_unknown":
         return data[:21] + bytes([data[21] & 0xF0]) + bytes(4) + data[26:]
-    if kind == "mp3_bare":  # begins with a frame of sound, and says nothing of its length
+    if kind == "mp3_bare":  # begins with an audio frame and states no length
         return data[data.index(data[:2], 200) :]
     return data
 
@@ -47,12 +47,13 @@ def originals(frames: int = 2400, rate: int = 16_000) -> dict[str, bytes]:
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to three of: bits flipped, bytes replaced, a block lost, repeated or zeroed, a header field at a limit."""
+    """Apply one to three kinds of damage: flipped bits, replaced bytes, a lost, repeated or zeroed block, or a header
+    field set to a limit of its type."""
     out = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         size = max(len(out), 1)
         at = int(rng.integers(size))
-        near = int(rng.integers(min(size, 64)))  # most of what a decoder believes stands in the first bytes
+        near = int(rng.integers(min(size, 64)))  # most header fields are in the first bytes
         span = int(rng.integers(1, max(2, size // 4)))
         match rng.integers(9):
             case 0:
@@ -78,7 +79,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def ogg_claiming(samples: int, frames: int = 2400) -> bytes:
-    """An Ogg Vorbis file whose last page says that it ends at sample `samples`, with a right checksum."""
+    """An Ogg Vorbis file whose last page states that it ends at sample `samples`, with a valid checksum."""
     data = bytearray(encode(noise(frames), 16_000, "vorbis"))
     page = data.rfind(b"OggS")
     data[page + 6 : page + 14] = struct.pack("<q", samples)
@@ -86,7 +87,7 @@ def ogg_claiming(samples: int, frames: int = 2400) -> bytes:
 
 
 def with_crc(page: bytes) -> bytes:
-    """An Ogg page with the right checksum in place of its own."""
+    """The Ogg page with its checksum field corrected."""
     crc, page = 0, page[:22] + bytes(4) + page[26:]
     for byte in page:
         crc ^= byte << 24

@@ -1,4 +1,4 @@
-"""What the operations' tests share: where a kernel can run, poisoned memory, errors against float64."""
+"""Helpers shared by the tests of the operations: where a kernel can run, poisoned memory, errors against float64."""
 
 import pytest
 import torch
@@ -9,23 +9,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAN_LAUNCH = triton is not None and (DEVICE == "cuda" or INTERPRET)
 
 needs_kernel = pytest.mark.skipif(
-    not CAN_LAUNCH, reason="kernels need a GPU, or TRITON_INTERPRET=1 as test_interpreted.py sets it"
+    not CAN_LAUNCH, reason="kernels need a GPU or Triton's interpreter (see test_interpreted.py)"
 )
 IMPLS = ["reference", pytest.param("triton", marks=needs_kernel)]
-# bfloat16 is wrong in Triton's interpreter, and slow on a CPU: it is tested on a GPU
+# bfloat16 is tested on a GPU only: Triton's interpreter computes it wrongly, and CPUs are slow at it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
 @pytest.fixture
 def poison():
-    """Uninitialised memory holds NaN, so that an output that was not written fails its comparison."""
+    """Fills uninitialised memory with NaN, so that an output that a kernel did not write fails its comparison."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """||got - want|| / ||want||, NaN if anything is."""
+    """||got - want|| / ||want||, which is NaN if any element is NaN."""
     got, want = got.double(), want.double()
     if not want.numel():
         return 0.0
@@ -33,17 +33,18 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def assert_as_good(got, plain, want, dtype, names=None) -> None:
-    """Each of `got` errs from float64 at most twice as much as the plain definition in its dtype and one rounding."""
+    """Check the error of each of `got` against the float64 result `want`: it may be at most twice the sum of the error
+    of `plain` (the plain definition in the same dtype) and one rounding of the dtype."""
     rounding = torch.finfo(dtype).eps
     for i, (g, p, w) in enumerate(zip(got, plain, want, strict=True)):
         name = names[i] if names else i
-        assert g.shape == w.shape, f"{name}: {list(g.shape)} instead of {list(w.shape)}"
+        assert g.shape == w.shape, f"{name}: the shape is {list(g.shape)} instead of {list(w.shape)}"
         error, allowed = relative_error(g, w), 2 * (relative_error(p, w) + rounding)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 class NoGradient(torch.autograd.Function):
-    """The identity, without a derivative."""
+    """The identity, whose backward returns no gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -55,9 +56,10 @@ class NoGradient(torch.autograd.Function):
 
 
 def assert_first_order(function, x) -> None:
-    """First derivatives come with `create_graph` and from `torch.func`; further ones raise instead of losing terms."""
+    """Check that first derivatives work with `create_graph` and `torch.func`, and that second derivatives raise an
+    error instead of silently omitting terms."""
     again = "gradients of gradients"
-    total = lambda x: function(x).sum()  # noqa: E731 (its upstream does not require grad)
+    total = lambda x: function(x).sum()  # noqa: E731 (the sum's upstream gradient does not require grad)
     x = x.detach().requires_grad_()
     want = torch.autograd.grad(total(x), x)[0].clone()
     got = torch.autograd.grad(total(x), x, create_graph=True)[0]

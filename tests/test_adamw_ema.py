@@ -13,7 +13,7 @@ from ajepa_kernels import AdamWEMA, _tables, adamw_ema, ema_update_
 from ajepa_kernels._tables import CHUNK
 from ajepa_kernels.adamw_ema import join_remainder, split_remainder
 
-SHAPES = [(3, 5), (CHUNK + 17,), (1,), (0,), (64, 32)]  # odd, more than one chunk, a scalar's worth, empty, aligned
+SHAPES = [(3, 5), (CHUNK + 17,), (1,), (0,), (64, 32)]  # odd, more than one chunk, one element, empty, aligned
 
 
 def parameters(dtype=torch.float32, seed=0):
@@ -29,12 +29,12 @@ def groups(params, lr):
 def set_gradients(params, step):
     for i, p in enumerate(params):
         generator = torch.Generator().manual_seed(100 * step + i)
-        # now and then a parameter has no gradient, and its step count lags
+        # in some steps a parameter has no gradient, so its step count falls behind
         p.grad = None if (step + i) % 4 == 0 else torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
 
 
 def oracle_step(values, emas, state, params, lrs, decays, ema_decay, scale):
-    """AdamW and the average as their papers write them, in float64."""
+    """One step of AdamW and of the EMA by the formulas of their papers, in float64."""
     for i, p in enumerate(params):
         if p.grad is not None:
             g = p.grad.double().cpu() / scale
@@ -88,7 +88,8 @@ def test_found_inf_changes_nothing(impl):
 
 
 def change_over(optimizer, second, reference, params, straight):
-    """Four steps, after two of which an optimizer of `second` takes over, which is returned; `reference` goes on."""
+    """Train `params` for two steps with `optimizer` and two with `second(params)`, which loads its state and is
+    returned. `reference` trains `straight` for all four steps."""
     for step in range(4):
         if step == 2:
             saved = copy.deepcopy(optimizer.state_dict())
@@ -119,7 +120,8 @@ def test_state_dicts_interchange_with_torch(impl, direction):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("direction", ["from torch", "to torch"])
 def test_state_dicts_of_a_default_adamw(impl, direction, tensors):
-    """It does not say fused; its step counts are on the CPU, here in float64, and so may its rate be."""
+    """By default AdamW does not set `fused`, and keeps its step counts on the CPU, here in float64. Its learning rate
+    may be a CPU tensor as well."""
 
     def made(cls, ps, dtype, device, **options):
         lr = torch.tensor(1e-2, dtype=dtype, device=device) if tensors else 1e-2
@@ -157,13 +159,13 @@ def test_steps_that_the_kernel_cannot_read(kind):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_load_hooks_have_their_say(impl):
-    """What a pre-hook made of the state is loaded, and a post-hook sees it as it will be used."""
+def test_load_hooks_run(impl):
+    """The state that a pre-hook returns is loaded, and a post-hook sees the state in its final form."""
     halves = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters()]
     saved, optimizer = (AdamWEMA(halves, remainder=True, impl=impl) for _ in range(2))
     set_gradients(halves, 1)
     saved.step()
-    third = torch.tensor(1 / 3, device=DEVICE)  # no bfloat16
+    third = torch.tensor(1 / 3, device=DEVICE)  # bfloat16 cannot represent this value
 
     def pre(_, given):
         state = {i: {**state, "exp_avg": state["exp_avg"] * 0 + third} for i, state in given["state"].items()}
@@ -175,7 +177,7 @@ def test_load_hooks_have_their_say(impl):
     optimizer.load_state_dict(saved.state_dict())
     assert seen == [third] and (optimizer.state[halves[1]]["exp_avg"] == third).all()
     assert torch.equal(optimizer.state[halves[1]]["remainder"], saved.state[halves[1]]["remainder"])
-    plain = AdamWEMA(halves, impl=impl)  # without a remainder, the state is rounded
+    plain = AdamWEMA(halves, impl=impl)  # without a remainder, the loaded state is rounded
     plain.load_state_dict(saved.state_dict())
     assert all("remainder" not in state for state in plain.state.values())
     plain.step()
@@ -192,11 +194,11 @@ def test_copies_of_the_optimizer_update_copies(impl, way):
     original = (params, emas, halves)
     before = copy.deepcopy(original)
     copied, other = way((original, optimizer))
-    for p, q in zip(params, copied[0], strict=True):  # torch copies no gradients when it pickles
+    for p, q in zip(params, copied[0], strict=True):  # pickling a parameter drops its gradient
         q.grad = None if p.grad is None else p.grad.clone()
     other.step(ema_decay=0.5)
     for a, b in zip((x for xs in original for x in xs), (x for xs in before for x in xs), strict=True):
-        assert torch.equal(a, b)  # the original's tensors stay
+        assert torch.equal(a, b)  # a step of the copy leaves the original's tensors unchanged
     optimizer.step(ema_decay=0.5)
     for a, b in zip((x for xs in original for x in xs), (x for xs in copied for x in xs), strict=True):
         assert torch.equal(a, b)
@@ -217,12 +219,12 @@ def test_scales_of_a_grad_scaler_and_of_clipping_multiply(impl):
     torch.testing.assert_close(grads[4.0], torch.arange(4.0, device=DEVICE) / 4)
     optimizer.found_inf, optimizer.grad_scale = torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)
     before = p.detach().clone()
-    optimizer.step(found_inf=torch.zeros((), device=DEVICE))  # either is enough
+    optimizer.step(found_inf=torch.zeros((), device=DEVICE))  # the attribute `found_inf` alone prevents the step
     assert torch.equal(p, before)
 
 
-def unlike(p):
-    """Gradient of 4-byte alignment only."""
+def misaligned_gradient(p):
+    """A gradient that is aligned to 4 bytes only."""
     return torch.ones(p.numel() + 1, device=p.device)[1:].view_as(p)
 
 
@@ -233,7 +235,7 @@ def pair(p):
 CHANGES = {
     "gradient gone": lambda o, p, e: setattr(p, "grad", None),
     "gradient elsewhere": lambda o, p, e: setattr(p, "grad", p.grad.clone() * 2),
-    "gradient not aligned": lambda o, p, e: setattr(p, "grad", unlike(p)),
+    "gradient not aligned": lambda o, p, e: setattr(p, "grad", misaligned_gradient(p)),
     "group added": lambda o, p, e: o.add_param_group({"params": [torch.nn.Parameter(p.detach().clone())], "lr": 0.3}),
     "pairs added": lambda o, p, e: o.add_pairs(ema=[pair(o.param_groups[0]["params"][4])]),
     "copy added": lambda o, p, e: o.add_pairs(copies=[(p, torch.zeros_like(e, dtype=torch.float16))]),
@@ -251,8 +253,8 @@ CHANGES = {
 
 @needs_kernel
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_remembered_step_notices(change):
-    """Rows are remembered from step to step; whatever they follow from may change between two."""
+def test_a_reused_plan_notices_changes(change):
+    """The launch tables are kept from step to step, and must be rebuilt after a change of anything they depend on."""
     made = []
     for impl in ("triton", "reference"):
         params = parameters()
@@ -277,8 +279,8 @@ def test_a_remembered_step_notices(change):
 
 
 @needs_kernel
-def test_a_remembered_step_notices_what_moves():
-    """The same tensors in other places: a parameter in another group, a scalar that was the rate as weight decay."""
+def test_a_reused_plan_notices_moved_tensors():
+    """Tensors can change places: a parameter moves to another group, and a learning rate becomes a weight decay."""
     made = []
     for impl in ("triton", "reference"):
         params, shared = parameters(), torch.tensor(0.3, device=DEVICE)
@@ -297,19 +299,19 @@ def test_a_remembered_step_notices_what_moves():
         optimizer.step()
         made.append(params)
     for got, want in zip(*made, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=4e-6)  # roundings of steps near 1 that cancel
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=4e-6)  # steps cancel, but not their rounding errors
 
 
 @needs_kernel
-def test_a_remembered_step_notices_what_it_cannot_do(monkeypatch):
+def test_a_reused_plan_notices_unsupported_changes(monkeypatch):
     (p,) = params = [torch.nn.Parameter(torch.zeros(64, device=DEVICE))]
     optimizer = AdamWEMA(params, impl="triton")
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert [kind[-1] for kind in optimizer._plan.kinds] == [True]
-    p.grad = unlike(p)
+    p.grad = misaligned_gradient(p)
     optimizer.step()
-    assert [kind[-1] for kind in optimizer._plan.kinds] == [False]  # no wide accesses
+    assert [kind[-1] for kind in optimizer._plan.kinds] == [False]  # a misaligned gradient rules out wide accesses
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     optimizer.param_groups[0]["betas"] = (torch.tensor(beta1), torch.tensor(beta2))
     with pytest.raises(ValueError, match="betas that are tensors"):
@@ -324,8 +326,8 @@ def test_a_remembered_step_notices_what_it_cannot_do(monkeypatch):
 
 
 @needs_kernel
-def test_a_step_like_the_last_asks_for_nothing_again(monkeypatch):
-    """The host's time is what limits small models: neither groups nor state are gone through anew."""
+def test_an_unchanged_step_reuses_its_plan(monkeypatch):
+    """Host time limits the speed of small models, so an unchanged step must not scan the groups and the state again."""
     params = parameters()
     optimizer = AdamWEMA(params, [(p, p.detach().clone()) for p in params], lr=0.1, impl="triton")
     set_gradients(params, 1)
@@ -333,7 +335,7 @@ def test_a_step_like_the_last_asks_for_nothing_again(monkeypatch):
     want, versions = [p.detach().clone() for p in params], [p._version for p in params]
     monkeypatch.setattr(AdamWEMA, "_init_group", None)
     for p in params:
-        p.grad = None if p.grad is None else p.grad.clone()  # as after another backward
+        p.grad = None if p.grad is None else p.grad.clone()  # as after another backward pass
     optimizer.step(ema_decay=0.5)
     for p, before, version in zip(params, want, versions, strict=True):
         if p.grad is not None and p.numel():
@@ -358,7 +360,8 @@ def test_a_dispatch_mode_sees_the_operation():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_order_of_axes_in_memory_does_not_matter(impl):
-    """Elementwise, whatever is dense and lies alike is updated as it lies, beside contiguous parameters."""
+    """The update is elementwise, so dense tensors with equal strides are updated in their own memory order, together
+    with contiguous parameters."""
     made = []
     for dense in (False, True):
         torch.manual_seed(0)
@@ -385,7 +388,7 @@ def test_the_order_of_axes_in_memory_does_not_matter(impl):
 def test_layouts_that_no_kernel_takes():
     p = torch.nn.Parameter(torch.zeros(4, 3, device=DEVICE))
     p.grad = torch.ones(3, 4, device=DEVICE).t()
-    with pytest.raises(ValueError, match="other strides"):
+    with pytest.raises(ValueError, match="different strides"):
         AdamWEMA([p], impl="triton").step()
     strided = torch.zeros(4, 8, device=DEVICE)[:, ::2]
     with pytest.raises(ValueError, match="not dense"):
@@ -398,7 +401,7 @@ def test_layouts_that_no_kernel_takes():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_hooks_run_once_and_closures_return(impl):
     params, calls = parameters(), []
-    torch.optim.AdamW(params)  # makes torch wrap AdamW.step in hooks as well
+    torch.optim.AdamW(params)  # makes torch wrap AdamW.step with hooks as well
     optimizer = AdamWEMA(params, impl=impl)
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
@@ -427,13 +430,14 @@ def test_only_the_average_moves_without_gradients(impl):
 
 def test_remainder_is_exact():
     value = torch.randn(4096) * torch.logspace(-30, 30, 4096)
-    value[:4] = torch.tensor([0.0, -0.0, 1.00390625, float("inf")])  # 1 + 2^-8 lies half way between two bfloat16
+    value[:4] = torch.tensor([0.0, -0.0, 1.00390625, float("inf")])  # 1 + 2^-8 is half way between two bfloat16 values
     high, low = split_remainder(value)
     assert torch.equal(join_remainder(high, low), value)
     assert (high.double() - value.double()).abs()[:3].max() <= 2**-8
 
 
-NANS = (0x7FFFFFFF, 0x7F800001, -1, 0x7FC00000)  # CUDA's own, one whose upper half alone would be infinite, negative
+# The bits of several NaNs: CUDA's default, one whose upper half alone would be infinite, a negative one, a quiet one.
+NANS = (0x7FFFFFFF, 0x7F800001, -1, 0x7FC00000)
 
 
 def test_remainder_of_what_is_not_finite():
@@ -450,13 +454,13 @@ def test_nan_stays_nan_beside_a_remainder(impl):
     p.grad = torch.ones_like(p)
     optimizer.step()
     bits = torch.tensor([*NANS, 0], dtype=torch.int32, device=DEVICE)
-    optimizer.state[p]["exp_avg"].copy_(bits.view(torch.float32))  # moments hold it, and hand it on
+    optimizer.state[p]["exp_avg"].copy_(bits.view(torch.float32))  # the moment passes the NaNs on to the parameter
     for _ in range(2):
         optimizer.step()
         assert p.float().isnan().tolist() == [True] * len(NANS) + [False]
 
 
-# the interpreter cannot be trusted with bfloat16 in general, but here it only carries bits
+# Triton's interpreter computes bfloat16 wrongly, but here it only copies the bits.
 @pytest.mark.parametrize("impl", IMPLS)
 def test_remainder_trains_as_float32(impl):
     plain = parameters()
@@ -471,7 +475,7 @@ def test_remainder_trains_as_float32(impl):
     )
     optimizer = make()
     for step in range(4):
-        if step == 2:  # through a checkpoint, whose float32 moments torch would round to bfloat16
+        if step == 2:  # continue from a checkpoint, whose float32 moments torch would round to bfloat16
             saved = copy.deepcopy(optimizer.state_dict())
             optimizer = make()
             optimizer.load_state_dict(saved)
@@ -492,7 +496,7 @@ def test_remainder_trains_as_float32(impl):
 def test_ema_update(impl, decay):
     decay = decay.to(DEVICE) if isinstance(decay, torch.Tensor) else decay
     targets, sources = [p.detach() for p in parameters(seed=1)], [p.detach() for p in parameters(seed=2)]
-    sources[0] = sources[0].half()  # another dtype, hence another launch
+    sources[0] = sources[0].half()  # a different dtype needs a launch of its own
     want = [0.99 * t.double() + 0.01 * s.double() for t, s in zip(targets, sources, strict=True)]
     ema_update_(targets, sources, decay, impl=impl)
     for t, w in zip(targets, want, strict=True):
@@ -501,7 +505,7 @@ def test_ema_update(impl, decay):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ema_update_copies_counters(impl):
-    """A batch norm counts its batches in an integer, and its averages are buffers, too."""
+    """The running averages of a batch norm are averaged, and its integer batch counter is copied."""
     norm, target = (torch.nn.BatchNorm1d(4).to(DEVICE) for _ in range(2))
     norm(torch.randn(8, 4, device=DEVICE))
     want = [0.25 * t + 0.75 * s if t.is_floating_point() else s.clone()
@@ -524,7 +528,7 @@ def test_examples_can_be_pasted(name):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("remainder", [False, True])
 def test_step_compiles_whole(impl, remainder):
-    """What a compiled training step does is what an eager one does; schedules are tensors, which it reads again."""
+    """A compiled step does the same as an eager one, and reads the schedule values from their tensors at every call."""
     made = []
     for compiled in (False, True):
         params = parameters(torch.bfloat16 if remainder else torch.float32)
@@ -540,12 +544,12 @@ def test_step_compiles_whole(impl, remainder):
         step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
         for i in range(3):
             for p, g in zip(params, parameters(params[0].dtype, seed=i), strict=True):
-                p.grad = None if p is params[2] else g.detach()  # one parameter has an average alone
+                p.grad = None if p is params[2] else g.detach()  # this parameter has an EMA but no gradient
             for scalar in (lr, decay, scale):
                 scalar.mul_(1.1)
             version = params[0]._version
             step()
-            assert compiled or params[0]._version > version  # autograd's check of saved tensors sees the update
+            assert compiled or params[0]._version > version  # autograd can detect the in-place update
         states = [optimizer.state[p] for p in params if p.grad is not None]
         made.append([*params, *emas, *copies, *(x for state in states for x in state.values())])
     for eager, got in zip(*made, strict=True):
@@ -554,7 +558,7 @@ def test_step_compiles_whole(impl, remainder):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_step_compiles_in_inductor(impl):
-    """Updates land in the tensors themselves, not in copies that a functional graph makes of them."""
+    """The updates reach the tensors themselves, not only the copies in Inductor's functional graph."""
     torch.manual_seed(0)
     model, target = torch.nn.Linear(4, 4, device=DEVICE), torch.nn.Linear(4, 4, device=DEVICE)
     pairs = list(zip(model.parameters(), target.parameters(), strict=True))
@@ -610,7 +614,7 @@ def test_ema_update_compiles_whole(impl):
 
 
 class OnGPU:
-    """A tensor on a GPU, as far as `_tables` looks."""
+    """Stands in for a CUDA tensor, with all that `_tables` uses of one."""
 
     is_cuda, device = True, torch.device("cuda", 0)
 
@@ -625,7 +629,8 @@ class OnGPU:
 
 
 def test_tables_made_in_a_capture_are_its_own(monkeypatch):
-    """Their memory is filled when the graph is replayed, not before: an eager step must not find them."""
+    """Tables made during a graph capture are filled only when the graph is replayed, so an eager step must not reuse
+    them."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     first, second = (_tables.cached(("test",), lambda: (torch.zeros(1),), OnGPU()) for _ in range(2))
     assert first is not second and ("test",) not in _tables._cached
@@ -646,7 +651,7 @@ def test_what_graphs_read_is_kept_as_long_as_what_they_write(monkeypatch):
 
 
 def test_a_stream_waits_for_the_tables_of_another(monkeypatch):
-    """Equal numbers share a table, also between optimisers whose streams have nothing to do with each other."""
+    """Optimisers with equal values share one table, so the stream of the second must wait until the table is copied."""
 
     class Stream:
         def __init__(self, number):
@@ -700,7 +705,7 @@ NO_DECAYS = (1.5, -0.1, float("nan"), torch.tensor([0.5, 0.6]), torch.tensor(0.5
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("decay", NO_DECAYS, ids=["above 1", "negative", "nan", "two", "elsewhere"])
-def test_a_decay_that_cannot_be(impl, decay):
+def test_an_invalid_decay_is_refused(impl, decay):
     decay = decay.to(DEVICE) if isinstance(decay, torch.Tensor) and decay.numel() == 2 else decay
     params = parameters()
     emas = [torch.zeros_like(p) for p in params]
@@ -716,13 +721,13 @@ def test_a_decay_that_cannot_be(impl, decay):
 
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_scales_that_cannot_be(impl, name):
+def test_invalid_scales_are_refused(impl, name):
     optimizer = AdamWEMA(parameters(), impl=impl)
     set_gradients(optimizer.param_groups[0]["params"], 1)
     for x in (torch.ones(2, device=DEVICE), torch.ones((), device="meta"), 1.0):
         with pytest.raises(ValueError, match=f"{name} must be a scalar on {DEVICE}"):
             optimizer.step(**{name: x})
-    optimizer.step(**{name: torch.ones(1, device=DEVICE)})  # one element is a scalar
+    optimizer.step(**{name: torch.ones(1, device=DEVICE)})  # a tensor of one element is accepted as a scalar
     plain = AdamWEMA(parameters(), fused=False, impl="reference")
     set_gradients(plain.param_groups[0]["params"], 1)
     with pytest.raises(ValueError, match="need fused=True"):
@@ -739,7 +744,7 @@ def test_steps_repeat_to_the_bit(remainder):
     runs = []
     for _ in range(2):
         params = parameters(torch.bfloat16 if remainder else torch.float32)
-        params.append(torch.nn.Parameter(params[3].detach().new_ones(64 * CHUNK)))  # of many programs
+        params.append(torch.nn.Parameter(params[3].detach().new_ones(64 * CHUNK)))  # spans many programs
         emas = [p.detach().float() for p in params]
         optimizer = AdamWEMA(params, zip(params, emas, strict=True), remainder=remainder, lr=1e-2, impl="triton")
         for step in range(5):
@@ -752,7 +757,7 @@ def test_steps_repeat_to_the_bit(remainder):
 @pytest.mark.gpu
 @needs_gpu
 def test_bfloat16_without_a_remainder():
-    """Parameters, gradients and moments in bfloat16, each rounded once a step, as torch's fused AdamW rounds them."""
+    """With parameters, gradients and moments in bfloat16, each is rounded once a step, as in torch's fused AdamW."""
     ours, torchs = (parameters(torch.bfloat16) for _ in range(2))
     emas = [p.detach().float() for p in ours]
     optimizer = AdamWEMA(ours, zip(ours, emas, strict=True), lr=1e-2, impl="triton")
@@ -763,24 +768,24 @@ def test_bfloat16_without_a_remainder():
         optimizer.step(ema_decay=0.0)
         reference.step()
     for p, q, e in zip(ours, torchs, emas, strict=True):
-        torch.testing.assert_close(p, q, rtol=2**-7, atol=1e-3)  # two neighbours
-        torch.testing.assert_close(e.bfloat16(), p.detach(), rtol=2**-8, atol=0)  # of the value before rounding
+        torch.testing.assert_close(p, q, rtol=2**-7, atol=1e-3)  # neighbouring bfloat16 values
+        torch.testing.assert_close(e.bfloat16(), p.detach(), rtol=2**-8, atol=0)  # EMA of the unrounded value
         for name, x in optimizer.state[p].items():
-            one_step = 2**-8 * x.abs().max().item() if x.numel() else 0.0  # that sums which cancel may be apart
+            one_step = 2**-8 * x.abs().max().item() if x.numel() else 0.0  # allowed where the terms of a sum cancel
             torch.testing.assert_close(x, reference.state[q][name], rtol=2**-6, atol=one_step)
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_tables_are_shared_across_streams():
-    """Equal numbers, one table: the second stream waits for the copy that the first is yet to make."""
+    """Equal values share one table: the second stream waits for the copy that the first stream has not finished."""
     streams = [torch.cuda.Stream() for _ in range(2)]
     made, plain = [parameters() for _ in streams], parameters()
     for params in (*made, plain):
         for p in params:
             p.grad = torch.ones_like(p)
     optimizers = [AdamWEMA(params, lr=0.0123, impl="triton") for params in made]
-    for optimizer in optimizers:  # compiles, and makes the state and all tables but that of the next rate
+    for optimizer in optimizers:  # compiles, and makes the state and all tables but the next learning rate's
         optimizer.step()
     reference = AdamWEMA(plain, lr=0.0123, impl="reference")
     reference.step()
@@ -817,15 +822,16 @@ def test_ema_update_on_a_side_stream():
 @needs_gpu
 @pytest.mark.parametrize("warm", [False, True], ids=["tables of the capture", "tables made before"])
 def test_captured_ema_update(warm):
-    """The decay is read at each replay, and the tables stay though others have taken their place since."""
+    """Each replay reads the decay. The graph's tables stay valid after newer ones have replaced them in the cache."""
     targets, sources = [p.detach() for p in parameters(seed=1)], [p.detach() for p in parameters(seed=2)]
     decay, others = torch.tensor(1.0, device="cuda"), [torch.zeros(64, device="cuda") for _ in range(64)]
-    ema_update_(targets if warm else [t.clone() for t in targets], sources, decay, impl="triton")  # changes nothing
+    # A decay of 1 leaves the targets unchanged.
+    ema_update_(targets if warm else [t.clone() for t in targets], sources, decay, impl="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ema_update_(targets, sources, decay, impl="triton")
     want = [t.clone() for t in targets]
-    for other in others:  # more tables than are remembered
+    for other in others:  # more tables than the cache holds
         ema_update_([other], [sources[4].flatten()[:64]], 0.5, impl="triton")
     for value in (0.5, 0.25):
         decay.fill_(value)
@@ -838,7 +844,7 @@ def test_captured_ema_update(warm):
 @pytest.mark.gpu
 @needs_gpu
 def test_captured_step_follows_its_schedules():
-    """Learning rate, decay and clip scale are read on the device at each replay; gradients are fixed buffers."""
+    """Each replay reads the learning rate, the decay and the clip scale on the device. Gradients are fixed buffers."""
     lr, decay, scale = (torch.tensor(x, device="cuda") for x in (1e-3, 0.9, 1.0))
     captured, plain = parameters(), parameters()
     emas, plain_emas = ([p.detach().clone() for p in ps] for ps in (captured, plain))
@@ -863,7 +869,7 @@ def test_captured_step_follows_its_schedules():
         graph.replay()
         eager.param_groups[0]["lr"].copy_(lr)
         for p in plain:
-            p.grad = torch.ones_like(p)  # torch's fused step has divided the last ones in place
+            p.grad = torch.ones_like(p)  # torch's fused step divided the previous gradients in place
         eager.step(ema_decay=decay, grad_scale=scale)
     for a, b in zip([*captured, *emas], [*plain, *plain_emas], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -30,7 +30,8 @@ def run(function, tensors, upstream):
     return *out, *torch.autograd.grad(loss, [t for t in leaves if t is not None])
 
 
-# rows: none, one, fewer than a program takes, more than all programs take at once; widths as in the loss
+# Numbers of rows: none, one, fewer than one program handles, more than all programs handle at once. Widths: as in the
+# tests of the loss.
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("M", "C"), [(0, 64), (1, 768), (3, 7), (70, 96), (9, 1025)])
 @pytest.mark.parametrize("residual", [None, "same", "float32"])
@@ -60,7 +61,7 @@ def test_value_and_gradients(M, C, residual, dtype, impl):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_without_weight(with_bias, with_residual, impl):
-    """A norm without affine parameters, as the targets' is, or with a bias alone."""
+    """A layer norm without affine parameters, as for the targets, or with a bias only."""
     tensors = (
         torch.randn(9, 70), torch.randn(9, 70) if with_residual else None, None, torch.randn(70) if with_bias else None,
     )  # fmt: skip
@@ -75,7 +76,7 @@ def test_without_weight(with_bias, with_residual, impl):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_backward_without_a_gradient(with_residual, impl):
-    """A later function may give none for normed; what sum receives passes through."""
+    """A later function may return no gradient for `normed`; the gradient of the sum still passes through."""
     x, residual = (torch.randn(4, 8, device=DEVICE, requires_grad=True) for _ in range(2))
     normed, total = add_layer_norm(x, residual if with_residual else None, torch.ones(8, device=DEVICE), impl=impl)
     NoGradient.apply(normed).sum().backward(retain_graph=True)
@@ -87,7 +88,7 @@ def test_backward_without_a_gradient(with_residual, impl):
 @needs_kernel
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_first_order(which):
-    """Of x, the residual, the weight, while the others require no gradient."""
+    """Derivatives with respect to x, the residual or the weight, while the other two require no gradient."""
     tensors = [torch.randn(4, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE), torch.randn(8, device=DEVICE)]
 
     def function(x):
@@ -111,7 +112,7 @@ def test_autocast_leaves_float64():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_only_one_output_used(impl):
-    """Either output may go unused, as at the two ends of a model."""
+    """Either output may be unused, as in the first and last layer of a model."""
     leaves = [torch.randn(4, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
     weight = torch.randn(8, device=DEVICE, requires_grad=True)
     for i in range(2):
@@ -208,7 +209,7 @@ def test_large_and_repeatable(C):
     with torch.cuda.graph(graph):
         captured = run(add_layer_norm, tensors, upstream)
     for t in captured:
-        t.detach().fill_(float("nan"))  # what the replay does not write stays so
+        t.detach().fill_(float("nan"))  # an element that the replay does not write stays NaN
     graph.replay()
     for other in (again, captured):
         assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True))

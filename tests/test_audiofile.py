@@ -1,4 +1,4 @@
-"""Samples read from any place of any file are those of a decode from its start, whatever holds and encodes them."""
+"""In every container and encoding, a window of samples equals the same part of a decode from the start."""
 
 import errno
 import functools
@@ -20,7 +20,7 @@ from ajepa.data.formats.audiofile import INT16, BadAudio, audio_bytes, inspect, 
 from ajepa.data.formats.streams import Frame
 
 RATE = 16_000
-# container: encodings, of all that libsndfile writes. Those missing are of no use or (ALAC_20) written wrongly.
+# {container: encodings}, out of all that libsndfile writes. The missing ones are obscure or (ALAC_20) written wrongly.
 ENCODINGS = {
     "WAV": "PCM_U8 PCM_16 PCM_24 PCM_32 FLOAT DOUBLE ULAW ALAW IMA_ADPCM MS_ADPCM GSM610 G721_32 NMS_ADPCM_16 "
     "NMS_ADPCM_24 NMS_ADPCM_32",
@@ -39,14 +39,14 @@ FORMATS = [(container, encoding) for container, encodings in ENCODINGS.items() f
 
 
 class Sequential(sf.SoundFile):
-    """soundfile without the seek that it makes after each read."""
+    """A SoundFile that does not seek after each read."""
 
     def seekable(self) -> bool:
         return False
 
 
 def speech_like(frames: int, channels: int = 1, rate: int = RATE) -> np.ndarray:
-    """float64 `[frames, channels]`, loud and quiet by turns, so that a coder's frames differ in size."""
+    """float64 `[frames, channels]` that alternates between loud and quiet, so that a codec's frames differ in size."""
     t = np.arange(frames) / rate
     pitch = 0.4 * np.sin(2 * np.pi * (120 + 60 * np.sin(2 * t)) * t) * (np.sin(5 * t) > -0.4)
     hiss = noise(frames, seed=3) / 32768 * (np.sin(3 * t + 1) > 0.2)
@@ -66,7 +66,7 @@ def decoded(data: bytes, dtype: str = "float32") -> np.ndarray:
 
 
 def check_windows(path: str, data: bytes, windows, *, offset: int = 0, expected: np.ndarray | None = None) -> None:
-    """`inspect`, `iterate_samples` and `read_samples` against a decode of the whole by libsndfile alone."""
+    """Compare `inspect`, `iterate_samples` and `read_samples` with a decode of the whole file by libsndfile."""
     in_tar = offset > 0
     info = inspect(path, offset, len(data), in_tar=in_tar)
     assert inspect(path, offset, len(data), in_tar=in_tar, decode=False) == info
@@ -101,7 +101,7 @@ def test_any_window_of_any_format(tmp_path, format, rate, channels, windows, in_
     try:
         data = encoded(*format, rate, channels, 20_000)
     except sf.LibsndfileError:
-        data = encoded(*format, 8000, 1, 20_000)  # some encodings are for telephones alone
+        data = encoded(*format, 8000, 1, 20_000)  # some encodings support telephone rates only
     path, offset = tmp_path / "sound", 777 if in_tar else 0
     path.write_bytes(bytes(offset) + data + bytes(offset))
     check_windows(str(path), data, windows, offset=offset)
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_refused_or_read_as_it_was_judged(tmp_path, kind, chan
     assert np.array_equal(part, whole[start : start + count])
 
 
-# --- MPEG, whose frames depend on those before ----------------------------------------------------------------------
+# --- MPEG, whose frames depend on earlier frames ---------------------------------------------------------------------
 
 
 def first_frame_left_out(data: bytes) -> bytes:
@@ -154,7 +154,7 @@ def test_windows_of_an_mp3(tmp_path, rate, channels, capfd):
         data = encoded("MP3", "MPEG_LAYER_III", rate, channels, 6 * rate, **options)
         path.write_bytes(data)
         check_windows(str(path), data, spread)
-        bare = first_frame_left_out(data)  # states no length, and none of its samples are left out
+        bare = first_frame_left_out(data)  # states no length, and none of its samples are trimmed
         path.write_bytes(bare)
         info = inspect(str(path), 0, len(bare))
         whole = np.concatenate(list(iterate_samples(str(path), 0, len(bare), format=info.format)))
@@ -162,7 +162,7 @@ def test_windows_of_an_mp3(tmp_path, rate, channels, capfd):
         if b"LAME" in data[:200]:
             stated = decoded(data)
             assert np.array_equal(whole[529 + 576 :][: len(stated)], stated)
-        cut = bare[len(bare) // 3 :]  # begins in the middle of a frame, and its data before it
+        cut = bare[len(bare) // 3 :]  # begins within a frame, and later frames need data from before the cut
         path.write_bytes(cut)
         info = inspect(str(path), 0, len(cut))
         whole = np.concatenate(list(iterate_samples(str(path), 0, len(cut), format=info.format)))
@@ -183,7 +183,8 @@ def test_an_mp3_is_quiet(tmp_path, options, capfd):
 @pytest.mark.parametrize("encoding", ["VORBIS", "OPUS"])
 @pytest.mark.parametrize("level", [0.2, 0.97, 1.0])
 def test_windows_of_an_ogg(tmp_path, encoding, level):
-    """At high levels Opus is coded as speech, whose decoder never forgets, and Vorbis in pages of many seconds."""
+    """At high compression levels Opus uses its speech mode, whose decoder never forgets earlier samples, and Vorbis
+    writes pages of many seconds."""
     data = encoded("OGG", encoding, 48_000, 1, 48_000 * 12, compression_level=level)
     path = tmp_path / "sound.ogg"
     path.write_bytes(data)
@@ -274,7 +275,7 @@ def test_a_file_that_became_another_is_refused(tmp_path):
 
 
 def test_a_disk_that_fails_is_an_error_of_the_system(tmp_path, monkeypatch):
-    """A decoder calls back for bytes of a tar member, and would take a failure for the end of the file."""
+    """A decoder reads a tar member through a callback, and would mistake a read error for the end of the file."""
     path = tmp_path / "sound.tar"
     path.write_bytes(bytes(512) + encoded("WAV", "PCM_16", RATE, 1, 40_000))
     size = path.stat().st_size - 512
@@ -314,7 +315,7 @@ def test_no_descriptor_is_left_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("missing", [("preadv",), ("preadv", "pread")])  # an older macOS; Windows
+@pytest.mark.parametrize("missing", [("preadv",), ("preadv", "pread")])  # as on an older macOS, and on Windows
 def test_without_positional_reads_threads_still_read_the_right_bytes(tmp_path, monkeypatch, missing):
     for name in missing:
         monkeypatch.delattr(os, name)

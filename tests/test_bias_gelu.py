@@ -9,7 +9,7 @@ from ajepa_kernels import bias_gelu, bias_gelu_reference
 
 
 def oracle(x, bias, approximate):
-    """The formulas themselves, in float64."""
+    """GELU(x + bias) by its formulas, in float64."""
     z = x.double() + bias.double()
     if approximate == "tanh":
         return z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
@@ -22,7 +22,8 @@ def both_ways(function, x, bias, upstream):
     return y, *torch.autograd.grad(y, leaves, upstream.to(y.device, y.dtype))
 
 
-# rows: none, one, more than all programs take at once; widths: odd, one tile, several, one past a power of two
+# Numbers of rows: none, one, more than all programs handle at once. Widths: odd, one tile, several tiles, one more than
+# a power of two.
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("M", "C"), [(0, 64), (1, 3072), (70, 7), (65, 384), (9, 1025)])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -41,7 +42,7 @@ def test_value_and_gradients(M, C, approximate, dtype, impl):
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_far_from_zero(approximate, impl):
-    """Neither overflow nor NaN where the exponentials do."""
+    """The result stays finite where the exponentials overflow."""
     x = torch.tensor([-1e4, -30.0, -6.0, 0.0, 6.0, 30.0, 1e4], device=DEVICE)[None]
     y, dx, _ = both_ways(
         lambda *t: bias_gelu(*t, approximate=approximate, impl=impl), x, torch.zeros(7, device=DEVICE), torch.ones(1, 7)
@@ -55,7 +56,7 @@ def test_axes_and_strides(impl):
     x, other = torch.randn(2, 3, 5, 2, device=DEVICE).unbind(-1)
     bias = torch.randn(10, device=DEVICE)[::2]
     torch.testing.assert_close(bias_gelu(x, bias, impl=impl), F.gelu(x + bias))
-    rows = torch.stack([x, other], 2)[:, :, 0]  # rows dense, apart from each other
+    rows = torch.stack([x, other], 2)[:, :, 0]  # dense rows with gaps between them
     torch.testing.assert_close(bias_gelu(rows, bias, impl=impl), F.gelu(x + bias))
 
 

@@ -1,4 +1,4 @@
-"""Audio that is broken, or lies about itself, each kind with a count: no crash, no hang, every bad file listed."""
+"""Broken audio files and files with false headers cause neither a crash nor a hang, and every bad file is listed."""
 
 import json
 import os
@@ -19,13 +19,14 @@ RATE = 16_000
 
 
 def limited(megabytes: int) -> None:
-    """No more than that on top of what the process has now."""
+    """Limit the process's address space to `megabytes` more than it uses now."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20),) * 2)
 
 
 def read_all(folder: str, result: str) -> int:
-    """In a process of its own: index a folder, read every good file twice as the trainer does, note what was found."""
+    """Index a folder, read every good file twice as the trainer does, and write the findings to `result`. Runs in a
+    separate process."""
     limited(2048)
     index = build_index(folder, threads=2)
     options = {"sample_rate": RATE, "clip_samples": 1600, "batch_size": 16, "seed": 0, "threads": 2, "gain_db": 3.0}
@@ -41,7 +42,7 @@ def read_all(folder: str, result: str) -> int:
 
 
 def read_mutants(argv):
-    """Index, train on, pack and embed them, in one process."""
+    """Index, read, pack and embed the mutated files in one process."""
     from ajepa import embed, pack
 
     folder, result, packed, encoder = argv
@@ -56,7 +57,7 @@ def read_mutants(argv):
 
 
 def read_files_gone_bad(argv):
-    """Indexed while they are whole, then broken in place: size and time say nothing, so only the decoder can tell."""
+    """Index intact files, then break them in place with size and time unchanged, so that only a decoder notices."""
     folder = Path(argv[0])
     build_index(folder, threads=2)
     for path in sorted(folder.iterdir()):
@@ -86,7 +87,7 @@ def test_1000_mutated_files_crash_nothing_and_each_is_used_or_listed(tmp_path, f
     bad = dict(found["bad"])
     assert len(bad) == len(found["bad"]) and all(bad.values())
     assert sorted([*found["good"], *bad]) == sorted(str(path) for path in (tmp_path / "audio").iterdir())
-    assert len(found["good"]) > 50 and len(bad) > 500  # both ways are taken
+    assert len(found["good"]) > 50 and len(bad) > 500  # the mutations produce both kinds
     assert found["peak_mb"] < 900
     left_out = (packed / "left_out.tsv").read_text()
     shards = build_index(str(packed))
@@ -116,7 +117,7 @@ def wav(frames=400, *, tag=1, channels=1, rate=RATE, byte_rate=None, align=2, de
 
 
 def flac_claiming(samples: int, rate: int = RATE, channels: int = 1) -> bytes:
-    """A FLAC whose STREAMINFO says so: 20 bits rate, 3 channels - 1, 5 bits depth - 1, 36 samples."""
+    """A FLAC whose STREAMINFO states these values (20 bits rate, 3 channels - 1, 5 depth - 1, 36 samples)."""
     data = bytearray(encode(noise(2400), RATE, "flac"))
     assert data[:4] == b"fLaC" and data[4] & 0x7F == 0
     data[18:26] = (rate << 44 | (channels - 1) << 41 | 15 << 36 | samples).to_bytes(8, "big")

@@ -1,4 +1,4 @@
-"""Settings at the limits of their types: a configuration that holds, or one error that names the setting."""
+"""Settings at the limits of their types give either a valid configuration or one error that names the setting."""
 
 import re
 from dataclasses import fields, is_dataclass, replace
@@ -28,7 +28,7 @@ TEXTS = ["", "x", "\0", "fold=1", "../..", "\ud800"]
 
 
 def limits(value, annotation: str):
-    """Values of a field's type, at the limits of what the type holds."""
+    """A strategy for values at the limits of a field's type."""
     if "Literal" in annotation:
         return st.sampled_from(re.findall(r'"([^"]+)"', annotation) or [value])
     if annotation.startswith("bool"):
@@ -72,7 +72,7 @@ def configurations(draw):
 def test_400_configurations_at_the_limits_are_refused_by_name_or_come_back_as_they_were(data, tmp_path_factory):
     try:
         cfg = data.draw(configurations())
-    except ValueError as error:  # the front end checks itself when it is made
+    except ValueError as error:  # the front end validates itself on construction
         assert str(error).startswith("LogMelSpec: ")
         return
     try:
@@ -98,5 +98,5 @@ def test_30_command_lines_at_the_limits_end_in_a_configuration_or_one_error(data
     except config.ConfigError as error:
         assert "\n" not in str(error)
     except SystemExit as stopped:
-        said = "".join(capsys.readouterr().err.split()).replace("_", "-")
-        assert stopped.code == 2 and (flag[2:] in said or "LogMelSpec:" in said)
+        message = "".join(capsys.readouterr().err.split()).replace("_", "-")
+        assert stopped.code == 2 and (flag[2:] in message or "LogMelSpec:" in message)

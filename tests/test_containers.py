@@ -1,4 +1,4 @@
-"""Files whose bytes disagree with what they say of themselves: the right samples are read, or the reason is named."""
+"""Files whose contents disagree with their headers: the right samples are read, or the error names the reason."""
 
 import io
 import struct
@@ -23,7 +23,8 @@ def write(pcm: np.ndarray, container: str, subtype: str = "PCM_16", rate: int = 
 
 @pytest.fixture
 def judge(tmp_path):
-    """`judge(data)` is (info, samples) or the reason, the same for a file and a tar member, decoded or not."""
+    """`judge(data)` returns (info, samples) or the reason for refusal. It checks that the verdict is the same for a
+    file and a tar member, with and without decoding."""
     numbers = iter(range(1000))
 
     def one(path, offset, size, in_tar, decode) -> AudioInfo | str:
@@ -106,7 +107,7 @@ def test_a_length_that_is_stated_is_checked(judge, name, channels):
 def test_what_follows_the_samples_is_metadata_or_sound(judge, name):
     pcm = noise(3000)
     data = stating(name, pcm)
-    same(judge(data + bytes(512)), pcm)  # padded to a sector
+    same(judge(data + bytes(512)), pcm)  # padding up to a disk sector
     same(judge(data + b"TAG" + bytes(125)), pcm)
     same(judge(data + b"\1junk left by an editor"), pcm)
     assert "more sound" in judge(data + noise(2000, 1).tobytes())
@@ -120,13 +121,13 @@ def test_chunks_around_the_samples_of_a_wav(judge):
     comment = b"LIST" + struct.pack("<I", 5001) + b"x" * 5001 + b"\0"
     same(judge(data + comment), pcm)
     same(judge(data[:12] + comment + data[12:]), pcm)
-    same(judge(data + comment[:-1000]), pcm)  # a comment that was cut short is no sound
+    same(judge(data + comment[:-1000]), pcm)  # a truncated comment is not taken for sound
     same(judge(id3v2(4000) + data), pcm)
     same(judge(id3v2(400) + put(data, 40, "<I", 0xFFFFFFFF)), pcm)
     assert judge(id3v2(400) + data[:-1000]) == "truncated: 5000 of 6000 bytes of samples"
 
 
-# Left by programs that write into a pipe.
+# Placeholder lengths left by programs that write to a pipe.
 LENGTHS = (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFFFFE, 0x7FFFF000, 0x80000000, 0xFFFFFFFF - 36, 0x7FFFFFFF - 36, 0)
 
 
@@ -137,7 +138,7 @@ def test_a_wav_whose_length_was_never_written_is_read_to_its_end(judge, length, 
     data = put(encode(pcm), 40, "<I", length)
     same(judge(data), pcm)
     same(judge(put(data, 4, "<I", 0xFFFFFFFF)), pcm)
-    same(judge(data + b"\1"), pcm)  # half a sample
+    same(judge(data + b"\1"), pcm)  # half a sample more
     same(judge(put(write(pcm, "WAV", endian="BIG"), 40, ">I", length)), pcm)
 
 
@@ -171,12 +172,12 @@ def test_a_wav_beyond_four_gigabytes(tmp_path):
     path = tmp_path / "long.wav"
     size = 44 + (1 << 32) + 2 * len(pcm)
     with open(path, "wb") as file:
-        file.write(put(encode(pcm), 40, "<I", 2 * len(pcm)))  # its length, less 4 GiB
+        file.write(put(encode(pcm), 40, "<I", 2 * len(pcm)))  # its length modulo 4 GiB
         file.truncate(size)
     for decode in (True, False):
         with pytest.raises(BadAudio, match="more sound"):
             inspect(str(path), 0, size, decode=decode)
-    with open(path, "r+b") as file:  # piped
+    with open(path, "r+b") as file:  # the placeholder length of a pipe
         file.seek(40)
         file.write(b"\xff" * 4)
         file.seek(size - 2000)
@@ -191,7 +192,7 @@ def test_a_wav_beyond_four_gigabytes(tmp_path):
 
 
 def id3v2(size: int) -> bytes:
-    """A tag whose contents look like the frames of an MP3."""
+    """An ID3v2 tag whose contents look like MP3 frames."""
     stated = bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
     return b"ID3\3\0\0" + stated + b"\xff\xfb\x90\x64" * (size // 4)
 
@@ -304,7 +305,7 @@ def test_joined_mp3s_are_refused(judge):
 
 
 def test_an_mp3_without_a_header_is_read_to_its_end(judge):
-    """libsndfile takes the size of the first frame for that of all."""
+    """libsndfile assumes that all frames have the size of the first."""
     for mode, level in (("VARIABLE", 0.2), ("VARIABLE", 0.9), ("CONSTANT", 0.5), ("CONSTANT", 0.8)):
         quiet_first = np.concatenate([noise(30_000) // 50, noise(60_000, 1)])
         data = write(quiet_first, "MP3", "MPEG_LAYER_III", 44_100, bitrate_mode=mode, compression_level=level)
@@ -330,11 +331,11 @@ def test_mpeg_frames_in_a_wav(judge):
         assert np.array_equal(judge(put(wav, 54, "<I", 0xFFFFFFFF))[1], samples)
 
 
-# --- others ---------------------------------------------------------------------------------------------------------
+# --- other files ----------------------------------------------------------------------------------------------------
 
 
 def test_apple_double_is_no_audio_even_beside_what_it_belongs_to(tmp_path):
-    """libsndfile given a name would read the file beside it instead."""
+    """Given the file's name, libsndfile would read the audio file beside it instead."""
     header = struct.pack(">II16xH", 0x00051607, 0x00020000, 2)
     header += struct.pack(">III", 9, 50, 32) + struct.pack(">III", 2, 82, 286)
     (tmp_path / "song.mp3").write_bytes(mp3())

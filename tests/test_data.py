@@ -19,7 +19,7 @@ from ajepa.data.index import DataError, build_index
 from ajepa.data.loader import AudioLoader, Batch, iterate_once
 
 REAL = os.environ.get("AJEPA_TEST_AUDIO")
-# Units of int16: DALI's lossy decoders and soundfile's are other builds and may round otherwise.
+# In steps of int16. DALI and soundfile use different builds of the lossy decoders, which may round differently.
 TOLERANCE = {"vorbis": 1, "opus": 1, **dict.fromkeys(("wav8", "wav16", "wav24", "wav_float", "flac", "mp3"), 0)}
 
 
@@ -30,7 +30,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def loader():
-    """`AudioLoader` with the options above, closed after the test."""
+    """Makes an `AudioLoader` with OPTIONS, which is closed after the test."""
     opened = []
 
     def make(index, **options):
@@ -43,7 +43,7 @@ def loader():
 
 
 def pcm_of(file) -> np.ndarray:
-    """A file's samples in units of int16, as float32, by libsndfile."""
+    """A file's samples decoded by libsndfile, in steps of int16 but as float32."""
     return np.rint(sf.read(file, dtype="float32")[0] * 32768.0)
 
 
@@ -88,7 +88,7 @@ def test_stereo_is_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
-@pytest.mark.parametrize("seconds", [0.1, 1.0, 5.0])  # a whole file, a crop of one, a segment
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 5.0])  # a whole file, a crop of a decoded file, a segment read by itself
 def test_other_rates_are_resampled(tmp_path, rate, seconds):
     time_s = np.arange(int(seconds * rate)) / rate
     write(tmp_path / "x.flac", np.rint(8000 * np.sin(2 * np.pi * 500 * time_s)).astype(np.int16), rate, "flac")
@@ -111,7 +111,7 @@ def test_short_clips_are_padded(tmp_path, frames):
 
 
 @pytest.mark.parametrize("kind", ["wav16", "flac", "vorbis", "mp3"])
-@pytest.mark.parametrize("frames", [2000, 3200, 3201, 8000])  # whole files and segments meet between the middle two
+@pytest.mark.parametrize("frames", [2000, 3200, 3201, 8000])  # segments are read from 3201 frames on
 def test_crops(tmp_path, kind, frames, loader):
     path = write(tmp_path / f"x{FORMATS[kind][2]}", noise(frames), RATE, kind)
     index = build_index(tmp_path)
@@ -146,7 +146,7 @@ def test_a_long_recording_is_not_read_whole(tmp_path, loader, monkeypatch, subty
         return samples
 
     def counted_bytes(fd, buffer, position):
-        sizes.append(len(buffer) if position > 100 else 0)  # behind the header
+        sizes.append(len(buffer) if position > 100 else 0)  # without the reads of the header
         return read_at(fd, buffer, position)
 
     monkeypatch.setattr(sf.SoundFile, "read", counted)
@@ -199,7 +199,7 @@ def test_ranks_share_an_epoch_without_overlap(tmp_path, loader, world):
     write_set(tmp_path, 13)
     index = build_index(tmp_path)
     ranks = [items(take(loader(index, rank=rank, world_size=world), 13)) for rank in range(world)]
-    stream = np.array(ranks).T.reshape(-1).tolist()  # sample g is rank g mod world's
+    stream = np.array(ranks).T.reshape(-1).tolist()  # sample g belongs to rank g mod world
     assert stream == items(take(loader(index, batch_size=1), len(stream)))
     assert all(sorted(stream[i : i + 13]) == list(range(13)) for i in range(0, len(stream), 13))
 
@@ -227,12 +227,12 @@ def test_resume_in_mid_epoch_is_exact(tmp_path, loader, cut):
     whole = take(loader(index, **options), 10)
     begun = loader(index, **options)
     take(begun, cut)
-    time.sleep(0.05)  # let it prefetch: the state is that of the batches returned
+    time.sleep(0.05)  # let the loader prefetch: the state must count only the returned batches
     state = json.loads(json.dumps(begun.state_dict()))
     resumed = loader(index, state=state, **options)
     assert resumed.epoch == begun.epoch == cut * 8 / 11
     assert_same(take(resumed, 10 - cut), whole[cut:])
-    begun.load(state)  # going back works too
+    begun.load(state)  # a loader can also go back to an earlier state
     assert_same(take(begun, 10 - cut), whole[cut:])
 
 
@@ -245,7 +245,7 @@ def test_resume_on_another_number_of_ranks_goes_on_with_the_same_global_batches(
         return [loader(index, **size, **options, rank=rank) for rank in range(world)]
 
     def global_batches(loaders, count):
-        """Clip i of a global batch is clip i // W of rank i mod W."""
+        """Clip i of a global batch of W ranks is clip i // W of rank i mod W."""
         parts = [take(each, count) for each in loaders]
         return [torch.stack([part[i].pcm for part in parts], 1).flatten(0, 1) for i in range(count)]
 
@@ -336,7 +336,8 @@ def test_a_file_that_goes_bad_is_replaced(tmp_path, loader, harm, suffix):
 @pytest.mark.parametrize("decoder", ["soundfile", "dali"])
 @pytest.mark.parametrize("kind", ["flac", "wav16", "vorbis"])
 def test_damage_that_only_decoding_finds(tmp_path, loader, kind, decoder):
-    """Same size and time as when indexed, so that the decoder is the first to see it; DALI's pipeline is rebuilt."""
+    """The damaged file has the size and time of the indexed one, so only the decoder notices. DALI's pipeline is then
+    rebuilt."""
     if decoder == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     suffix = FORMATS[kind][2]
@@ -354,7 +355,7 @@ def test_damage_that_only_decoding_finds(tmp_path, loader, kind, decoder):
     batches = loader(index, **options)
     got = take(batches, 8)
     assert items(got) == [7 if item in (5, 6) else item for item in items(wanted)]
-    assert sorted(os.path.basename(path)[0] for path, _ in batches.skipped) == ["5", "6"]  # found by two threads
+    assert sorted(os.path.basename(path)[0] for path, _ in batches.skipped) == ["5", "6"]  # two threads find them
     assert torch.equal(got[0].pcm, wanted[0].pcm)
     assert torch.equal(got[-1].pcm[-1], wanted[-1].pcm[-1])
 
@@ -369,7 +370,7 @@ def test_a_substitution_is_part_of_the_state(tmp_path, loader):
     state = json.loads(json.dumps(begun.state_dict()))
     assert list(state["skipped"].values()) == ["no such file or directory"]
     wanted = take(begun, 6)
-    (tmp_path / "003.wav").write_bytes(data)  # back again, but the run has left it out
+    (tmp_path / "003.wav").write_bytes(data)  # the file is back, but the run has already dropped it
     os.utime(tmp_path / "003.wav", ns=(times, times))
     resumed = loader(index, state=state)
     assert_same(take(resumed, 6), wanted)

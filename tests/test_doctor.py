@@ -1,4 +1,4 @@
-"""The doctor says what is broken, by name, and whatever is missing it does not fall ill itself."""
+"""The doctor names everything that is broken, and finishes its report whatever is missing."""
 
 import importlib.metadata
 import sys
@@ -19,7 +19,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def complete():
-    """Every package that the doctor asks for."""
+    """Imports every package that the doctor checks."""
     import nvidia.dali  # noqa: F401
     import pydantic  # noqa: F401
     import soundfile  # noqa: F401
@@ -28,7 +28,7 @@ def complete():
 
 @pytest.mark.usefixtures("complete")
 def test_a_healthy_machine_has_no_problem(capsys):
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     report = capsys.readouterr().out
     for title in doctor.SECTIONS:
         assert f"\n{title}\n" in f"\n{report}"
@@ -51,7 +51,7 @@ def test_an_op_that_computes_something_else_is_named(name, monkeypatch, capsys):
 
     monkeypatch.setattr(ajepa_kernels, name, wrong)
     monkeypatch.setattr(doctor, "SECTIONS", {"self-test": [doctor.check_operations]})
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     report = capsys.readouterr().out
     assert f"  {name:<22} DIFFERS" in report and f"- {name} differs from its plain definition" in report
 
@@ -59,7 +59,7 @@ def test_an_op_that_computes_something_else_is_named(name, monkeypatch, capsys):
 def test_training_that_does_not_learn_is_named(monkeypatch, capsys):
     monkeypatch.setattr(ajepa_kernels.AdamWEMA, "step", lambda self, **_: None)
     monkeypatch.setattr(doctor, "SECTIONS", {"self-test": [doctor.check_training]})
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     assert "the loss does not fall" in capsys.readouterr().out
 
 
@@ -68,7 +68,7 @@ def test_whatever_does_not_import_the_report_is_finished_and_names_it(gone, quic
     sections = {**doctor.SECTIONS, "self-test": [doctor.check_operations, doctor.check_decoding]}
     monkeypatch.setattr(doctor, "SECTIONS", sections)
     monkeypatch.setitem(sys.modules, gone, None)  # `import` raises
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     report = capsys.readouterr().out
     assert all(f"\n{title}\n" in f"\n{report}" for title in doctor.SECTIONS)
     assert gone in report[report.index("found in") :]
@@ -85,7 +85,7 @@ def test_a_missing_package_is_named(quick, monkeypatch, capsys):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(doctor, "SECTIONS", {"versions": [doctor.versions]})
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     report = capsys.readouterr().out
     assert "  safetensors            MISSING" in report and "- not installed: safetensors" in report
 
@@ -99,7 +99,7 @@ def test_a_section_that_breaks_is_named_and_the_others_are_not_lost(monkeypatch,
         yield "second", "fine"
 
     monkeypatch.setattr(doctor, "SECTIONS", {"one": [breaks], "two": [works]})
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     report = capsys.readouterr().out
     assert "second                 fine" in report and "- breaks: ZeroDivisionError: as it happens" in report
 
@@ -108,7 +108,7 @@ def test_a_section_that_breaks_is_named_and_the_others_are_not_lost(monkeypatch,
 def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch, capsys):
     monkeypatch.setenv("AJEPA_CACHE", "/proc/nowhere")
     monkeypatch.setattr(doctor, "SECTIONS", {"machine": [doctor.machine]})
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     assert "set AJEPA_CACHE" in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ from ajepa_kernels import _extension, resample
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A random tiny encoder of half-second chunks, and its folder."""
+    """A random tiny encoder with half-second chunks, and its folder."""
     torch.manual_seed(0)
     one = Encoder(EncoderConfig(front_end=PRESETS["tiny"].front_end, size="tiny", clip_samples=8_000))
     folder = tmp_path_factory.mktemp("encoder")
@@ -33,7 +33,8 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """Whole files of several formats, rates, channels and lengths; the first in 20 chunks, the last below a window."""
+    """Files of several formats, rates, channel counts and lengths. The first has 20 chunks; the last is shorter than an
+    analysis window."""
     root = tmp_path_factory.mktemp("recordings")
     return [
         write(root / "long.wav", noise(158_000, 0)),
@@ -51,7 +52,7 @@ def expected(one: Encoder, path) -> np.ndarray:
 
 
 def read(path) -> tuple[list[str], np.ndarray, list[np.ndarray] | None]:
-    """Names, clips and frames of any of the three formats, by their own libraries."""
+    """(names, clips, frames), read from any of the three formats with the format's own library."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
@@ -89,7 +90,7 @@ def test_embeddings_are_the_encoders_own(encoder, recordings, tmp_path, suffix, 
         assert x.shape == wanted.shape
         np.testing.assert_allclose(x, wanted, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(clip, x.mean(0), rtol=1e-5, atol=1e-5)
-    assert [p.name for p in tmp_path.iterdir()] == [out.name]  # no temporary file, no list of bad ones
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]  # no temporary file and no list of bad files is left
     assert "5 recordings embedded" in capsys.readouterr().out
 
     assert run(folder, *recordings[:2], "--out", out, "--no-frames", "--pooling", "concat") == 0
@@ -97,9 +98,9 @@ def test_embeddings_are_the_encoders_own(encoder, recordings, tmp_path, suffix, 
     assert len(names) == 2 and clips.shape == (2, 8 * 128) and frames is None
 
 
-@pytest.mark.skipif(not _extension.AVAILABLE, reason="no extension: soxr resamples, and gives slices bits of their own")
+@pytest.mark.skipif(not _extension.AVAILABLE, reason="needs the extension: soxr rounds slices differently")
 def test_streamed_resampling_is_that_of_the_whole(encoder, tmp_path):
-    """A minute at 44.1 kHz passes through many decoded blocks."""
+    """A minute at 44.1 kHz is decoded in many blocks."""
     one, _ = encoder
     path = write(tmp_path / "minute.wav", noise(60 * 44_100, 5), 44_100)
     (entry,) = embed.list_recordings([str(path)], embed.Arguments(str(path), [str(path)]), {})
@@ -116,7 +117,7 @@ def test_bad_files_are_listed_and_leave_no_trace(encoder, recordings, tmp_path, 
     for name, (data, reason) in bad_files().items():
         (tmp_path / name).write_bytes(data)
         reasons[str(tmp_path / name)] = reason
-    late = soundfile.SoundFile(tmp_path / "late.wav", "w", 16_000, 1, "FLOAT")  # goes bad after a batch of chunks
+    late = soundfile.SoundFile(tmp_path / "late.wav", "w", 16_000, 1, "FLOAT")  # bad after a batch of chunks
     samples = noise(300_000, 6).astype(np.float32) / 32768
     samples[-5] = np.nan
     late.write(samples)
@@ -129,7 +130,7 @@ def test_bad_files_are_listed_and_leave_no_trace(encoder, recordings, tmp_path, 
     reasons[str(tmp_path / "pipe.wav")] = "not a regular file"
     good = [str(path) for path in recordings]
     bad = list(reasons)
-    mixed = [*good[:2], *bad[:7], good[2], *bad[7:], *good[3:], good[0]]  # one of them twice
+    mixed = [*good[:2], *bad[:7], good[2], *bad[7:], *good[3:], good[0]]  # one file appears twice
     out = tmp_path / "e.npz"
     assert run(folder, *mixed, "--out", out) == 1
     names, _, frames = read(out)
@@ -146,13 +147,13 @@ def test_bad_files_are_listed_and_leave_no_trace(encoder, recordings, tmp_path, 
     assert run(folder, bad[0], "--out", tmp_path / "none.npz") == 1
     assert not (tmp_path / "none.npz").exists() and "nothing written" in capsys.readouterr().out
     assert run(folder, good[4], "--out", out) == 0
-    assert not (tmp_path / "e.npz.bad.tsv").exists()  # the list of the run before
+    assert not (tmp_path / "e.npz.bad.tsv").exists()  # the previous run's list is removed
 
 
 @pytest.mark.parametrize("separator", ["\n", "\0"])
 def test_names_come_from_the_standard_input(encoder, tmp_path, monkeypatch, separator):
     _, folder = encoder
-    odd = os.fsdecode(b"caf\xe9 \xc3\xa9.wav")  # half of it no UTF-8
+    odd = os.fsdecode(b"caf\xe9 \xc3\xa9.wav")  # one of the two characters is not UTF-8
     paths = [str(write(tmp_path / name, noise(5_000, i))) for i, name in enumerate(["a b.wav", odd])]
     if separator == "\0":
         paths.append(str(write(tmp_path / "two\nlines.wav", noise(5_000, 3))))
@@ -163,7 +164,7 @@ def test_names_come_from_the_standard_input(encoder, tmp_path, monkeypatch, sepa
     assert len(clips) == len(paths) and names[1].endswith("caf\\xe9 é.wav")
 
 
-def test_mistakes_are_told_before_the_work(encoder, recordings, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_are_refused_before_the_work(encoder, recordings, tmp_path, monkeypatch, capsys):
     _, folder = encoder
 
     def refused(match: str, *argv) -> None:

@@ -23,7 +23,7 @@ from ajepa.training.engine import Engine
 from ajepa_kernels import log_mel
 
 TINY = EncoderConfig(front_end=PRESETS["tiny"].front_end, size="tiny", clip_samples=32_000)
-P = 3_968  # samples a frame
+P = 3_968  # samples per frame
 
 
 def encoder(**changes) -> Encoder:
@@ -37,7 +37,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run's folder with two checkpoints and the final encoder, whose target encoder is not its context encoder."""
+    """The folder of a run with two checkpoints and the final encoder. Its target and context encoders differ."""
     folder = tmp_path_factory.mktemp("run") / "run"
     cfg = config.parse([*SMALL, "--out", str(folder), "--pad", "zero"])
     folder.mkdir()
@@ -67,7 +67,7 @@ def test_frames_are_evenly_spaced_at_any_length(name, seconds):
         plan = one.chunks(samples)
         first = [c.start // step for c in plan]
         assert all(c.start % step == 0 and 0 < c.stop - c.start <= clip for c in plan)
-        assert first == [sum(c.frames for c in plan[:i]) for i in range(len(plan))]  # no gap, no overlap
+        assert first == [sum(c.frames for c in plan[:i]) for i in range(len(plan))]  # no gap and no overlap
         total = sum(c.frames for c in plan)
         assert max(1, samples // step - 1) <= total <= -(-samples // step)
 
@@ -90,7 +90,7 @@ def test_frames_are_the_pooled_latents_of_what_training_would_see(pad, pooling):
     spec = one.config.front_end
     filled = {
         "cyclic": torch.cat([x, x, x, x])[:32_000],
-        "zero": torch.nn.functional.pad(x, (0, 23_000), value=7.0),  # never read
+        "zero": torch.nn.functional.pad(x, (0, 23_000), value=7.0),  # the padding is never read
         "silence": torch.nn.functional.pad(x, (0, 23_000)),
     }[pad]
     lengths = torch.tensor([9_000]) if pad == "zero" else None
@@ -144,7 +144,7 @@ def test_it_trains_and_runs_in_half_precision():
         (torch.zeros(2, 9), {"lengths": torch.tensor([9.0, 1.0])}, "lengths"),
     ],
 )
-def test_bad_waveforms_are_told(waveform, options, message):
+def test_bad_waveforms_are_refused(waveform, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         encoder()(waveform, **options)
 
@@ -228,7 +228,7 @@ def test_an_unfinished_run_gives_its_last_whole_checkpoint(run_folder, tmp_path)
         Encoder.from_pretrained(run)
 
 
-def test_folders_that_hold_no_encoder_are_told(tmp_path):
+def test_folders_that_hold_no_encoder_are_refused(tmp_path):
     def refused(match: str, source=tmp_path):
         with pytest.raises(ConfigError, match=match):
             Encoder.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""Whole training steps on the Triton kernels in their interpreter: what the engine asks of them fits together."""
+"""Whole training steps on the Triton kernels in their interpreter, to test the engine and the kernels together."""
 
 import sys
 
@@ -7,7 +7,7 @@ from test_engine import assert_same_weights, make, run
 
 from ajepa_kernels import _triton
 
-pytestmark = pytest.mark.skipif(not _triton.INTERPRET, reason="run by test_interpreted.py, in a process of its own")
+pytestmark = pytest.mark.skipif(not _triton.INTERPRET, reason="runs in a separate process, from test_interpreted.py")
 
 KERNELS = {
     *("_masked_attention_fwd_kernel", "_masked_attention_bwd_kernel", "_add_layer_norm_fwd_kernel"),
@@ -28,12 +28,12 @@ def test_steps_on_the_kernels_are_the_plain_ones(monkeypatch):
 
     for name, module in list(sys.modules.items()):
         if name.startswith("ajepa_kernels.") and module is not _triton:
-            if hasattr(module, "use_triton"):  # which on a CPU takes a kernel only where it must
+            if hasattr(module, "use_triton"):  # the default on a CPU is plain PyTorch
                 wanted = lambda op, impl, x, why_not="": impl != "reference" and not why_not  # noqa: E731
                 monkeypatch.setattr(module, "use_triton", wanted)
             if hasattr(module, "launch"):
                 monkeypatch.setattr(module, "launch", launch)
     interpreted, b = run(cfg, steps=2, batch=2)
-    assert launched >= KERNELS, f"not launched: {KERNELS - launched}; launched: {launched}"
+    assert launched >= KERNELS, f"the kernels {KERNELS - launched} were not launched, only {launched}"
     assert interpreted == pytest.approx(plain, rel=1e-4)
     assert_same_weights(a, b, rtol=1e-3, atol=2e-5)

@@ -1,4 +1,4 @@
-"""The examples train, and the same on the ops as in plain PyTorch."""
+"""The examples train, and give the same results with the ops as with plain PyTorch."""
 
 import importlib.util
 from pathlib import Path

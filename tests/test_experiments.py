@@ -1,4 +1,4 @@
-"""The questions of experiments/: every variant can be run, none is run twice, the table tells what was not run."""
+"""The questions of experiments/: every variant is valid, none is run twice, and the table lists what was not run."""
 
 import csv
 import json
@@ -61,30 +61,30 @@ def test_a_question_is_answered_once(experiments, manifest, tmp_path, monkeypatc
              "mask.min_context": 2}  # fmt: skip
     monkeypatch.setitem(experiments.SCALES, "cpu", ("tiny", small))
     monkeypatch.setattr(experiments, "QUESTIONS", {q: experiments.QUESTIONS[q] for q in ("masks", "positions")})
-    monkeypatch.setattr(experiments.train, "draw", lambda *args: None)  # pictures take longer than such runs
+    monkeypatch.setattr(experiments.train, "draw", lambda *args: None)  # plots take longer than these small runs
     argv = ["positions", "--data", str(manifest), "--label", "label", "--test", "fold=3", "--steps", "4"]
     argv += ["--seeds", "1", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert experiments.main(argv) == 0, capsys.readouterr().err
     stem = tmp_path / "results" / "cpu-set-fold3-4steps"
     done = json.loads(stem.with_suffix(".json").read_text())
     assert len(done) == 2 and {r["config"]["model"]["positions"] for r in done.values()} == {"sincos", "rotary"}
-    assert all(r["seen_in_pretraining"] == [0] for r in done.values())  # the fold that is scored is never trained on
+    assert all(r["seen_in_pretraining"] == [0] for r in done.values())  # pretraining never sees the scored fold
     table = stem.with_suffix(".md").read_text()
     section = table.split("## positions")[1].split("##")[0]
     rows = {line.split(" | ")[0].strip("| "): line for line in section.splitlines() if line.startswith("| ")}
     assert {"sincos", "rotary", "pooled log-mel", "untrained (sincos)", "untrained (rotary)"} <= rows.keys()
     (rotary,) = (r["scores"] for r in done.values() if r["config"]["model"]["positions"] == "rotary")
     assert f"| 1 | 4 | {100 * rotary['pretrained']['knn']:.1f} |" in rows["rotary"]
-    assert "Not run: no run yet" in table.split("## masks")[1].split("##")[0]  # the base run alone compares nothing
+    assert "Not run: no run yet" in table.split("## masks")[1].split("##")[0]  # the base run alone is no comparison
     assert Path(f"{stem}-positions.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(experiments, "run", None)  # nothing is left to run
+    monkeypatch.setattr(experiments, "run", None)  # everything is already done
     assert experiments.main(argv) == 0
     assert json.loads(stem.with_suffix(".json").read_text()) == done
 
 
 def fake_run(cfg, test, args):
-    """A fold's score is its number in tenths."""
+    """Stands in for `run`: the score of fold n is n / 10."""
     score = int(test[-1]) / 10 if test else 0.7
     scores = {name: dict.fromkeys(("knn", "linear", "attentive", "logistic"), score) for name in FEATURES}
     return {"test": test, "scores": scores, "target_variance": 1.0, "clips_per_second": 60.0,
@@ -102,7 +102,7 @@ def test_each_fold_is_kept_from_a_pretraining_of_its_own(experiments, manifest, 
     table = (tmp_path / "cpu-set-by-fold.md").read_text()
     assert "| base | 2 | 16 | 15.0 +- 0.0 |" in table and str(manifest.parent.parent) not in table
     argv += ["--score", str(manifest), "--score-label", "label"]
-    assert experiments.main(argv) == 0  # pretrained on all of --data
+    assert experiments.main(argv) == 0  # one pretraining on all of --data
     done = json.loads((tmp_path / "cpu-set-by-fold-of-set.json").read_text()).values()
     assert [r["config"]["data"]["where"] for r in done] == [None, None]
     assert "| base | 2 | 16 | 70.0 +- 0.0 |" in (tmp_path / "cpu-set-by-fold-of-set.md").read_text()

@@ -33,7 +33,7 @@ CASES = {
 
 
 def load(path):
-    """As X-ARES does: import the file and take the one name that ends in Encoder."""
+    """Import the file and return its only name that ends in Encoder, as X-ARES does."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -43,7 +43,7 @@ def load(path):
 
 
 def check(encoder) -> None:
-    """The contract of X-ARES's checker and of what calls it."""
+    """The contract that X-ARES's checker and its callers rely on."""
     assert type(encoder).__name__.endswith("Encoder") and isinstance(encoder, torch.nn.Module)
     assert not encoder.training
     out = encoder(torch.randn(2, 50_000))
@@ -113,7 +113,7 @@ def test_ten_minutes_and_large_batches(exported):
 SPAWNING = """
 import sys
 for hidden in ("ajepa", "ajepa_kernels", "triton", "torchaudio", "safetensors", "huggingface_hub", "soxr", "soundfile"):
-    sys.modules[hidden] = None  # an import of it fails
+    sys.modules[hidden] = None  # makes its import fail
 import multiprocessing, pickle
 import torch
 from {module} import {name}
@@ -128,7 +128,7 @@ if __name__ == "__main__":
 """
 
 
-def test_it_needs_torch_alone_and_works_under_spawn(exported):
+def test_the_exported_file_needs_only_torch_and_works_under_spawn(exported):
     _, path, name = exported("tiny")
     script = path.with_name("spawning.py")
     script.write_text(SPAWNING.format(module=path.stem, name=name))
@@ -136,7 +136,7 @@ def test_it_needs_torch_alone_and_works_under_spawn(exported):
     assert out.stdout.split("\n")[0] == "(2, 13, 128) (2, 13, 128)"
 
 
-def test_large_weights_lie_beside_and_names_follow_the_weights(exported, monkeypatch, tmp_path):
+def test_large_weights_are_a_separate_file_and_names_follow_the_weights(exported, monkeypatch, tmp_path):
     encoder, _, name = exported("tiny")
     monkeypatch.setattr(export, "INSIDE", 1000)
     path = tmp_path / "beside_encoder.py"
@@ -149,7 +149,7 @@ def test_large_weights_lie_beside_and_names_follow_the_weights(exported, monkeyp
     assert export.write_xares(encoder, path) != name
 
 
-def test_program_writes_both_forms_and_tells_what_it_cannot(tmp_path, capsys):
+def test_the_command_writes_both_forms_and_refuses_the_rest(tmp_path, capsys):
     torch.manual_seed(0)
     Encoder(CASES["tiny"]).save_pretrained(tmp_path / "mine")
     assert export.main([str(tmp_path / "mine"), str(tmp_path / "copy"), "--pooling", "concat"]) == 0

@@ -53,7 +53,7 @@ def test_mean_cosine_is_the_mean_over_pairs():
 
 def test_pooling_takes_real_frames_only_and_can_keep_the_frequency_axis():
     latents = torch.randn(2, 32, 6)
-    lengths = torch.tensor([400 + 160 * 16, 400 + 160 * 63])  # 17 frames: three columns of patches; 64: all eight
+    lengths = torch.tensor([400 + 160 * 16, 400 + 160 * 63])  # 17 and 64 frames: three and eight patch columns
     grid = latents.view(2, 4, 8, 6)
     means = torch.stack([grid[0, :, :3].mean(1), grid[1].mean(1)])
     torch.testing.assert_close(pool(latents, SPEC, lengths, "concat"), means.flatten(1))

@@ -1,4 +1,4 @@
-"""Row-wise float8: the rounding of e4m3 and no more."""
+"""Row-wise float8: the only error is the rounding to e4m3."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ajepa_kernels.fp8 import _norm_quantize_rows, _quantize_rows
 SHAPES = [(0, 64), (1, 768), (3, 7), (70, 96), (9, 1025)]
 
 
-@pytest.mark.skipif(INTERPRET, reason="Triton's interpreter rounds float8 wrongly where a mantissa overflows")
+@pytest.mark.skipif(INTERPRET, reason="Triton's interpreter rounds float8 wrongly when a mantissa overflows")
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("M", "K"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -23,7 +23,8 @@ def test_values_are_the_nearest_of_e4m3(M, K, dtype, impl):
     values, scale = quantize_rows(x.to(DEVICE), impl=impl)
     back, exact = values.cpu().double() * scale.cpu().double(), x.double()
     peak = exact.abs().amax(1, keepdim=True) if M else exact
-    # half a unit of three mantissa bits, or of the subnormals below 2^-6 of a range of 448
+    # Half a unit in the last of three mantissa bits, or half a subnormal step. Subnormals are below 2^-6, and the
+    # largest value is 448.
     bound = torch.maximum(exact.abs() / 16, peak / 448 * 2.0**-10) * 1.001
     assert ((back - exact).abs() <= bound).all()
 
@@ -32,7 +33,7 @@ def test_values_are_the_nearest_of_e4m3(M, K, dtype, impl):
 @pytest.mark.parametrize(("M", "K"), SHAPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_exact_numbers_stay_exact(M, K, impl):
-    grid = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all that are not negative
+    grid = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all non-negative values
     pick = torch.randint(0, len(grid), (M, K), generator=torch.Generator().manual_seed(1))
     x = grid[pick] * (1 - 2.0 * (pick % 2))
     x[:, :1] = 448.0
@@ -51,12 +52,13 @@ def test_zeros_and_strides(impl):
 
 
 def assert_rounded(got, exact):
-    """As the plain rounding of `exact`, but for a step of e4m3 where sums and the GELU differ in their last bits."""
+    """Compare with the plain rounding of `exact`. Values may differ by one step of e4m3 where the last bits of a sum or
+    of a GELU differ."""
     want = quantize_rows(exact, impl="reference")
     torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=1e-5, atol=0)
     values, exact = got.values.cpu().float(), want.values.float()
     assert (values != exact).sum() <= 0.04 * exact.numel()
-    if not INTERPRET:  # which rounds wrongly where a mantissa overflows
+    if not INTERPRET:  # the interpreter rounds wrongly when a mantissa overflows
         assert ((values - exact).abs() <= exact.abs() / 8 + 2.0**-8).all()
 
 
@@ -64,7 +66,7 @@ def assert_rounded(got, exact):
 @pytest.mark.parametrize(("M", "K"), [(0, 64), (1, 768), (70, 96), (9, 1025)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_is_quantised_where_it_is_made(M, K, dtype, impl):
+def test_an_output_quantised_where_it_is_made(M, K, dtype, impl):
     x, residual = torch.randn(M, K).to(dtype), torch.randn(M, K)
     weight, bias = torch.randn(K), torch.randn(K)
     for gelu in ("none", "tanh"):
@@ -78,7 +80,7 @@ def test_what_is_quantised_where_it_is_made(M, K, dtype, impl):
     assert torch.equal(got.rows(torch.arange(M, device=DEVICE)).values.float(), got.values.float())
 
 
-@pytest.mark.skipif(INTERPRET, reason="the product is torch's own")
+@pytest.mark.skipif(INTERPRET, reason="the product is computed by torch, not by a Triton kernel")
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
 def test_linear(shape):
     torch.manual_seed(0)

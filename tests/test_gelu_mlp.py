@@ -17,12 +17,12 @@ from ajepa_kernels import gelu_mlp, gelu_mlp_reference
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "c++").split()[0]
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2")
-# cuBLASLt has no float32 epilogue; bfloat16 products are slow on a CPU
+# cuBLASLt has no float32 epilogue, and bfloat16 products are slow on a CPU.
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.float16]
 
 
 def oracle(x, w1, b1, w2, b2):
-    """The formula itself, in float64."""
+    """The MLP by its formula, in float64."""
     z = x.double() @ w1.double().T + b1.double()
     hidden = z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
     return hidden @ w2.double().T + b2.double()
@@ -56,8 +56,9 @@ def test_value_and_gradients(rows, width, inner, out, dtype, impl):
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("impl", ["reference", "fused"])
-def test_gradients_are_the_masters_where_copies_compute(impl):
-    """Values of the copies, gradients for float32 parameters; axes before the last are kept."""
+def test_gradients_belong_to_the_parameters_when_copies_compute(impl):
+    """The values are computed with the copies, and the gradients belong to the float32 parameters. Leading axes are
+    kept."""
     dtype = DTYPES[-1]
     x, *params = make(30, 16, 64)
     copies = [p.to(DEVICE, dtype) for p in params]
@@ -72,7 +73,7 @@ def test_gradients_are_the_masters_where_copies_compute(impl):
     want = torch.autograd.grad(z, rounded, torch.ones_like(z))
     for name, g, w in zip(NAMES[1:], got, want, strict=True):
         error = (g.double().view_as(w) - w).norm() / w.norm()
-        assert error < 4 * torch.finfo(dtype).eps, f"{name}: {error}"
+        assert error < 4 * torch.finfo(dtype).eps, f"{name}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("wanted", range(5))
@@ -84,7 +85,7 @@ def test_only_the_gradients_that_are_asked_for(wanted):
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
-def test_nothing_is_kept_without_a_gradient(monkeypatch):
+def test_nothing_is_saved_when_no_gradient_is_needed(monkeypatch):
     seen = []
     plain = module._linear_gelu_plain
     monkeypatch.setattr(module, "_linear_gelu_plain", lambda x, w, b, keep: seen.append(keep) or plain(x, w, b, keep))
@@ -136,7 +137,7 @@ def test_errors(change, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_in_a_graph_at_full_size():
-    """Sizes of ViT-B; a replay reads what was written in place since the capture."""
+    """With the sizes of ViT-B, a replay reads inputs that were overwritten in place after the capture."""
     x, *params = [t.cuda() for t in make(4096, 768, 3072, torch.bfloat16)]
     gelu_mlp(x, *params, impl="fused")
     graph = torch.cuda.CUDAGraph()
@@ -147,11 +148,11 @@ def test_in_a_graph_at_full_size():
     torch.testing.assert_close(y, gelu_mlp_reference(x, *params), rtol=2e-2, atol=2e-2)
 
 
-# --- the calls of cuBLASLt, against one that computes on the host from what its descriptors say -----------------------
+# --- the calls of cuBLASLt, computed on the host by tests/cuda_on_host/cublaslt.cpp -----------------------------------
 
 
 class GeluProduct(ctypes.Structure):
-    """csrc/gelu_product.h."""
+    """The struct GeluProduct of csrc/gelu_product.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "z", "result", "workspace")),
@@ -162,9 +163,9 @@ class GeluProduct(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    """`_gelu_product` through csrc/gelu_product.cpp on CPU tensors."""
+    """`_gelu_product` on CPU tensors, which calls csrc/gelu_product.cpp."""
     if shutil.which(CXX) is None:
-        pytest.skip(f"no C++ compiler ({CXX})")
+        pytest.skip(f"the C++ compiler {CXX} is not installed")
     folder = tmp_path_factory.mktemp("cublaslt")
     flags = [CXX, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
     fake, library = folder / "cublaslt.so", folder / "gelu_product.so"
@@ -197,9 +198,9 @@ def on_host(tmp_path_factory):
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_products_asked_of_cublaslt(on_host, monkeypatch, dtype):
-    """Layouts, transposes, epilogues, pointers: the code that runs on a GPU, but for the library behind it."""
+    """Tests layouts, transposes, epilogues and pointers with the code that runs on a GPU. Only cuBLASLt is replaced."""
     monkeypatch.setattr(module, "_gelu_product", on_host)
-    for rows in (5, 37, 5):  # the second 5: a shape whose algorithm is known
+    for rows in (5, 37, 5):  # the second 5 uses the algorithm remembered for its shape
         x, w1, b1, w2, _ = make(rows, 16, 40, dtype, out=24)
         y, z = module._linear_gelu_cuda(x, w1, b1, True)
         exact = x.double() @ w1.double().T + b1.double()
@@ -217,18 +218,18 @@ def test_the_products_asked_of_cublaslt(on_host, monkeypatch, dtype):
     assert (y.shape, z.shape, dz.shape) == ((0, 40),) * 3 and not dbias.any()
 
 
-def test_what_cublaslt_refuses_is_named(on_host):
-    x, w1, b1, _, _ = make(4, 16, 20, torch.float16)  # 20: no multiple of 8
+def test_an_error_of_cublaslt_is_named(on_host):
+    x, w1, b1, _, _ = make(4, 16, 20, torch.float16)  # 20 is not a multiple of 8
     z = torch.empty(4, 20, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="cublasLtMatmulAlgoGetHeuristic"):
         on_host(x, w1, b1, z, z.clone(), module.FORWARD_KEEP)
 
 
-def test_numbers_are_those_of_the_header(tmp_path):
+def test_constants_equal_those_of_the_header(tmp_path):
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *Path(sysconfig.get_path("purelib")).glob("nvidia/cu*")]
     folders = [Path(home, "include") for home in homes if home]
     if not any((folder / "cublasLt.h").exists() for folder in folders) or shutil.which(CXX) is None:
-        pytest.skip("no cublasLt.h (CUDA_HOME, /usr/local/cuda, the nvidia packages) or no C++ compiler")
+        pytest.skip("needs a C++ compiler and cublasLt.h (in CUDA_HOME, /usr/local/cuda or the nvidia packages)")
     same = {
         "kNoTranspose": "CUBLAS_OP_N", "kTranspose": "CUBLAS_OP_T", "kComputeFloat": "CUBLAS_COMPUTE_32F",
         "kFloat": "CUDA_R_32F", "kHalf": "CUDA_R_16F", "kBFloat16": "CUDA_R_16BF", "kSuccess": "CUBLAS_STATUS_SUCCESS",

@@ -117,7 +117,7 @@ def test_one_sub_folder_is_no_label(tmp_path):
 def test_odd_names(tmp_path, name):
     path = Path(os.fsdecode(name))
     write(tmp_path / path, noise(800))
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second time, the index comes from the cache
         (entry,) = build_index(tmp_path).entries
         assert entry.path == str(tmp_path / path)
         assert entry.frames == 800
@@ -151,7 +151,7 @@ def test_jsonl_manifest(tmp_path):
     manifest.write_text("\n".join([*map(json.dumps, lines), "not json", "[1]"]))
     index = build_index(manifest)
     assert names(index) == ["002.wav", "000.wav"]
-    assert index.label_names == ["9", "10"]  # by number
+    assert index.label_names == ["9", "10"]  # sorted by number
     assert index.labels.tolist() == [1, 0]
     assert index.metadata["speaker"] == ["", "theo"]
     assert sorted(reason for _, reason in index.skipped) == ["not a JSON object"] * 2 + ["the row names no file"]
@@ -168,7 +168,7 @@ def test_where_and_label_column(tmp_path):
     assert names(build_index(manifest, where=["fold=1", "who!=x"])) == ["004.wav"]
     assert names(index.filter("who=z")) == ["005.wav"]
     one = build_index(manifest, where="who=z", label_column="who")
-    assert one.labels.tolist() == [2, 2]  # numbered as in the whole set
+    assert one.labels.tolist() == [2, 2]  # the same numbers as in the whole set
     with pytest.raises(DataError, match=r"no column 'color'; its columns: fold, who"):
         build_index(manifest, where="color=1")
     with pytest.raises(DataError, match="no row"):
@@ -247,7 +247,7 @@ def test_a_manifest_without_a_path_column(tmp_path):
 
 @pytest.fixture
 def inspected(monkeypatch):
-    """Names of the files decoded since."""
+    """The names of the files decoded since the fixture was made."""
     seen: list[str] = []
     original = ajepa.data.index.inspect
 

@@ -1,6 +1,6 @@
-"""Runs the kernels' tests again in Triton's interpreter, on CPU tensors, in a process of their own.
+"""Runs the kernels' tests in Triton's interpreter on CPU tensors, in a separate process.
 
-Interpretation is decided when a kernel is defined, and nothing can be compiled in a process that interprets.
+Triton decides whether to interpret a kernel when the kernel is defined, and such a process cannot compile kernels.
 """
 
 import os
@@ -20,13 +20,13 @@ TESTS = [
 ]
 
 
-# A loop from or to a number that is not a constant raises there.
+# With these versions, a loop whose bounds are not constants raises an error in the interpreter.
 BROKEN = triton is not None and triton.__version__ < "3.7" and numpy.__version__ >= "2.4"
 
 
 @pytest.mark.skipif(triton is None, reason="triton is not installed")
 @pytest.mark.skipif(BROKEN, reason="the interpreter of triton 3.6 does not run with numpy 2.4")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the kernels themselves are tested")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the compiled kernels are tested instead")
 @pytest.mark.parametrize("name", TESTS)
 def test_interpreted(name):
     file = Path(__file__).parent / f"test_{name}.py"

@@ -1,4 +1,4 @@
-"""What holds for the package of operations as a whole."""
+"""Properties of the kernel package as a whole."""
 
 import functools
 import subprocess
@@ -15,8 +15,8 @@ import ajepa_kernels
 from ajepa_kernels import _triton
 
 
-def test_imports_without_triton():
-    """Neither a GPU, nor a compiler, nor Triton is needed to import it and to use the plain definitions."""
+def test_the_package_imports_without_triton():
+    """The package imports, and its plain definitions run, without a GPU, a compiler or Triton."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, ajepa_kernels as k\n"
@@ -28,7 +28,7 @@ def test_imports_without_triton():
 
 
 def test_auto_says_once_that_it_falls_back(monkeypatch):
-    """On a GPU that a kernel cannot serve, auto says so, once for each reason; on a CPU there is nothing to say."""
+    """On a GPU, `auto` warns once for each reason why it uses no kernel. On a CPU it does not warn."""
 
     class OnGPU:
         is_cuda = True
@@ -48,7 +48,7 @@ def test_auto_says_once_that_it_falls_back(monkeypatch):
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
 def test_an_old_gpu_is_noticed_under_compile_too(monkeypatch):
-    """Without a graph break, auto falls back and says why, as it does eagerly."""
+    """Under torch.compile, `auto` falls back with the same warning as in eager mode, and without a graph break."""
 
     class OnGPU:
         is_cuda = True
@@ -62,14 +62,14 @@ def test_an_old_gpu_is_noticed_under_compile_too(monkeypatch):
         lambda x: x + 1 if _triton.use_triton("some_op", "auto", old) else x - 1, fullgraph=True, backend="eager"
     )
     try:
-        with pytest.warns(UserWarning, match="some_op runs as plain PyTorch on this GPU: the GPU is older") as said:
+        with pytest.warns(UserWarning, match="some_op runs as plain PyTorch on this GPU: the GPU is older") as warned:
             assert fork(x).tolist() == [-1, -1]
-        assert len(said) == 1
+        assert len(warned) == 1
     finally:
         _triton._capability.cache_clear()
 
 
-@pytest.mark.skipif(not CAN_LAUNCH, reason="there is nothing to compile for")
+@pytest.mark.skipif(not CAN_LAUNCH, reason="kernels need a GPU or Triton's interpreter")
 def test_warmup_runs_every_operation():
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     numbers = torch.get_rng_state()
@@ -80,7 +80,7 @@ def test_warmup_runs_every_operation():
 
 
 def training_step(adamw_params: int, graph: bool) -> None:
-    """What a model of width 64, 2 heads of 32 and sequences up to 30 launches."""
+    """Launches the kernels of a model with width 64, 2 heads of 32 and sequences of at most 30 tokens."""
     k, bf16 = ajepa_kernels, functools.partial(torch.ones, dtype=torch.bfloat16, requires_grad=True)
     weight, stream = torch.ones(64, requires_grad=True), torch.ones(48, 64, requires_grad=True)
     k.masked_attention(bf16(48, 3, 2, 32), cu_seqlens=torch.tensor([0, 30, 48]), max_seqlen=30).sum().backward()
@@ -94,7 +94,7 @@ def training_step(adamw_params: int, graph: bool) -> None:
     k.latent_l2_loss(bf16(48, 64), bf16(64, 64), torch.arange(48)).backward()
     with torch.no_grad():
         k.latent_l2_loss(bf16(48, 64), bf16(64, 64), torch.arange(48))
-    schedules = torch.ones(4)  # side by side: three of them at no multiple of 16 bytes
+    schedules = torch.ones(4)  # adjacent scalars, of which three are not aligned to 16 bytes
     scale, found_inf, lr, decay = schedules if graph else (*schedules[:2], 1e-3, 0.9)
     params = [torch.nn.Parameter(torch.ones(64, 16)) for _ in range(adamw_params)] + [torch.nn.Parameter(torch.ones(5))]
     for p in params:
@@ -106,7 +106,7 @@ def training_step(adamw_params: int, graph: bool) -> None:
     k.ema_update_([ema for _, ema in emas], params, decay)
 
 
-@pytest.mark.skipif(_triton.triton is None or _triton.INTERPRET, reason="kernels are not to be interpreted")
+@pytest.mark.skipif(_triton.triton is None or _triton.INTERPRET, reason="needs Triton, outside its interpreter")
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_warmup_leaves_nothing_to_compile(graph, monkeypatch):
     def variants(function, *args) -> set:
@@ -131,7 +131,7 @@ def test_warmup_leaves_nothing_to_compile(graph, monkeypatch):
 
 
 class NoSync(TorchDispatchMode):
-    """Refuses what a host must wait for a device to do: reading a value, or sizes that depend on values."""
+    """Refuses operations that make the host wait for the device: reading a value, and sizes that depend on values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
@@ -150,7 +150,7 @@ class NoSync(TorchDispatchMode):
 
 
 def no_wait_cases():
-    """Every form of every operation that promises not to make the host wait, forward and backward."""
+    """{name: (function, leaves)} for every form of the operations that promise not to make the host wait."""
     k, on = ajepa_kernels, {"device": DEVICE}
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]], dtype=torch.bool, **on)
     index, rows = torch.tensor([[0, 3], [4, 1]], **on), torch.tensor([0, 2, 3, 7], **on)
@@ -182,7 +182,7 @@ def no_wait_cases():
 @pytest.mark.parametrize("case", no_wait_cases())
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_host_never_waits(case, impl, monkeypatch):
-    monkeypatch.setattr("ajepa_kernels.attention.can_be_checked_at_once", lambda x: False)  # as on a GPU
+    monkeypatch.setattr("ajepa_kernels.attention.can_be_checked_at_once", lambda x: False)  # as for CUDA tensors
     function, leaves = no_wait_cases()[case]
     leaves = [x.requires_grad_() for x in leaves]
     with NoSync():
@@ -203,7 +203,7 @@ def test_the_host_never_waits_for_the_optimiser(impl):
         ajepa_kernels.ema_update_(emas, [p.detach() for p in params], rate, impl=impl)
 
 
-def test_what_waits_is_noticed():
+def test_no_sync_detects_an_operation_that_waits():
     qkv, mask = torch.randn(2, 5, 3, 2, 32), torch.ones(2, 5, dtype=torch.bool)
     with pytest.raises(AssertionError, match="makes the host wait"), NoSync():
         ajepa_kernels.masked_attention(qkv, visible=mask)

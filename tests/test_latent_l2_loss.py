@@ -12,7 +12,7 @@ from ajepa_kernels.latent_loss import KINDS, REDUCTIONS
 
 
 def oracle(prediction, latents, index, kind, normalize, reduction):
-    """The formula itself, in float64, token by token."""
+    """The loss by its formula, in float64, token by token."""
     losses = []
     for p, i in zip(prediction.double(), index.tolist(), strict=True):
         t = latents[i].double()
@@ -36,7 +36,8 @@ def both(function, prediction, upstream):
     return loss, torch.autograd.grad(loss, prediction, upstream)[0]
 
 
-# widths: less than a vector access, a power of two, ViT-S's, ViT-B's (masked tails), one past a power of two
+# Widths: less than a vector access, a power of two, those of ViT-S and ViT-B (with masked tails), and one more than a
+# power of two.
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("T", "C"), [(5, 7), (9, 64), (1, 384), (6, 768), (3, 1025), (0, 64)])
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +59,7 @@ def test_value_and_gradient(T, C, kind, dtype, impl):
         )
         got = both(function, prediction.to(DEVICE), upstream)
         assert got[0].dtype == torch.float32 and got[1].dtype == dtype
-        # the loss is float32 whatever its inputs; only the gradient is rounded to dtype
+        # the loss is float32 for every input dtype; only the gradient is rounded to dtype
         assert_as_good([got[0].cpu()], plain[:1], want[:1], torch.float32)
         assert_as_good([got[1].cpu()], plain[1:], want[1:], dtype)
 
@@ -66,7 +67,7 @@ def test_value_and_gradient(T, C, kind, dtype, impl):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_zero_tokens_have_finite_gradients(kind, impl):
-    """A prediction or a target of exact zeros: no direction, no variance."""
+    """A prediction or target of exact zeros has no direction and no variance."""
     prediction = torch.zeros(2, 16, device=DEVICE, requires_grad=True)
     latents = torch.zeros(3, 16, device=DEVICE)
     loss = latent_l2_loss(prediction, latents, torch.tensor([0, 2], device=DEVICE), kind=kind, impl=impl)
@@ -97,7 +98,7 @@ def test_compiles_whole(impl):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast(kind, impl):
-    """The loss stays float32, its gradient in the dtype of the prediction."""
+    """The loss is float32, and its gradient has the dtype of the prediction."""
     prediction = torch.randn(6, 32, device=DEVICE).half().requires_grad_()
     latents, index = torch.randn(9, 32, device=DEVICE).half(), torch.randint(9, (6,), device=DEVICE)
     with torch.autocast(DEVICE, torch.float16):
@@ -122,7 +123,7 @@ def test_opcheck():
 
 @needs_kernel
 def test_second_backward_is_refused():
-    """The saved gradient is scaled in place: a second pass must not scale it twice in silence."""
+    """The saved gradient is scaled in place, so a second backward pass must raise instead of scaling it again."""
     prediction = torch.randn(6, 32, device=DEVICE, requires_grad=True)
     index = torch.arange(6, device=DEVICE)
     loss = latent_l2_loss(prediction, torch.randn(6, 32, device=DEVICE), index, impl="triton")
@@ -143,7 +144,7 @@ def test_first_order(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_compiled_backward_is_a_product(reduction, dtype):
-    """Compiled, the gradient is scaled by what can be fused with the next step, not by an operation of its own."""
+    """Under torch.compile, the gradient is scaled by ordinary operations, which can be fused with the next ones."""
     graphs = []
 
     def record(graph, inputs):
@@ -154,7 +155,7 @@ def test_compiled_backward_is_a_product(reduction, dtype):
     function = partial(latent_l2_loss, latents_MC=latents, index_T=index, reduction=reduction, impl="triton")
     compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
     prediction = torch.randn(6, 32, device=DEVICE, dtype=dtype)
-    upstream = torch.tensor(70000.0) if reduction == "mean" else torch.linspace(-2, 2, 6)  # beyond float16's range
+    upstream = torch.tensor(70000.0) if reduction == "mean" else torch.linspace(-2, 2, 6)  # above float16's range
     torch.testing.assert_close(both(compiled, prediction, upstream), both(function, prediction, upstream))
     assert len(graphs) == 2 and "latent_l2_loss_fwd" in graphs[0] and "latent_l2_loss" not in graphs[1]
 
@@ -162,7 +163,7 @@ def test_compiled_backward_is_a_product(reduction, dtype):
 @needs_kernel
 @pytest.mark.parametrize("T", [1, 200])
 def test_more_than_the_programs_scale_at_once(T):
-    """Gradients of several turns of the programs, as of one."""
+    """Gradients are right when the scaling programs loop several times, as when they loop once."""
     prediction, latents = torch.randn(T, 768, device=DEVICE), torch.randn(T, 768, device=DEVICE)
     for reduction, upstream in (("sum", torch.tensor(3.0)), ("none", torch.linspace(-1, 1, T))):
         run = lambda impl: both(  # noqa: E731
@@ -174,7 +175,7 @@ def test_more_than_the_programs_scale_at_once(T):
 
 @needs_kernel
 def test_float16_gradients_do_not_underflow():
-    """Those of a mean over many elements would, unless the loss scale comes in before the division."""
+    """The loss scale is applied before the division of a mean over many elements, which would underflow otherwise."""
     latents, index = torch.randn(8, 512, device=DEVICE).half(), torch.arange(8, device=DEVICE)
     prediction = (latents + 0.01 * torch.randn_like(latents)).requires_grad_()
     run = lambda p, impl: both(  # noqa: E731

@@ -1,4 +1,4 @@
-"""log_mel against torchaudio (in float64 where it can) over both conventions and awkward input."""
+"""log_mel against torchaudio (in float64 where possible) for both conventions and difficult inputs."""
 
 import math
 import warnings
@@ -18,7 +18,7 @@ AUDIO_JEPA = LOG_MEL_PRESETS["audio-jepa"]
 
 
 def torchaudio_log_mel(x: torch.Tensor, spec: LogMelSpec) -> torch.Tensor:
-    """One clip `[S]` through torchaudio -> `[M, T]`, before padding and data-set normalisation."""
+    """The log-mel `[M, T]` of one clip `[S]` by torchaudio, before padding and data-set normalisation."""
     if spec.convention == "kaldi":
         ms = 1000 / spec.sample_rate
         out = torchaudio.compliance.kaldi.fbank(
@@ -70,11 +70,11 @@ def test_equals_torchaudio(name):
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-9)
     theirs = torch.stack([torchaudio_log_mel(x, spec) for x in pcm.float() / 32768])
     out = log_mel_reference(pcm, spec, layout="spectrogram")
-    assert (out - exact).abs().max() < 2 * (theirs - exact).abs().max() + 1e-4  # float32 errs alike in both
+    assert (out - exact).abs().max() < 2 * (theirs - exact).abs().max() + 1e-4  # both have float32 errors
 
 
 def test_presets():
-    """Frames, tokens and padding of the published front ends on their published clip lengths."""
+    """The published front ends give the published numbers of frames, tokens and padding for their clip lengths."""
     assert AUDIO_JEPA.frames(320_000) == 254 and AUDIO_JEPA.grid == (8, 16) and AUDIO_JEPA.n_patches == 128
     assert LOG_MEL_PRESETS["a-jepa"].frames(160_000) == 998 and LOG_MEL_PRESETS["a-jepa"].n_patches == 512
     assert LOG_MEL_PRESETS["audio-jepa-16k"].frames(160_000) == 257
@@ -87,7 +87,7 @@ def test_presets():
 
 
 def test_whisper_formula():
-    """log10, everything below max - 8 raised to it, (x + 4) / 4, the last frame dropped."""
+    """Whisper takes log10, raises all values to at least max - 8, maps x to (x + 4) / 4 and drops the last frame."""
     pcm = clips(480_000, batch=1)
     mel = torchaudio.transforms.MelSpectrogram(16000, 400, None, 160, n_mels=80, norm="slaney", mel_scale="slaney")
     expected = mel(pcm.float() / 32768)[..., :-1].clamp(min=1e-10).log10()
@@ -115,7 +115,7 @@ def test_silence_is_the_floor():
 
 
 def test_patch_order():
-    """Token n = f * time_patches + t; inside a patch [mel, frame]."""
+    """Token n is f * time_patches + t, and a patch is [mel, frame]."""
     spec = replace(AUDIO_JEPA, patch=(32, 8))
     pcm = clips(320_000)
     tokens, spectrogram = log_mel(pcm, spec), log_mel(pcm, spec, layout="spectrogram")
@@ -128,7 +128,7 @@ def test_patch_order():
 
 @pytest.mark.parametrize("name", ["povey, mirrored ends", "audio-jepa", "audio-jepa-16k", "whisper", "no centre, ln"])
 def test_ragged_lengths(name):
-    """A clip's features are those of the clip alone; frames it does not have are zeros."""
+    """A clip in a batch has the same features as the clip alone, and zeros in the frames beyond its end."""
     spec = replace((KALDI | TORCHAUDIO)[name], waveform_norm="peak")
     pcm = clips(40_000, batch=4)
     lengths = torch.tensor([40_000, 31_111, spec.min_samples, spec.min_samples - 1])
@@ -167,7 +167,8 @@ def test_impossible_specs(change, match):
 
 
 def test_whole_numbers_of_any_type():
-    """As torchaudio's `power=2.0`, or a patch read from JSON: stored as int, so that equal specs share their tables."""
+    """Whole numbers such as torchaudio's `power=2.0`, or a patch read from JSON, are stored as int, so that equal specs
+    share their tables."""
     spec = LogMelSpec(
         power=2.0, hop_length=160.0, n_mels=np.int64(80), patch=[16, 8.0], n_frames=16.0, std=np.float32(2)
     )
@@ -181,7 +182,7 @@ def test_mel_bands_too_narrow_for_float32():
 
 
 def test_shortest_clip_has_a_frame():
-    """Also where the ends are mirrored and the hop is longer than the clip: round(S / hop) is 0 below half a hop."""
+    """Kaldi with mirrored ends rounds S / hop, which is 0 for a clip shorter than half a hop."""
     spec = LogMelSpec(win_length=400, hop_length=1001, snip_edges=False)
     assert spec.min_samples == 501 and spec.frames(501) == 1 and spec.frames(500) == 0
     for impl in ("auto", "reference"):
@@ -193,7 +194,7 @@ def test_shortest_clip_has_a_frame():
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["povey, mirrored ends", "audio-jepa-16k"])
 def test_lengths_out_of_range_and_strided(impl, name):
-    """Beyond the row: the row's end. Negative: no frame. Any strides."""
+    """A length beyond the row means the whole row, and a negative one means no frame. Lengths may have any strides."""
     spec, pcm = replace((KALDI | TORCHAUDIO)[name], waveform_norm="peak"), clips(9000, batch=3)
     expected = log_mel(pcm, spec, lengths=torch.tensor([9000, 0, 8000]), layout="spectrogram", impl=impl)
     wild = torch.tensor([10**12, 7, -5, 7, 8000, 7])
@@ -204,9 +205,9 @@ def test_lengths_out_of_range_and_strided(impl, name):
     torch.testing.assert_close(out[2], expected[2], rtol=0, atol=0)
 
 
-def test_tables_ignore_the_defaults_of_the_moment():
-    """The default dtype and device at a spec's first call do not stay in its tables."""
-    specs = [LogMelSpec(n_mels=n, hop_length=163) for n in (37, 38)]  # which no other test has cached
+def test_tables_ignore_the_default_dtype_and_device():
+    """The tables of a spec do not depend on the default dtype and device during its first call."""
+    specs = [LogMelSpec(n_mels=n, hop_length=163) for n in (37, 38)]  # no other test caches these specs
     pcm = clips(4000)
     torch.set_default_dtype(torch.float64)
     try:
@@ -222,7 +223,7 @@ def test_tables_ignore_the_defaults_of_the_moment():
 
 
 def test_tables_outlive_other_specs_on_a_device():
-    """CUDA graphs hold their addresses."""
+    """The tables on a device are kept for ever, because CUDA graphs hold their addresses."""
     device, specs = torch.device("meta"), [LogMelSpec(n_mels=30, hop_length=200 + i) for i in range(70)]
     first = _kernel_tables(specs[0], device), _tables(specs[0], device, torch.float32)
     for spec in specs:
@@ -274,7 +275,7 @@ def test_bad_calls():
 
 
 def test_empty_bands_warn_once():
-    spec = LogMelSpec(sample_rate=16001)  # a spec no other test has cached
+    spec = LogMelSpec(sample_rate=16001)  # no other test caches this spec
     with pytest.warns(UserWarning, match=r"mel bands \[.*\] of 128"):
         out = log_mel(clips(16000), spec, layout="spectrogram")
     assert (out[:, 0] == math.log(spec.log_floor)).all() or (out.amin((0, 2)) == math.log(spec.log_floor)).any()

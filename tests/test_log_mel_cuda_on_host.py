@@ -1,4 +1,4 @@
-"""The CUDA kernel's own source, run on the CPU one fiber a thread, and what its compiler says about it."""
+"""The source of the CUDA kernel, run on the CPU with one fiber per CUDA thread, and the compiler's resource report."""
 
 import ctypes
 import shutil
@@ -24,7 +24,7 @@ SIZES = [128, 256, 400, 512, 1024, 2048, 4096, 8192]
 
 
 class LogMel(ctypes.Structure):
-    """csrc/log_mel.h."""
+    """The struct LogMel of csrc/log_mel.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("pcm", "lengths", "window", "weights", "segments", "offsets")),
@@ -42,12 +42,12 @@ class LogMel(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    """`log_mel` through the CUDA source: same arguments, same result."""
+    """`log_mel` computed by the CUDA source, with the same arguments and result."""
     run = build_on_host("log_mel", tmp_path_factory.mktemp("cuda_on_host")).log_mel_on_host
 
     def op(pcm, lengths, window, weights, segments, offsets, twiddles, out, **scalars):
         batch, patch_rows, patches, patch_mels, patch_frames = out.shape
-        out.fill_(torch.nan)  # whatever is not written fails
+        out.fill_(torch.nan)  # an element that is not written fails
         stats = torch.empty(batch, 2) if scalars["waveform_norm"] else None
         peaks = torch.empty(batch) if scalars["top"] >= 0 else None
         tensors = {"pcm": pcm, "lengths": lengths, "window": window, "weights": weights, "segments": segments,
@@ -71,7 +71,7 @@ def kernel(tmp_path_factory):
 @pytest.mark.parametrize("n_fft", SIZES)
 @pytest.mark.parametrize("convention", ["kaldi", "torchaudio"])
 def test_every_size(kernel, n_fft, convention):
-    """Windows shorter than the transform; a frame count that fills no chunk; int16 and float."""
+    """The window is shorter than the transform, the frames do not fill a chunk, and samples are int16 or float32."""
     spec = LogMelSpec(
         n_fft=n_fft, win_length=n_fft - n_fft // 5, hop_length=n_fft // 3, n_mels=48, convention=convention,
         floor=1e-7, waveform_norm="mean",
@@ -119,7 +119,7 @@ def test_recordings(kernel, audio_dir, name):
 
 
 def test_quiet_frame_beside_a_loud_one(kernel):
-    """The two frames of a transform may be 96 dB apart; the quiet one keeps its own rounding, not the other's."""
+    """One transform handles two frames, here 96 dB apart. The loud frame's rounding must not affect the quiet one."""
     spec = LogMelSpec(win_length=512, hop_length=512, n_mels=40, floor=1e-20)
     g = torch.Generator().manual_seed(0)
     loud, quiet = (torch.randn(512, generator=g, dtype=torch.float64) * level for level in (0.3, 1e-5))
@@ -135,11 +135,11 @@ def test_equals_the_cpu_kernel(kernel):
     torch.testing.assert_close(kernel(pcm, spec), log_mel(pcm, spec), rtol=0, atol=1e-3)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.slow
 def test_no_spills(tmp_path):
-    """ptxas, for the architecture in AJEPA_TEST_ARCH (90): no spills, no stack, registers for four blocks of 256; for
-    three at 20 points a thread."""
+    """For the architecture in AJEPA_TEST_ARCH (default 90), ptxas reports no spills, no stack, and few enough registers
+    for four blocks of 256 threads (three blocks with 20 points per thread)."""
     kernels = ptxas_report("log_mel", tmp_path)
     assert len([name for name, *_ in kernels if "log_mel_fwd_kernel" in name]) == 2 * len(SIZES)
     for name, stack, spills, registers in kernels:

@@ -1,4 +1,4 @@
-"""log_mel on a CUDA device: the same cases as on a host, plus streams and graphs. Needs a GPU."""
+"""log_mel on a CUDA device: the cases of the host tests, plus streams and CUDA graphs. Needs a GPU."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_equals_the_cpu_kernel(name, dtype):
 
 @pytest.mark.parametrize(("n_fft", "n_mels"), [(1024, 108), (2048, 139), (4096, 160)])
 def test_shared_memory_just_below_48_kb(n_fft, n_mels):
-    """The dynamic part alone fits what needs no asking; with the static part it does not."""
+    """The dynamic shared memory alone is below the default limit of 48 KB; with the static part it exceeds it."""
     spec = LogMelSpec(n_fft=n_fft, win_length=n_fft, hop_length=n_fft // 2, n_mels=n_mels, f_min=0.0, floor=1e-7)
     pcm = clips(n_fft * 20)
     out = log_mel(pcm.cuda(), spec, layout="spectrogram", impl="fused").cpu()
@@ -83,8 +83,8 @@ def test_graph_outlives_the_tables_of_other_specs():
 
 
 def test_first_call_within_a_capture():
-    """Named, with its remedy; the device goes on."""
-    spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], hop_length=361), clips(160_000).cuda()  # which no other test uses
+    """The error names the remedy, and the device stays usable."""
+    spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], hop_length=361), clips(160_000).cuda()  # no other test uses it
     with pytest.raises(RuntimeError, match="once with it before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         log_mel(pcm, spec, impl="fused")
     assert log_mel(pcm, spec, impl="fused").isfinite().all()

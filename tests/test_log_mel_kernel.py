@@ -1,4 +1,4 @@
-"""The compiled CPU kernel of log_mel, on every instruction set this machine has, against float64."""
+"""The compiled CPU kernel of log_mel against float64, on every instruction set that this machine has."""
 
 import random
 import warnings
@@ -19,12 +19,12 @@ from log_mel_cases import (
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
 from ajepa_kernels.log_mel import _kernel_tables
 
-pytestmark = pytest.mark.skipif(not _extension.AVAILABLE, reason=f"no compiled kernels: {_extension.MISSING}")
+pytestmark = pytest.mark.skipif(not _extension.AVAILABLE, reason=f"needs the compiled kernels: {_extension.MISSING}")
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request, monkeypatch):
-    """The kernel takes the best of these the processor has, up to this one."""
+    """Limits the kernel to this instruction set; it uses the best one that the processor has up to the limit."""
     monkeypatch.setenv("AJEPA_CPU_ISA", request.param)
     return request.param
 
@@ -80,7 +80,7 @@ def test_recordings(audio_dir, name):
 
 @pytest.mark.parametrize("std", [1.0, 2e-4, 1e6])
 def test_dtypes(isa, std):
-    """Rounded as torch rounds: also what float16 holds as a subnormal number or not at all."""
+    """Results are rounded as torch rounds them, also where float16 is subnormal or overflows."""
     spec, pcm = replace(LOG_MEL_PRESETS["audio-jepa"], std=std), clips(60_000, batch=4)
     expected = log_mel(pcm, spec, impl="fused")
     for dtype in (torch.float16, torch.bfloat16):
@@ -106,7 +106,7 @@ def test_nan_stays_in_its_frames():
     hit = torch.zeros_like(out, dtype=torch.bool)
     hit[0, :, (8000 - 400) // 160 + 1 : 8000 // 160 + 1] = True
     torch.testing.assert_close(out[~hit], expected[~hit], rtol=0, atol=0)
-    assert out[0, :, hit[0, 0]].isnan().float().mean() > 0.95  # all bands but empty ones
+    assert out[0, :, hit[0, 0]].isnan().float().mean() > 0.95  # all bands except the empty ones
 
 
 def test_same_at_any_thread_count():
@@ -173,8 +173,8 @@ def test_compiles_as_one_graph(impl):
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_for_several_specs(impl, dynamic):
-    """One compiled function, whose argument the spec is: fields that change between calls become symbols."""
-    torch.compiler.reset()  # its limit of recompilations counts those of the other cases
+    """One compiled function takes the spec as an argument, and fields that change between calls become symbols."""
+    torch.compiler.reset()  # earlier cases count towards the limit of recompilations
     spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=None), clips(8000)
     compiled = torch.compile(
         lambda x, spec: log_mel(x, spec, impl=impl), fullgraph=True, dynamic=dynamic, backend="aot_eager"
@@ -185,7 +185,7 @@ def test_compiles_for_several_specs(impl, dynamic):
 
 
 def test_without_the_extension(monkeypatch):
-    """log_mel says once that it runs the plain version, and why."""
+    """log_mel warns once that it runs the plain version, and why."""
     spec, pcm = LogMelSpec(n_mels=32), clips(4000)
     expected = log_mel(pcm, spec, impl="reference")
     monkeypatch.setattr(_extension, "MISSING", "it was installed without a C++ compiler")

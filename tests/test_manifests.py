@@ -1,4 +1,4 @@
-"""What manifests list: every row becomes an entry, or is among the skipped with its reason."""
+"""Manifests: every row becomes an entry or is listed as skipped with its reason."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ import ajepa.data.sources.parquet
 from ajepa.data.index import DataError, build_index
 from ajepa.data.sources.listing import decode_label, encode_label
 
-RATE = 1000  # Hz of the recordings here: one sample a millisecond
+RATE = 1000  # Hz of these recordings, so a sample lasts a millisecond
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def index(tmp_path):
-    """index(text, name, count): the index of a manifest beside `count` recordings 0.wav, 1.wav... of 100 samples."""
+    """index(text, name, count) indexes a manifest beside `count` recordings 0.wav, 1.wav... of 100 samples each."""
 
     def make(text: str | bytes, name: str = "m.csv", count: int = 4, **options):
         for i in range(count):
@@ -321,11 +321,11 @@ def test_lhotse_cuts_and_recordings(index):
         ({"start": 0.02, "duration": 0.03, "end": 0.05}, 20, 30),
         ({"offset": 0.0204, "duration": 0.0296}, 20, 30),
         ({"offset": 0.5}, 500, 500),
-        ({"offset": 0.95, "duration": 0.1}, 950, 50),  # ends 0.05 s beyond the recording
+        ({"offset": 0.95, "duration": 0.1}, 950, 50),  # ends 0.05 s after the recording
         ({"offset": 0}, 0, 1000),
         ({"offset": 0, "duration": 0.5}, 0, 500),
         ({"duration": 0.5}, 0, 500),
-        ({"duration": 0.95}, 0, 1000),  # the whole file's, rounded
+        ({"duration": 0.95}, 0, 1000),  # the rounded duration of the whole file
         ({"duration": 1.05}, 0, 1000),
         ({"offset": None, "duration": None}, 0, 1000),
         ({"offset": "", "duration": ""}, 0, 1000),
@@ -438,7 +438,7 @@ def test_segments_of_a_bad_file_are_skipped_one_by_one(tmp_path):
 )  # fmt: skip
 def test_labels_as_text(value, label):
     assert encode_label(value) == label
-    assert encode_label(label) == label  # writing it to a shard and reading it back changes nothing
+    assert encode_label(label) == label  # a round trip through a shard keeps the label
 
 
 def test_decode_label():
@@ -467,7 +467,7 @@ def test_whole_numbers_that_a_data_frame_wrote_with_a_fraction(index):
     assert classes(index("file,version\n0.wav,3.0\n1.wav,1.0\n", label_column="version")) == ["3.0", "1.0"]
 
 
-def test_rows_of_one_file_with_different_labels_are_told(index, capsys):
+def test_rows_of_one_file_with_different_labels_are_reported(index, capsys):
     made = index("file,label,n\n0.wav,cat,1\n./0.wav,dog,2\n1.wav,cat,1\n1.wav,cat,1\n2.wav,cat,1\n2.wav,,1\n")
     assert len(made) == 6
     different, same = made.warnings
@@ -531,7 +531,7 @@ def test_recordings_within_parquet(tmp_path, parquet, cache, capsys, kind):
     assert build_index(path).entries == made.entries
     assert (tar.stat().st_ino, capsys.readouterr().err) == (before.st_ino, "")
     tar.unlink()
-    assert build_index(path).entries == made.entries  # a copy made again is the same file
+    assert build_index(path).entries == made.entries  # a second copy is the same file
 
 
 def test_manifests_by_pattern(tmp_path, parquet):
@@ -617,7 +617,7 @@ def test_where_finds_a_value_within_a_list(tmp_path):
 
 
 def test_text_that_is_no_utf_8_can_be_shown(tmp_path, capsys):
-    """Labels of a Latin-1 manifest, of a folder's bytes, and half a surrogate pair of JSON."""
+    """Labels can come from a Latin-1 manifest, from bytes in a folder's name, or be half a surrogate pair in JSON."""
     write_set(tmp_path / "files", 2)
     rows = "file,label,who\nfiles/000.wav,café,é\nfiles/001.wav,b,x\n"
     (tmp_path / "m.csv").write_bytes(rows.encode("latin-1"))

@@ -22,10 +22,10 @@ from ajepa_kernels.attention.ops import _masked_attention_bwd, _masked_attention
 
 
 def oracle(q, k, v, spans, scale=None):
-    """Attention row by row in float64. spans: (query rows, key rows) of each sequence, as lists."""
+    """Attention in float64, sequence by sequence. `spans` lists (query rows, key rows) of each sequence."""
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())  # part of the graph even when empty
+    out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())  # has a gradient even without rows
     for rows, keys in spans:
         if rows and keys:
             s = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * scale
@@ -39,9 +39,9 @@ def gradients(function, leaves, upstream):
 
 
 def check(function, reference, wanted, leaves, upstream, dtype):
-    """`function` against the float64 oracle `wanted`, no worse than `reference` in the same dtype."""
+    """Compare `function` with the float64 oracle `wanted`, by the error that `reference` makes in the same dtype."""
     make = lambda d: [x.to(d).to(DEVICE if d == dtype else "cpu").requires_grad_() for x in leaves]  # noqa: E731
-    leaves = [x.to(dtype).double() for x in leaves]  # all see the same rounded inputs
+    leaves = [x.to(dtype).double() for x in leaves]  # all three get the same rounded inputs
     want = gradients(wanted, [x.detach().requires_grad_() for x in leaves], upstream.to(dtype).double())
     plain = gradients(reference, make(dtype), upstream.to(dtype))
     got = gradients(function, make(dtype), upstream.to(dtype))
@@ -54,7 +54,7 @@ def packed_spans(lengths):
     return [(list(range(a, b)),) * 2 for a, b in pairwise(ends)], torch.tensor(ends)
 
 
-# lengths: one tile full; ragged with an empty sequence and one of a single token; several tiles; nothing at all
+# Lengths: one full tile; ragged with an empty sequence and one of a single token; several tiles; no tokens at all.
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("lengths", [[16, 16], [5, 0, 1, 13], [40, 33], [150, 3], [0, 0], []])
 @pytest.mark.parametrize("head_dim", [32, 96])
@@ -75,10 +75,10 @@ def test_packed(lengths, head_dim, dtype, impl):
     )  # fmt: skip
 
 
-# arch: what of 128 tokens goes in tiles. Ampere's backward; Hopper's forward and backward up to 96 tokens; Blackwell's
-# backward. One launch each, and for Hopper's 97 tokens and more, one tile
+# forward, backward: the number of queries in a tile, by architecture. For sequences of up to 128 tokens each pass is
+# one launch, and no log-sum-exp is saved.
 @needs_kernel
-@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU that is here decides")
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU, its own architecture decides the tiles")
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("arch", "head_dim", "lengths", "forward", "backward"),
@@ -109,7 +109,7 @@ def test_tiles_of_queries(arch, head_dim, lengths, forward, backward, monkeypatc
 @pytest.mark.parametrize("S", [7, 140])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_separate_and_cross(S, impl):
-    """Fewer queries than keys, q, k, v apart and not contiguous, an explicit scale."""
+    """q, k and v are separate and not contiguous, with different numbers of queries and keys and an explicit scale."""
     lengths, lengths_k = [3, S, 0, 2], [5, 4, 3, 0]
     ends, ends_k = (torch.tensor([0, *x]).cumsum(0).tolist() for x in (lengths, lengths_k))
     spans = [(list(range(*a)), list(range(*b))) for a, b in zip(pairwise(ends), pairwise(ends_k), strict=True)]
@@ -131,7 +131,7 @@ DENSE = ["all", "indices", "indices scattered", "flat", "boolean scattered", "bo
 def test_dense(case, impl):
     B, N = (2, 150) if case == "long" else (3, 11)
     mask = torch.rand(B, N) < 0.5
-    mask[1] = False  # a sample of which nothing is visible
+    mask[1] = False  # a sample without visible patches
     mask[0, :2] = True
     rows = [(torch.arange(N)[m] + b * N).tolist() for b, m in enumerate(mask)]
     everything = [(torch.arange(N) + b * N).tolist() for b in range(B)]
@@ -185,7 +185,7 @@ def test_invisible_rows_are_not_read(impl):
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_packed_key_mask(lengths, cross, impl):
-    """All tokens are queries, only the kept ones keys: of the queries' own sequences, or of others."""
+    """All tokens are queries, but only the kept tokens are keys, of the same sequences or of others (`cross`)."""
     spans, cu = packed_spans(lengths)
     key_spans, cu_k = packed_spans([3, 5, 1] if cross else lengths)
     keep = torch.rand(int(cu_k[-1])) < 0.5
@@ -208,7 +208,7 @@ def test_packed_key_mask(lengths, cross, impl):
 @pytest.mark.parametrize("case", ["indices", "boolean scattered", "key_mask of other keys"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dense_separate(case, impl):
-    """q, k, v apart, with rows to gather."""
+    """q, k and v are separate tensors, and the kernel gathers rows of them."""
     B, N, N_k = 2, 9, 5 if case == "key_mask of other keys" else 9
     mask = torch.rand(B, N_k) < 0.5
     mask[:, 3] = True
@@ -235,7 +235,7 @@ def test_dense_separate(case, impl):
 @needs_kernel
 @pytest.mark.parametrize("S", [20, 70])
 def test_tf32(S):
-    """Products of rounded operands: 10 bits of mantissa, sums in float32. The interpreter does not round."""
+    """TF32 multiplies operands rounded to 10 mantissa bits and sums in float32. The interpreter does not round."""
     cu = torch.tensor([0, S, S + 5], device=DEVICE)
     qkv, upstream = torch.randn(S + 5, 3, 2, 32, device=DEVICE), torch.randn(S + 5, 2, 32, device=DEVICE)
     run = lambda x, **kwargs: gradients(  # noqa: E731
@@ -248,7 +248,7 @@ def test_tf32(S):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_layouts_agree(impl):
-    """The packed layout of the visible rows and the dense layout that gathers them are one computation."""
+    """Packing the visible rows gives the same bits as gathering them from the dense layout."""
     qkv = torch.randn(3, 10, 3, 2, 32, device=DEVICE)
     index = torch.rand(3, 10, device=DEVICE).argsort(1)[:, :6]
     packed = qkv[torch.arange(3)[:, None], index].flatten(0, 1)
@@ -275,7 +275,7 @@ def test_compiles_whole(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_once_for_all_counts(impl):
-    """Token counts and bounds that change from batch to batch are symbols, across both kinds of kernel."""
+    """Token counts and bounds that change from batch to batch become symbols, for short and for long sequences."""
     function = lambda x, cu, S: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl=impl)  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([4, 5], [3, 8], [40, 7]):
@@ -305,7 +305,7 @@ def test_opcheck(S):
 
 
 @needs_kernel
-@pytest.mark.parametrize("S", [6, 40])  # with and without the output among what is saved
+@pytest.mark.parametrize("S", [6, 40])  # without and with the output saved for backward
 def test_first_order(S):
     cu = torch.tensor([0, 2, S], device=DEVICE)
     function = lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="triton")  # noqa: E731
@@ -314,7 +314,7 @@ def test_first_order(S):
 
 @needs_kernel
 def test_backward_without_a_gradient():
-    """A later function may give none, as torch's own operations take it."""
+    """A later function may return no gradient, which torch's own operations accept."""
     qkv = torch.randn(4, 3, 2, 32, device=DEVICE, requires_grad=True)
     out = masked_attention(qkv, cu_seqlens=torch.tensor([0, 4], device=DEVICE), max_seqlen=4, impl="triton")
     NoGradient.apply(out).sum().backward()
@@ -322,7 +322,7 @@ def test_backward_without_a_gradient():
 
 
 def test_meta():
-    """Shapes alone, as for a model that is built before its weights are read."""
+    """Meta tensors give the right shapes, as for a model that is built before its weights are read."""
     qkv, cu = torch.empty(9, 3, 2, 32, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
     with torch.autocast("cpu", torch.bfloat16):
         out = masked_attention(qkv, cu_seqlens=cu, max_seqlen=5)
@@ -386,7 +386,7 @@ def test_autocast(impl):
     ],
 )
 def test_errors(shape, kwargs, message):
-    """Contents are checked on the CPU unasked, and anywhere with `check`."""
+    """Tensor contents are always checked on the CPU, and on other devices with `check=True`."""
     kwargs = {"max_seqlen": 4 if "cu_seqlens" in kwargs else None, "check": DEVICE == "cuda", **kwargs}
     dtype = kwargs.pop("dtype", None)
     kwargs = {k: torch.tensor(v, device=DEVICE, dtype=dtype) if isinstance(v, list) else v for k, v in kwargs.items()}
@@ -394,7 +394,7 @@ def test_errors(shape, kwargs, message):
         masked_attention(torch.randn(shape, device=DEVICE), **kwargs)
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="there is something to launch on")
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="kernels can be launched here")
 def test_triton_without_a_device_is_refused():
     with pytest.raises(ValueError, match="impl='triton' is impossible: the tensors are on the CPU"):
         masked_attention(torch.randn(4, 3, 2, 32), cu_seqlens=torch.tensor([0, 4]), max_seqlen=4, impl="triton")
@@ -435,7 +435,7 @@ class TestOnGPU:
         assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, run(), strict=True))
 
     def test_graph_and_stream(self):
-        """A captured graph follows the offsets on the device; a side stream is the one launched on."""
+        """A captured graph reads the offsets on the device at each replay, and kernels run on the current stream."""
         cu = torch.tensor([0, 10, 64], device="cuda", dtype=torch.int32)
         qkv = torch.randn(64, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         run = lambda: gradients(lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=64), [qkv], qkv[:, 0].detach())  # noqa: E731

@@ -34,7 +34,7 @@ def test_random_masks_split_every_clip_at_one_share_and_cover_patches_evenly(gri
     assert torch.equal(context, ~targets[:, 0])
     shares = targets.float().mean(-1).unique()
     assert len(shares) == 1 and 0.4 - 0.5 / math.prod(grid) <= shares.item() <= 0.6 + 0.5 / math.prod(grid)
-    assert len(context.unique(dim=0)) > 100 or math.prod(grid) < 40  # an own permutation each
+    assert len(context.unique(dim=0)) > 100 or math.prod(grid) < 40  # every clip has its own permutation
     coverage = targets[:, 0].float().mean(0)
     assert (coverage - shares).abs().max() < 5 * math.sqrt(0.25 / 4000)
 
@@ -52,11 +52,11 @@ def test_block_targets_are_rectangles_of_the_asked_area_and_never_seen(grid):
     assert not (context[:, None] & targets).any()
     for block in targets.flatten(0, 1)[:300]:
         height, width = rectangle(block.view(F, T))
-        assert abs(height * width / (F * T) - 0.175) <= 0.025 + 0.5 * height / (F * T)  # width is rounded
+        assert abs(height * width / (F * T) - 0.175) <= 0.025 + 0.5 * height / (F * T)  # the width is rounded
     heights = {rectangle(b.view(F, T))[0] for b in targets.flatten(0, 1)[:300]}
     lowest, highest = F * math.sqrt(0.15 * 0.75), F * math.sqrt(0.2 * 1.5)
     assert heights <= set(range(round(lowest), round(highest) + 1))
-    assert len(context.sum(-1).unique()) > 3  # ragged
+    assert len(context.sum(-1).unique()) > 3  # contexts are ragged
 
 
 @pytest.mark.parametrize("grid", [(8, 64), (8, 16), (16, 16)])
@@ -70,7 +70,7 @@ def test_time_frequency_context_shares_no_row_or_column_with_a_target(grid):
     strict = ~rows_clash & ~columns_clash
     assert strict.float().mean() > 0.5
     assert (seen.sum((1, 2)) >= 10).float().mean() > 0.99
-    # A context that had to be relaxed was too small under the strict rule.
+    # A context is relaxed only where the strict rule left it too small.
     strict_count = ((~union.any(2)).sum(1) * (~union.any(1)).sum(1))[~strict]
     assert (strict_count < 10 + F * T * 0.15).all()
 
@@ -86,7 +86,7 @@ def test_curriculum_probability_is_the_published_formula():
 def test_curriculum_moves_from_blocks_to_time_frequency():
     sampler = MaskSampler(MaskConfig(mask="curriculum"), (8, 64))
     groups = {step: len(sampler(step, 1000, 600).predict_cu) - 1 for step in (0, 250, 1000)}
-    share = {step: (4 * 600 - n) / 600 for step, n in groups.items()}  # a time-frequency clip has 3 groups, not 4
+    share = {step: (4 * 600 - n) / 600 for step, n in groups.items()}  # clips have 3 groups (block: 4)
     assert share[0] == pytest.approx(0.01, abs=0.02)
     assert share[250] == pytest.approx(0.5, abs=0.08)
     assert share[1000] == 1.0
@@ -122,7 +122,7 @@ def test_packing_says_the_same_as_the_booleans(mask, masks_per_clip):
 
 
 @pytest.mark.parametrize("mask", FAMILIES)
-def test_draws_depend_on_seed_rank_and_step_alone(mask):
+def test_draws_depend_only_on_seed_rank_and_step(mask):
     def draw(seed=0, rank=0, step=4):
         return MaskSampler(MaskConfig(mask=mask), (8, 16), seed=seed, rank=rank, world_size=2)(step, 10, 4).context
 
@@ -141,7 +141,7 @@ def test_fixed_token_budget_gives_static_shapes_and_ragged_clips(mask, masks_per
     assert len(shapes) == 1
     assert all(len(m.context_cu.diff().unique()) > 1 for m in draws)
     assert min(int(m.context_cu.diff().min()) for m in draws) >= sampler.minimum
-    for m in draws:  # a context and its own targets stay apart
+    for m in draws:  # a context does not overlap its own targets
         owner = torch.repeat_interleave(torch.arange(16 * masks_per_clip), m.context_cu.diff())
         for a, b in zip(m.predict_cu[:-1], m.predict_cu[1:], strict=True):
             rows = m.predict[a:b]
@@ -179,7 +179,7 @@ def test_pack_accepts_a_context_without_targets():
 @pytest.mark.parametrize("mask", FAMILIES)
 @pytest.mark.parametrize("masks_per_clip", [1, 3])
 def test_ranks_draw_between_them_what_one_rank_draws(mask, masks_per_clip):
-    """Rank r of 4 holds clips r, r + 4... of the global batch: its contexts and targets are those clips' own."""
+    """Rank r of 4 holds the clips r, r + 4... of the global batch, and draws the masks that one rank draws for them."""
     cfg, grid = MaskConfig(mask=mask, masks_per_clip=masks_per_clip), (8, 16)
     whole = MaskSampler(cfg, grid, seed=2)(3, 10, 12)
     N = 128

@@ -1,4 +1,4 @@
-"""The packed model against dense ones in float64 that compute every patch and mask what may not be seen."""
+"""The packed model against dense float64 models that compute every patch and mask the invisible ones."""
 
 import copy
 import math
@@ -102,7 +102,7 @@ def test_invisible_patches_cannot_reach_the_prediction():
 
 def test_audio_jepa_has_the_published_sizes():
     cfg = PRESETS["audio-jepa"]
-    with torch.device("meta"):  # the position tables are buffers and do not count
+    with torch.device("meta"):  # the position tables are buffers, not parameters
         encoder, predictor = Encoder(cfg.model, cfg.front_end), Predictor(cfg.model, cfg.front_end)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(85.4, rel=0.005)
     assert sum(p.numel() for p in predictor.parameters()) / 1e6 == pytest.approx(11.3, rel=0.01)

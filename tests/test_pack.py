@@ -34,7 +34,7 @@ def left_out(target: Path) -> dict[str, str]:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """Thirty WAV files of half a second, in two classes."""
+    """A folder of thirty WAV files of half a second, in two classes."""
     write_set(tmp_path / "source" / "a", 15, frames=8000)
     for i in range(15, 30):
         write(tmp_path / "source" / "b" / f"{i:03d}.wav", noise(8000, i))
@@ -43,7 +43,7 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """About five clips of half a second a shard, in groups of four."""
+    """Makes shards of about five half-second clips, packed in groups of four."""
     monkeypatch.setattr(ajepa.pack, "MEGABYTE", 80_000)
     monkeypatch.setattr(ajepa.data.decode, "GROUP_CLIPS", 4)
 
@@ -79,7 +79,7 @@ def test_manifest_columns_survive(tmp_path):
 def test_broken_silent_and_duplicate_clips_are_left_out(tmp_path):
     source = tmp_path / "source"
     write_set(source, 3, frames=8000)
-    write(source / "again.flac", noise(8000, 1), RATE, "flac")  # another container, the same samples
+    write(source / "again.flac", noise(8000, 1), RATE, "flac")  # the same samples in another container
     write(source / "nothing.wav", np.zeros(8000, np.int16))
     write(source / "faint.wav", (np.arange(8000) % 5 - 2).astype(np.int16))
     write(source / "audible.wav", (np.arange(8000) % 9 - 4).astype(np.int16))
@@ -118,14 +118,14 @@ def test_too_long_recordings_are_left_out(tmp_path):
 
 
 def test_a_header_that_claims_hours_allocates_nothing(tmp_path):
-    """An Ogg file whose last page claims 2^40 samples, and a FLAC of unknown length."""
+    """An Ogg file whose last page claims 2^40 samples, and a FLAC file that claims the largest length."""
     write_set(tmp_path / "source", 1)
     ogg = bytearray(encode(noise(8000), kind="vorbis"))
     page = ogg.rfind(b"OggS")
     ogg[page + 6 : page + 14] = (1 << 40).to_bytes(8, "little")
     (tmp_path / "source" / "claim.ogg").write_bytes(ogg)
     flac = bytearray(encode(noise(8000), kind="flac"))
-    flac[21] |= 0x0F  # STREAMINFO's 36 bits of total samples
+    flac[21] |= 0x0F  # the 36 bits of STREAMINFO's number of samples
     flac[22:26] = b"\xff" * 4
     (tmp_path / "source" / "claim.flac").write_bytes(flac)
     assert run(tmp_path / "source", tmp_path / "packed") == 0
@@ -139,8 +139,8 @@ def test_dry_run_writes_nothing_and_estimates(tmp_path, source, capsys):
     assert run(source, tmp_path / "flac", "--codec", "flac") == 0
     size = sum(shard.stat().st_size for shard in (tmp_path / "flac").glob("*.shard"))
     assert run(source, tmp_path / "packed", "--codec", "flac", "--dry-run") == 0
-    said = float(capsys.readouterr().err.split("about ")[1].split(" GB")[0])
-    assert abs(said * 1e9 / size - 1) < 0.1
+    estimate_gb = float(capsys.readouterr().err.split("about ")[1].split(" GB")[0])
+    assert abs(estimate_gb * 1e9 / size - 1) < 0.1
 
 
 def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path, source, small_shards, monkeypatch):
@@ -169,11 +169,11 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path, source, smal
 
 
 def test_killed_while_packing_and_continued(tmp_path):
-    """SIGKILL six times, at any moment: no half-written shard is ever read, and the end is as without."""
+    """After SIGKILL at six arbitrary moments no half-written shard is read, and the result is the same as without."""
     write_set(tmp_path / "source", 60, frames=80_000)
     options = (tmp_path / "source", tmp_path / "cut", "--shard-mb", 1)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["ajepa.pack"])  # imported once
+    processes.set_forkserver_preload(["ajepa.pack"])  # import it only once
     moments = random.Random(0)
     finished = []
     for _ in range(6):
@@ -207,9 +207,9 @@ def test_damaged_shards_are_made_again(tmp_path, source, small_shards, harm, cap
     capsys.readouterr()
     assert run(source, tmp_path / "packed", "--shard-mb", 1, "--verify") == 0
     assert shards(tmp_path / "packed") == wanted
-    said = capsys.readouterr().err
-    assert "25 recordings to go" not in said and "5 recordings to go" in said
-    assert ("made again" in said) == (harm != "remove")
+    output = capsys.readouterr().err
+    assert "25 recordings to go" not in output and "5 recordings to go" in output
+    assert ("made again" in output) == (harm != "remove")
 
 
 def test_another_packing_s_folder_is_refused(tmp_path, source, capsys):
@@ -255,7 +255,7 @@ def test_a_full_or_read_only_disk(tmp_path, source, small_shards, monkeypatch, c
     assert sorted(shards(tmp_path / "packed")) == [".lock", "000000000.shard", "000000005.shard"]
 
 
-def test_too_little_room_is_told_beforehand(tmp_path, source, monkeypatch, capsys):
+def test_too_little_disk_space_is_reported_beforehand(tmp_path, source, monkeypatch, capsys):
     monkeypatch.setattr(ajepa.pack.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     assert run(source, tmp_path / "packed") == 2
     assert "up to 0.00048 GB, 0.0001 GB are free" in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_settings_out_of_range_are_named(tmp_path, source, options, capsys):
 
 
 def test_tar_members_never_touch_the_disk(tmp_path):
-    """`..`, absolute names and links in a tar are read in place, or not at all."""
+    """Members of a tar with `..`, absolute names or links are read in place or skipped."""
     import tarfile
 
     home = tmp_path / "in" / "side"

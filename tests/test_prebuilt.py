@@ -1,4 +1,4 @@
-"""What is made ahead of time for a GPU machine, and how it is put in place there."""
+"""Files that are built ahead of time for a GPU machine, and their installation on that machine."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def unpacked(folder: Path, into: Path, capability: int | None = 90, root: Path =
     return {step["what"]: step for step in steps}
 
 
-def test_needs_the_standard_library_alone():
+def test_prebuilt_needs_only_the_standard_library():
     code = "import prebuilt, sys; assert not {'torch', 'triton', 'numpy', 'packaging'} & set(sys.modules)"
     subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=ROOT / "benchmarks")
 
@@ -38,7 +38,8 @@ def test_needs_the_standard_library_alone():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Sources, a setup.py that builds or fails, and a torch that loads what does not begin with "broken"."""
+    """A checkout with sources, a setup.py that builds or fails, and a stand-in torch that refuses a library whose text
+    begins with "broken"."""
     root = tmp_path / "checkout"
     (root / "csrc").mkdir(parents=True)
     (root / "csrc/ops.cpp").write_text("int main;")
@@ -63,7 +64,7 @@ def checkout(tmp_path):
 
 
 def extension(checkout, tmp_path, capability: int | None = 90) -> tuple[str, str]:
-    """The note and the library that are there afterwards."""
+    """The note and the library's contents after unpacking."""
     root, folder = checkout
     note = unpacked(folder, tmp_path / "into", capability, root)["extension"]["note"]
     library = root / prebuilt.LIBRARY
@@ -149,7 +150,7 @@ def test_wheels_that_are_missing_are_installed(tmp_path, monkeypatch):
     }
 
 
-def test_wheel_that_is_none(tmp_path):
+def test_a_file_that_is_not_a_wheel(tmp_path):
     (tmp_path / "prebuilt/wheels").mkdir(parents=True)
     (tmp_path / "prebuilt/wheels/torn-1.0-py3-none-any.whl").write_text("no wheel")
     step = unpacked(tmp_path / "prebuilt", tmp_path / "into", None)["wheels"]
@@ -161,7 +162,7 @@ def test_wheel_that_is_none(tmp_path):
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """One kernel and one C module, for this Triton and Python, which is said to have the keys "here"."""
+    """An archive of one kernel and one C module, for a Triton and Python whose keys are set to "here"."""
     made = {"archs": [90], "triton_key": "here", "kernels": [], "modules": []}
     made["fingerprint"] = prebuilt.fingerprint(prebuilt.KERNELS)
     made["kernels"].append({"folder": "A", "name": "_some_kernel", "key": "source-options"})
@@ -232,7 +233,7 @@ def test_another_build_of_triton_finds_its_own_keys(archive, tmp_path, monkeypat
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no archive"])
 def test_damaged_archive(archive, tmp_path, damage):
     data = bytearray(archive.read_bytes())
-    data[40] ^= 255  # in the first file's compressed bytes
+    data[40] ^= 255  # within the compressed bytes of the first file
     archive.write_bytes({"cut": data[: len(data) // 2], "flipped": bytes(data), "no archive": b"PK"}[damage])
     step = unpacked(archive.parent, tmp_path / "into", 90, tmp_path)["triton"]
     assert step["note"].startswith(f"Kernels will be compiled here: {archive.name} is damaged (")
@@ -265,10 +266,10 @@ print(json.dumps(launches.fill(pathlib.Path(sys.argv[1]), [80, 90], cases)))
 """
 
 
-@pytest.mark.skipif(triton is None or INTERPRET, reason="kernels are compiled")
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="a C module is compiled")
+@pytest.mark.skipif(triton is None or INTERPRET, reason="needs Triton, outside its interpreter")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_round_trip(tmp_path):
-    """Compiled here for two GPUs, found by another checkout whose cache lies elsewhere, for any number of rows."""
+    """Kernels compiled for two GPU architectures are found by another checkout with its own cache, for any rows."""
 
     def fill(out: Path, root: Path, **environment: str) -> dict:
         path = os.pathsep.join(str(root / name) for name in ("benchmarks", "kernels", "."))
@@ -292,7 +293,7 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("runs", [True, False])
 def test_kernels_that_do_not_run_are_thrown_away(tmp_path, monkeypatch, runs):
-    """The proof is a process of its own on the GPU; here, one that ends well or badly."""
+    """A test process on the GPU decides whether kernels run; here it is replaced by one that succeeds or fails."""
     cache = tmp_path / "into" / "triton"
 
     def place(folder, cache, capability, root):

@@ -1,4 +1,4 @@
-"""--profile: a trace on disk, and a table whose shares make sense."""
+"""--profile writes a trace and prints a table with plausible shares."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from ajepa.training.profiling import kind_of, union
         ("aten::gelu", "element-wise and norms"),
     ],
 )
-def test_kernels_are_told_apart(name, kind):
+def test_kernels_are_classified(name, kind):
     assert kind_of(name) == kind
 
 

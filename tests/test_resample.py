@@ -1,5 +1,5 @@
-"""resample: every implementation against a windowed sinc in float64, the filter against its bounds, slices and streams
-against the whole."""
+"""resample: every implementation against a windowed sinc in float64, the filter against its specified bounds, and
+slices and streams against the whole."""
 
 import importlib
 import math
@@ -21,20 +21,20 @@ SPECTRAL = [
     *((48000, 16000), (44100, 32000), (44100, 16000), (22050, 16000)),
     *((8000, 16000), (16000, 44100), (96000, 32000), (11025, 16000)),
 ]
-DIRECT = [(44100, 44099), (384000, 8001), (11, 13)]  # interpolated taps, the same with a long filter, a table of all
+DIRECT = [(44100, 44099), (384000, 8001), (11, 13)]  # interpolated taps, the same with a long filter, a full table
 PAIRS = SPECTRAL + DIRECT
-fused = pytest.mark.skipif(not _extension.AVAILABLE, reason=f"no compiled kernels: {_extension.MISSING}")
+fused = pytest.mark.skipif(not _extension.AVAILABLE, reason=f"needs the compiled kernels: {_extension.MISSING}")
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request, monkeypatch):
-    """The kernel takes the best of these the processor has, up to this one."""
+    """Limits the kernel to this instruction set; it uses the best one that the processor has up to the limit."""
     monkeypatch.setenv("AJEPA_CPU_ISA", request.param)
     return request.param
 
 
 def oracle(x: np.ndarray, from_rate: int, to_rate: int, m: np.ndarray) -> np.ndarray:
-    """Outputs `m` of float64 recordings `[..., T]`: the sum over i of x[i] h(m * from / to - i)."""
+    """Outputs number `m` of float64 recordings `[..., T]`: the sum over i of x[i] h(m * from_rate / to_rate - i)."""
     low = min(1.0, to_rate / from_rate)
     half_width = (102.05 / (2.285 * 0.1 * math.pi * low) + 1) / 2
     reach = math.ceil(half_width)
@@ -58,7 +58,7 @@ def decibels(error: torch.Tensor, signal: torch.Tensor) -> float:
 
 
 def sizes(from_rate: int, to_rate: int) -> int:
-    """Samples that make several of the kernel's blocks and many filters."""
+    """A number of samples that spans several blocks of the kernel and many filter lengths."""
     filter = module._filter(from_rate, to_rate)
     blocks = module._blocks(filter)
     return 5 * blocks.size_in + 331 if blocks else 5 * filter.half + 331
@@ -70,7 +70,8 @@ def sizes(from_rate: int, to_rate: int) -> int:
 @fused
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 def test_fused(isa, from_rate, to_rate):
-    """Beginning, end and places between, the sum's error being that of float32 and of a stop band 110 dB down."""
+    """Compares outputs at the beginning, at the end and in between. The error is that of float32 sums and of a stop
+    band 110 dB down."""
     x = noise(2, sizes(from_rate, to_rate))
     out = resample(x, from_rate, to_rate, impl="fused")
     count = resampled_length(x.shape[1], from_rate, to_rate)
@@ -93,7 +94,7 @@ def test_reference(from_rate, to_rate, compute):
 
 @fused
 def test_recordings(audio_dir):
-    """On real audio the error is that of a rounding to int16."""
+    """On real audio the only error is the rounding to int16."""
     soundfile = pytest.importorskip("soundfile")
     done = 0
     for path in sorted(audio_dir.rglob("*.wav"))[::17][:6]:
@@ -107,16 +108,16 @@ def test_recordings(audio_dir):
         assert (out - (exact * 32768).clamp(-32768, 32767)).abs().max() <= 0.51
         done += 1
     if not done:
-        pytest.skip(f"no WAV files in {audio_dir}")
+        pytest.skip(f"{audio_dir} contains no WAV files")
 
 
 @fused
 @pytest.mark.parametrize(("from_rate", "to_rate"), [(48000, 16000), (16000, 44100), (44100, 44099)])
 def test_int16(from_rate, to_rate):
-    """Rounded to nearest even and saturated; the error is that of the rounding, one step over the square root of 12."""
+    """int16 results are rounded to nearest even and saturated. Their RMS error is that of rounding, 1 / sqrt(12)."""
     g = torch.Generator().manual_seed(1)
     pcm = torch.randint(-32768, 32768, (2, 9001), generator=g, dtype=torch.int16)
-    pcm[1] = torch.where(torch.arange(9001) % 200 < 100, 32767, -32768)  # overshoots
+    pcm[1] = torch.where(torch.arange(9001) % 200 < 100, 32767, -32768)  # this signal overshoots
     exact = resample_reference(pcm, from_rate, to_rate, dtype=torch.float32, compute=torch.float64) * 32768
     out = resample(pcm, from_rate, to_rate, impl="fused")
     assert out.dtype == torch.int16 and out.max() == 32767 and out.min() == -32768
@@ -129,7 +130,7 @@ def test_int16(from_rate, to_rate):
 
 
 def test_exact_ties_and_nan():
-    """Equal rates: what reaches int16 is rounded alone."""
+    """With equal rates, samples are only rounded to int16."""
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 40000.0, -40000.0, math.nan, math.inf, -math.inf]) / 32768
     expected = torch.tensor([0, 2, 2, 0, -2, 32767, -32768, 0, 32767, -32768], dtype=torch.int16)
     for impl in ("auto", "reference"):
@@ -154,7 +155,7 @@ def test_downmix(channels, impl):
 
 
 def fit(out: torch.Tensor, frequency: float, rate: int) -> tuple[float, float, float]:
-    """Amplitude and phase of a tone in `out`, away from its ends, and the power of the rest relative to the tone's."""
+    """(amplitude, phase) of a tone in the middle of `out`, and the power of the remainder relative to a full tone's."""
     margin = len(out) // 4
     t = np.arange(margin, len(out) - margin)
     angle = 2 * np.pi * frequency * t / rate
@@ -167,8 +168,8 @@ def fit(out: torch.Tensor, frequency: float, rate: int) -> tuple[float, float, f
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 def test_pass_and_stop_band(from_rate, to_rate):
-    """Tones up to 0.90 of the lower Nyquist frequency pass within 0.05 dB, without delay, and with images and aliases
-    100 dB below them; tones from 1.00 on are 100 dB down."""
+    """Tones up to 0.90 of the lower Nyquist frequency pass within 0.05 dB and without delay, and their images and
+    aliases are 100 dB below them. Tones from 1.00 on are attenuated by 100 dB."""
     low = min(from_rate, to_rate) / 2
     samples = min(8 * module._filter(from_rate, to_rate).half + 4000, 80_000)
     passed = [share * low for share in (0.0101, 0.3, 0.61, 0.8, 0.87, 0.9)]
@@ -187,7 +188,7 @@ def test_pass_and_stop_band(from_rate, to_rate):
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), [(48000, 16000), (8000, 16000), (16000, 48000)])
 def test_linear_phase(from_rate, to_rate):
-    """The response to an impulse on a sample that is an output, too, is symmetric about that output."""
+    """The response to an impulse at a time that is also an output time is symmetric about that output."""
     x = torch.zeros(1500)
     x[600] = 1
     out = resample(x, from_rate, to_rate)
@@ -198,7 +199,7 @@ def test_linear_phase(from_rate, to_rate):
 
 
 def test_constant():
-    """DC passes with a gain of 1 at every phase."""
+    """A constant passes with a gain of 1 at every filter phase."""
     for pair in PAIRS:
         out = resample(torch.full((8 * module._filter(*pair).half,), 0.7), *pair)
         assert (out[len(out) // 4 : -len(out) // 4] - 0.7).abs().max() < 5e-6, pair
@@ -209,7 +210,7 @@ def test_constant():
     [(48000, 16000, 0.88), (44100, 16000, 0.45), (16000, 44100, 0.45), (44100, 44099, 0.45)],
 )
 def test_equals_soxr_in_the_pass_band(from_rate, to_rate, share):
-    """At ratios that are no whole numbers soxr itself droops by 0.01 dB from half of the pass band on."""
+    """At fractional ratios soxr itself droops by 0.01 dB in the upper half of the pass band, which is not compared."""
     soxr = pytest.importorskip("soxr")
     frequencies = torch.linspace(0.01, share, 40, dtype=torch.float64) * min(from_rate, to_rate) / 2
     angle = 2 * math.pi * frequencies[:, None] / from_rate * torch.arange(20_000) + torch.arange(40)[:, None]
@@ -224,7 +225,7 @@ def test_equals_soxr_in_the_pass_band(from_rate, to_rate, share):
 
 
 def test_length():
-    """One output at every time m / to_rate before the end."""
+    """There is one output at every time m / to_rate before the end of the recording."""
     for from_rate, to_rate in PAIRS:
         for samples in (0, 1, 2, 3, 17, 441, 48000):
             expected = sum(m * from_rate < samples * to_rate for m in range(samples * to_rate // from_rate + 2))
@@ -235,7 +236,7 @@ def test_length():
 @pytest.mark.parametrize("impl", ["auto", "soxr", "reference"])
 @pytest.mark.parametrize(("from_rate", "to_rate"), [(44100, 16000), (16000, 16000), (11, 13)])
 def test_ragged(impl, from_rate, to_rate):
-    """A row is its recording alone, with zeros behind it, whatever the samples after its length are."""
+    """A row equals its recording resampled alone, followed by zeros. Samples after its length do not matter."""
     if impl == "soxr":
         pytest.importorskip("soxr")
     x = noise(4, 3001)
@@ -266,7 +267,7 @@ def test_slices_equal_the_whole(isa, from_rate, to_rate):
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), [(44100, 16000), (11, 13), (384000, 8001)])
 def test_input_span_holds_the_filter(from_rate, to_rate):
-    """Samples outside of a span change nothing; so do those that a block holds beyond the filter, but for rounding."""
+    """Samples outside a span change nothing. Samples of a block beyond the filter's reach change only the rounding."""
     x = noise(sizes(from_rate, to_rate))
     first, count = resampled_length(len(x), from_rate, to_rate) // 2, 20
     low, high = input_span(first, count, from_rate, to_rate)
@@ -289,21 +290,21 @@ def test_input_span_holds_the_filter(from_rate, to_rate):
 @pytest.mark.parametrize("impl", ["soxr", "reference"])
 @pytest.mark.parametrize(("first", "count", "offset"), [(0, None, 0), (100, 700, 0), (500, 300, 900), (0, 50, 300)])
 def test_slices_of_the_other_implementations(impl, first, count, offset):
-    """The same outputs of the same samples; soxr's filter is another one and equals it within the pass band."""
+    """Slices equal those of the reference. soxr has a different filter, which is equal in the pass band."""
     if impl == "soxr":
         pytest.importorskip("soxr")
     x = (torch.arange(4000) * 0.3).sin() * torch.hann_window(4000)
     arguments = {"first": first, "count": count, "offset": offset}
     out = resample(x[offset:], 44100, 32000, impl=impl, **arguments)
     expected = resample_reference(x[offset:], 44100, 32000, **arguments)
-    inside = slice(200, None) if offset > 500 else slice(None)  # soxr rings differently where the samples begin
+    inside = slice(200, None) if offset > 500 else slice(None)  # soxr rings differently at the start
     assert out.shape == expected.shape
     torch.testing.assert_close(out[inside], expected[inside], rtol=0, atol=2e-4 if impl == "soxr" else 0)
 
 
 @pytest.mark.parametrize("impl", ["auto", "soxr", "reference"])
 def test_samples_before_the_recording(impl):
-    """A negative offset: what pcm holds before sample 0 does not count."""
+    """With a negative offset, the samples of pcm before sample 0 are ignored."""
     if impl == "soxr":
         pytest.importorskip("soxr")
     for pair in ((44100, 16000), (11, 13), (8000, 8000)):
@@ -311,7 +312,7 @@ def test_samples_before_the_recording(impl):
         expected = resample(x[441:], *pair, impl=impl)
         out = resample(x, *pair, offset=-441, impl=impl)
         assert out.shape == expected.shape
-        inside = slice(200 if impl == "soxr" else 0, None)  # soxr rings differently where its input begins
+        inside = slice(200 if impl == "soxr" else 0, None)  # soxr rings differently at the start
         torch.testing.assert_close(out[inside], expected[inside], rtol=0, atol=1e-6)
 
 
@@ -356,7 +357,7 @@ def test_same_bits_with_avx2_and_avx512(monkeypatch):
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     if " avx512f" not in flags or " avx2" not in flags:
-        pytest.skip("this processor has not both AVX2 and AVX-512")
+        pytest.skip("this processor does not have both AVX2 and AVX-512")
     for pair in PAIRS:
         x, results = noise(2, min(sizes(*pair), 30_000)), []
         for isa in ("avx2", "avx512"):
@@ -369,7 +370,7 @@ def test_same_bits_with_avx2_and_avx512(monkeypatch):
 
 
 def poisoned(*arguments):
-    """The op on an output full of numbers that are wrong."""
+    """The op, called with an output that is filled with wrong values."""
     out = arguments[6]
     out.fill_(-12345 if out.dtype == torch.int16 else math.nan)
     torch.ops.ajepa.resample_fwd(*arguments)
@@ -397,7 +398,7 @@ def test_small_and_empty(impl, pair):
         assert out.shape == (*shape[:-1], resampled_length(shape[-1], *pair)) and out.isfinite().all()
     assert resample(torch.ones(5), *pair, count=0, impl=impl).shape == (0,)
     assert resample(torch.ones(5), *pair, first=10**6, impl=impl).shape == (0,)
-    assert not resample(torch.ones(5), *pair, first=10**5, count=3, impl=impl).any()  # after the filter has rung out
+    assert not resample(torch.ones(5), *pair, first=10**5, count=3, impl=impl).any()  # beyond the filter's reach
 
 
 @fused
@@ -420,7 +421,7 @@ def test_strides_and_threads():
 
 @fused
 def test_calls_from_several_threads():
-    """As a loader makes them: each has scratch memory of its own."""
+    """A loader calls from several threads, so every call needs its own scratch memory."""
     jobs = [(noise(20_000, seed=seed), pair) for seed, pair in enumerate([*PAIRS, (8000, 8000)])] * 3
     expected = [resample(x, *pair) for x, pair in jobs]
     with ThreadPoolExecutor(4) as pool:
@@ -431,7 +432,7 @@ def test_calls_from_several_threads():
 @fused
 @pytest.mark.parametrize("pair", [(48000, 16000), (44100, 44099)])
 def test_non_finite_samples_stay_near(pair):
-    """They spoil what their blocks hold, no more."""
+    """Non-finite samples affect only the outputs of their blocks."""
     x = noise(30_000)
     expected = resample(x, *pair)
     x[15_000] = math.nan
@@ -493,7 +494,7 @@ def test_op_refuses_what_it_cannot_take():
 
 @pytest.mark.parametrize(("impl", "dynamic"), [("auto", None), ("auto", True), ("reference", None)])
 def test_compiles_as_one_graph(impl, dynamic):
-    """Rates are arguments, too: they turn into symbols once they change between calls."""
+    """Rates are arguments of the compiled function, and become symbols when they change between calls."""
     torch.compiler.reset()
     x, lengths = noise(2, 3000), torch.tensor([3000, 100])
 
@@ -512,7 +513,7 @@ def test_compiles_as_one_graph(impl, dynamic):
 
 
 def test_without_the_extension(monkeypatch):
-    """soxr takes its place, and where that is missing, too, plain PyTorch, which is said once."""
+    """Without the extension soxr is used. If soxr is missing as well, plain PyTorch is used, with one warning."""
     x = noise(4000)
     expected = resample(x, 44100, 16000, impl="reference")
     monkeypatch.setattr(_extension, "MISSING", "it was installed without a C++ compiler")

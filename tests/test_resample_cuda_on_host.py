@@ -1,4 +1,4 @@
-"""The CUDA kernel's own source, run on the CPU one fiber a thread, and what its compiler says about it."""
+"""The source of the CUDA kernel, run on the CPU with one fiber per CUDA thread, and the compiler's resource report."""
 
 import ctypes
 import importlib
@@ -14,7 +14,7 @@ module = importlib.import_module("ajepa_kernels.resample")  # the package's attr
 
 
 class Resample(ctypes.Structure):
-    """csrc/resample.h."""
+    """The struct Resample of csrc/resample.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("pcm", "lengths", "rows", "twiddles", "response", "positions", "out")),
@@ -27,13 +27,13 @@ class Resample(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    """`resample` through the CUDA source: same arguments, same result."""
+    """`resample` computed by the CUDA source, with the same arguments and result."""
     run = build_on_host("resample", tmp_path_factory.mktemp("cuda_on_host")).resample_on_host
 
     def op(pcm, lengths, rows, twiddles, response, positions, out, *method):
         up, down, half, phases, interpolated, size_in, *_, first, offset = method
-        assert size_in == 0  # the direct method
-        out.fill_(-12345 if out.dtype == torch.int16 else torch.nan)  # whatever is not written fails
+        assert size_in == 0  # the CUDA kernel uses the direct method only
+        out.fill_(-12345 if out.dtype == torch.int16 else torch.nan)  # an element that is not written fails
         tensors = {"pcm": pcm, "lengths": lengths, "rows": rows, "out": out}
         batch, samples, channels = pcm.shape
         run(ctypes.byref(Resample(
@@ -67,7 +67,7 @@ def noise(*shape: int) -> torch.Tensor:
         (16000, 44100, 700),
         (44100, 44099, 900),  # interpolated taps
         (96000, 3001, 9001),  # the same with a long filter
-        (192000, 3000, 20_001),  # samples of a run that no shared memory holds
+        (192000, 3000, 20_001),  # the samples of a run do not fit into shared memory
         (16000, 16000, 700),
     ],
 )
@@ -79,7 +79,7 @@ def test_rates(kernel, from_rate, to_rate, samples):
 
 @pytest.mark.parametrize("pair", [(48000, 16000), (11, 13), (44100, 44099), (16000, 16000)])
 def test_ragged_slices_and_dtypes(kernel, pair):
-    """Rows that end early, a slice of the outputs, int16 in and out, and channels."""
+    """Covers rows that end early, a slice of the outputs, int16 input and output, and several channels."""
     pcm = (noise(3, 2400, 3) * 60000).clamp(-32768, 32767).to(torch.int16)
     lengths = torch.tensor([2400, 700, 0])
     first, count = resampled_length(900, *pair), 301
@@ -105,7 +105,8 @@ def test_rounding(kernel):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.slow
 def test_no_spills(tmp_path):
-    """ptxas, for the architecture in AJEPA_TEST_ARCH (90): no spills, no stack, registers for four blocks of 256."""
+    """For the architecture in AJEPA_TEST_ARCH (default 90), ptxas reports no spills, no stack, and few enough registers
+    for four blocks of 256 threads."""
     kernels = ptxas_report("resample", tmp_path)
     assert len([name for name, *_ in kernels if "resample_fwd_kernel" in name]) == 16
     for name, stack, spills, registers in kernels:

@@ -1,4 +1,4 @@
-"""resample on a CUDA device: the float64 definition, ragged batches, slices, streams and graphs. Needs a GPU."""
+"""resample on a CUDA device: against float64, ragged batches, slices, streams and CUDA graphs. Needs a GPU."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Every command hears the same: what lies above the new Nyquist frequency is gone, what lies below is untouched, and
-none of it depends on the decoder, on shards, or on where in the file a clip is cut."""
+"""Every command gets the same samples: frequencies above the new Nyquist frequency are removed, those below are kept.
+The samples do not depend on the decoder, on shards, or on where in the file a clip is cut."""
 
 import io
 import math
@@ -25,12 +25,13 @@ from ajepa.model.frontend import FrontEnd
 from ajepa_kernels import _extension, resample
 
 FROM = 48_000
-TONES = {"alias": 12_000, "pass": 7_000}  # Hz, of amplitude 0.5; 16 kHz holds one of them
+TONES = {"alias": 12_000, "pass": 7_000}  # Hz, at amplitude 0.5; the Nyquist frequency is 8 kHz
 
 
 @pytest.fixture(scope="module", params=TONES)
 def tone(request, tmp_path_factory):
-    """Name of the tone, and a folder of two classes of recordings of it at 48 kHz, stereo FLAC and mono WAV."""
+    """(name of the tone, folder). The folder has recordings of the tone in two classes at 48 kHz, as stereo FLAC and
+    mono WAV."""
     folder = tmp_path_factory.mktemp(request.param)
     x = 0.5 * np.sin(2 * np.pi * TONES[request.param] * np.arange(FROM) / FROM)
     for i in range(8):
@@ -41,7 +42,7 @@ def tone(request, tmp_path_factory):
 
 
 def rms(x) -> float:
-    """Of the middle of a clip, where a filter has settled; full scale is 1."""
+    """RMS of the middle of a clip, where the filter has settled. Full scale is 1."""
     x = np.asarray(x, np.float64) / (32768 if x.dtype in (torch.int16, np.int16) else 1)
     return math.sqrt((x[400:-400] ** 2).mean())
 
@@ -50,14 +51,14 @@ def check(kind: str, clips) -> None:
     assert len(clips)
     for clip in clips:
         if kind == "alias":
-            assert rms(clip) < 2e-5  # rounding to 16 bits is 9e-6 of it
+            assert rms(clip) < 2e-5  # rounding to 16 bits accounts for 9e-6
         else:
             assert abs(20 * math.log10(rms(clip) / (0.5 / math.sqrt(2)))) < 0.05
 
 
 @pytest.fixture
-def heard(monkeypatch):
-    """Clips that the front end is given, those of silence between recordings left out."""
+def clips_heard(monkeypatch):
+    """The clips that the front end receives, without the silent ones between recordings."""
     clips: list[torch.Tensor] = []
     call = FrontEnd.__call__
 
@@ -70,27 +71,27 @@ def heard(monkeypatch):
     return clips
 
 
-def test_train(tone, tmp_path, heard):
+def test_train(tone, tmp_path, clips_heard):
     kind, folder = tone
     small = [*SMALL, "--steps", "2", "--warmup-steps", "1", "--compare-steps", "0", "--gain-db", "0"]
     assert train.main(["--data", str(folder), "--out", str(tmp_path / "run"), *small]) == 0
-    check(kind, heard)
+    check(kind, clips_heard)
 
 
-def test_probe(tone, tmp_path, heard, run):
+def test_probe(tone, tmp_path, clips_heard, run):
     kind, folder = tone
     probe.main([str(run), "--data", str(folder), "--heads", "knn", "--map", "none", "--out", str(tmp_path)])
-    check(kind, heard)
+    check(kind, clips_heard)
 
 
-def test_finetune(tone, tmp_path, heard, run):
+def test_finetune(tone, tmp_path, clips_heard, run):
     kind, folder = tone
     manifest = tmp_path / "m.csv"
     rows = [f"{path},{path.parent.name},{i % 2}\n" for i, path in enumerate(sorted(folder.rglob("*.*")))]
     manifest.write_text("filename,label,fold\n" + "".join(rows))
     options = ["--data", str(manifest), "--test", "fold=1", "--epochs", "1", "--out", str(tmp_path / "fine")]
     assert finetune.main([str(run), *options]) == 0
-    check(kind, heard)
+    check(kind, clips_heard)
 
 
 @pytest.mark.parametrize("codec", ["pcm", "flac"])
@@ -102,7 +103,7 @@ def test_pack(tone, tmp_path, codec):
 
 
 def test_embed_encoder_and_export(tone, tmp_path, run, monkeypatch):
-    """The exported folder is an Encoder; the file for X-ARES is given audio at its own rate."""
+    """The exported folder loads as an Encoder. The file for X-ARES expects audio at the encoder's rate."""
     kind, folder = tone
     clips = []
     encode_chunks = Encoder.encode_chunks
@@ -125,7 +126,7 @@ def test_embed_encoder_and_export(tone, tmp_path, run, monkeypatch):
     check(kind, clips)
 
 
-# --- one clip, whoever reads it -------------------------------------------------------------------------------------
+# --- one clip, read in every way ------------------------------------------------------------------------------------
 
 
 OTHERS = [
@@ -144,14 +145,14 @@ def other(container: str, subtype: str, _: str, rate: int, seed: int) -> bytes:
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Recordings of every format at several rates and channel counts, as files and as members of a tar."""
+    """A folder with recordings of every format at several rates and channel counts, as files and as tar members."""
     members = {f"{i}-{case[0]}-{case[1]}.{case[2]}": other(*case, seed=30 + i) for i, case in enumerate(OTHERS)}
     piped = bytearray(encode(noise(20_000, 20, channels=2), 44_100))
     piped[40:44] = (0x7FFFF000).to_bytes(4, "little")
     members["piped.wav"] = bytes(piped)
     members["tagged.flac"] = encode(noise(20_000, 21), 44_100, "flac") + b"TAG" + bytes(125)
     flac = encode(noise(20_000, 22), 44_100, "flac")
-    members["unknown.flac"] = flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]  # of how many samples
+    members["unknown.flac"] = flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]  # STREAMINFO states no length
     for i, kind in enumerate(FORMATS):
         for rate, channels in ((RATE, 1), (44_100, 2), (48_000, 1)):
             if kind != "opus" or rate == 48_000:
@@ -169,9 +170,9 @@ def lossless(index) -> list[bool]:
     return [not entry.format.startswith(("OGG", "MP3")) for entry in index.entries]
 
 
-@pytest.mark.parametrize("clip_samples", [CLIP, RATE])  # a segment of it, and more than all of it
+@pytest.mark.parametrize("clip_samples", [CLIP, RATE])  # shorter and longer than the recordings
 def test_decoders_give_the_same_samples(mixed, clip_samples):
-    """Bit for bit for lossless recordings; DALI has a Vorbis and an Opus decoder of its own build."""
+    """Lossless recordings agree bit for bit. DALI has its own builds of the Vorbis and Opus decoders."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     index = build_index(mixed / "files")
     tar = build_index(mixed / "set.tar")
@@ -188,9 +189,9 @@ def test_decoders_give_the_same_samples(mixed, clip_samples):
         assert torch.equal(once(tar, clip_samples=clip_samples, pad="zero", **options).pcm, clips["auto"])
 
 
-@pytest.mark.skipif(not _extension.AVAILABLE, reason="no extension: soxr resamples, and gives slices bits of their own")
+@pytest.mark.skipif(not _extension.AVAILABLE, reason="needs the extension: soxr rounds slices differently")
 def test_a_clip_is_a_slice_of_the_resampled_recording(mixed):
-    """Also where only a segment of the file is read: the filter sees what lies beside the clip."""
+    """This holds even when only a segment of the file is read: the filter also gets the samples around the clip."""
     index = build_index(mixed / "files")
     options = {"sample_rate": 16_000, "clip_samples": CLIP, "batch_size": 8, "seed": 3, "threads": 2}
     whole = {}
@@ -213,7 +214,7 @@ def test_shards_hold_what_the_loader_reads(mixed):
 
 
 LAPTOP = """
-import multiprocessing, os, subprocess, sys, types  # these look for the real modules
+import multiprocessing, os, subprocess, sys, types  # these need the real modules
 sys.modules.update(dict.fromkeys(["nvidia.dali", "resource", "fcntl"]))
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None)
 del os.sched_getaffinity, os.preadv, os.pread
@@ -228,7 +229,7 @@ sys.exit(pack.main([files, packed, "--rate", "16000"]))
 
 
 def test_a_laptop_reads_the_same_samples(mixed, tmp_path):
-    """Neither DALI nor what Windows lacks: everything imports, reads and packs."""
+    """Everything imports, reads and packs without DALI and without the modules and functions that Windows lacks."""
     environment = {**os.environ, "AJEPA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.path.dirname(__file__)}
     arguments = [str(mixed / "files"), str(tmp_path / "packed"), str(tmp_path / "pcm.pt")]
     subprocess.run([sys.executable, "-c", LAPTOP, *arguments], check=True, env=environment)

@@ -1,4 +1,4 @@
-"""From one seed, on real audio, the fused engine and plain PyTorch go through the same training."""
+"""From the same seed and on real audio, the fused engine and plain PyTorch give the same training curve."""
 
 import os
 from dataclasses import replace
@@ -14,13 +14,13 @@ from ajepa.training.corpus import open_corpus
 from ajepa.training.engine import Engine
 
 AUDIO = os.environ.get("AJEPA_TEST_AUDIO")
-needs_audio = pytest.mark.skipif(AUDIO is None, reason="AJEPA_TEST_AUDIO names no folder of real audio")
+needs_audio = pytest.mark.skipif(AUDIO is None, reason="AJEPA_TEST_AUDIO names no folder of recordings")
 TRAINED_ON, SCORED = "index=10,11,12,13,14,15,16,17,18,19", "index=0,1,2,3"
-BAND = 0.01  # relative difference of the losses of a step
+BAND = 0.01  # largest relative difference between the losses of a step
 
 
 def digits(size: str, batch: int, steps: int, **changes) -> Config:
-    """Spoken digits; the watch scores others, one speaker's by those of the rest."""
+    """A run on spoken digits. The watch scores other digits: one speaker's, by the digits of the other speakers."""
     meta, cfg = str(Path(str(AUDIO)) / "fsdd" / "meta.csv"), PRESETS["tiny"]
     return replace(
         cfg,
@@ -35,7 +35,7 @@ def digits(size: str, batch: int, steps: int, **changes) -> Config:
 
 
 def made(size: str, batch: int, steps: int, **changes) -> Config:
-    """The synthetic set, where there is no real audio."""
+    """A run on the synthetic data set, used when there is no real audio."""
     cfg = PRESETS["tiny"]
     return replace(
         cfg,
@@ -46,7 +46,7 @@ def made(size: str, batch: int, steps: int, **changes) -> Config:
 
 
 def train(cfg: Config, device: torch.device, nudge: float = 0.0) -> tuple[list[float], float]:
-    """Losses, and kNN accuracy of the EMA target encoder at the end. nudge: relative, of every weight at the start."""
+    """(losses, final kNN accuracy of the EMA target encoder). `nudge` is a relative change of the initial weights."""
     corpus, engine = open_corpus(cfg), Engine(cfg, device)
     with torch.no_grad():
         for p in engine.model.parameters():
@@ -66,7 +66,7 @@ def compare(cfg: Config, device: torch.device, band: float, points: float) -> No
     fused, fused_knn = train(cfg, device)
     plain, plain_knn = train(replace(cfg, impl="reference"), device)
     assert fused == pytest.approx(plain, rel=band)
-    assert fused[-1] < 0.95 * fused[0], "nothing was learnt"
+    assert fused[-1] < 0.95 * fused[0], "the loss did not fall"
     assert abs(fused_knn - plain_knn) <= points
 
 
@@ -77,15 +77,15 @@ def test_on_a_cpu(size, batch, steps):
 
 
 def apart(losses: list[float], others: list[float], window: int = 10) -> float:
-    """Largest relative difference of two curves, averaged over `window` steps."""
+    """Largest relative difference between two loss curves, each averaged over windows of `window` steps."""
     a, b = (torch.tensor(x[: len(x) // window * window]).view(-1, window).mean(1) for x in (losses, others))
     return (a / b - 1).abs().max().item()
 
 
 def compare_long(cfg: Config, device: torch.device) -> None:
-    """Over hundreds of steps a nudge of the last bit moves even plain PyTorch's curve by percents, once the loss leaves
-    its first plateau. So the fused engine must stay as near to plain float32 as plain PyTorch does in cfg's precision,
-    nudged (2 x: two nudges are a small sample), and follow it step by step up to there."""
+    """After the loss leaves its first plateau, a change in the last bit moves even plain PyTorch's curve by percents.
+    So the fused engine must follow plain float32 step by step only until then. Over the whole run it may be at most
+    twice as far from plain float32 as nudged plain PyTorch runs in cfg's precision (two nudges are a small sample)."""
     plain = replace(cfg, impl="reference")
     fused, fused_knn = train(cfg, device)
     exact, _ = train(replace(plain, precision="fp32"), device)
@@ -93,7 +93,7 @@ def compare_long(cfg: Config, device: torch.device) -> None:
     assert apart(fused, exact) <= max(0.03, 2 * max(apart(losses, exact) for losses, _ in nudged))
     start = cfg.optim.steps // 6
     assert fused[:start] == pytest.approx(exact[:start], rel=BAND)
-    assert fused[-1] < 0.95 * fused[0], "nothing was learnt"
+    assert fused[-1] < 0.95 * fused[0], "the loss did not fall"
     assert fused_knn >= min(knn for _, knn in nudged) - 0.03
 
 
@@ -107,7 +107,7 @@ def test_on_a_gpu(size, batch, precision):
 
 @needs_audio
 def test_rehearsal():
-    """The comparison as on a GPU, with so little data and so few steps that a CPU can take it."""
+    """The comparison of the GPU test, with little enough data and few enough steps for a CPU."""
     cfg = digits("tiny", 8, 12, precision="fp32")
     data = replace(cfg.data, where="speaker=george", clip_seconds=0.5)
     watch = replace(cfg.watch, eval_where="index=0,1", eval_test="speaker=theo")

@@ -1,4 +1,4 @@
-"""`offset` and `duration` of a manifest reach every command: each row is its own stretch of the recording."""
+"""Every command honours `offset` and `duration` of a manifest, so each row is its own segment of a recording."""
 
 import json
 
@@ -20,7 +20,7 @@ SECONDS, ROWS = 0.25, 12
 
 @pytest.fixture(params=["wav16", "flac", "mp3"])
 def manifest(request, tmp_path):
-    """Two recordings of noise and tone by turns, no two alike; every row names its own quarter of a second of one."""
+    """A manifest of two recordings that alternate between noise and tone. Every row is a different quarter second."""
     return make(tmp_path, request.param, RATE)
 
 
@@ -42,7 +42,7 @@ def make(folder, kind, rate):
 
 
 def whole(manifest) -> torch.Tensor:
-    """The recordings cut at the rows' bounds, `[rows, samples]`."""
+    """The whole recordings, cut at the bounds of the rows: `[rows, samples]`."""
     files = build_index(manifest.parent, cache_dir=manifest.parent / "other")
     clips = once(files.subset([1, 0]), clip_samples=int(ROWS * SECONDS * RATE), pad="zero").pcm  # train, test
     return clips.view(2 * ROWS, -1)
@@ -64,7 +64,7 @@ def test_rows_are_read(manifest):
 
 
 def test_rows_of_another_rate_are_resampled_alone(tmp_path):
-    """A row is a recording of its own: nothing of its neighbours rings into it."""
+    """A row is resampled as a recording of its own, so its neighbours do not ring into it."""
     index = build_index(make(tmp_path, "flac", 44_100))
     clips = once(index, clip_samples=int(SECONDS * RATE), pad="zero").pcm
     samples = np.concatenate([noise(11025, i) for i in range(2)])
@@ -84,7 +84,7 @@ def test_pack_keeps_rows(manifest, tmp_path):
 
 
 def test_commands_take_rows(manifest, tmp_path, run, capsys):
-    """Tone and noise of one file are told apart; a command that took whole files could not."""
+    """The commands distinguish tone and noise within one file, which a command that reads whole files could not."""
     small = [*SMALL, "--clip-seconds", str(SECONDS), "--n-frames", "8", "--steps", "2", "--warmup-steps", "1"]
     options = ["--data", str(manifest), "--where", "split=train", "--compare-steps", "0"]
     assert train.main([*options, "--out", str(tmp_path / "run"), *small]) == 0

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def loader():
-    """A loader of the options above, closed after the test."""
+    """Makes a loader with OPTIONS, which is closed after the test."""
     opened = []
 
     def make(index, kind=AudioLoader, **options):
@@ -47,7 +47,7 @@ def pack(source, target: Path, *options, rate: int = RATE) -> Path:
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:
-    """Flips a bit, and leaves size and time as they were."""
+    """Flip one bit of a file and keep its size and time."""
     times = path.stat().st_mtime_ns
     with open(path, "r+b") as file:
         file.seek(position)
@@ -59,7 +59,7 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 
 @pytest.fixture
 def mixed(tmp_path) -> Path:
-    """Lossless files of many lengths at the rate, in two folders."""
+    """A folder of lossless files of many lengths at RATE, in two classes."""
     for i, frames in enumerate((1, 900, 1599, 1600, 1601, 3200, 3201, 9000, 40_000, 100_001)):
         kind = ("wav16", "flac")[i % 2]
         write(tmp_path / "files" / "ab"[i // 5] / f"{i}{FORMATS[kind][2]}", noise(frames, i), RATE, kind)
@@ -85,7 +85,7 @@ def test_folders_tars_and_shards_yield_the_same_batches(tmp_path, mixed, loader,
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_packs_to_what_the_loader_decodes(tmp_path, kind):
-    """At another rate, too: clips that need no cutting go through the same resampler."""
+    """This includes other sample rates: clips that need no cropping go through the same resampler."""
     for i, rate in enumerate((RATE, 44100, 8000)):
         write(tmp_path / "files" / f"{i}{FORMATS[kind][2]}", noise(rate // 10, i, channels=1 + i % 2), 48000 if
               kind == "opus" else rate, kind)  # fmt: skip
@@ -130,7 +130,7 @@ def test_resume_in_mid_epoch_is_exact(tmp_path, loader, cut, codec):
 
 
 def test_every_bit_of_a_shard_is_guarded(tmp_path):
-    """Flips all over the file: each is refused on opening, or in the one clip that it is in."""
+    """Any flipped bit is noticed when the shard is opened, or when the clip that contains it is read."""
     write_set(tmp_path / "files", 3, frames=700)
     path = pack(tmp_path / "files", tmp_path / "packed") / "000000000.shard"
     end = HEADER_SIZE + Shard(str(path)).header.payload
@@ -163,7 +163,7 @@ def test_a_shard_cut_short_anywhere_is_refused(tmp_path):
 
 
 def forge(path: Path, **fields: int) -> None:
-    """Other values in the header, under a right checksum."""
+    """Write other values into the header, with a valid checksum."""
     data = bytearray(path.read_bytes())
     head = shards.Header(*shards.HEADER.unpack_from(data))._replace(**fields).pack()
     path.write_bytes(head + data[HEADER_SIZE:])
@@ -202,7 +202,7 @@ def test_forged_records_are_refused(tmp_path, field, value):
 
 
 @pytest.mark.parametrize("codec", ["pcm", "flac"])
-@pytest.mark.parametrize("frames", [1600, 90_000])  # read whole, and cropped from the middle
+@pytest.mark.parametrize("frames", [1600, 90_000])  # clips that are read whole and clips that are cropped
 def test_a_damaged_clip_is_named_and_replaced(tmp_path, loader, codec, frames):
     for i in range(6):
         write(tmp_path / "files" / f"{i}.wav", noise(frames, i))
@@ -242,7 +242,7 @@ def test_a_shard_cut_short_while_in_use_kills_nothing(tmp_path, loader):
     batches = loader(index, prefetch=1)
     next(batches)
     os.truncate(index.entries[0].path, index.entries[1].offset)
-    later = take(batches, 9)  # a few of the first were read ahead
+    later = take(batches, 9)  # a few batches were read before the cut
     assert {row for batch in later[-4:] for row in batch.items.tolist()} == {0}
     assert [reason for _, reason in batches.skipped if "truncated: 0 of" in reason and "--verify" in reason]
     assert len(batches.skipped) == 3
@@ -281,7 +281,7 @@ def test_shards_of_two_packings_do_not_mix(tmp_path):
 
 
 def version_1(path: Path) -> None:
-    """Rewrites a shard's header as the version before wrote it."""
+    """Rewrite a shard's header as the previous version wrote it."""
     data = bytearray(path.read_bytes())
     header = Header(*HEADER.unpack_from(data))._replace(version=1)
     data[:HEADER_SIZE] = header.pack()
@@ -310,7 +310,7 @@ def test_shards_that_an_earlier_version_packed_at_their_own_rate_are_read(tmp_pa
 
 
 def test_crc_is_zlib_s(tmp_path):
-    """The file format does not depend on which library counts."""
+    """The checksums in the file format are those of zlib, whichever library computes them."""
     data = np.random.default_rng(0).bytes(3 * BLOCK + 5)
     assert shards.block_crcs(data) == [zlib.crc32(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)]
     write_set(tmp_path / "files", 1)
@@ -325,7 +325,7 @@ def test_batch_memory_is_used_again_only_when_nothing_refers_to_it():
     address, view = first.data_ptr(), first[1]
     del first
     second = buffers.take(2, 8)
-    assert second.data_ptr() != address  # the view is still there
+    assert second.data_ptr() != address  # the view still uses the first memory
     del view
     assert buffers.take(2, 8).data_ptr() == address
     held = second.numpy()
@@ -336,7 +336,8 @@ def test_batch_memory_is_used_again_only_when_nothing_refers_to_it():
 
 
 def test_two_million_clips_take_little_memory():
-    """Bytes of the index a clip, beside its name; two million with names of 60 bytes stay under 400 MB."""
+    """The index needs less than 110 bytes per clip plus its name, so two million clips with 60-byte names stay under
+    400 MB."""
     count = 20_000
     paths = [f"/data/audioset/unbalanced/part-{i // 1000:04d}/{i:016x}.wav" for i in range(count)]
     entries = ajepa.data.index.Entries.of(
@@ -361,7 +362,7 @@ def test_resident_batches_are_the_loader_s(tmp_path, mixed, loader, options):
         resident = loader(index, ResidentLoader, device=CPU, **options)
         assert_same(take(resident, 4), wanted[:4])
         state = json.loads(json.dumps(resident.state_dict()))
-        assert_same(take(loader(index, state=state, **options), 5), wanted[4:])  # on from the other loader's state
+        assert_same(take(loader(index, state=state, **options), 5), wanted[4:])  # from the other's state
         assert_same(take(loader(index, ResidentLoader, device=CPU, state=state, **options), 5), wanted[4:])
 
 
@@ -396,7 +397,7 @@ def test_resident_resamples_whole_recordings(tmp_path, loader):
 
 
 def test_training_from_shards_is_training_from_files(tones, tmp_path, small_run, capsys):
-    """Weights bit for bit, from shards and from resident PCM."""
+    """Training from files, from shards and from resident PCM gives the same weights bit for bit."""
     packed = pack(tones, tmp_path / "packed")
     files = pack_to_files(packed, tmp_path / "same")
     options = small_run[0][4:] + ["--steps", "2", "--warmup-steps", "1", "--compare-steps", "0", "--eval-clips", "8"]
@@ -411,7 +412,7 @@ def test_training_from_shards_is_training_from_files(tones, tmp_path, small_run,
 
 
 def pack_to_files(packed: Path, target: Path) -> Path:
-    """The shards' clips as WAV files, in the same order and classes."""
+    """Write the shards' clips as WAV files, in the same order and classes."""
     index = build_index(packed)
     shard = Shard(index.entries[0].path)
     for clip, entry in enumerate(index.entries):

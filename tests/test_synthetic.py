@@ -49,7 +49,7 @@ def test_reused_while_whole_and_made_anew_when_damaged(tmp_path, monkeypatch):
         assert make_synthetic(tmp_path, **SMALL) == manifest
         assert {path: path.read_bytes() for path in manifest.parent.rglob("*.*")} == wanted
     assert len(calls) == 4
-    assert [path.name for path in tmp_path.iterdir()] == [manifest.parent.name]  # nothing left aside
+    assert [path.name for path in tmp_path.iterdir()] == [manifest.parent.name]  # no other folder is left
 
 
 def test_other_arguments_make_another_set(tmp_path):
@@ -75,7 +75,7 @@ def test_arguments_out_of_range_are_named(tmp_path, option):
 
 
 def test_the_average_spectrum_does_not_give_the_class_away(tmp_path):
-    """A pooled log spectrum's nearest neighbours do far better than chance, and far from well."""
+    """Nearest neighbours of the pooled log spectrum score far better than chance, but far from perfectly."""
     index = build_index(make_synthetic(tmp_path, n_clips=30 * len(CLASSES)), cache_dir=tmp_path / "cache")
     pooled, labels = [], []
     for batch in iterate_once(index, sample_rate=16000, clip_samples=32000, batch_size=64):

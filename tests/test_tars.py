@@ -1,4 +1,4 @@
-"""Webdataset tars: links, appended tars, damage, and the labels beside the recordings."""
+"""WebDataset tars: links, appended tars, damage, and labels stored beside the recordings."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def classes(index) -> list[str | None]:
 def test_links_stand_for_the_member_they_name(tmp_path):
     path = build(
         tmp_path / "set.tar",
-        special("early.wav", tarfile.SYMTYPE, "a/data.wav"),  # names a member that comes later
+        special("early.wav", tarfile.SYMTYPE, "a/data.wav"),  # the target is a later member
         ("a/data.wav", clip(1)),
         ("a/data.cls", b"dog"),
         special("b/hard.wav", tarfile.LNKTYPE, "a/data.wav"),
@@ -107,7 +107,7 @@ def test_long_names_and_other_alphabets(tmp_path, kind):
     assert members(index) == {names[0]: 100, names[1]: 101}
 
 
-def test_damage_behind_whole_members_is_told(tmp_path):
+def test_damage_after_intact_members_is_reported(tmp_path):
     data = bytearray(build(tmp_path / "s.tar", *((f"{i}.wav", clip(i)) for i in range(4))).read_bytes())
     whole = bytes(data)
     third = data.index(b"2.wav")
@@ -117,7 +117,7 @@ def test_damage_behind_whole_members_is_told(tmp_path):
         index = build_index(tmp_path / "s.tar")
         assert list(members(index))[:2] == ["0.wav", "1.wav"]
         assert "what follows is not read" in skipped(index)["s.tar"]
-    (tmp_path / "s.tar").write_bytes(whole.rstrip(b"\0") + bytes(700))  # a whole tar without its padding
+    (tmp_path / "s.tar").write_bytes(whole.rstrip(b"\0") + bytes(700))  # an intact tar without its padding
     assert not build_index(tmp_path / "s.tar").skipped
 
 
@@ -147,7 +147,7 @@ def test_labels_beside_recordings(tmp_path):
     assert not index.warnings
 
 
-def test_labels_that_cannot_be_read_are_told(tmp_path, capsys):
+def test_labels_that_cannot_be_read_are_reported(tmp_path, capsys):
     notes = {
         "0.json": b"{" + b" " * (2 << 20) + b"}",
         "1.json": b"[1]",

@@ -1,5 +1,6 @@
-// cuBLASLt's interface, as far as csrc/cublaslt.h declares it, computing on the host from what its descriptors say:
-// column-major matrices, D = op(A) op(B), and the three GELU epilogues. Refuses what the real one documents as refused.
+// The part of cuBLASLt's interface that csrc/cublaslt.h declares, computed on the host as the descriptors ask:
+// column-major matrices, D = op(A) op(B), and the three GELU epilogues. It refuses the arguments that the real library
+// documents as invalid.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

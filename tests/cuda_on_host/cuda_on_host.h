@@ -1,6 +1,6 @@
-// Runs unmodified CUDA kernel source on the CPU: one fiber a CUDA thread, blocks one after another. A fiber runs until it
-// reaches a barrier or a warp operation, so those must be reached by all threads alike (no divergent barriers), which
-// this checks. Deliberately small: what the kernels of csrc/ use, no more.
+// Runs unmodified CUDA kernel source on the CPU, with one fiber per CUDA thread and one block after another. A fiber
+// runs until it reaches a barrier or a warp operation. All threads must reach the same barriers and warp operations,
+// and launch() aborts if they do not. The header is deliberately small: it covers only what the kernels of csrc/ use.
 #pragma once
 #define AJEPA_CUDA_ON_HOST
 #include <ucontext.h>
@@ -78,7 +78,7 @@ void launch(dim3 grid, unsigned threads, size_t shared, F kernel) {
   dynamic_shared.reset(std::aligned_alloc(64, bytes));
   for (block_index.y = 0; block_index.y < grid.y; ++block_index.y)
     for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) {
-      std::memset(dynamic_shared.get(), 0xff, bytes);  // NaN: what is read must have been written
+      std::memset(dynamic_shared.get(), 0xff, bytes);  // NaN, so that a read before the first write shows
       for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
         if (!fiber.stack) fiber.stack.reset(new char[kStack]);
@@ -113,7 +113,7 @@ T value(uint64_t w) {
   return v;
 }
 template <class T, class F>
-T reduce(T mine, F merge) {  // over the warp
+T reduce(T mine, F merge) {  // reduces over the warp
   const unsigned me = current->thread.x, first = me / 32 * 32, last = std::min(first + 32, block_size.x);
   lanes[me] = word(mine);
   barrier();

@@ -1,4 +1,4 @@
-// The CUDA log-mel kernels, launched as csrc/log_mel.cu does, but on the CPU. Called through ctypes.
+// Launches the CUDA log-mel kernels on the CPU as csrc/log_mel.cu does on a GPU. Tests call it through ctypes.
 #include "cuda_on_host.h"
 
 #include "log_mel_kernel.cuh"

@@ -1,4 +1,4 @@
-// The CUDA resampling kernels, launched as csrc/resample.cu does, but on the CPU. Called through ctypes.
+// Launches the CUDA resampling kernels on the CPU as csrc/resample.cu does on a GPU. Tests call it through ctypes.
 #include "cuda_on_host.h"
 
 #include "resample_kernel.cuh"
