@@ -49,7 +49,9 @@ def benches(*names: str) -> tuple[str, ...]:
 
 
 def tests(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{name}.py" for name in names)
+    """The files of these tests; `tests/` mirrors the folders of the code."""
+    paths = {path.stem: path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    return tuple(paths[f"test_{name}"] for name in names)
 
 
 # The parts are in the order of their importance. The expected and the longest seconds are those of an H200.

@@ -1,6 +1,6 @@
 // The part of cuBLASLt's C interface that gelu_product.cpp calls, resolved in the library that torch has loaded. It is
 // declared here because CPU builds of torch and most CUDA toolkits do not contain the header. The numbers are those of
-// cuBLASLt 12 and 13; tests/test_gelu_mlp.py compares them with the header if it finds one.
+// cuBLASLt 12 and 13; tests/kernels/test_gelu_mlp.py compares them with the header if it finds one.
 #pragma once
 #include <dlfcn.h>
 

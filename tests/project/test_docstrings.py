@@ -18,7 +18,7 @@ from oracle import DEVICE
 import ajepa
 import ajepa_kernels
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HEADING = re.compile(r"^( *)Examples?::?\n", re.MULTILINE)
 SHAPE = re.compile(r"# [^\[]*\[(\d+(?:, \d+)*)\]")  # such as "# [101, 12, 64]"
 

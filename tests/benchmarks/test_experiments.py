@@ -9,7 +9,7 @@ import pytest
 
 from ajepa import config
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FEATURES = ("pooled log-mel", "untrained", "pretrained")
 
 

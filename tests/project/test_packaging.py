@@ -18,7 +18,7 @@ import pytest
 import ajepa
 from ajepa import __main__ as listing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILT = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__", "build")
 # What the trainer needs beside torch; `ajepa_kernels` must do without each of them.
 TRAINER = [
@@ -42,7 +42,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def build_wheel(folder: Path, out: Path) -> Path:
-    """Build a wheel of the Python modules alone: tests/test_build.py tests the build of the extension."""
+    """Build a wheel of the Python modules alone: tests/project/test_build.py tests the build of the extension."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, folder],
         check=True,

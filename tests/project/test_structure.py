@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "probe", "finetune", "embed", "export", "convert", "pack", "doctor")
 ORDER = ("utils", "config", "data", "model", "evaluation", "training", "commands")
 MAY_READ = {"encoder": ("utils", "config", "model")}  # for everything else, all that stands before it in ORDER

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import DEVICE
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name):

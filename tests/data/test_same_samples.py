@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,7 +231,7 @@ sys.exit(pack.main([files, packed, "--rate", "16000"]))
 
 def test_a_laptop_reads_the_same_samples(mixed, tmp_path):
     """Everything imports, reads and packs without DALI and without the modules and functions that Windows lacks."""
-    environment = {**os.environ, "AJEPA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "AJEPA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[1])}
     arguments = [str(mixed / "files"), str(tmp_path / "packed"), str(tmp_path / "pcm.pt")]
     subprocess.run([sys.executable, "-c", LAPTOP, *arguments], check=True, env=environment)
     wanted = once(build_index(mixed / "files"), clip_samples=RATE, pad="zero", decoder="soundfile").pcm

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import budget
 import gpu
 from budget import Part
 from journal import Journal
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(
     bool(os.environ.get("AJEPA_JOURNAL")), reason="these tests start gpu.py, which started this run"
 )
@@ -222,7 +222,7 @@ def program(tmp_path):
     (tmp_path / "conftest.py").write_text("from missing import *\n")
     (tmp_path / "stand-ins").mkdir()
     (tmp_path / "stand-ins" / "torch.py").write_text(TORCH)
-    path = os.pathsep.join([str(tmp_path / "stand-ins"), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(tmp_path / "stand-ins"), str(Path(__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "AJEPA_COMMIT": "abc1234"}
 
     def start(sources: dict[str, str], *arguments: str, limit: float = 20.0, most_bytes: int | None = None):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARY = "kernels/ajepa_kernels/_C.abi3.so"
 SOURCES = {path.name for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")}
 # Creates the file that it is asked to compile or link, and logs its command line to $LOG. It fails if $BROKEN occurs in

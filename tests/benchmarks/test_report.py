@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_device
 import records
 import report
 import result_files
 from sources import fingerprint
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def timed(benchmark="op", shape="64 rows", variant="ajepa op", **more):
@@ -320,7 +320,7 @@ def test_a_failed_check_leaves_no_record(tmp_path, monkeypatch):
     for name in ("conftest.py", "records.py", "result_files.py", "sources.py"):
         shutil.copy(BENCHMARKS / name, tmp_path / name)
     (tmp_path / "bench_op.py").write_text(BENCHMARK)
-    ini = f"[pytest]\npython_files = bench_*.py\npythonpath = . {Path(__file__).parent}\n"
+    ini = f"[pytest]\npython_files = bench_*.py\npythonpath = . {Path(__file__).parents[1]}\n"
     (tmp_path / "pytest.ini").write_text(ini)
     monkeypatch.setattr(records, "ceilings", dict)
     path = tmp_path / records.results_path().name

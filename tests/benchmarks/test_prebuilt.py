@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import prebuilt
 
 from ajepa_kernels._triton import INTERPRET, triton
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = ["extension", "wheels", "triton"]
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
 

@@ -14,7 +14,7 @@ from oracle import DEVICE, assert_as_good, poison  # noqa: F401
 import ajepa_kernels.mlp as module
 from ajepa_kernels import gelu_mlp, gelu_mlp_reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "c++").split()[0]
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2")
 # cuBLASLt has no float32 epilogue, and bfloat16 products are slow on a CPU.

@@ -16,7 +16,7 @@ pytest.importorskip("tyro", reason="tyro is not installed: the commands cannot b
 
 from ajepa import config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MORE_PAGES = [path for folder in ("csrc", "kernels") if (path := ROOT / folder / "README.md").exists()]

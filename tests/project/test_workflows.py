@@ -11,7 +11,7 @@ import ajepa
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed, and the workflows are YAML")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
 PROJECTS = [(ROOT / folder / "pyproject.toml").read_text() for folder in (".", "kernels")]
 
