@@ -4,21 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure  # not pyplot, whose backend belongs to the caller, such as a notebook
 
 from ajepa.model.masks import Masks
 from ajepa_kernels import LogMelSpec
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.colors import ListedColormap
-
 
 def plot_curves(records: list[dict[str, Any]], baselines: dict[str, float | None], path: Path) -> None:
     """Loss, variance of targets and predictions, effective rank and kNN accuracy over the steps."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
 
     def draw(axis, key: str, label: str, **style) -> None:
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
@@ -43,7 +42,6 @@ def plot_curves(records: list[dict[str, Any]], baselines: dict[str, float | None
     for axis in axes[1]:
         axis.set_xlabel("step")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: Path) -> None:
@@ -59,7 +57,8 @@ def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: P
 
     low, high = image.float().quantile(torch.tensor([0.01, 0.99])).tolist()  # zero padding must not set the scale
     panels = (("log-mel", None), ("visible to the context encoder", masks.context), ("to be predicted", masks.target))
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 7.5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True)
     seconds = image.shape[1] * spec.hop_length / spec.sample_rate
     extent = (0, seconds, 0, spec.n_mels)
     for axis, (title, index) in zip(axes, panels, strict=True):
@@ -74,7 +73,6 @@ def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: P
         axis.set_ylabel("mel band")
     axes[-1].set_xlabel("seconds")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_confusion(counts: np.ndarray, classes: list[str], title: str, path: Path) -> None:
@@ -82,7 +80,8 @@ def plot_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     n = len(classes)
     size = 4 + min(n, 100) * 0.22
-    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axis = figure.subplots()
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     axis.set(title=title, xlabel="predicted", ylabel="true")
@@ -95,7 +94,6 @@ def plot_confusion(counts: np.ndarray, classes: list[str], title: str, path: Pat
                 color = "white" if value > 0.5 else "black"
                 axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=color)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_embeddings(
@@ -110,11 +108,10 @@ def plot_embeddings(
     points = (points - points.mean(0)) / (points.std(0) + 1e-9)
     pca = PCA(min(50, *points.shape), random_state=0).fit(points)
     reduced = pca.transform(points)
-    figure, axes = plt.subplots(
-        1, len(methods), figsize=(6 * len(methods) + 2, 5.5), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(6 * len(methods) + 2, 5.5), layout="constrained")
+    axes = figure.subplots(1, len(methods), squeeze=False)
     used = np.unique(class_of)
-    colors = plt.get_cmap("tab20" if len(used) > 10 else "tab10") if len(used) <= 20 else plt.get_cmap("hsv")
+    colors = colormaps["hsv" if len(used) > 20 else "tab20" if len(used) > 10 else "tab10"]
     color = {c: colors(i if len(used) <= 20 else i / len(used)) for i, c in enumerate(used)}
     for axis, method in zip(axes[0], methods, strict=True):
         if method == "pca":
@@ -130,4 +127,3 @@ def plot_embeddings(
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=7, ncols=-(-len(names) // 26), markerscale=2)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -52,7 +52,10 @@ class RunLog:
         self.board = None if quiet else SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        # In a notebook rich would write HTML, and would take the notebook for a terminal.
+        self.console = Console(
+            highlight=False, soft_wrap=True, quiet=quiet, force_terminal=sys.stdout.isatty(), force_jupyter=False
+        )
         self.progress = Progress(
             TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
