@@ -224,7 +224,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
     tuner = Tuner(args, cfg, len(task.classes), steps)
     if args.init == "pretrained":
         load_weights(tuner.model.encoder, weights, file)
-    state, damaged = load_latest(folder / "checkpoints", tuner)  # type: ignore[arg-type]
+    state, damaged = load_latest(folder / "checkpoints", tuner)
     for message in damaged:
         print(f"warning: {message}; using the one before", file=sys.stderr)
     options = {**clip_options(cfg), "decoder": args.decoder, "batch_size": args.batch_size, "seed": args.seed}
@@ -240,7 +240,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
 
     def save() -> None:
         extra = {"loader": loader.state_dict(), "history": history}
-        save_checkpoint(folder / "checkpoints", step, tuner, extra, args.keep)  # type: ignore[arg-type]
+        save_checkpoint(folder / "checkpoints", step, tuner, extra, args.keep)
 
     with contextlib.closing(loader), catch_signals() as stop:
         losses: list[torch.Tensor] = []
