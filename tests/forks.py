@@ -34,7 +34,7 @@ class Forks:
     def start(self, argv: list[str], log: Path, call: str = "ajepa.train:main", **environment: str) -> int:
         """Start `call(argv)`, with `call` as "module:function" and the output in `log`, and return the process id."""
         environment["AJEPA_CACHE"] = os.environ["AJEPA_CACHE"]
-        return self._ask(argv=argv, log=str(log), call=call, environment=environment)
+        return self._ask(argv=argv, log=str(log), call=call, environment=environment, path=sys.path)
 
     def wait(self, pid: int, seconds: float = 120) -> int:
         """Return the exit status (negative for a signal). After `seconds`, kill the process and raise TimeoutError."""
@@ -80,6 +80,7 @@ def _serve() -> None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ.update(request["environment"])
+            sys.path[:] = request["path"]  # pytest adds the folder of the test that calls
             torch.set_num_threads(1)
             status = 1
             try:
