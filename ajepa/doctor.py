@@ -22,7 +22,7 @@ from ajepa.utils.version import VERSION
 
 REQUIRED = ("torch", "numpy", "soundfile", "safetensors", "tyro", "pydantic", "rich", "tensorboard", "matplotlib")
 LINUX = ("triton", "nvidia-dali-cuda130")
-REFERENCE = ("torchaudio",)
+OPTIONAL = ("torchaudio",)
 VARIABLES = r"AJEPA_|TRITON_|TORCH_|CUDA_|NCCL_|OMP_|MKL_|WORLD_SIZE|RANK|LOCAL_RANK|SLURM_JOB_ID"
 Line = tuple[str, str]  # name and finding
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative RMS error against the plain definition, in float32 and bfloat16
@@ -38,12 +38,15 @@ def versions() -> Iterator[Line]:
     yield "python", f"{platform.python_version()} ({sys.executable})"
     yield "platform", f"{platform.platform()}, libc {' '.join(platform.libc_ver())}"
     missing = []
-    for name in ("ajepa", *REQUIRED, *(LINUX if sys.platform == "linux" else ()), *REFERENCE):
+    for name in ("ajepa", *REQUIRED, *(LINUX if sys.platform == "linux" else ()), *OPTIONAL):
         try:
             yield name, version(name)
         except PackageNotFoundError:
-            yield name, "run from its folder, not installed" if name == "ajepa" else "MISSING"
-            missing += [] if name == "ajepa" else [name]
+            if name in OPTIONAL:
+                yield name, "not installed, optional"
+            else:
+                yield name, "run from its folder, not installed" if name == "ajepa" else "MISSING"
+                missing += [] if name == "ajepa" else [name]
     if missing:
         raise ProblemError(f"not installed: {', '.join(missing)}; run pip install -e . in the repository")
 
@@ -51,17 +54,29 @@ def versions() -> Iterator[Line]:
 def imports() -> Iterator[Line]:
     """Import packages that may be installed but fail to load."""
     broken = []
-    for name in ("soundfile", *(("nvidia.dali",) if sys.platform == "linux" else ()), "ajepa.model._torchaudio"):
+    for name in ("soundfile", *(("nvidia.dali",) if sys.platform == "linux" else ())):
         try:
             module = importlib.import_module(name)
-            if name.endswith("_torchaudio"):
-                module.import_torchaudio()
             yield name, f"loads{f', libsndfile {module.__libsndfile_version__}' if name == 'soundfile' else ''}"
         except Exception as error:
             yield name, f"DOES NOT LOAD: {one_line(error)}"
             broken.append(f"{name} ({one_line(error)})")
+    yield "torchaudio", torchaudio()
     if broken:
         raise ProblemError(f"does not load: {'; '.join(broken)}")
+
+
+def torchaudio() -> str:
+    """Whether torchaudio loads. It is optional, so its absence is no problem."""
+    from ajepa.model._torchaudio import import_torchaudio
+
+    instead = "the plain engine uses the plain definition of log_mel"
+    try:
+        import_torchaudio()
+    except Exception as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "torchaudio"
+        return f"not installed: {instead}" if absent else f"does not match torch ({one_line(error)}): {instead}"
+    return "loads"
 
 
 def machine() -> Iterator[Line]:

@@ -38,6 +38,7 @@ from ajepa.data.index import Index, build_index
 from ajepa.data.loader import AudioLoader
 from ajepa.data.resident import ResidentLoader
 from ajepa.data.shards import SUFFIX, Clip, ShardWriter, block_crcs
+from ajepa.model._torchaudio import import_torchaudio
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.masks import MaskSampler
 from ajepa.training.engine import Engine, StepResult
@@ -94,6 +95,7 @@ class Patches(torch.utils.data.Dataset):
     """Turns a recording into log-mel patches, in a worker of torch's DataLoader."""
 
     def __init__(self, paths: list[str]):
+        import_torchaudio()  # without torchaudio this would not be the published pipeline
         self.paths, self.front_end = paths, FrontEnd(CFG.front_end, "torchaudio")
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Launch configurations of each GPU, looked up by its model name ("H200") first, then by its compute capability.
 
 The entries under `sm_80`, `sm_90`, ... and `any` were chosen from the registers, spills and shared memory that the
-compiler reports, with triton 3.7 and 3.8. They are not timed; tests/test_aot.py checks these reports. The entries under
+compiler reports, with triton 3.7 and 3.8. They are not timed; tests/kernels/test_aot.py checks these reports. The entries under
 a model name were timed on that GPU: `python benchmarks/tune.py` measures candidates on the GPU that it finds and
 rewrites that part of this file.
 """
@@ -91,6 +91,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 72),
         ("attention_fwd", 16, 128, 128): Tiles(128, 128, 8, 1, 128),
         ("attention_fwd", 16, 128, 64): Tiles(128, 128, 4),
+        ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 128),
         ("attention_bwd", 16, 32, 32): Tiles(32, 32, 2, 1, 80),
         ("attention_bwd", 16, 64, 64): Tiles(64, 64, 4, 1, 120),
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),

@@ -14,7 +14,7 @@ pytest.importorskip("soxr", reason="soxr is not installed")
 
 from ajepa import convert
 from ajepa.encoder import Encoder
-from ajepa.model.frontend import torchaudio_patches
+from ajepa.model.frontend import FrontEnd
 from ajepa_kernels import LOG_MEL_PRESETS
 
 WIDTH, DEPTH, HEADS = 128, 4, 4  # the sizes of --size tiny; the published encoder is a ViT-B
@@ -54,7 +54,7 @@ def theirs(prefix: str, seed: int, flash: bool = False, bias: bool = True) -> di
 
 def forward(w: dict[str, torch.Tensor], audio: torch.Tensor) -> torch.Tensor:
     """The authors' encoder: image [B, 1, frames, mels] -> convolution -> pre-LN blocks -> mean over frequency."""
-    patches = torchaudio_patches(audio, None, SPEC).view(-1, ROWS, COLUMNS, 16, 16)
+    patches = FrontEnd(SPEC, "torchaudio")(audio).view(-1, ROWS, COLUMNS, 16, 16)
     image = patches.permute(0, 2, 4, 1, 3).reshape(-1, 1, 16 * COLUMNS, 16 * ROWS)
     x = F.conv2d(image, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).flatten(2).transpose(1, 2)
     x = x + w["pos_embed"]

@@ -12,7 +12,7 @@ from ajepa_kernels import _tuned
 from ajepa_kernels._triton import record_launches, triton
 from ajepa_kernels._tuned import LONG, Rows, Tiles, tuned
 
-TUNE = Path(__file__).parent.parent / "benchmarks" / "tune.py"
+TUNE = Path(__file__).parents[2] / "benchmarks" / "tune.py"
 
 
 @pytest.fixture
