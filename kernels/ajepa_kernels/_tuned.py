@@ -1,9 +1,9 @@
 """Launch configurations of each GPU, looked up by its model name ("H200") first, then by its compute capability.
 
 The entries under `sm_80`, `sm_90`, ... and `any` were chosen from the registers, spills and shared memory that the
-compiler reports, with triton 3.7 and 3.8. They are not timed; tests/kernels/test_aot.py checks these reports. The entries under
-a model name were timed on that GPU: `python benchmarks/tune.py` measures candidates on the GPU that it finds and
-rewrites that part of this file.
+compiler reports, with triton 3.7 and 3.8. They are not timed; tests/kernels/test_aot.py checks these reports. The
+entries under a model name were timed on that GPU: `python benchmarks/tune.py` measures candidates on the GPU that it
+finds and rewrites that part of this file.
 """
 
 from __future__ import annotations
