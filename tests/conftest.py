@@ -12,7 +12,7 @@ from forks import Forks
 if os.environ.get("AJEPA_TEST_MISSING") == "skip":
     from missing import *  # noqa: F403
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def test_packed(lengths, head_dim, dtype, impl):
     ("arch", "head_dim", "lengths", "forward", "backward"),
     [
         (80, 64, [70, 0, 128, 1], 64, 32), (80, 128, [70, 0, 128, 1], 64, 16), (80, 64, [65, 96, 3], 32, 32),
-        (90, 64, [65, 0, 96, 33], 64, 32), (90, 64, [97, 5], 128, 128), (100, 64, [90, 128], 128, 64),
+        (90, 64, [65, 0, 96, 33], 64, 32), (90, 64, [97, 5], 128, 128), (100, 64, [90, 128], 128, 128),
     ],
 )  # fmt: skip
 def test_tiles_of_queries(arch, head_dim, lengths, forward, backward, monkeypatch):
