@@ -8,10 +8,10 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 train: install  ## train the embedded default to its end; a second call finds it finished
 	$(BIN)/python -m ajepa.train --out runs/tiny --resume
 
-# Each file of tests runs in one of TEST_WORKERS processes.
+# TEST_WORKERS processes share the tests. One that has finished its part takes tests from another.
 TEST_WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 # pip before 26.2 applies PIP_CONSTRAINT in its build environment as well; from 26.2 on, PIP_BUILD_CONSTRAINT does.
 CONSTRAINTS ?= constraints.txt

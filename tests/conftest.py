@@ -3,6 +3,8 @@ from pathlib import Path
 
 # Set before torch is loaded: on a busy machine, threads that spin while waiting take the cores from working threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, and its runs in other processes must have as many
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from forks import Forks
 if os.environ.get("AJEPA_TEST_MISSING") == "skip":
     from missing import *  # noqa: F403
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
