@@ -242,7 +242,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
         extra = {"loader": loader.state_dict(), "history": history}
         save_checkpoint(folder / "checkpoints", step, tuner, extra, args.keep)
 
-    with contextlib.closing(loader), catch_signals() as stop:
+    with catch_signals() as stop, contextlib.closing(loader):
         losses: list[torch.Tensor] = []
         tick = time.perf_counter()
         while step < steps and not stop:

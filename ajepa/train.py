@@ -60,7 +60,7 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
 
     step = start
     profile = StepProfile(folder, cfg.step.profile if ranks.is_first else 0, device, log.say)
-    with closing(log, loader, profile), catch_signals() as stop:
+    with catch_signals() as stop, closing(log, loader, profile):  # a signal must not cut the closing short
         while step < cfg.optim.steps and not ranks.stopping(stop):
             tick = time.perf_counter()
             pcm, lengths = to_device(next(loader), device)

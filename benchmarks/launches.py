@@ -122,7 +122,8 @@ def _remembered() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     """Record what Triton hashes, by the hash: keys of kernels without Triton's own key, and sources of C modules."""
     keys: dict[str, str] = {}
     sources: dict[str, str] = {}
-    get_cache_key, compile_module = compiler.get_cache_key, nvidia.compile_module_from_src
+    get_cache_key = compiler.get_cache_key
+    compile_module = getattr(nvidia, "compile_module_from_src", None)  # absent from triton 3.8 on
 
     def remember_key(*args, **kwargs):
         key = get_cache_key(*args, **kwargs)
@@ -133,11 +134,15 @@ def _remembered() -> Iterator[tuple[dict[str, str], dict[str, str]]]:
         sources[hashlib.sha256((src + platform_key()).encode()).hexdigest()] = src
         return compile_module(src=src, name=name, **kwargs)
 
-    compiler.get_cache_key, nvidia.compile_module_from_src = remember_key, remember_source
+    compiler.get_cache_key = remember_key
+    if compile_module is not None:
+        nvidia.compile_module_from_src = remember_source
     try:
         yield keys, sources
     finally:
-        compiler.get_cache_key, nvidia.compile_module_from_src = get_cache_key, compile_module
+        compiler.get_cache_key = get_cache_key
+        if compile_module is not None:
+            nvidia.compile_module_from_src = compile_module
 
 
 @contextlib.contextmanager

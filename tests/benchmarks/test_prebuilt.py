@@ -281,7 +281,9 @@ def test_round_trip(tmp_path):
         return json.loads(done.stdout.splitlines()[-1])
 
     made = fill(tmp_path / "prebuilt", ROOT, TRITON_CACHE_DIR=str(tmp_path / "first"))
-    assert (made["found"], made["compiled"]) == (0, 2) and made["modules"] >= 1
+    assert (made["found"], made["compiled"]) == (0, 2)
+    compiles_modules = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # later ones read them from a file
+    assert made["modules"] >= compiles_modules
     shutil.rmtree(tmp_path / "first")
     for name in ("benchmarks", "kernels", "ajepa"):
         shutil.copytree(ROOT / name, tmp_path / "elsewhere" / name, ignore=shutil.ignore_patterns("*.so", "results"))

@@ -166,3 +166,12 @@ def test_times_beside_a_member_are_columns_not_segments(tmp_path):
     assert (index.entries[0].start, index.entries[0].frames) == (0, 100)
     assert index.metadata["start_time"][0] == "30"
     assert "a member is read whole; the fields start_time, end_time" in index.warnings[0]
+
+
+def test_a_label_nested_too_deeply_leaves_out_its_recording(tmp_path):
+    note = ('{"label": ' + "[" * 200 + "]" * 200 + "}").encode()
+    notes = [("0.json", note), ("1.json", b'{"label": "a"}')]
+    path = build(tmp_path / "a.tar", ("0.wav", clip(0)), ("1.wav", clip(1)), *notes)
+    index = build_index(str(path), label_column="label")
+    assert members(index) == {"1.wav": 101} and index.label_names == ["a"]
+    assert dict(index.skipped) == {f"{path}!0.wav": "its values are nested too deeply"}

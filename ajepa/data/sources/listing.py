@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ajepa.data.columns import fragment
 
 LABEL_COLUMNS = ("label", "target", "category", "class", "class_name", "labels")
+MAX_NESTING = 100  # of lists in a label
 MISSING = ("nan", "NaN", "<NA>", "NaT")  # how data frames write a missing value into a text column
 _SCALAR = r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*"""
 PYTHON_LIST = re.compile(rf"\[(?:{_SCALAR}(?:,{_SCALAR})*,?)?\s*\]")  # as data frames write lists into CSV
@@ -107,14 +108,19 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def encode_label(value: Any) -> str | None:
-    """The label of a cell, None if it has none. A list keeps its order; its parts are trimmed and made distinct."""
+def encode_label(value: Any, depth: int = 0) -> str | None:
+    """The label of a cell, None if it has none. A list keeps its order; its parts are trimmed and made distinct.
+
+    Raises RecursionError for lists nested deeper than MAX_NESTING, whatever depth the interpreter allows.
+    """
+    if depth > MAX_NESTING:
+        raise RecursionError(f"lists nested more than {MAX_NESTING} deep")
     if isinstance(value, str):
         value = _listed_in(value) if value.lstrip().startswith("[") else value
     if not isinstance(value, (list, tuple)):
         text = text_of(value).strip()
         return None if text in MISSING else text or None
-    parts = list(dict.fromkeys(part for item in value if (part := encode_label(item)) is not None))
+    parts = list(dict.fromkeys(part for item in value if (part := encode_label(item, depth + 1)) is not None))
     if len(parts) == 1 and not re.search(r"[,;\[]", parts[0]):
         return parts[0]  # the same class as the text by itself
     return json.dumps(parts, ensure_ascii=False) if parts else None

@@ -45,8 +45,12 @@ def list_tars(paths: list[str], label_column: str | None) -> Listing:
     column = label_column_of(" ".join(paths[:1]), names, label_column or ("cls" if "cls" in names else None))
     listing.columns = names
     for member, (path, mtime, size) in found:
-        values = tuple(text_of(member.fields.get(name)) for name in names)
-        label = encode_label(member.fields.get(column)) if column else None
+        try:
+            values = tuple(text_of(member.fields.get(name)) for name in names)
+            label = encode_label(member.fields.get(column)) if column else None
+        except RecursionError:
+            listing.skipped.append((f"{path}!{member.name}", "its values are nested too deeply"))
+            continue
         listing.files.append(Listed(path, member.name, member.offset, member.size, mtime, size, label, values))
     times = SegmentColumns.among([name for name in names if name != column])
     if times.start or times.end or times.other_unit:
