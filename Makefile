@@ -49,9 +49,9 @@ bench: install  ## speed on this machine: benchmarks/results/<device>.json, the 
 
 # `make gpu` measures on a GPU within BUDGET seconds, the most important things first. Lines, log and results go to
 # $(OUT). A second call measures what is missing. EARLIER names files of lines from earlier calls, which are not measured
-# again. DEVICE=cpu rehearses the run. A CUDA build of torch is needed, and no package registry: `make prebuilt` makes, on any
-# machine, what would otherwise be compiled or downloaded there. Copy its folder prebuilt/ along with the tree. Without
-# that folder the run builds for itself and says what it cost.
+# again. DEVICE=cpu rehearses the run. A CUDA build of torch is needed, and no package registry: `make prebuilt` makes,
+# on any machine, what would otherwise be compiled or downloaded there. Copy its folder prebuilt/ along with the tree.
+# Without that folder the run builds for itself and says what it cost.
 OUT ?= build/gpu
 BUDGET ?= 540
 DEVICE ?= auto

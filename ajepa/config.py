@@ -230,6 +230,11 @@ class Config:
     step: StepConfig = field(default_factory=StepConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.preset}")
+
 
 PRESETS: dict[str, Config] = {
     # arXiv 2507.02915; where paper and code differ, the paper's figure.
@@ -305,7 +310,7 @@ def preset(name: str, **overrides: Any) -> Config:
         if isinstance(error, ValidationError):
             reasons = [f"{wrong['loc'][-1]}: {wrong['msg']}" for wrong in error.errors()]
         raise ConfigError("; ".join(reasons)) from error
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}")
+    cfg = dataclasses.replace(cfg, out=cfg.out or str(cfg.folder))
     validate(cfg)
     return cfg
 
@@ -322,17 +327,17 @@ def parse(argv: list[str] | None = None) -> Config:
     if early.resume and saved.exists():
         base = load(saved)
     try:
-        cfg = cli.parse(Config, argv, "python -m ajepa.train", default=base, first=FIRST_FLAGS, flat=True)
+        cfg = cli.parse(Config, argv, "python -m ajepa.train", default=base, first=FIRST_FLAGS)
     except (ValueError, OverflowError) as error:  # raised by an invalid front end
         raise ConfigError(str(error)) from error
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{cfg.preset}")
+    cfg = dataclasses.replace(cfg, out=cfg.out or str(cfg.folder))
     validate(cfg)
     return cfg
 
 
 def check_resume(cfg: Config) -> None:
     """Raise ConfigError where `cfg` continues a run and changes a setting that must stay."""
-    saved = Path(cfg.out or f"runs/{cfg.preset}") / "config.json"
+    saved = cfg.folder / "config.json"
     if not cfg.resume or not saved.exists():
         return
     changed = [
@@ -446,7 +451,6 @@ def validate(cfg: Config) -> None:
     need(ranks == "1" or cfg.impl != "compile", "--impl compile trains on one device: use --impl fused with several")
     need(ranks == "1" or not cfg.compare, "--compare measures one device: start it without torchrun")
     need(not (cfg.compare and cfg.resume), "--compare does not train: leave out --resume")
-    check_resume(cfg)
 
 
 def _recipe(name: str) -> Config:

@@ -275,13 +275,13 @@ def finetune(args: Arguments) -> dict[str, Any]:
 def check(args: Arguments) -> None:
     for name in ("epochs", "batch_size", "lr", "clip_norm", "eval_every", "keep"):
         if getattr(args, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+            raise ConfigError(f"{cli.flag(name)} {getattr(args, name)}: must be above 0")
     for name in ("warmup", "masked_keys", "label_smoothing"):
         if not 0 <= getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more and below 1")
+            raise ConfigError(f"{cli.flag(name)} {getattr(args, name)}: must be 0 or more and below 1")
     for name in ("mixup", "freq_mask", "time_mask", "weight_decay", "seed"):
         if getattr(args, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+            raise ConfigError(f"{cli.flag(name)} {getattr(args, name)}: must not be negative")
     if not 0 < args.layer_decay <= 1:
         raise ConfigError(f"--layer-decay {args.layer_decay}: must be above 0 and at most 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -295,7 +295,7 @@ def open_folder(folder: Path, args: Arguments, cfg: Config) -> dict[str, Any] | 
     try:
         if args.resume and settings.exists():
             old = json.loads(settings.read_text())
-            changed = [f"--{k.replace('_', '-')}" for k in wanted if old.get(k) != wanted[k]]
+            changed = [cli.flag(k) for k in wanted if old.get(k) != wanted[k]]
             if changed:
                 raise ConfigError(f"--resume continues {folder} as it began; leave as they were {', '.join(changed)}")
             return json.loads(result.read_text()) if result.exists() else None

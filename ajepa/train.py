@@ -130,7 +130,7 @@ def open_run(cfg: Config) -> tuple[Path, dict[str, Any] | None]:
 
     Raises ConfigError where the folder holds a run that `cfg` does not continue, or cannot be written.
     """
-    folder = Path(cfg.out or f"runs/{cfg.preset}")
+    folder = cfg.folder
     summary = folder / "summary.json"
     if cfg.resume and summary.exists():
         return folder, json.loads(summary.read_text())
@@ -164,6 +164,7 @@ def run(cfg: Config) -> dict[str, Any] | None:
         print(summary["knn_accuracy"])
     """
     config.validate(cfg)
+    config.check_resume(cfg)
     with joined(cfg, choose_device(cfg.device)) as (ranks, device):
         opened = ranks.gather(ranks.first(lambda: open_run(cfg)))[0]
         assert opened is not None

@@ -21,12 +21,11 @@ def parse(
     prog: str,
     default: T | None = None,
     first: Sequence[str] = (),
-    flat: bool = False,
 ) -> T:
     """An instance of the dataclass `arguments` from `argv` (None: the process's own arguments), by tyro.
 
     `--version` prints the version. If `first` names fields, `--help` describes only these flags, with their values
-    in `default`, and `--help-all` describes every flag. `flat`: flags of nested dataclasses have no prefix.
+    in `default`, and `--help-all` describes every flag. Flags of nested dataclasses have no prefix.
     """
     import tyro  # here, because engines and benchmarks read configurations without it
 
@@ -40,14 +39,12 @@ def parse(
         print(short_help(arguments, prog, default, first))
         raise SystemExit(0)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    if flat:
-        options["config"] = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(arguments, args=words, prog=prog, **options)
+    return tyro.cli(arguments, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **options)
 
 
 def short_help(arguments: type, prog: str, default: Any, first: Sequence[str]) -> str:
     """The usage, and the flags of the fields `first` with their descriptions."""
-    fields = {name: (kind, text) for name, kind, text, _ in describe(arguments)}
+    fields = {name: (kind, text) for name, kind, text in describe(arguments)}
     values = dict(leaves(default))
     width = min(100, shutil.get_terminal_size().columns)
     lines = [f"usage: {prog} [FLAGS]", "", inspect.getdoc(arguments) or "", ""]
@@ -61,16 +58,16 @@ def short_help(arguments: type, prog: str, default: Any, first: Sequence[str]) -
     return "\n".join(lines)
 
 
-def describe(arguments: type) -> list[tuple[str, Any, str, type]]:
-    """(name, type, description, owner) of each field of a dataclass and of those nested in it."""
+def describe(arguments: type) -> list[tuple[str, Any, str]]:
+    """(name, type, description) of each field of a dataclass and of those nested in it."""
     hints, texts = get_type_hints(arguments), descriptions(arguments)
-    found: list[tuple[str, Any, str, type]] = []
+    found: list[tuple[str, Any, str]] = []
     for field in dataclasses.fields(arguments):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             found += describe(kind)
         else:
-            found.append((field.name, kind, texts.get(field.name, ""), arguments))
+            found.append((field.name, kind, texts.get(field.name, "")))
     return found
 
 

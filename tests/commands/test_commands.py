@@ -30,8 +30,8 @@ def exits(capsys, command: str, *argv: str) -> str:
 @pytest.mark.parametrize("command", ("train", *COMMANDS))
 def test_every_flag_has_a_description(command):
     described = cli.describe(arguments(command))
-    assert described and not [name for name, _, text, _ in described if len(text.split()) < 3]
-    assert not [name for name, _, text, _ in described if text[-1] not in ".)"], "a description is a sentence"
+    assert described and not [name for name, _, text in described if len(text.split()) < 3]
+    assert not [name for name, _, text in described if text[-1] not in ".)"], "a description is a sentence"
 
 
 @pytest.mark.parametrize("command", ("train", *COMMANDS, "doctor"))
