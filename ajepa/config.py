@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from ajepa.utils.cli import flag, leaves
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]
+Pooling = Literal["mean", "mean+std", "concat", "concat+std", "projection"]
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 
 
@@ -52,6 +54,8 @@ class DataConfig:
     """Number of batches decoded ahead."""
     resident: bool = False
     """Load all audio as PCM into the device's memory before the first step. It must fit."""
+    resident_gb: float = 0.0
+    """Do the same without being asked if all audio takes at most this many GB as PCM, and fits."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,27 @@ class ModelConfig:
     """Number of attention heads in the predictor."""
     positions: Literal["sincos", "rotary"] = "sincos"
     """Position of a patch: fixed 2-D sine-cosine embeddings, or 2-D rotary embeddings."""
+    init: Literal["0.02", "fan-in"] = "0.02"
+    """Standard deviation of the initial weights. 0.02: as ViT-B. fan-in: 1 / sqrt(values of a patch) for the embedding
+    and 0.68 / sqrt(width) for all other layers, which is 0.02 at width 1,156 and 0.06 at 128."""
     target_layers: int = 1
-    """The targets are the mean of this many top layers, each instance-normalised. 1: the last layer, unchanged."""
+    """The targets come from this many top layers, each instance-normalised. 1: the last layer, unchanged."""
+    target_mode: Literal["mean", "separate"] = "mean"
+    """The targets of several layers: their mean, or each layer's own, which the predictor predicts side by side."""
 
 
 @dataclass(frozen=True)
 class MaskConfig:
     """Visible patches of the context encoder and target patches of the predictor."""
 
-    mask: Literal["random", "block", "time-frequency", "curriculum"] = "random"
-    """Mask family: random patches (Audio-JEPA), blocks (I-JEPA), time-frequency blocks (A-JEPA), or a curriculum from
-    random to time-frequency masks (A-JEPA)."""
+    mask: Literal["random", "block", "time-frequency", "curriculum", "inverse-block"] = "random"
+    """Mask family: random patches (Audio-JEPA), blocks (I-JEPA), time-frequency blocks (A-JEPA), a curriculum from
+    blocks to time-frequency blocks (A-JEPA), or inverse blocks, of which only the blocks are visible (EAT)."""
     mask_ratio: tuple[float, float] = (0.4, 0.6)
-    """Random masks: the share of masked patches, drawn uniformly from this range for each batch."""
+    """Random masks: the share of masked patches, drawn uniformly from this range for each batch. Inverse-block masks:
+    the middle of the range is the share in every clip. --min-context limits both."""
+    inverse_block_size: tuple[int, int] = (5, 5)
+    """Inverse-block masks: height and width of a visible block in patches."""
     block_targets: int = 4
     """Block masks: number of target blocks."""
     block_scale: tuple[float, float] = (0.15, 0.2)
@@ -105,11 +117,81 @@ class MaskConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted: masked patches, the clip as a whole, or both."""
+
+    objective: Literal["masked", "clip", "both"] = "masked"
+    """masked: latents of masked patches (JEPA). clip: views of a recording agree with each other, judged by the pooled
+    latents of their visible patches. both: the sum, over one pass of the context encoder."""
+    clip_loss: Literal["lejepa", "byol", "utterance"] = "lejepa"
+    """Clip objective. lejepa: projections of the views agree, and SIGReg keeps them Gaussian; no teacher (arXiv
+    2511.08544). byol: a predictor matches the EMA teacher's projections of the other views. utterance: the pooled
+    latents predict the mean of the EMA teacher's targets of the same view (EAT, arXiv 2401.03497)."""
+    clip_weight: float = 1.0
+    """Weight of the clip objective beside the masked one, whose weight is 1."""
+    sigreg_weight: float = 0.05
+    """Weight l of SIGReg; the agreement of the views has 1 - l. It grows with the batch: keep l times the number of
+    recordings a step near 5."""
+    sigreg_directions: int = 256
+    """Number of random directions on which SIGReg compares the projections with a Gaussian."""
+    projector_hidden: int = 512
+    """Width of the projector's hidden layer."""
+    projector_width: int = 128
+    """Width of the projections."""
+    views: int = 2
+    """Views of each recording in a step of the clip objective."""
+    source_seconds: float | None = None
+    """Length in seconds of the section of a recording from which its views of --clip-seconds are cropped. None: two
+    and a half times --clip-seconds."""
+    view_time: tuple[float, float] = (0.6, 1.0)
+    """A view shows this share of a crop, drawn uniformly and stretched to the whole length. 1 1: no stretching."""
+    view_bands: tuple[float, float] = (0.8, 1.2)
+    """A view shows this share of the mel axis, drawn uniformly and stretched to all bands. 1 1: no stretching."""
+    view_gain_db: float = 6.0
+    """Each view gets a random gain, uniform between minus and plus this many dB."""
+    view_equaliser_db: float = 4.0
+    """Standard deviation in dB of a random smooth filter with five knots along the mel axis. 0: none."""
+    view_mix: float = 0.5
+    """Chance that another recording of the batch is mixed into a view as background."""
+    view_mix_db: tuple[float, float] = (5.0, 20.0)
+    """Level of the background below the view in dB, drawn uniformly."""
+    teacher: str | None = None
+    """Run or checkpoint whose encoder gives the targets unchanged, in place of the EMA target encoder (SALT, arXiv
+    2509.24317). None: the EMA of the trained encoder."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether latents of masked patches are predicted."""
+        return self.objective != "clip"
+
+    @property
+    def clips(self) -> bool:
+        """Whether views of a recording are compared."""
+        return self.objective != "masked"
+
+    @property
+    def taught(self) -> bool:
+        """Whether a target encoder exists."""
+        return self.masks or self.clip_loss != "lejepa"
+
+    @property
+    def network(self) -> str:
+        """The network whose features a run is judged by: the EMA target encoder, or the trained one where there is
+        none."""
+        return "target_encoder" if self.taught and self.teacher is None else "context_encoder"
+
+    @property
+    def count(self) -> int:
+        """Views of each recording in a step."""
+        return self.views if self.clips else 1
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Loss, optimiser and schedules."""
 
     batch_size: int = 256
-    """Clips per step, counted over all ranks."""
+    """Recordings per step, counted over all ranks. The masked objective takes one clip of each, the others --views."""
     steps: int = 100_000
     """Number of training steps."""
     lr: float = 3e-4
@@ -187,8 +269,9 @@ class WatchConfig:
     """Rows that the kNN classifies, such as "fold=4"; the other rows are the neighbours. None: every fourth clip."""
     eval_clips: int = 1_000
     """Largest number of clips in an evaluation."""
-    pooling: Literal["mean", "concat"] = "mean"
-    """How frequency patches are pooled: their mean (as the authors do), or all of them side by side."""
+    pooling: Pooling = "mean"
+    """How the latents of a recording are pooled. mean: over all patches (as the authors do). concat: over the time of
+    each frequency row, side by side. +std: also their deviations. projection: the projector of a clip objective."""
     checkpoint_every: int = 1_000
     """Steps between two checkpoints."""
     keep: int = 3
@@ -214,7 +297,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the computation; weights are always fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of the computation; weights are always fp32. auto: bf16 on a GPU and on a CPU with instructions
+    for it, else fp32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun. ddp: every rank holds the whole model. fsdp: every rank holds a shard of it (FSDP2, for large
     models)."""
@@ -226,6 +310,7 @@ class Config:
     front_end: LogMelSpec = field(default_factory=lambda: LOG_MEL_PRESETS["audio-jepa"])
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     step: StepConfig = field(default_factory=StepConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -234,6 +319,13 @@ class Config:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out or f"runs/{self.preset}")
+
+    @property
+    def source_seconds(self) -> float:
+        """Length in seconds of what the loader reads of each recording."""
+        if not self.objective.clips:
+            return self.data.clip_seconds
+        return self.objective.source_seconds or 2.5 * self.data.clip_seconds
 
 
 PRESETS: dict[str, Config] = {
@@ -275,7 +367,7 @@ PRESETS: dict[str, Config] = {
 _MAY_CHANGE = {
     "resume", "device", "log_every", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
-    "compare_steps",
+    "resident_gb", "compare_steps",
 }  # fmt: skip
 
 
@@ -407,6 +499,8 @@ def validate(cfg: Config) -> None:
     }.items():  # fmt: skip
         limit = 8.0 if name == "block_aspect" else 1.0
         need(0 < low <= high <= limit, f"{flag(name)} {low} {high}: must be 0 < low <= high <= {limit:g}")
+    need(min(mask.inverse_block_size) > 0,
+         f"--inverse-block-size {' '.join(map(str, mask.inverse_block_size))}: must be above 0")  # fmt: skip
     need(cfg.step.micro_batch is None or 0 < cfg.step.micro_batch <= optim.batch_size,
          f"--micro-batch {cfg.step.micro_batch}: must be between 1 and --batch-size {optim.batch_size}")  # fmt: skip
     need(cfg.step.profile >= 0, f"--profile {cfg.step.profile}: a number of steps, 0 for none")
@@ -416,8 +510,9 @@ def validate(cfg: Config) -> None:
     need(0 <= optim.ema_start <= optim.ema_end <= 1,
          f"--ema-start {optim.ema_start}, --ema-end {optim.ema_end}: must be 0 <= start <= end <= 1")  # fmt: skip
     need(all(0 <= b < 1 for b in optim.betas), f"--betas {optim.betas}: each must be in [0, 1)")
-    need(min(optim.weight_decay, optim.weight_decay_end or 0, optim.lr_start, optim.lr_end, data.gain_db) >= 0,
-         "--weight-decay, --weight-decay-end, --lr-start, --lr-end and --gain-db must not be negative")  # fmt: skip
+    need(min(optim.weight_decay, optim.weight_decay_end or 0, optim.lr_start, optim.lr_end, data.gain_db,
+             data.resident_gb) >= 0,
+         "--weight-decay, --weight-decay-end, --lr-start, --lr-end, --gain-db and --resident-gb must not be negative")  # fmt: skip
     need(optim.clip_norm is None or optim.clip_norm > 0, "--clip-norm must be above 0, or None for no clipping")
     need(data.clip_seconds <= 86_400, f"--clip-seconds {data.clip_seconds}: a day is the most")
     samples = round(data.clip_seconds * spec.sample_rate)
@@ -451,6 +546,48 @@ def validate(cfg: Config) -> None:
     need(ranks == "1" or cfg.impl != "compile", "--impl compile trains on one device: use --impl fused with several")
     need(ranks == "1" or not cfg.compare, "--compare measures one device: start it without torchrun")
     need(not (cfg.compare and cfg.resume), "--compare does not train: leave out --resume")
+    _validate_objective(cfg, need)
+
+
+def _validate_objective(cfg: Config, need: Callable[[bool, str], None]) -> None:
+    objective, data, optim = cfg.objective, cfg.data, cfg.optim
+    for name in ("views", "sigreg_directions", "projector_hidden", "projector_width"):
+        need(getattr(objective, name) > 0, f"{flag(name)} {getattr(objective, name)}: must be above 0")
+    for name in ("clip_weight", "sigreg_weight", "view_gain_db", "view_equaliser_db", "view_mix"):
+        need(getattr(objective, name) >= 0, f"{flag(name)} {getattr(objective, name)}: must not be negative")
+    for name, least, most in (("view_time", 0.05, 1.0), ("view_bands", 0.05, 4.0), ("view_mix_db", 0.0, 100.0)):
+        low, high = getattr(objective, name)
+        need(least <= low <= high <= most,
+             f"{flag(name)} {low} {high}: must be {least:g} <= low <= high <= {most:g}")  # fmt: skip
+    need(objective.view_mix <= 1, f"--view-mix {objective.view_mix}: a chance is 1 at most")
+    need(objective.sigreg_weight <= 1, f"--sigreg-weight {objective.sigreg_weight}: a share of the loss is 1 at most")
+    need(max(objective.view_gain_db, objective.view_equaliser_db) <= 100, "100 dB are the most for a view's gain")
+    need(objective.teacher is None or (objective.masks or objective.clip_loss == "utterance"),
+         "--teacher gives targets of masked patches or of utterances: add --objective masked or both")  # fmt: skip
+    need(cfg.model.target_mode == "mean" or cfg.model.target_layers > 1,
+         "--target-mode separate needs --target-layers above 1")  # fmt: skip
+    if cfg.watch.pooling == "projection":
+        need(objective.clips, "--pooling projection needs the projector of --objective clip or both")
+    if not objective.clips:
+        return
+    need(
+        objective.views > 1 or objective.clip_loss == "utterance", "--views 1: only --clip-loss utterance has one view"
+    )
+    need(optim.batch_size * objective.views > 2,
+         f"--batch-size {optim.batch_size}: the clip objective compares recordings of a batch; raise it")  # fmt: skip
+    need(cfg.source_seconds >= data.clip_seconds,
+         f"--source-seconds {objective.source_seconds}: views of --clip-seconds {data.clip_seconds} are cropped from "
+         "it; lengthen it")  # fmt: skip
+    need(cfg.source_seconds <= 86_400, f"--source-seconds {objective.source_seconds}: a day is the most")
+    need(
+        cfg.front_end.top_db is None, "--top-db: views have no clip maximum; leave it out with --objective clip or both"
+    )
+    need(cfg.step.micro_batch is None,
+         "--micro-batch: the clip objective compares all recordings of a batch; use --recompute to save memory")  # fmt: skip
+    need(
+        cfg.parallel == "ddp",
+        "--parallel fsdp shards masked pretraining only; leave it out with --objective clip or both",
+    )
 
 
 def _recipe(name: str) -> Config:

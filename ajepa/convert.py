@@ -48,8 +48,9 @@ class Arguments:
     """target is the EMA target encoder, which the authors evaluate; context is the trained context encoder."""
     front_end: Literal["audio-jepa", "audio-jepa-16k"] = "audio-jepa"
     """audio-jepa is the 32 kHz Kaldi filter bank; audio-jepa-16k is the 16 kHz front end of its successor."""
-    pooling: Literal["mean", "concat"] = "mean"
-    """How the converted encoder pools frequency patches."""
+    pooling: Literal["mean", "mean+std", "concat", "concat+std"] = "mean"
+    """How the converted encoder pools latents. mean, concat: frames of one time patch, by the mean over frequency or
+    with the frequency rows side by side. mean+std, concat+std: one frame per chunk, with deviations."""
 
 
 class _StandIn:

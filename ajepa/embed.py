@@ -3,11 +3,11 @@
 A source is a recording, or a set of recordings as in `ajepa.train --data`: a folder, a manifest, tars or shards. Every
 row of a set is one clip.
 
-OUT's suffix chooses the format. `.npz` and `.safetensors` hold `clips` `[n, D]`, each the mean of its frames; `frames`
-`[sum T', D]`; `offsets` `[n + 1]`, where clip i has frames `offsets[i]:offsets[i + 1]`; the files' names; and
-`hop_size_in_ms`. `.parquet` has one row per clip. Recordings are streamed and frames go to a temporary file, so memory
-is bounded by one recording's frames. Bad files are left out and listed at the end and in `OUT.bad.tsv`; the exit status
-is then 1.
+OUT's suffix chooses the format. `.npz` and `.safetensors` hold `clips` `[n, D]`, each the mean of its frames or, with
+the poolings that describe a whole chunk, `ajepa.Encoder.embed`; `frames` `[sum T', D]`; `offsets` `[n + 1]`, where clip
+i has frames `offsets[i]:offsets[i + 1]`; the files' names; and `hop_size_in_ms`. `.parquet` has one row per clip.
+Recordings are streamed and frames go to a temporary file, so memory is bounded by one recording's frames. Bad files are
+left out and listed at the end and in `OUT.bad.tsv`; the exit status is then 1.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from ajepa.config import ConfigError
+from ajepa.config import ConfigError, Pooling
 from ajepa.data.columns import Entry
 from ajepa.data.formats.audiofile import BadAudio, inspect, reason_of, stat_file
 from ajepa.data.index import DataError, build_index
@@ -37,6 +37,7 @@ from ajepa.data.reader import iterate_entry
 from ajepa.data.shards import SUFFIX as SHARD
 from ajepa.data.sources.source import MANIFESTS
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
+from ajepa.model.pooling import Layers, Statistics
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels import Resampler
@@ -59,9 +60,13 @@ class Arguments:
     float_scale: float = 1.0
     """Full scale of floating-point recordings; 32768 if 16-bit samples were written without scaling."""
     frames: bool = True
-    """Write every frame in addition to each clip's mean."""
-    pooling: Literal["mean", "concat"] | None = None
-    """How frequency patches are pooled; None uses the encoder's own setting."""
+    """Write every frame in addition to one embedding per clip."""
+    pooling: Pooling | None = None
+    """How latents are pooled; None uses the encoder's own setting. mean, concat: frames of one time patch, by the mean
+    over frequency or with the frequency rows side by side. mean+std, concat+std, projection: one frame per chunk."""
+    layers: Layers | None = None
+    """last: the encoder's output. mean: the average of all blocks' outputs, each layer-normalised. None uses the
+    encoder's own setting."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that computes; auto uses a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -86,9 +91,9 @@ class Spool:
         self.clips: list[np.ndarray] = []
         self.offsets = [0]
 
-    def add(self, name: str, frames: np.ndarray) -> None:
+    def add(self, name: str, frames: np.ndarray, clip: np.ndarray) -> None:
         self.names.append(name)
-        self.clips.append(frames.mean(0, dtype=np.float64).astype(np.float32))
+        self.clips.append(clip.astype(np.float32))
         self.offsets.append(self.offsets[-1] + len(frames))
         if self.file is not None:
             self.file.write(frames.astype("<f4").tobytes())
@@ -108,7 +113,7 @@ def embed(args: Arguments, paths: list[str]) -> tuple[int, dict[str, str]]:
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
-    encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling).to(device)
+    encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling, layers=args.layers).to(device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
@@ -158,17 +163,32 @@ def is_listing(source: str) -> bool:
 def _fill(spool: Spool, encoder: Encoder, entries: Iterable[Entry], float_scale: float, bad: dict[str, str]) -> None:
     """Embed recordings into the spool, with chunks of several in one batch. Bad recordings are added to `bad`."""
     waiting: list[Piece] = []
-    done: list[np.ndarray] = []  # frames of the recording whose last chunk is not encoded yet
+    done: list[Any] = []  # frames or statistics of the recording whose last chunk is not encoded yet
     device = encoder.vit.norm.weight.device
+
+    def encode(pieces: list[Piece]) -> list[Any]:
+        chunks = [piece.samples.to(device) for piece in pieces]
+        if encoder.per_frame:
+            frames = encoder.encode_chunks(chunks).cpu().numpy()
+            return [x[: piece.frames] for x, piece in zip(frames, pieces, strict=True)]
+        return [Statistics(*parts) for parts in zip(*(x.split(1) for x in encoder.summarise(chunks)), strict=True)]
+
+    def finish(name: str, parts: list[Any]) -> None:
+        if encoder.per_frame:
+            frames = np.concatenate(parts)
+            spool.add(name, frames, frames.mean(0, dtype=np.float64))
+        else:
+            whole = Statistics(*map(torch.cat, zip(*parts, strict=True)))
+            clip = encoder.pool_chunks(whole, torch.zeros_like(whole.columns), 1)
+            spool.add(name, encoder.pool_chunks(whole).cpu().numpy(), clip[0].cpu().numpy())
 
     def run() -> None:
         if not waiting:
             return
-        latents = encoder.encode_chunks([piece.samples.to(device) for piece in waiting]).cpu().numpy()
-        for piece, x in zip(waiting, latents, strict=True):
-            done.append(x[: piece.frames])
+        for piece, encoded in zip(waiting, encode(waiting), strict=True):
+            done.append(encoded)
             if piece.last:
-                spool.add(_text(piece.name), np.concatenate(done))
+                finish(_text(piece.name), done)
                 done.clear()
         waiting.clear()
 

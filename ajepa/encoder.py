@@ -1,6 +1,6 @@
 """A pretrained encoder for use elsewhere: waveforms of any length in, frame embeddings out, on a CPU or a GPU.
 
-Shapes: B clips, T samples, T' frames (time patches), F frequency patches, C encoder width, D embedding width.
+Shapes: B clips, T samples, T' frames (time patches or chunks), F frequency patches, C encoder width, D embedding width.
 """
 
 import dataclasses
@@ -17,8 +17,21 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save as save_bytes
 from torch import nn
 
-from ajepa.config import SIZES, ConfigError, ModelConfig
+from ajepa.config import SIZES, ConfigError, ModelConfig, Pooling
+from ajepa.model.clip import Projector
 from ajepa.model.jepa import Encoder as ViT
+from ajepa.model.pooling import (
+    PER_FRAME,
+    Layers,
+    Statistics,
+    check_pooling,
+    count_columns,
+    embedding_width,
+    encode_real,
+    mean_of_layers,
+    pool_recordings,
+    statistics,
+)
 from ajepa.model.pretrained import load_pretrained, load_weights, read_safetensors
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.run_folder import is_run, run_of
@@ -37,6 +50,7 @@ import ajepa
 
 encoder = ajepa.Encoder.from_pretrained("<this folder, or its id on the hub>")
 frames = encoder(waveform, sampling_rate=44100)  # [B, T', D] of mono [B, T], at any length
+clips = encoder.embed(waveform, sampling_rate=44100)  # [B, D]
 ```
 """
 
@@ -50,8 +64,13 @@ class EncoderConfig:
     clip_samples: int
     """Length of a training clip in samples. Longer recordings are cut into chunks of this length."""
     positions: Literal["sincos", "rotary"] = "sincos"
-    pooling: Literal["mean", "concat"] = "mean"
-    """How frequency patches are pooled: their mean (D = C), or all of them side by side (D = F * C)."""
+    pooling: Pooling = "mean"
+    """mean: over frequency (D = C). concat: the frequency rows side by side (D = F * C). mean+std, concat+std: mean and
+    deviation over all patches of a chunk, or over the time of each row. projection: the projector's output."""
+    layers: Layers = "last"
+    """last: the encoder's output. mean: the average of all blocks' outputs, each layer-normalised."""
+    projector: tuple[int, int] | None = None
+    """Widths of the hidden layer and of the output of the projector beside the encoder. None: there is none."""
     pad: Literal["cyclic", "zero", "silence"] = "cyclic"
     """How a short chunk is filled up: by repeating it, by zeros in the log-mel, or by silence."""
     norm_eps: float = 1e-6
@@ -78,25 +97,33 @@ class Encoder(
     tags=["audio", "jepa"],
     model_card_template=MODEL_CARD,
 ):
-    """Front end and EMA target encoder of a run.
+    """Front end and encoder of a run: the EMA target encoder, or the trained encoder where there is no average of it.
 
-    Frame t of the result stands for samples `[t P, (t + 1) P)`, where P = hop * frames of a patch. A recording that is
-    longer than a training clip is cut into chunks of that length, and the whole frames of each chunk are kept. A
-    shorter chunk is filled up (`EncoderConfig.pad`), and the result holds no frames of padding.
+    With the poolings "mean" and "concat", frame t of the result stands for samples `[t P, (t + 1) P)`, where P = hop *
+    frames of a patch. A recording that is longer than a training clip is cut into chunks of that length, and the whole
+    frames of each chunk are kept. A shorter chunk is filled up (`EncoderConfig.pad`), and the result holds no frames of
+    padding.
+
+    The poolings "mean+std", "concat+std" and "projection" describe a whole chunk, so a chunk has one frame, P is the
+    length of a training clip, and padding is not encoded.
 
     Example::
 
         encoder = ajepa.Encoder.from_pretrained("runs/mine")  # or a folder of save_pretrained, or an id on the hub
         frames = encoder(waveform, sampling_rate=44100)  # [B, T', D]
-        clip = frames.mean(1)
+        clips = encoder.embed(waveform, sampling_rate=44100)  # [B, D]
     """
 
     def __init__(self, config: EncoderConfig | dict):
         super().__init__()
         self.config = config if isinstance(config, EncoderConfig) else parse_config(config)
         self._hub_mixin_config = self.config  # the mixin writes it as config.json
+        spec, projector = self.config.front_end, self.config.projector
         with torch.random.fork_rng(devices=[]):
-            self.vit = ViT(ModelConfig(size=self.config.size, positions=self.config.positions), self.config.front_end)
+            self.vit = ViT(ModelConfig(size=self.config.size, positions=self.config.positions), spec)
+            pooled = embedding_width("concat+std", spec.grid[0], SIZES[self.config.size][0])
+            self.projector = Projector(pooled, *projector) if projector else None
+        check_pooling(self.config.pooling, has_projector=projector is not None)
         for module in self.vit.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = self.config.norm_eps
@@ -110,13 +137,19 @@ class Encoder(
     @property
     def output_dim(self) -> int:
         """D, the width of an embedding."""
-        rows = self.config.front_end.grid[0] if self.config.pooling == "concat" else 1
-        return SIZES[self.config.size][0] * rows
+        cfg = self.config
+        return embedding_width(cfg.pooling, cfg.front_end.grid[0], SIZES[cfg.size][0], (cfg.projector or (0, 0))[1])
+
+    @property
+    def per_frame(self) -> bool:
+        """Whether there is a frame for each time patch. If not, there is one for each chunk."""
+        return self.config.pooling in PER_FRAME
 
     @property
     def frame_samples(self) -> int:
         """Samples from one frame to the next."""
-        return self.config.front_end.patch[1] * self.config.front_end.hop_length
+        spec = self.config.front_end
+        return spec.patch[1] * spec.hop_length if self.per_frame else self.config.clip_samples
 
     @property
     def hop_size_in_ms(self) -> float:
@@ -139,7 +172,7 @@ class Encoder(
     def frames(self, samples: int) -> int:
         """Frames that hold part of a chunk of at most `clip_samples` samples; 0 if it is shorter than one window."""
         spec = self.config.front_end
-        return min(-(-spec.frames(samples) // spec.patch[1]), spec.grid[1])
+        return min(-(-spec.frames(samples) // spec.patch[1]), spec.grid[1] if self.per_frame else 1)
 
     def chunks(self, samples: int) -> list[Chunk]:
         """The chunks of a clip of `samples` samples at `sampling_rate`. A clip has the frames of all its chunks."""
@@ -168,12 +201,7 @@ class Encoder(
             TypeError: the dtype is neither floating point nor int16.
             ValueError: invalid shape, rate or lengths, or a clip without samples.
         """
-        pcm, sizes = _checked(waveform, lengths)
-        if sampling_rate is not None and sampling_rate != self.sampling_rate:
-            ends = torch.tensor(sizes, device=pcm.device)
-            pcm = resample(pcm, sampling_rate, self.sampling_rate, lengths=ends, dtype=torch.float32)
-            sizes = [resampled_length(n, sampling_rate, self.sampling_rate) for n in sizes]
-        pcm = pcm.to(self.vit.norm.weight.device)
+        pcm, sizes = self._resampled(waveform, sampling_rate, lengths)
         plan = [(b, chunk) for b, n in enumerate(sizes) for chunk in self.chunks(n)]
         parts: list[list[torch.Tensor]] = [[] for _ in sizes]
         for i in range(0, len(plan), CHUNKS_AT_ONCE):
@@ -183,33 +211,89 @@ class Encoder(
                 parts[b].append(x[: chunk.frames])
         return nn.utils.rnn.pad_sequence([torch.cat(x) for x in parts], batch_first=True)
 
+    def embed(
+        self, waveform: torch.Tensor, sampling_rate: int | None = None, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One embedding per clip, `[B, D]`, float32, pooled over all real time patches of all its chunks.
+
+        These are the features that `python -m ajepa.probe` scores: padding is never encoded. A clip is cut into chunks
+        of `clip_samples`, and "projection" is the mean of the chunks' projections. Arguments and errors are those of
+        `forward`. The probe rounds resampled recordings to int16.
+        """
+        pcm, sizes = self._resampled(waveform, sampling_rate, lengths)
+        clip, shortest = self.config.clip_samples, self.config.front_end.min_samples
+        plan = [(b, i, min(i + clip, n)) for b, n in enumerate(sizes) for i in range(0, n, clip)
+                if i == 0 or n - i >= shortest]  # fmt: skip
+        groups = [plan[i : i + CHUNKS_AT_ONCE] for i in range(0, len(plan), CHUNKS_AT_ONCE)]
+        parts = [self.summarise([pcm[b, start:stop] for b, start, stop in group]) for group in groups]
+        owner = torch.tensor([b for b, _, _ in plan], device=pcm.device)
+        return self.pool_chunks(Statistics(*map(torch.cat, zip(*parts, strict=True))), owner, len(sizes))
+
+    def _resampled(self, waveform, sampling_rate, lengths) -> tuple[torch.Tensor, list[int]]:
+        """The clips `[B, T]` at the encoder's rate and on its device, and the number of samples of each."""
+        pcm, sizes = _checked(waveform, lengths)
+        if sampling_rate is not None and sampling_rate != self.sampling_rate:
+            ends = torch.tensor(sizes, device=pcm.device)
+            pcm = resample(pcm, sampling_rate, self.sampling_rate, lengths=ends, dtype=torch.float32)
+            sizes = [resampled_length(n, sampling_rate, self.sampling_rate) for n in sizes]
+        return pcm.to(self.vit.norm.weight.device), sizes
+
     def encode_chunks(self, chunks: list[torch.Tensor]) -> torch.Tensor:
-        """Frames `[n, grid columns, D]`, float32, of n chunks of at most `clip_samples` each. Includes padding."""
+        """Frames of n chunks of at most `clip_samples` each, float32: `[n, grid columns, D]`, which include those of
+        padding, or `[n, 1, D]` for poolings of a whole chunk."""
+        if not self.per_frame:
+            return self.pool_chunks(self.summarise(chunks))[:, None]
         spec, pad, clip = self.config.front_end, self.config.pad, self.config.clip_samples
         x = torch.stack([_fill(chunk, clip, pad) for chunk in chunks])
-        lengths = torch.tensor([len(chunk) for chunk in chunks], device=x.device) if pad == "zero" else None
-        # An exported program must run where the kernels of ajepa are not installed.
-        impl = "reference" if torch.compiler.is_exporting() else "auto"
-        patches = log_mel(x, spec, lengths=lengths, dtype=self.vit.embed.weight.dtype, impl=impl)
-        latents = self.vit.encode(patches).float()
+        patches = self._patches(x, [len(chunk) for chunk in chunks] if pad == "zero" else None)
+        if self.config.layers == "last":
+            latents = self.vit.encode(patches).float()
+        else:
+            latents = mean_of_layers(self.vit.encode(patches, layers=len(self.vit.blocks)), self.vit.norm.eps)
         grid = latents.unflatten(1, spec.grid)  # [n, F, T', C]
         return grid.mean(1) if self.config.pooling == "mean" else grid.transpose(1, 2).flatten(2)
+
+    def summarise(self, chunks: list[torch.Tensor]) -> Statistics:
+        """Statistics of the latents of n chunks of at most `clip_samples` each. Padding is not encoded."""
+        spec, sizes = self.config.front_end, [len(chunk) for chunk in chunks]
+        x = torch.stack([_fill(chunk, self.config.clip_samples, "zero") for chunk in chunks])
+        columns = count_columns(spec, sizes)
+        latents = encode_real(self.vit, self._patches(x, sizes), spec, columns, self.config.layers)
+        return statistics(latents.unflatten(1, spec.grid), torch.tensor(columns, device=x.device))
+
+    def pool_chunks(self, chunks: Statistics, owner: torch.Tensor | None = None, n: int | None = None) -> torch.Tensor:
+        """Embeddings `[n, D]` of clips from the statistics of their chunks; `owner` is the clip of each chunk. None:
+        every chunk is a clip."""
+        count = len(chunks.columns)
+        owner = torch.arange(count, device=chunks.columns.device) if owner is None else owner
+        return pool_recordings(chunks, owner, count if n is None else n, self.config.pooling, self.projector)
+
+    def _patches(self, x: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
+        """Log-mel patches of chunks `[n, clip_samples]`; what follows the first `sizes` samples of each is not read."""
+        lengths = None if sizes is None else torch.tensor(sizes, device=x.device)
+        # An exported program must run where the kernels of ajepa are not installed.
+        impl = "reference" if torch.compiler.is_exporting() else "auto"
+        return log_mel(x, self.config.front_end, lengths=lengths, dtype=self.vit.embed.weight.dtype, impl=impl)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, pooling: str | None = None, **hub: Any) -> "Encoder":  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, source: str | Path, *, pooling: str | None = None, layers: str | None = None, **hub: Any
+    ) -> "Encoder":
         """Load the encoder in `source`, in evaluation mode. No file of it can run code.
 
         Args:
             source: a folder written by `save_pretrained`, an id on the Hugging Face hub, a run folder of
                 `python -m ajepa.train` (its final encoder, or the one in its last checkpoint), or one of its
                 checkpoints.
-            pooling: "mean" or "concat", replacing the configured pooling.
+            pooling: replaces the configured `EncoderConfig.pooling`.
+            layers: replaces the configured `EncoderConfig.layers`.
             hub: `revision`, `cache_dir`, `token` and other arguments of huggingface_hub.
 
         Raises:
-            ConfigError: nothing is there, or files are missing, damaged or from another program.
+            ConfigError: nothing is there, files are missing, damaged or from another program, or the pooling is
+                "projection" and the run had no clip objective.
         """
         folder = Path(source)
         try:
@@ -224,8 +308,9 @@ class Encoder(
         except (HfHubHTTPError, HFValidationError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{source}: no encoder could be loaded from this folder or hub id: {reason}") from error
-        if pooling is not None and pooling != encoder.config.pooling:
-            encoder.config = parse_config({**dataclasses.asdict(encoder.config), "pooling": pooling})
+        changes = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
+        if changes:
+            encoder.config = parse_config({**dataclasses.asdict(encoder.config), **changes})
             encoder._hub_mixin_config = encoder.config
         return encoder
 
@@ -261,22 +346,26 @@ def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
     if unknown or min(grid) < 1 or cfg.clip_samples < cfg.front_end.min_samples:
         what = f"unknown settings {sorted(unknown)}" if unknown else f"clip_samples {cfg.clip_samples} and grid {grid}"
         raise ConfigError(f"{name}: this version cannot use {what}")
+    check_pooling(cfg.pooling, has_projector=cfg.projector is not None)
     return cfg
 
 
 def from_run(path: Path) -> Encoder:
-    """The EMA target encoder of a run, or of one of its checkpoints. Raises ConfigError."""
-    cfg, weights, file = load_pretrained(path)
+    """The encoder of a run, or of one of its checkpoints, and its projector. Raises ConfigError."""
+    cfg, weights, file, projector = load_pretrained(path)
     config = EncoderConfig(
         front_end=cfg.front_end,
         size=cfg.model.size,
         clip_samples=round(cfg.data.clip_seconds * cfg.front_end.sample_rate),
         positions=cfg.model.positions,
         pooling=cfg.watch.pooling,
+        projector=(cfg.objective.projector_hidden, cfg.objective.projector_width) if projector else None,
         pad=cfg.data.pad,
     )
     encoder = Encoder(parse_config(dataclasses.asdict(config), str(run_of(path) / CONFIG)))
     load_weights(encoder.vit, weights, file)
+    if encoder.projector is not None:
+        load_weights(encoder.projector, projector or {}, file)
     return encoder
 
 

@@ -1,4 +1,4 @@
-"""`python -m ajepa.export RUN OUT`: export a run's EMA target encoder for use in other programs.
+"""`python -m ajepa.export RUN OUT`: export a run's encoder for use in other programs.
 
 By default OUT is a folder in Hugging Face's layout (`config.json`, `model.safetensors`, a model card), which
 `ajepa.Encoder.from_pretrained` reads. With `--xares`, OUT is one Python file for X-ARES that needs only torch. It holds
@@ -21,9 +21,11 @@ import torch
 import tyro
 from safetensors.torch import save as save_bytes
 
-from ajepa.config import SIZES, ConfigError
+from ajepa.config import SIZES, ConfigError, Pooling
 from ajepa.encoder import Encoder
 from ajepa.evaluation import xares_encoder
+from ajepa.model.clip import Projector
+from ajepa.model.pooling import Layers
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
 from ajepa_kernels.log_mel import _tables
@@ -33,7 +35,7 @@ INSIDE = 32 << 20  # largest size in bytes of weights inside the Python file
 
 @dataclass(frozen=True)
 class Arguments:
-    """Export a run's EMA target encoder as a folder in Hugging Face's layout, one file for X-ARES, or an ONNX model."""
+    """Export a run's encoder as a folder in Hugging Face's layout, one file for X-ARES, or an ONNX model."""
 
     encoder: tyro.conf.Positional[str]
     """Encoder to export: a run folder, a checkpoint, a folder written by ajepa.export, or a hub id."""
@@ -43,8 +45,12 @@ class Arguments:
     """Write one Python file for X-ARES instead of a folder."""
     onnx: bool = False
     """Write an ONNX model instead: float32 clips [batch, samples] of the training length to [batch, frames, width]."""
-    pooling: str | None = None
-    """How frequency patches are pooled, mean or concat; None uses the encoder's own setting."""
+    pooling: Pooling | None = None
+    """How latents are pooled; None uses the encoder's own setting. mean, concat: frames of one time patch, by the mean
+    over frequency or with the frequency rows side by side. mean+std, concat+std, projection: one frame per chunk."""
+    layers: Layers | None = None
+    """last: the encoder's output. mean: the average of all blocks' outputs, each layer-normalised. None uses the
+    encoder's own setting."""
 
 
 def portable_parts(encoder: Encoder) -> tuple[dict[str, Any], bytes]:
@@ -59,11 +65,22 @@ def portable_parts(encoder: Encoder) -> tuple[dict[str, Any], bytes]:
     config = {
         **dataclasses.asdict(cfg), "front_end": front_end, "width": width, "depth": depth, "heads": heads,
         "output_dim": encoder.output_dim, "hop_size_in_ms": encoder.hop_size_in_ms, "stride": encoder.stride,
-        "frames_kept": encoder.chunks(cfg.clip_samples + 1)[0].frames,
+        "frames_kept": encoder.chunks(cfg.clip_samples + 1)[0].frames, "per_frame": encoder.per_frame,
     }  # fmt: skip
     window, mel = _tables(spec, torch.device("cpu"), torch.float32)
     tensors = {**encoder.vit.state_dict(), "window": window, "mel": mel, "positions": encoder.vit.positions}
-    return config, save_bytes({name: value.float().contiguous().cpu() for name, value in tensors.items()})
+    if encoder.config.pooling == "projection":
+        assert encoder.projector is not None
+        tensors |= {f"projector.{name}": value for name, value in folded(encoder.projector).items()}
+    return config, save_bytes({name: value.detach().float().contiguous().cpu() for name, value in tensors.items()})
+
+
+def folded(projector: Projector) -> dict[str, torch.Tensor]:
+    """Weights of two linear layers with a GELU between them, which compute what the projector does in evaluation."""
+    norm, fc1, fc2 = projector.norm, projector.fc1, projector.fc2
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = (fc1.bias - norm.running_mean) * scale + norm.bias
+    return {"fc1.weight": fc1.weight * scale[:, None], "fc1.bias": bias, "fc2.weight": fc2.weight, "fc2.bias": fc2.bias}
 
 
 def portable_source(encoder: Encoder) -> tuple[str, str, bytes]:
@@ -115,7 +132,7 @@ def write_onnx(encoder: Encoder, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "python -m ajepa.export")
     try:
-        encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling)
+        encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling, layers=args.layers)
         out = Path(args.out)
         if args.xares and args.onnx:
             raise ConfigError("--xares and --onnx write different files: use one at a time")

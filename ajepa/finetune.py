@@ -211,7 +211,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
     Raises ConfigError, DataError or CheckpointError, and KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
     """
     check(args)
-    cfg, weights, file = load_pretrained(Path(args.run))
+    cfg, weights, file, _ = load_pretrained(Path(args.run))
     pad = cfg.data.pad if args.pad == "run" else args.pad
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, pad=pad))
     folder = Path(args.out) if args.out else Path(args.run) / "finetune"

@@ -1,7 +1,7 @@
 """`python -m ajepa.probe RUN --data ...`: score the frozen features of a run on labelled recordings.
 
-The EMA target encoder is compared with two baselines on the same recordings and folds, with the same heads: the
-encoder before its first step, and pooled log-mel.
+The run's encoder is compared with two baselines on the same recordings and folds, with the same heads and at the same
+pooling: the encoder before its first step, and pooled log-mel.
 """
 
 import json
@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import classification_report, confusion_matrix
 
-from ajepa.config import Config, ConfigError, StepConfig
+from ajepa.config import Config, ConfigError, Pooling, StepConfig
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.evaluation import plots
 from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed, tensors_hash
 from ajepa.evaluation.labelled import labelled, pretrained_on
 from ajepa.evaluation.probes import HEADS, Embedded, predict
+from ajepa.model.pooling import Layers, check_pooling
 from ajepa.model.pretrained import load_pretrained, load_weights
 from ajepa.training.engine import Engine
 from ajepa.utils import cli
@@ -35,7 +36,7 @@ from ajepa.utils.run_folder import CheckpointError, run_of
 from ajepa_kernels import LogMelSpec
 
 TRAINED, UNTRAINED, LOG_MEL = "trained encoder", "untrained encoder", "pooled log-mel"
-Head = Literal["knn", "knn-standardised", "linear", "attentive", "logistic"]
+Head = Literal["knn", "linear", "attentive", "logistic", "knn-xares"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,15 @@ class Arguments:
     folds: str | None = None
     """Column to cross-validate over, instead of --test: the rows of each value are classified from all other rows."""
     heads: tuple[Head, ...] = ("knn", "linear", "attentive")
-    """knn, linear: the heads of X-ARES. attentive: a learnt query over all tokens. knn-standardised: a kNN that first
-    standardises each feature, as the evaluation during training does. logistic: scikit-learn's, standardised."""
-    pooling: Literal["run", "mean", "concat"] = "run"
-    """How frequency patches are pooled: their mean, all of them side by side, or as the run did."""
+    """knn: cosine similarity of standardised features, 10 neighbours. linear: the linear head of X-ARES. attentive:
+    ajepa's own, a learnt query over all tokens. logistic: scikit-learn's, standardised. knn-xares: the kNN of X-ARES
+    with its way of normalising, only to compare with published kNN figures."""
+    pooling: Literal["run"] | Pooling = "run"
+    """How the latents of a recording are pooled, and log-mel with them. mean: over all patches. concat: over the time
+    of each frequency row, side by side. +std: also their deviations. projection: the projector of a clip objective.
+    run: as the run did."""
+    layers: Layers = "last"
+    """last: the encoder's output. mean: the average of all blocks' outputs, each layer-normalised."""
     log_mel: Literal["run", "standard"] = "run"
     """Front end of the log-mel baseline. run: the run's own. standard: the same for every run, 128 bands of 25 ms
     windows every 10 ms."""
@@ -103,7 +109,9 @@ def probe(args: Arguments) -> dict[str, Any]:
         raise ConfigError("--seeds must be 1 or more, and --heads must name at least one")
     if args.test and args.folds:
         raise ConfigError("--test and --folds are two ways to divide the recordings: give one")
-    cfg, weights, file = load_pretrained(Path(args.run))
+    cfg, weights, file, projector_weights = load_pretrained(Path(args.run))
+    pooling = cfg.watch.pooling if args.pooling == "run" else args.pooling
+    check_pooling(pooling, has_projector=projector_weights is not None)
     index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
     if (index.single_labels != index.labels).any():
         raise DataError(
@@ -113,10 +121,10 @@ def probe(args: Arguments) -> dict[str, Any]:
     index = labelled(index)
     divide(index, torch.arange(len(index)), args, cfg)  # report a wrong division before any work
     engine = Engine(replace(cfg, step=StepConfig()), choose_device(args.device))
-    encoder, spec = engine.model.target_encoder.eval(), cfg.front_end
+    encoder, spec = engine.model.context_encoder.eval(), cfg.front_end
+    projector = engine.projector if pooling == "projection" else None
     skipped = list(index.skipped)
 
-    pooling = cfg.watch.pooling if args.pooling == "run" else args.pooling
     kinds = [pooling] + ["tokens"] * ("attentive" in args.heads)
     reading = {"threads": cfg.data.loader_threads, "decoder": args.decoder}
     options: dict[str, Any] = {"device": engine.device, "reading": reading, "skipped": skipped}
@@ -125,14 +133,18 @@ def probe(args: Arguments) -> dict[str, Any]:
     def encoder_source() -> EncoderFeatures:
         auto = "bf16" if engine.device.type == "cuda" else "fp32"
         precision = auto if cfg.precision == "auto" else cfg.precision
-        key = f"{tensors_hash(encoder.state_dict())} {cfg.model.positions} {precision}"
-        return EncoderFeatures(encoder, engine.front_end, spec, key)
+        key = f"{tensors_hash(encoder.state_dict())} {cfg.model.positions} {precision} {args.layers}"
+        if projector is not None:
+            key += f" {tensors_hash(projector.state_dict())}"
+        return EncoderFeatures(encoder, engine.front_end, spec, key, args.layers, projector)
 
     features: dict[str, Embedded] = {}
     with engine.autocast():
         items, made = embed(index, {UNTRAINED: encoder_source()}, samples, kinds, **options)
         features |= made
         load_weights(encoder, weights, file)
+        if projector is not None:
+            load_weights(projector, projector_weights or {}, file)
         baseline = LogMelFeatures(log_mel_spec(spec, args.log_mel))
         items, made = embed(index, {TRAINED: encoder_source(), LOG_MEL: baseline}, samples, kinds, **options)
         features |= made
@@ -186,7 +198,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-DETERMINISTIC = ("knn", "knn-standardised", "logistic")
+DETERMINISTIC = ("knn", "logistic", "knn-xares")
 
 
 def log_mel_spec(spec: LogMelSpec, which: str) -> LogMelSpec:
@@ -295,7 +307,9 @@ def report(result: dict[str, Any], args: Arguments, console: Console) -> None:
             table.add_row(name, *figures, f"{row['support']:.0f}")
         console.print(table)
     title = f"{data['recordings']:,} recordings, {len(data['classes'])} classes, {len(folds)} test "
-    title += f"{'fold' if len(folds) == 1 else 'folds'}, {result['settings']['pooling']} over frequency; accuracy in %"
+    settings = result["settings"]
+    title += f"{'fold' if len(folds) == 1 else 'folds'}, pooling {settings['pooling']}, "
+    title += f"{'mean of all layers' if settings['layers'] == 'mean' else 'last layer'}; accuracy in %"
     table = Table(title=title, title_justify="left")
     table.add_column("features")
     table.add_column("width", justify="right")

@@ -43,6 +43,8 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
     torch.manual_seed(cfg.seed + 1_000_003 * ranks.rank)
     corpus = ranks.first_alone(lambda: open_corpus(cfg))  # the other ranks find its verdicts in the cache
     engine = Engine(cfg, device, ranks)
+    if cfg.objective.teacher:
+        engine.teach(cfg.objective.teacher)
     state, damaged = load_latest(folder / "checkpoints", engine)
     for message in damaged if ranks.is_first else ():
         warn(f"{message}; using the one before")
@@ -50,7 +52,8 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
     counts = state["counts"] if state else {"bad_steps": 0, "bad_in_a_row": 0}
     loader = corpus.loader(cfg, state["loader"] if state else None, ranks.rank, ranks.world_size, device)
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed, rank=ranks.rank, world_size=ranks.world_size)
-    log = RunLog(folder, cfg.optim, start, device, counts, quiet=not ranks.is_first)
+    per_recording = cfg.objective.count * ranks.world_size
+    log = RunLog(folder, cfg, start, device, counts, quiet=not ranks.is_first)
     log.say(describe_run(cfg, engine, corpus, start))
 
     def save() -> None:
@@ -70,7 +73,7 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
             result = engine.step(pcm, lengths, masks, step, share)
             step += 1
             flops = partial(engine.flops, masks)
-            log.add(result, len(pcm) * ranks.world_size, time.perf_counter() - tick, waited, flops)
+            log.add(result, len(pcm) * per_recording, time.perf_counter() - tick, waited, flops)
             profile.step(flops, log.peak)
 
             # once in a while: log, evaluate the features, save
@@ -78,9 +81,9 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
             if last or step % cfg.watch.log_every == 0:
                 log.flush(step)
             if last or step % cfg.watch.watch_every == 0:
-                values = {**engine.inspect(pcm, lengths, masks), **score(cfg, engine, corpus)}
+                values = {**engine.inspect(pcm, lengths, masks, step), **score(cfg, engine, corpus)}
                 log.write({"step": step, **values})
-                log.say(describe_evaluation(step, values, baselines))
+                log.say(describe_evaluation(step, values, baselines, cfg.watch.pooling))
                 log.warn_collapse(values)
             if last or step % cfg.watch.checkpoint_every == 0:
                 save()
@@ -96,10 +99,10 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
             save()
             log.say(f"stopped after step {step}; continue with --out {folder} --resume")
             raise KeyboardInterrupt
-        encoder = engine.target_encoder()
+        encoder = engine.encoder()
         if skipped is None:  # the rest is the work of rank 0
             return None
-        write_encoder(cfg, folder, encoder)
+        write_encoder(cfg, folder, encoder, engine.projector)
         draw(cfg, folder, engine, corpus, baselines)
         peak = peak_memory(device)
         engine.graphs = None  # free the memory of the graphs for the comparison
@@ -111,7 +114,7 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
 
 def baseline_scores(cfg: Config, engine: Engine, corpus: Corpus) -> Baselines:
     """kNN accuracy of the encoder before its first step, and of pooled log-mel."""
-    log_mel = corpus.evaluation.score(log_mel_features(cfg.front_end), engine.device)
+    log_mel = corpus.evaluation.score(log_mel_features(cfg.front_end, cfg.watch.pooling), engine.device)
     return {
         "knn_accuracy_untrained": score(cfg, engine, corpus)["knn_accuracy"],
         "knn_accuracy_log_mel": log_mel["knn_accuracy"],
@@ -119,8 +122,9 @@ def baseline_scores(cfg: Config, engine: Engine, corpus: Corpus) -> Baselines:
 
 
 def score(cfg: Config, engine: Engine, corpus: Corpus) -> dict[str, float | None]:
-    """Effective rank, mean cosine and kNN accuracy of the EMA target encoder on the evaluation clips."""
-    features = encoder_features(engine.target_encoder(), engine.front_end, cfg.front_end, cfg.watch.pooling)
+    """Effective rank, mean cosine and kNN accuracy of the run's encoder on the evaluation clips."""
+    front_end, pooling = engine.front_end, cfg.watch.pooling
+    features = encoder_features(engine.encoder(), front_end, cfg.front_end, pooling, engine.projector)
     with engine.autocast():
         return corpus.evaluation.score(features, engine.device)
 

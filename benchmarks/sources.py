@@ -37,6 +37,7 @@ STEP, LOADER = ("ajepa.training.engine",), ("ajepa.data.loader", "ajepa.data.res
 BENCHMARKS = {  # the root modules of each benchmark file
     "bench_adamw_ema": ("ajepa_kernels.adamw_ema",),
     "bench_attention": ("ajepa_kernels.attention",),
+    "bench_augment_mel": ("ajepa_kernels.augment_mel",),
     "bench_bias_gelu": ("ajepa_kernels.bias_gelu",),
     "bench_decode": (*LOADER, "ajepa.data.dali"),
     "bench_device": (),
@@ -51,6 +52,8 @@ BENCHMARKS = {  # the root modules of each benchmark file
     "bench_masks": ("ajepa.model.masks",),
     "bench_resample": ("ajepa_kernels.resample",),
     "bench_scaling": STEP,
+    "bench_segment_pool": ("ajepa_kernels.segment_pool",),
+    "bench_sigreg": ("ajepa_kernels.sigreg",),
     "bench_step": STEP,
     "bench_train_step": STEP,
 }

@@ -34,7 +34,7 @@ struct LogMel {
   int n_mels, n_segments, n_frames, patch_mels, patch_frames, patches;  // n_frames kept, patches x patch_frames written
   int patch_rows, patch_mels_inverse;  // n_mels / patch_mels; x / patch_mels is x * inverse >> 16 for x < 256
   int power, waveform_norm;
-  bool is_int16, remove_dc;
+  bool is_int16, remove_dc, take_log;  // take_log off: mel values, neither floored nor scaled
   Edge edge;
   Out dtype;
   float preemphasis, scale, floor, log_scale, log_shift, top;  // scale of the input; top < 0: no limit

@@ -266,7 +266,7 @@ void spread_weights(const LogMel& p, float* weights, int32_t* starts) {
   starts[p.n_mels + 1] = bin;
 }
 
-template <int Power>
+template <int Power, bool Log>
 void mel_bands(const LogMel& p, const float* weights, const int32_t* starts, const vf* spectrum, float gain, int valid,
                vf* bands) {
   const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
@@ -282,9 +282,14 @@ void mel_bands(const LogMel& p, const float* weights, const int32_t* starts, con
     }
     rising = up;
     if (!i) continue;
-    const vf mel = down * gain, log = ln(mel > floor ? mel : vf{} + floor);
-    const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN are kept
-    bands[i - 1] = (outside ? vf{} : value) * log_scale + log_shift;
+    const vf mel = down * gain;
+    if constexpr (Log) {
+      const vf log = ln(mel > floor ? mel : vf{} + floor);
+      const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN are kept
+      bands[i - 1] = (outside ? vf{} : value) * log_scale + log_shift;
+    } else {
+      bands[i - 1] = outside ? vf{} : mel;
+    }
   }
 }
 
@@ -382,8 +387,9 @@ void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
                       edge_rows, frames, x);
       for (int q = 0; q < 8; ++q) transform(plan, 1, x + 2 * q * padded(plan.size / 8, plan.granule[0]), plan.size / 8);
       power_spectrum(plan, x, frames);
-      p.power == 2 ? mel_bands<2>(p, weights, starts, frames, gain * gain, valid, bands)
-                   : mel_bands<1>(p, weights, starts, frames, gain, valid, bands);
+      const auto bands_of = p.power == 2 ? (p.take_log ? mel_bands<2, true> : mel_bands<2, false>)
+                                         : (p.take_log ? mel_bands<1, true> : mel_bands<1, false>);
+      bands_of(p, weights, starts, frames, p.power == 2 ? gain * gain : gain, valid, bands);
       if (p.peaks)
         for (int mel = 0; mel < p.n_mels; ++mel)
           for (int lane = 0; lane < W && lane < valid; ++lane) peak = bands[mel][lane] > peak ? bands[mel][lane] : peak;

@@ -516,8 +516,10 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
 #pragma unroll 1
       for (int s = middle; s < end; ++s) x += partials[s].x, y += partials[s].y;
       x *= gain_x, y *= gain_y;  // NaN stays NaN in both frames of the pair
-      x = __log2f(x < p.floor ? p.floor : x) * log_scale + p.log_shift;
-      y = __log2f(y < p.floor ? p.floor : y) * log_scale + p.log_shift;
+      if (p.take_log) {
+        x = __log2f(x < p.floor ? p.floor : x) * log_scale + p.log_shift;
+        y = __log2f(y < p.floor ? p.floor : y) * log_scale + p.log_shift;
+      }
       stage[m * kStageStride + 2 * pair] = x, stage[m * kStageStride + 2 * pair + 1] = y;
     }
     __syncthreads();

@@ -57,7 +57,7 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
                 const Tensor& segments, const Tensor& offsets, const Tensor& twiddles, Tensor& out, int64_t n_fft,
                 int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias, int64_t frame_add, int64_t min_samples,
                 int64_t n_frames, bool remove_dc, double preemphasis, int64_t waveform_norm, int64_t power, double floor,
-                double log_scale, double log_shift, double top) {
+                double log_scale, double log_shift, double top, bool take_log) {
   STD_TORCH_CHECK(pcm.dim() == 2 && pcm.is_contiguous(), "log_mel_fwd: pcm must be contiguous [B, S]");
   const auto in = pcm.scalar_type(), dtype = out.scalar_type();
   STD_TORCH_CHECK(in == ScalarType::Short || in == ScalarType::Float, "log_mel_fwd: pcm must be int16 or float32");
@@ -107,7 +107,7 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
   p.patch_mels = int(out.size(3)), p.patch_frames = int(out.size(4)), p.patches = int(out.size(2));
   p.patch_rows = int(out.size(1)), p.patch_mels_inverse = 65535 / p.patch_mels + 1;
   p.power = int(power), p.waveform_norm = int(waveform_norm);
-  p.is_int16 = in == ScalarType::Short, p.remove_dc = remove_dc, p.edge = ajepa::Edge(edge);
+  p.is_int16 = in == ScalarType::Short, p.remove_dc = remove_dc, p.take_log = take_log, p.edge = ajepa::Edge(edge);
   p.dtype = dtype == ScalarType::Float ? ajepa::Out::kFloat
             : dtype == ScalarType::Half ? ajepa::Out::kHalf : ajepa::Out::kBFloat16;
   p.preemphasis = float(preemphasis), p.scale = p.is_int16 ? 1.0f / 32768 : 1.0f, p.floor = float(floor);
@@ -186,11 +186,12 @@ void log_mel_cpu(const LogMel& described) {
   Tensor pcm, std::optional<Tensor> lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets,         \
       Tensor twiddles, Tensor out, int64_t n_fft, int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias,         \
       int64_t frame_add, int64_t min_samples, int64_t n_frames, bool remove_dc, double preemphasis,                  \
-      int64_t waveform_norm, int64_t power, double floor, double log_scale, double log_shift, double top
+      int64_t waveform_norm, int64_t power, double floor, double log_scale, double log_shift, double top, \
+      bool take_log
 #define LOG_MEL_DESCRIBE                                                                                              \
   describe(pcm, lengths, window, weights, segments, offsets, twiddles, out, n_fft, hop_length, first_sample, edge, frame_bias, \
            frame_add, min_samples, n_frames, remove_dc, preemphasis, waveform_norm, power, floor, log_scale,         \
-           log_shift, top)
+           log_shift, top, take_log)
 
 void log_mel_fwd_cpu(LOG_MEL_ARGS) {
   const LogMel p = LOG_MEL_DESCRIBE;
@@ -388,7 +389,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
       "log_mel_fwd(Tensor pcm, Tensor? lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets, "
       "Tensor twiddles, Tensor(a!) out, int n_fft, int hop_length, int first_sample, int edge, int frame_bias, int frame_add, "
       "int min_samples, int n_frames, bool remove_dc, float preemphasis, int waveform_norm, int power, float floor, "
-      "float log_scale, float log_shift, float top) -> ()");
+      "float log_scale, float log_shift, float top, bool take_log=True) -> ()");
   m.def(
       "gelu_product_(Tensor x, Tensor weight, Tensor(a!) bias, Tensor(b!)? z, Tensor(c!) result, Tensor(d!) workspace, "
       "int kind) -> ()");

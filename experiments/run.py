@@ -2,7 +2,8 @@
 
 Every variant is pretrained with every seed, and every run is probed. A finished run is never repeated, and a killed run
 is resumed. The results are `results/<scale>-<data>.json` (the scores of every run), `.md` (the tables) and
-`-<question>.png` (the plots).
+`-<question>.png` (the plots). <data> is the name of the folder and a fingerprint of the recordings, so that two sets of
+one name have different results.
 """
 
 import contextlib
@@ -10,11 +11,14 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,21 +26,22 @@ from typing import Any, Literal
 import matplotlib
 import torch
 import tyro
-from questions import QUESTIONS, SCALES
+from questions import QUESTIONS, SCALES, TEACHER
 
 from ajepa import config, probe, train
 from ajepa.config import Config, ConfigError
-from ajepa.data.index import DataError, build_index, cache_root
+from ajepa.data.index import DataError, Index, build_index, cache_root
 from ajepa.data.synthetic import make_synthetic
 from ajepa.model.masks import MaskSampler
-from ajepa.training.engine import Engine
+from ajepa.training import flops
 from ajepa.utils.atomic_files import write_atomic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FEATURES = {probe.LOG_MEL: "pooled log-mel", probe.UNTRAINED: "untrained", probe.TRAINED: "pretrained"}
-Name = Literal["masks", "ratio", "ema", "probes", "positions", "patch", "multimask", "all"]
+Name = Literal["masks", "ratio", "ema", "probes", "positions", "patch", "multimask", "objective", "views",
+               "augmentation", "init", "teacher", "targets", "all"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,48 @@ def trials(cfg: Config, args: Arguments) -> list[tuple[Config, str]]:
         return [(cfg, "split=test")]
     if args.score is not None:
         return [(override(cfg, {"watch.eval_clips": 64}), "")]
-    tests = [args.test] if args.test else [f"{args.folds}={value}" for value in fold_values(args.data, args.folds)]
-    return [(override(cfg, {"data.where": test.replace("=", "!=", 1), "watch.eval_clips": 64}), test) for test in tests]
+    tests = [args.test] if args.test else [f"{args.folds}={value}" for value in fold_values(args)]
+    return [(override(cfg, {"data.where": others(test), "watch.eval_clips": 64}), test) for test in tests]
+
+
+def others(test: str) -> str:
+    """Return the condition on all rows that `test`, "column=values" or "column!=values", leaves out."""
+    return test.replace("!=", "=", 1) if "!=" in test else test.replace("=", "!=", 1)
+
+
+def fold_values(args: Arguments) -> list[str]:
+    metadata = recordings(args.data, args.label).metadata
+    if args.folds not in metadata:
+        raise DataError(f"--folds {args.folds}: no such column; the columns are {', '.join(metadata) or 'none'}")
+    return sorted(set(metadata[args.folds]))
 
 
 @functools.cache
-def fold_values(data: str, column: str) -> list[str]:
-    index = build_index(data)
-    if column not in index.metadata:
-        raise DataError(f"--folds {column}: no such column; the columns are {', '.join(index.metadata) or 'none'}")
-    return sorted(set(index.metadata[column]))
+def recordings(data: str, label: str | None) -> Index:
+    return build_index(data, label_column=label)
+
+
+@functools.cache
+def fingerprint(data: str, label: str | None, column: str | None) -> str:
+    """Return a hash of the recordings' names, sizes, lengths, labels and cells of `column`.
+
+    It leaves out folders and times of modification, so it is the same for every copy of the recordings.
+    """
+    index = recordings(data, label)
+    numbers = (index.entries.numbers[name].tolist() for name in ("size", "start", "frames", "sample_rate"))
+    names = (member or Path(path).name for path, member in zip(index.entries.path, index.entries.member, strict=True))
+    labels = (index.label_names[number] if number >= 0 else None for number in index.labels)
+    cells = index.metadata[column] if column in index.metadata else [None] * len(index)
+    rows = list(zip(names, *numbers, labels, cells, strict=True))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def fingerprints(args: Arguments) -> tuple[str | None, str | None]:
+    """Return the fingerprints of --data and of --score, each with the column that divides it."""
+    divided = args.folds or (re.split("!?=", args.test)[0].strip() if args.test else None)
+    if args.score:
+        return fingerprint(args.data, args.label, None), fingerprint(args.score, args.score_label, args.folds)
+    return (fingerprint(args.data, args.label, divided) if args.data else None), None
 
 
 def override(cfg: Config, changes: dict[str, Any]) -> Config:
@@ -111,45 +148,58 @@ def override(cfg: Config, changes: dict[str, Any]) -> Config:
 
 def variants(args: Arguments, name: str) -> dict[str, Config]:
     """Return the configuration of each variant of a question, without a seed."""
-    question, start = QUESTIONS[name], base(args)
+    question = QUESTIONS[name]
+    start = override(base(args), question.setting[args.scale])
     cfgs = {variant: override(start, changes) for variant, changes in question.variants[args.scale].items()}
     if question.equal_flops:
         wanted = step_flops(start)
         cfgs = {v: equal_work(cfg, wanted) for v, cfg in cfgs.items()}
-    return cfgs
-
-
-def step_flops(cfg: Config) -> float:
-    masks = MaskSampler(dataclasses.replace(cfg.mask, mask_ratio=(sum(cfg.mask.mask_ratio) / 2,) * 2),
-                        cfg.front_end.grid)(0, 1, cfg.optim.batch_size)  # fmt: skip
-    return _engine(cfg.model, cfg.front_end).flops(masks)
+    return {masked_share(cfg): cfg for cfg in cfgs.values()} if question.by_share else cfgs
 
 
 @functools.cache
-def _engine(model, front_end) -> Engine:
-    return Engine(Config(model=model, front_end=front_end, impl="reference"), torch.device("cpu"))
+def masked_share(cfg: Config) -> str:
+    """Return the share of patches that the masks hide, such as "60-80%": the means at both ends of --mask-ratio.
+
+    The shares are those of masks as drawn, in which --min-context patches stay visible. Masks that do not draw their
+    ratio have one share, the mean over the run.
+    """
+    drawn = cfg.mask.mask == "random" and not cfg.mask.fixed_token_budget
+    shares = {}
+    for ratio in cfg.mask.mask_ratio if drawn else [sum(cfg.mask.mask_ratio) / 2]:
+        one = dataclasses.replace(cfg.mask, mask_ratio=(ratio, ratio), masks_per_clip=1)
+        sampler = MaskSampler(one, cfg.front_end.grid)
+        masks = [sampler(step, 16, 128) for step in range(1, 16, 2)]
+        visible = sum(len(m.context) for m in masks) / sum(m.clips for m in masks)
+        shares[f"{100 * (1 - visible / cfg.front_end.n_patches):.0f}"] = None
+    return "-".join(shares) + "%"
 
 
-def equal_work(cfg: Config, flops: float) -> Config:
-    """Set the batch size so that a step costs about `flops`, and the number of steps to make up for the rounding."""
-    batch = max(1, round(cfg.optim.batch_size * flops / step_flops(cfg)))
+@functools.cache
+def step_flops(cfg: Config) -> float:
+    mask = dataclasses.replace(cfg.mask, mask_ratio=(sum(cfg.mask.mask_ratio) / 2,) * 2)
+    masks = MaskSampler(mask, cfg.front_end.grid)(0, 1, cfg.optim.batch_size * cfg.objective.count)
+    return flops.step_flops(cfg, masks)
+
+
+def equal_work(cfg: Config, wanted: float) -> Config:
+    """Set the batch size so that a step costs about `wanted` FLOPs, and the steps to make up for the rounding."""
+    batch = max(1, round(cfg.optim.batch_size * wanted / step_flops(cfg)))
     cut = override(cfg, {"optim.batch_size": batch})
-    return override(cut, {"optim.steps": max(1, round(cfg.optim.steps * flops / step_flops(cut)))})
+    return override(cut, {"optim.steps": max(1, round(cfg.optim.steps * wanted / step_flops(cut)))})
 
 
 def key(cfg: Config, test: str, args: Arguments) -> str:
     """Return a hash of everything that the result of a run depends on."""
-    inputs = named(cfg), test, args.score and set_name(args.score), args.folds if args.score else None
+    _, scored = fingerprints(args)
+    inputs = named(cfg, args), test, scored, args.score_label, args.folds if args.score else None
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
-def named(cfg: Config) -> dict[str, Any]:
-    """Return the configuration with the name of its recordings in place of their path."""
-    data = cfg.data.data and set_name(cfg.data.data)
-    fields = dataclasses.asdict(override(cfg, {"out": None, "data.data": data}))
+def named(cfg: Config, args: Arguments) -> dict[str, Any]:
+    """Return the configuration with the fingerprint of its recordings in place of their path."""
+    fields = dataclasses.asdict(override(cfg, {"out": None, "data.data": fingerprints(args)[0]}))
     del fields["data"]["decoder"]  # all decoders give the same samples
-    if cfg.data.float_scale == 1:
-        del fields["data"]["float_scale"]
     return fields
 
 
@@ -159,50 +209,106 @@ def set_name(data: str) -> str:
     return (path if path.is_dir() else path.parent).name
 
 
-def run(cfg: Config, test: str, args: Arguments) -> dict[str, Any]:
-    """Pretrain (or resume) and probe one configuration."""
+def result_name(args: Arguments) -> str:
+    """Return the stem of the result files, such as "cpu-esc50-1b7f03a9-fold4"."""
+    sets = [f"-{set_name(data)}-{mark[:8]}" if data and mark else ""
+            for data, mark in zip((args.data, args.score), fingerprints(args), strict=True)]  # fmt: skip
+    rows = f"-{args.test.replace('!', '-not-')}" if args.test else f"-by-{args.folds}" if args.folds else ""
+    steps = f"-{args.steps}steps" if args.steps else ""
+    return re.sub(r"[^\w,.-]", "", f"{args.scale}{sets[0] or '-synthetic'}{rows}{sets[1] and '-of'}{sets[1]}{steps}")
+
+
+def pretrain(cfg: Config, test: str, args: Arguments) -> Path:
+    """Pretrain one configuration, or resume it, and return its run folder."""
     folder = Path(args.runs) / key(cfg, test, args)
+    if (folder / "summary.json").exists():
+        return folder
+    if cfg.objective.teacher == TEACHER:
+        teacher = pretrain(override(cfg, {"objective.teacher": None}), test, args)
+        cfg = override(cfg, {"objective.teacher": str(teacher)})
     cfg = dataclasses.replace(cfg, out=str(folder), resume=True)
     config.validate(cfg)
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet):
-        if not (folder / "summary.json").exists():
-            train.run(cfg)
+    if args.data is None:
+        synthetic(cfg)  # made beforehand, because this is no part of the pretraining
+    with core_seconds(folder):
+        train.run(cfg)
+    return folder
+
+
+@contextlib.contextmanager
+def core_seconds(folder: Path) -> Iterator[None]:
+    """Add the CPU time of all threads of this process to `core_seconds.json`.
+
+    The file is absent while the process works. If it is killed, the time is lost, and the file says null from then on.
+    """
+    file = folder / "core_seconds.json"
+    before = json.loads(file.read_text()) if file.exists() else None if folder.exists() else 0.0
+    file.unlink(missing_ok=True)
+    start = time.process_time()
+    try:
+        yield
+    finally:
+        if folder.exists():
+            total = None if before is None else before + time.process_time() - start
+            write_atomic(file, (json.dumps(total) + "\n").encode())
+
+
+def run(cfg: Config, test: str, args: Arguments, heads: tuple[str, ...]) -> dict[str, Any]:
+    """Pretrain (or resume) one configuration, and probe it at its own pooling and at `mean`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        folder = pretrain(cfg, test, args)
     start = time.perf_counter()
     if args.score:
         rows = {"data": args.score, "folds": args.folds, "label": args.score_label}
     else:
         rows = {"data": args.data or synthetic(cfg), "test": test, "label": args.label}
-    heads = tuple(dict.fromkeys(head for q in QUESTIONS.values() for head in q.heads))
-    scored = probe.probe(probe.Arguments(str(folder), **rows, heads=heads, map="none"))
+    scores = {}
+    for pooling in dict.fromkeys((cfg.watch.pooling, "mean")):
+        asked = tuple(head for head in heads if (head, pooling) in columns(heads, cfg.watch.pooling))
+        scored = probe.probe(probe.Arguments(str(folder), **rows, heads=asked, pooling=pooling, map="none"))
+        scores[pooling] = {FEATURES[name]: {head: s["mean"] for head, s in found.items()}
+                           for name, found in scored["scores"].items()}  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
+    spent = folder / "core_seconds.json"
+    seconds = json.loads(spent.read_text()) if spent.exists() else None
+    clips = cfg.optim.steps * cfg.optim.batch_size * cfg.objective.count
     return {
         "test": test,
-        "scores": {FEATURES[name]: {head: s["mean"] for head, s in heads.items()}
-                   for name, heads in scored["scores"].items()},
+        "scores": scores,
         "seen_in_pretraining": [fold["seen_in_pretraining"] for fold in scored["folds"]],
         "target_variance": summary["target_variance"],
         "effective_rank": summary["effective_rank"],
         "clips_per_second": summary["clips_per_second"],
+        "minutes": clips / summary["clips_per_second"] / 60,  # so that a resumed run counts in full
+        "core_minutes": None if seconds is None else seconds / 60,
         "probe_seconds": time.perf_counter() - start,
         "device": summary["device"],
         "commit": commit(),
         "torch": torch.__version__,
-        "config": named(cfg),
-    }  # fmt: skip
+        "recordings": set_name(args.data) if args.data else "synthetic",
+        "config": named(cfg, args),
+    }
 
 
-def mean(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one record for the trials of a variant and seed, the mean over the folds."""
+def columns(heads: tuple[str, ...], pooling: str) -> list[tuple[str, str]]:
+    """Return the scored pairs of head and pooling. `attentive` does not pool, so it is scored once."""
+    return [(head, p) for p in dict.fromkeys((pooling, "mean")) for head in heads
+            if p == pooling or head != "attentive"]  # fmt: skip
 
-    def average(get) -> float:
-        return statistics.mean(map(get, records))
+
+def mean(records: list[dict[str, Any]], scored: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return one record for the trials of a variant and seed, the mean over the folds; None where one has no value."""
+
+    def average(get) -> float | None:
+        values = [get(r) for r in records]
+        return None if None in values else statistics.mean(values)
 
     return {
-        "scores": {f: {h: average(lambda r, f=f, h=h: r["scores"][f][h]) for h in heads}
-                   for f, heads in records[0]["scores"].items()},
+        "scores": {f: {(head, p): average(lambda r, f=f, head=head, p=p: r["scores"][p][f][head]) for head, p in scored}
+                   for f in FEATURES.values()},
         "target_variance": average(lambda r: r["target_variance"]),
-        "minutes": average(pretraining_minutes),
+        "minutes": average(lambda r: r["minutes"]),
+        "core_minutes": average(lambda r: r["core_minutes"]),
     }  # fmt: skip
 
 
@@ -227,46 +333,60 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
     lines = [
         f"# {args.scale} scale on {set_name(args.data) if args.data else 'the synthetic set'}",
         "",
-        f"Preset {preset}, {start.optim.steps:,} steps of {start.optim.batch_size} clips, {start.watch.pooling} over "
-        f"frequency. Accuracy in % {scored_on(args)}: mean +- sample deviation over the seeds. `knn`, `linear` and "
-        "`attentive` are X-ARES's heads of ten epochs, `logistic` is scikit-learn's. Written by `python "
-        "experiments/run.py`.",
+        f"Preset {preset}, {start.optim.steps:,} steps. Accuracy in % {scored_on(args)}: mean +- sample deviation over "
+        f"the seeds, at the pooling {start.watch.pooling} and at mean. `masked` is the share of patches that the drawn "
+        "masks hide, and `core-minutes` is the CPU time of a pretraining, all threads together. `docs/evaluate.md` "
+        "describes the heads. Written by `python experiments/run.py`.",
     ]
     for name, question in QUESTIONS.items():
         cfgs = variants(args, name)
+        scored = columns(question.heads, start.watch.pooling)
         found = {
-            v: [r for seed in range(args.seeds) if (r := finished(override(c, {"seed": seed}), args, done))]
+            v: [r for seed in range(args.seeds) if (r := finished(override(c, {"seed": seed}), args, done, scored))]
             for v, c in cfgs.items()
         }
-        lines += ["", f"## {name}: {question.title}", ""]
+        lines += ["", f"## {name}: {question.title}", "", f"Expected: {question.expected}", ""]
         if sum(map(bool, found.values())) < min(2, len(found)):  # the base run does not compare anything
             why = "no run yet" if args.scale == "cpu" or torch.cuda.is_available() else "no GPU on this machine"
             hint = "" if args.data else f" `python experiments/run.py {name} --scale {args.scale}`"
             lines.append(f"Not run: {why}.{hint}")
             continue
-        lines += ["| variant | seeds | clips a step | " + " | ".join(question.heads) + " | target variance | minutes |",
-                  "|---" * (5 + len(question.heads)) + "|"]  # fmt: skip
+        heads = [f"{head}, {pooling}" for head, pooling in scored]
+        ends = ["target variance", "minutes", "core-minutes"]
+        titles = ["variant", "seeds", "recordings a step", "masked", *heads, *ends]
+        lines += [came_out(found, start.watch.pooling), "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         ran = [(v, records) for v, records in found.items() if records]
-        rows = [("pooled log-mel", ran[0][1], "pooled log-mel", "")]
+        rows = [("pooled log-mel", ran[0][1], "pooled log-mel", None)]
         shown = []
         for v, records in ran:  # variants may already differ before training
             level = [r["scores"]["untrained"] for r in records]
             if level not in shown:
                 shown.append(level)
-                rows.append((f"untrained ({v})", records, "untrained", ""))
-        rows += [(v, records, "pretrained", cfgs[v].optim.batch_size) for v, records in found.items()]
-        for label, records, features, batch in rows:
+                rows.append((f"untrained ({v})", records, "untrained", None))
+        rows += [(v, records, "pretrained", cfgs[v]) for v, records in found.items()]
+        for label, records, features, cfg in rows:
             if not records:
-                lines.append(f"| {label} | not run |" + " |" * (3 + len(question.heads)))
+                lines.append(f"| {label} | not run |" + " |" * (len(titles) - 2))
                 continue
-            cells = [spread([100 * r["scores"][features][head] for r in records], 1) for head in question.heads]
-            trained = features == "pretrained"
-            variance = spread([r["target_variance"] for r in records], 3) if trained else ""
-            minutes = f"{statistics.mean(r['minutes'] for r in records):.1f}" if trained else ""
-            lines.append(f"| {label} | {len(records)} | {batch} | " + " | ".join([*cells, variance, minutes]) + " |")
-        plot(question, found, stem.with_name(f"{stem.name}-{name}.png"))
+            cells = [spread([100 * r["scores"][features][pair] for r in records], 1) for pair in scored]
+            batch, share, last = "", "", [""] * len(ends)
+            if cfg:
+                batch, share = cfg.optim.batch_size, masked_share(cfg)
+                last = [spread([r[k] for r in records], digits)
+                        for k, digits in (("target_variance", 3), ("minutes", 1), ("core_minutes", 2))]  # fmt: skip
+            lines.append(f"| {label} | {len(records)} | {batch} | {share} | {' | '.join([*cells, *last])} |")
+        plot(question, found, start.watch.pooling, stem.with_name(f"{stem.name}-{name}.png"))
         lines += ["", f"![{name}]({stem.name}-{name}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def came_out(found: dict[str, list[dict]], pooling: str) -> str:
+    """Return the variants from the best logistic score to the worst, to be read beside what was expected."""
+    levels = {v: [100 * r["scores"]["pretrained"]["logistic", pooling] for r in records]
+              for v, records in found.items() if records}  # fmt: skip
+    order = sorted(levels, key=lambda v: -statistics.mean(levels[v]))
+    text = ", ".join(f"{v} {spread(levels[v], 1)}" for v in order)
+    return f"Came out (logistic, {pooling}, best first): {text}."
 
 
 def scored_on(args: Arguments) -> str:
@@ -277,43 +397,59 @@ def scored_on(args: Arguments) -> str:
     return f"on {args.test or 'split=test'}, on which no run was pretrained"
 
 
-def finished(cfg: Config, args: Arguments, done: dict[str, dict]) -> dict[str, Any] | None:
-    """Return the result of a variant and seed, or None if a part of it is missing."""
+def finished(cfg: Config, args: Arguments, done: dict[str, dict], scored) -> dict[str, Any] | None:
+    """Return the result of a variant and seed, or None if a part of it is missing. `scored` is from `columns`."""
     records = [done.get(key(c, test, args)) for c, test in trials(cfg, args)]
-    return mean([r for r in records if r]) if all(records) else None
+    return mean([r for r in records if r], scored) if all(r and has(r, scored) for r in records) else None
 
 
-def pretraining_minutes(record: dict[str, Any]) -> float:
-    """Return the minutes computed from the throughput, so that a resumed run counts in full."""
-    optim = record["config"]["optim"]
-    return optim["steps"] * optim["batch_size"] / record["clips_per_second"] / 60
+def has(record: dict[str, Any], scored: list[tuple[str, str]]) -> bool:
+    """Return whether all pairs of head and pooling in `scored` have a score."""
+    return all(head in record["scores"].get(pooling, {}).get("pretrained", {}) for head, pooling in scored)
 
 
-def spread(values: list[float], digits: int) -> str:
+def spread(values: list[float | None], digits: int) -> str:
+    if None in values:
+        return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean + (f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def plot(question, found: dict[str, list[dict]], path: Path) -> None:
+def plot(question, found: dict[str, list[dict]], pooling: str, path: Path) -> None:
     """Plot each seed as a dot and the mean as a bar, with lines for the untrained encoder and for pooled log-mel."""
     figure, axes = plt.subplots(1, len(question.heads), figsize=(4.2 * len(question.heads), 3.6), layout="constrained")
     for axis, head in zip(axes, question.heads, strict=True):
         for i, records in enumerate(found.values()):
             if not records:
                 continue
-            values = {f: [100 * r["scores"][f][head] for r in records] for f in FEATURES.values()}
+            values = {f: [100 * r["scores"][f][head, pooling] for r in records] for f in FEATURES.values()}
             axis.bar(i, statistics.mean(values["pretrained"]), width=0.6, color="tab:blue", alpha=0.35)
             axis.plot([i] * len(records), values["pretrained"], "o", color="tab:blue", markersize=4)
             for features, style in (("untrained", "--"), ("pooled log-mel", ":")):
                 axis.hlines(statistics.mean(values[features]), i - 0.4, i + 0.4, "black", style, label=features)
         axis.set_xticks(range(len(found)), list(found), rotation=20)
         axis.set_xlim(-0.6, len(found) - 0.4)
-        axis.set(title=head, ylabel="accuracy in %")
+        axis.set(title=f"{head}, {pooling}", ylabel="accuracy in %")
         axis.grid(axis="y", alpha=0.3)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles[:2], names[:2], fontsize=8, ncols=2, loc="outside upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plan(args: Arguments, done: dict[str, dict]) -> dict[str, tuple[str, Config, str, tuple[str, ...]]]:
+    """Return what is still to be run: key -> title, configuration, scored rows, and the heads of all questions."""
+    asked: dict[str, tuple[str, Config, str]] = {}
+    heads: dict[str, tuple[str, ...]] = {}
+    every = [(q, v, cfg) for q in QUESTIONS for v, cfg in variants(args, q).items()]
+    for seed, (q, v, cfg) in itertools.product(range(args.seeds), every):
+        for c, test in trials(override(cfg, {"seed": seed}), args):
+            k = key(c, test, args)
+            heads[k] = tuple(dict.fromkeys((*heads.get(k, ()), *QUESTIONS[q].heads)))
+            if args.question in ("all", q):
+                asked.setdefault(k, (f"{q}: {v}, seed {seed} {test}", c, test))
+    return {k: (*what, heads[k]) for k, what in asked.items()
+            if k not in done or not has(done[k], columns(heads[k], what[1].watch.pooling))}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -328,24 +464,16 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("give either --test or --folds; --score needs --data and --folds")
         if args.scale == "gpu" and not args.report and not torch.cuda.is_available():
             raise ConfigError("--scale gpu needs a CUDA device, and this machine has none; use --scale cpu")
-        name = f"{args.scale}-{set_name(args.data) if args.data else 'synthetic'}"
-        name += f"-{args.test.replace('=', '')}" if args.test else f"-by-{args.folds}" if args.folds else ""
-        name += f"-of-{set_name(args.score)}" if args.score else ""
-        stem = Path(args.results) / (name + (f"-{args.steps}steps" if args.steps else ""))
+        stem = Path(args.results) / result_name(args)
         stem.parent.mkdir(parents=True, exist_ok=True)
         store = stem.with_name(stem.name + ".json")
         done = json.loads(store.read_text()) if store.exists() else {}
-        names = list(QUESTIONS) if args.question == "all" else [args.question]
-        todo = {} if args.report else {
-            key(c, test, args): (f"{q}: {v}, seed {seed} {test}", c, test)
-            for seed in range(args.seeds) for q in names for v, cfg in variants(args, q).items()
-            for c, test in trials(override(cfg, {"seed": seed}), args) if key(c, test, args) not in done
-        }  # fmt: skip
-        for i, (k, (title, cfg, test)) in enumerate(todo.items(), start=1):
+        todo = {} if args.report else plan(args, done)
+        for i, (k, (title, cfg, test, heads)) in enumerate(todo.items(), start=1):
             print(f"{i} of {len(todo)}  {title}", flush=True)
-            done[k] = run(cfg, test, args)
+            done[k] = run(cfg, test, args, heads)
             write_atomic(store, (json.dumps(done, indent=1) + "\n").encode())
-            got = done[k]["scores"]["pretrained"]
+            got = done[k]["scores"][cfg.watch.pooling]["pretrained"]
             print("   " + "  ".join(f"{head} {100 * value:.1f}" for head, value in got.items()), flush=True)
         text = report(args, done, stem)
         write_atomic(stem.with_name(stem.name + ".md"), text.encode())

@@ -221,6 +221,35 @@ def optimizer(remainder: bool) -> None:
     _ema_update(emas, params, scalar, 0.0)
 
 
+def augment(M: int, T: int, patch: tuple[int, int], dtype: torch.dtype) -> None:
+    from ajepa_kernels.augment_mel import _augment_mel_fwd
+
+    mel, lengths = torch.empty(64, M, 400, **META), torch.empty(64, dtype=torch.int32, **META)
+    views = [torch.empty(128, k, **META) for k in (2, 1, 2, 2, 5)]
+    clip = torch.empty(128, 2, dtype=torch.int32, **META)
+    for ragged in (None, lengths):
+        _augment_mel_fwd(mel, ragged, clip, *views, patch, T, 1e-7, 0.2, 1.0, dtype)
+
+
+def pool(C: int, dtype: torch.dtype) -> None:
+    from ajepa_kernels.segment_pool import _segment_pool_bwd, _segment_pool_fwd
+
+    x, cu = torch.empty(4096, C, dtype=dtype, **META), torch.empty(513, dtype=torch.int32, **META)
+    out = _segment_pool_fwd(x, cu, 1e-5)
+    _segment_pool_bwd(out, x, cu, out)
+
+
+def gaussian(D: int, S: int, dtype: torch.dtype) -> None:
+    from ajepa_kernels.sigreg import _sigreg_bwd, _sigreg_directions, _sigreg_fwd, _sigreg_statistic
+
+    z, scalar = torch.empty(2, 1024, D, dtype=dtype, **META), torch.empty((), **META)
+    directions = _sigreg_directions(torch.empty((), dtype=torch.int64, **META), S, D, dtype)
+    products, sums = _sigreg_fwd(z, directions, 17, 3.0)
+    for count in (None, scalar):  # of one rank, of all
+        _, coefficients = _sigreg_statistic(sums, count, 1024, 3.0)
+    _sigreg_bwd(scalar, products, directions, coefficients, 1024, 3.0)
+
+
 B, F = torch.bfloat16, torch.float32
 SIZES = ((16, 32), (64, 64), (96, 64), (128, 64), (128, 128), (300, 64))
 # head dim 96 is compiled as 128, float16 as bfloat16
@@ -235,6 +264,10 @@ CORE = {
     "bias gelu 3072": (gelu, 3072, "none", B),
     "bias gelu 3072 fp32": (gelu, 3072, "none", F),  # spilled once
     "optimizer": (optimizer, False),
+    "augment mel 128 x 256": (augment, 128, 256, (16, 16), B),
+    "segment pool 768": (pool, 768, B),
+    "sigreg 768": (gaussian, 768, 1024, B),
+    "sigreg 128 fp32": (gaussian, 128, 256, F),
 }
 REST = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 96, 128, 300) for D in (32, 64, 96, 128)},
@@ -249,6 +282,10 @@ REST = {
     "layer norm 768 bare": (layer_norm, 768, B, B, False),
     **{f"bias gelu {C} {a}": (gelu, C, a, B) for C, a in ((1536, "none"), (3072, "tanh"), (1000, "tanh"))},
     "optimizer remainder": (optimizer, True),
+    "augment mel 64 x 64 fp32": (augment, 64, 64, (8, 8), F),
+    "augment mel 80 x 101": (augment, 80, 101, (5, 3), torch.float16),
+    **{f"segment pool {C}{' fp32' * (t is F)}": (pool, C, t) for C, t in ((384, B), (1280, B), (128, F), (768, F))},
+    **{f"sigreg {D} fp32": (gaussian, D, S, F) for D, S in ((768, 1024), (100, 33), (4096, 256))},
 }
 REST = {name: case for name, case in REST.items() if name not in CORE}
 

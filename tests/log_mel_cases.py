@@ -80,6 +80,21 @@ def assert_exact(out: torch.Tensor, pcm: torch.Tensor, spec: LogMelSpec, **argum
     assert (error <= allowed).all(), f"error {error.flatten()[worst]:.2e}, allowed {allowed.flatten()[worst]:.2e}"
 
 
+def assert_exact_mel(mel: torch.Tensor, pcm: torch.Tensor, spec: LogMelSpec, **arguments) -> None:
+    """Compare layout "mel", after floor, log and normalisation in float64, with the float64 definition of the
+    spectrogram, by the same tolerance. Frames that a clip does not have must be exactly zero."""
+    spec, lengths = replace(spec, top_db=None), arguments.get("lengths")
+    samples = [pcm.shape[1]] * len(pcm) if lengths is None else lengths.tolist()
+    counts = torch.tensor([spec.frames(n) for n in samples])
+    outside = (torch.arange(mel.shape[2]) >= counts[:, None])[:, None].expand_as(mel)
+    assert not mel[outside].any()
+    out = mel.double().clamp_min(spec.log_floor).log()
+    if spec.log == "db":
+        out *= (10 if spec.power == 2 else 20) / math.log(10)
+    out = (out.masked_fill(outside, 0) - spec.mean) / spec.std
+    assert_exact(out, pcm, spec, layout="spectrogram", **arguments)
+
+
 def patches(x: torch.Tensor, spec: LogMelSpec, samples: int) -> torch.Tensor:
     """Rearrange a spectrogram `[B, mels, frames]` into patch order `[B, patches, patch size]`."""
     (freq, time), (height, width) = spec.patch_grid(samples), spec.patch

@@ -30,7 +30,7 @@ class ResidentLoader(AudioLoader):
         state = options.pop("state", None)
         super().__init__(index, device=device, **options)
         rate, samples = self._clip["sample_rate"], self._clip["clip_samples"]
-        slots = np.maximum(resampled_lengths(index, rate), samples)
+        slots = _slots(index, rate, samples)
         need, free = 2 * float(slots.sum()), free_memory(device)
         if need > SHARE * free:
             raise DataError(
@@ -100,6 +100,17 @@ class ResidentLoader(AudioLoader):
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._last["skipped"].update(self._bad)
+
+
+def fits(index: Index, rate: int, clip_samples: int, limit: float, device: torch.device) -> bool:
+    """Whether all recordings take at most `limit` bytes as PCM, and a `ResidentLoader` would take them."""
+    need = 2 * float(_slots(index, rate, clip_samples).sum())
+    return need <= min(limit, SHARE * free_memory(device))
+
+
+def _slots(index: Index, rate: int, clip_samples: int) -> np.ndarray:
+    """Samples that each recording takes."""
+    return np.maximum(resampled_lengths(index, rate), clip_samples)
 
 
 def free_memory(device: torch.device) -> int:

@@ -21,12 +21,14 @@ from safetensors.torch import save as save_bytes
 from ajepa.data.decode import resampled_lengths
 from ajepa.data.index import Index, cache_root
 from ajepa.data.loader import iterate_once
-from ajepa.evaluation.features import encode_real, real_columns
+from ajepa.evaluation.features import log_mel_frames, log_mel_pooling
 from ajepa.evaluation.probes import Embedded
+from ajepa.model.jepa import Encoder
+from ajepa.model.pooling import encode_real, pool_recordings, real_columns, statistics
 from ajepa.utils.atomic_files import write_atomic
-from ajepa_kernels import LogMelSpec, log_mel
+from ajepa_kernels import LogMelSpec
 
-FORMAT = 2  # increase it with every change that alters the features
+FORMAT = 3  # increase it with every change that alters the features
 CHUNKS_AT_ONCE = 64
 BATCH_SECONDS = 1200  # seconds of audio decoded at once
 
@@ -68,64 +70,52 @@ def read_chunks(
 
 @dataclass(frozen=True)
 class EncoderFeatures:
-    """Latents of a frozen encoder. `kind` is "mean" or "concat" over frequency, `[n, C or F * C]`, or "tokens"."""
+    """Latents of a frozen encoder. `kind` is a pooling (`pool_recordings`), or "tokens" for every latent."""
 
-    encoder: torch.nn.Module
+    encoder: Encoder
     front_end: Callable
     spec: LogMelSpec
     key: str  # identifies the weights
+    layers: str = "last"  # see `encode_real`
+    projector: torch.nn.Module | None = None  # in evaluation mode, for the pooling "projection"
 
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `[R, F, T, C]`, and the number of real columns among the T, `[R]`."""
         columns = real_columns(self.spec, lengths)
-        latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns)
+        latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns, self.layers)
         return latents.float().unflatten(1, self.spec.grid), columns
 
     def pool(self, x_RFTC, columns_R, owner_R, n: int, kind: str) -> list[torch.Tensor]:
         """Return one tensor per recording."""
-        x, owner = _real(x_RFTC.transpose(1, 2), columns_R, owner_R)
-        if kind == "tokens":
-            return list(x.half().flatten(0, 1).split((torch.bincount(owner, minlength=n) * x.shape[1]).tolist()))
-        mean = _mean(x, owner, n)
-        return list(mean.mean(1) if kind == "mean" else mean.flatten(1))
+        if kind != "tokens":
+            return list(pool_recordings(statistics(x_RFTC, columns_R), owner_R, n, kind, self.projector))
+        real = torch.arange(x_RFTC.shape[2], device=x_RFTC.device) < columns_R[:, None]
+        x = x_RFTC.transpose(1, 2)[real].half()  # [real columns, F, C]
+        counts = columns_R.new_zeros(n).index_add(0, owner_R, columns_R) * x.shape[1]
+        return list(x.flatten(0, 1).split(counts.tolist()))
 
 
 @dataclass(frozen=True)
 class LogMelFeatures:
-    """The baseline: mean and standard deviation over time of each mel band, `[n, 2 M]`.
+    """The baseline: mean over time of each mel band, `[n, M]`, with the deviation for poolings that have one, `[n, 2
+    M]`.
 
-    A token holds the same statistics over the frames of one time patch.
+    A token holds mean and deviation over the frames of one time patch.
     """
 
     spec: LogMelSpec  # its n_frames is None
     key: str = "log-mel"
 
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        x = log_mel(pcm, self.spec, lengths=lengths, layout="spectrogram").float()
-        frames = torch.tensor([self.spec.frames(n) for n in lengths.tolist()], device=x.device)
-        return x[:, None].transpose(2, 3), frames.clamp(1, x.shape[-1])
+        return log_mel_frames(self.spec, pcm, lengths)
 
     def pool(self, x_RFTC, frames_R, owner_R, n: int, kind: str) -> list[torch.Tensor]:
-        if kind == "tokens":
-            parts = [x[0, :count].split(self.spec.patch[1]) for x, count in zip(x_RFTC, frames_R, strict=True)]
-            tokens = [[torch.cat([p.mean(0), p.std(0, correction=0)]) for p in part] for part in parts]
-            chunks = [(owner_R == i).nonzero()[:, 0].tolist() for i in range(n)]
-            return [torch.stack([token for r in own for token in tokens[r]]).half() for own in chunks]
-        x, owner = _real(x_RFTC.transpose(1, 2), frames_R, owner_R)
-        mean = _mean(x, owner, n)
-        deviation = _mean((x - mean[owner]).square(), owner, n).sqrt()
-        return list(torch.cat([mean, deviation], -1).flatten(1))
-
-
-def _real(x_RTFC, count_R, owner_R) -> tuple[torch.Tensor, torch.Tensor]:
-    """Only the real columns, `[K, F, C]`, and the recording of each column, `[K]`."""
-    real = torch.arange(x_RTFC.shape[1], device=x_RTFC.device) < count_R[:, None]
-    return x_RTFC[real], owner_R[:, None].expand_as(real)[real]
-
-
-def _mean(x_K, owner_K, n: int) -> torch.Tensor:
-    total = x_K.new_zeros(n, *x_K.shape[1:]).index_add(0, owner_K, x_K)
-    return total / torch.bincount(owner_K, minlength=n).view(-1, *[1] * (x_K.dim() - 1))
+        if kind != "tokens":
+            return list(pool_recordings(statistics(x_RFTC, frames_R), owner_R, n, log_mel_pooling(kind)))
+        parts = [x[0, :count].split(self.spec.patch[1]) for x, count in zip(x_RFTC, frames_R, strict=True)]
+        tokens = [[torch.cat([p.mean(0), p.std(0, correction=0)]) for p in part] for part in parts]
+        chunks = [(owner_R == i).nonzero()[:, 0].tolist() for i in range(n)]
+        return [torch.stack([token for r in own for token in tokens[r]]).half() for own in chunks]
 
 
 def embed(

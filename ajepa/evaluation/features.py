@@ -1,75 +1,102 @@
-"""Frozen features and measures of their quality: pooling, kNN accuracy, effective rank."""
+"""Frozen features and measures of their quality: kNN accuracy, effective rank, variance shares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ajepa.model.layers import Sequences
+from ajepa.model.pooling import PER_FRAME, encode_real, pool_recordings, real_columns, statistics
 from ajepa_kernels import LogMelSpec, log_mel
 
 Features = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def real_columns(spec: LogMelSpec, lengths_B: torch.Tensor) -> torch.Tensor:
-    """Number of time patches of each clip that hold a real frame, int64 `[B]`, at least 1."""
-    frames = torch.tensor([spec.frames(n) for n in lengths_B.tolist()], device=lengths_B.device)
-    wanted = spec.n_frames or int(frames.max())
-    return -(-frames.clamp(1, wanted) // spec.patch[1])
+def pool(
+    latents_BNC: torch.Tensor,
+    spec: LogMelSpec,
+    lengths_B: torch.Tensor,
+    pooling: str,
+    projector: nn.Module | None = None,
+) -> torch.Tensor:
+    """Clip embeddings `[B, D]` over the time patches that hold real audio; see `pool_recordings`."""
+    columns = real_columns(spec, lengths_B.to(latents_BNC.device))
+    chunks = statistics(latents_BNC.unflatten(1, spec.grid), columns)
+    return pool_recordings(chunks, torch.arange(len(columns), device=columns.device), len(columns), pooling, projector)
 
 
-def encode_real(encoder, patches_BNP: torch.Tensor, spec: LogMelSpec, columns_B: torch.Tensor) -> torch.Tensor:
-    """Latents `[B, N, C]` of the first `columns_B` time patches. Padding is not encoded, and its latents are zero."""
-    rows, columns = spec.grid
-    real = (torch.arange(columns, device=columns_B.device) < columns_B[:, None])[:, None].expand(-1, rows, -1)
-    index = real.flatten().nonzero()[:, 0]
-    cu = F.pad((columns_B * rows).cumsum(0), (1, 0)).int()
-    latents = encoder(patches_BNP, index, Sequences(cu, spec.n_patches))
-    full = latents.new_zeros(real.numel(), latents.shape[-1]).index_copy(0, index, latents)
-    return full.unflatten(0, (len(patches_BNP), spec.n_patches))
-
-
-def pool(latents_BNC: torch.Tensor, spec: LogMelSpec, lengths_B: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Clip embedding `[B, C]` (mean) or `[B, F * C]` (concat): the mean over the time patches that hold real audio."""
-    rows, columns = spec.grid
-    x = latents_BNC.float().unflatten(1, (rows, columns))
-    count = real_columns(spec, lengths_B.to(x.device))[:, None]
-    real = torch.arange(columns, device=x.device) < count
-    x = (x * real[:, None, :, None]).sum(2) / count[..., None]
-    return x.mean(1) if pooling == "mean" else x.flatten(1)
-
-
-def encoder_features(encoder, front_end, spec: LogMelSpec, pooling: str) -> Features:
-    """Embedding function (pcm, lengths) -> `[B, D]` of a frozen encoder."""
+def encoder_features(
+    encoder, front_end: Callable, spec: LogMelSpec, pooling: str, projector: nn.Module | None = None
+) -> Features:
+    """Embedding function (pcm, lengths) -> `[B, D]` of a frozen encoder. Pooling "projection" needs `projector`."""
 
     def features(pcm: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         latents = encode_real(encoder, front_end(pcm, lengths), spec, real_columns(spec, lengths))
-        return pool(latents, spec, lengths, pooling)
+        return pool(latents, spec, lengths, pooling, projector)
 
     return features
 
 
-def log_mel_features(spec: LogMelSpec) -> Features:
-    """The baseline that a trained encoder must beat: mean and standard deviation over time of each mel band."""
+def log_mel_features(spec: LogMelSpec, pooling: str = "mean+std") -> Features:
+    """The baseline that a trained encoder must beat, pooled as the encoder is; see `log_mel_pooling`."""
 
     def features(pcm: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        x = log_mel(pcm, spec, lengths=lengths, layout="spectrogram").float()
-        frames = torch.tensor([spec.frames(int(n)) for n in lengths.tolist()], device=x.device).clamp(1, x.shape[-1])
-        real = (torch.arange(x.shape[-1], device=x.device) < frames[:, None])[:, None]
-        mean = (x * real).sum(-1) / frames[:, None]
-        variance = ((x - mean[..., None]).square() * real).sum(-1) / frames[:, None]
-        return torch.cat([mean, variance.sqrt()], dim=-1)
+        x, frames = log_mel_frames(spec, pcm, lengths)
+        owner = torch.arange(len(x), device=x.device)
+        return pool_recordings(statistics(x, frames), owner, len(x), log_mel_pooling(pooling))
 
     return features
+
+
+def log_mel_pooling(pooling: str) -> str:
+    """The pooling of log-mel that is compared with an encoder's: the mean over time of each band for "mean" and
+    "concat", and also the deviation for the poolings that have one."""
+    return "mean" if pooling in PER_FRAME else "mean+std"
+
+
+def log_mel_frames(spec: LogMelSpec, pcm: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-mel frames `[B, 1, T, M]`, float32, and the number of real ones of each clip, `[B]`, at least 1."""
+    x = log_mel(pcm, spec, lengths=lengths, layout="spectrogram").float()
+    frames = torch.tensor([spec.frames(n) for n in lengths.tolist()], device=x.device)
+    return x.transpose(1, 2)[:, None], frames.clamp(1, x.shape[-1])
+
+
+def variance_shares(targets_BNC: torch.Tensor) -> dict[str, float]:
+    """Shares of the targets' variance that the mean of each patch position and the mean of each clip explain.
+
+    With m the mean over clips and patches, the variance is `mean_bn |t_bn - m|^2`. `position` is the share
+    `mean_n |mean_b t_bn - m|^2`, and `clip` is the share `mean_b |mean_n t_bn - m|^2`. Both are 0 for constant targets.
+    Targets that depend on the position alone have `position` 1, and teach nothing of the sound.
+    """
+    x = targets_BNC.float()
+    x = x - x.mean((0, 1))
+    total = x.square().mean((0, 1)).sum().clamp_min(torch.finfo(x.dtype).tiny)
+    means = {"position": x.mean(0), "clip": x.mean(1)}
+    return {name: (mean.square().mean(0).sum() / total).item() for name, mean in means.items()}
 
 
 def knn_predict(
     train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, k: int = 10, temperature: float = 0.07
 ) -> torch.Tensor:
-    """X-ARES's kNN: the k nearest rows by cosine similarity vote with weight softmax(similarity / temperature)."""
-    train_x, test_x = F.normalize(train_x, dim=-1), F.normalize(test_x, dim=-1)
-    similarity, nearest = (test_x @ train_x.T).topk(min(k, len(train_x)), dim=-1)
+    """The k nearest rows by cosine similarity vote with weight softmax(similarity / temperature)."""
+    return _vote(F.normalize(test_x, dim=-1) @ F.normalize(train_x, dim=-1).T, train_y, k, temperature)
+
+
+def knn_xares_predict(
+    train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, k: int = 10, temperature: float = 0.07
+) -> torch.Tensor:
+    """The kNN of X-ARES as its code computes it: `knn_predict` with another normalisation of the training rows.
+
+    X-ARES normalises the transposed training matrix along its last axis, so each feature has length 1 over the clips,
+    where a cosine similarity needs length 1 of each clip over the features. Clips with large features are then near to
+    everything. Published kNN figures carry this.
+    """
+    return _vote(F.normalize(test_x, dim=-1) @ F.normalize(train_x, dim=0).T, train_y, k, temperature)
+
+
+def _vote(similarity: torch.Tensor, train_y: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
+    similarity, nearest = similarity.topk(min(k, len(train_y)), dim=-1)
     votes = F.one_hot(train_y[nearest], int(train_y.max()) + 1) * (similarity / temperature).softmax(-1)[..., None]
     return votes.sum(1).argmax(-1)
 
@@ -83,7 +110,7 @@ def knn_accuracy(features: torch.Tensor, labels: torch.Tensor, is_test: torch.Te
 def standardised(train_x: torch.Tensor, test_x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre and scale both by the mean and standard deviation of the training rows.
 
-    Log-mel features and latents have offsets that would otherwise dominate the cosine. X-ARES does not do this.
+    Log-mel features and latents have offsets that would otherwise dominate the cosine.
     """
     mean, scale = train_x.mean(0), train_x.std(0) + 1e-6
     return (train_x - mean) / scale, (test_x - mean) / scale

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ajepa.evaluation.features import knn_predict, standardised
+from ajepa.evaluation.features import knn_predict, knn_xares_predict, standardised
 
 EPOCHS, BATCH, LR, LR_END = 10, 32, 1e-3, 1e-4  # X-ARES's schedule
 VALIDATION = 0.1  # share of each class's training rows held out to choose the best epoch
@@ -130,12 +130,12 @@ def _trained(probe: type[nn.Module], width: int, inputs, labels, train, test, se
 
 
 def _knn(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
-    return knn_predict(x.clips[train], labels[train], x.clips[test])
-
-
-def _knn_standardised(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
     train_x, test_x = standardised(x.clips[train], x.clips[test])
     return knn_predict(train_x, labels[train], test_x)
+
+
+def _knn_xares(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
+    return knn_xares_predict(x.clips[train], labels[train], x.clips[test])
 
 
 def _linear(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
@@ -158,8 +158,8 @@ def _logistic(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
 
 HEADS: dict[str, Callable[..., torch.Tensor]] = {
     "knn": _knn,
-    "knn-standardised": _knn_standardised,
     "linear": _linear,
     "attentive": _attentive,
     "logistic": _logistic,
+    "knn-xares": _knn_xares,
 }

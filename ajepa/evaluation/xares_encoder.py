@@ -2,8 +2,9 @@
 
 The class at the end has the interface of X-ARES: an `nn.Module` with a no-argument constructor and the attributes
 `sampling_rate`, `output_dim` and `hop_size_in_ms`. Called with waveforms `[B, T]` or `[T]` in [-1, 1] at
-`sampling_rate`, it returns float32 `[B, T', D]`. Recordings are cut into chunks of the training length. A short chunk
-is padded, and the frames of the padding are dropped.
+`sampling_rate`, it returns float32 `[B, T', D]`. Recordings are cut into chunks of the training length. With the
+poolings "mean" and "concat" there is a frame for each time patch; a short chunk is padded, and the frames of the
+padding are dropped. With the other poolings there is a frame for each chunk, and padding is not encoded.
 
 Shapes: B clips, M mel bands, N patches, C width.
 """
@@ -98,24 +99,43 @@ def rotate(x, rotary):
 
 
 class ViT(nn.Module):
-    """Patches `[B, N, P]` -> latents `[B, N, C]`."""
+    """Patches `[B, N, P]`, of the grid cells `cell` `[N]` -> latents `[B, N, C]`."""
+
+    positions: torch.Tensor
 
     def __init__(self, config: dict, positions: torch.Tensor):
         super().__init__()
         width, eps = config["width"], config["norm_eps"]
-        self.rotary = config["positions"] == "rotary"
+        self.rotary, self.layers = config["positions"] == "rotary", config["layers"]
         self.register_buffer("positions", positions, persistent=False)
         self.embed = nn.Linear(config["front_end"]["patch"][0] * config["front_end"]["patch"][1], width)
         self.blocks = nn.ModuleList(Block(width, config["heads"], eps) for _ in range(config["depth"]))
         self.norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x):
-        x = self.embed(x)
+    def forward(self, x, cell):
+        x, positions, outputs = self.embed(x), self.positions[cell], []
         if not self.rotary:
-            x = x + self.positions
+            x = x + positions
         for block in self.blocks:
-            x = block(x, self.positions if self.rotary else None)
-        return self.norm(x)
+            x = block(x, positions if self.rotary else None)
+            outputs.append(x)
+        if self.layers == "last":
+            return self.norm(x)
+        return torch.stack([F.layer_norm(x, x.shape[-1:], eps=self.norm.eps) for x in outputs]).mean(0)
+
+
+class Projector(nn.Module):
+    """The projector of a clip objective, its batch norm folded into the first layer."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        (hidden, pooled), width = weights["fc1.weight"].shape, len(weights["fc2.weight"])
+        self.fc1 = nn.Linear(pooled, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.load_state_dict(weights)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Portable(nn.Module):
@@ -130,6 +150,9 @@ class Portable(nn.Module):
             weights = base64.b64decode(WEIGHTS) if WEIGHTS else weights_file.read_bytes()
         tensors = read_safetensors(weights)
         self.log_mel = LogMel(config["front_end"], tensors.pop("window"), tensors.pop("mel"))
+        prefix = "projector."
+        ours = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        self.projector = Projector(ours) if ours else None
         self.vit = ViT(config, tensors.pop("positions"))
         self.vit.load_state_dict(tensors)
         self.eval()
@@ -153,6 +176,10 @@ class Portable(nn.Module):
 
     def frames(self, samples: int) -> int:
         """Number of frames that hold audio in a chunk of `samples` samples."""
+        return min(self.columns(samples), self.config["front_end"]["grid"][1] if self.config["per_frame"] else 1)
+
+    def columns(self, samples: int) -> int:
+        """Number of time patches that hold audio in a chunk of `samples` samples."""
         spec = self.config["front_end"]
         if samples < spec["min_samples"]:
             return 0
@@ -160,12 +187,12 @@ class Portable(nn.Module):
         return -(-min(rows, spec["n_frames"]) // spec["patch"][1])
 
     def encode(self, chunk):
-        """Frames `[B, grid columns, D]` of chunks of at most `clip_samples` samples."""
+        """Frames `[B, grid columns, D]` of chunks of at most `clip_samples` samples; `[B, 1, D]` if a chunk has one."""
         return torch.cat([self.encode_rows(rows) for rows in chunk.split(ROWS)])
 
     def encode_rows(self, chunk):
-        spec, pad, clip = self.config["front_end"], self.config["pad"], self.config["clip_samples"]
-        samples = chunk.shape[1]
+        spec, clip, per_frame = self.config["front_end"], self.config["clip_samples"], self.config["per_frame"]
+        pad, samples = self.config["pad"] if per_frame else "zero", chunk.shape[1]
         if pad == "cyclic":
             chunk = chunk.repeat(1, -(-clip // samples))[:, :clip]
         elif pad == "silence":
@@ -175,6 +202,21 @@ class Portable(nn.Module):
         if chunk.shape[1] >= spec["min_samples"]:
             mel = self.log_mel(chunk)
         mel = (F.pad(mel, (0, columns * width - mel.shape[-1])) - spec["mean"]) / spec["std"]
-        patches = mel.view(-1, rows, height, columns, width).transpose(2, 3).reshape(-1, rows * columns, height * width)
-        grid = self.vit(patches).unflatten(1, (rows, columns))
-        return grid.mean(1) if self.config["pooling"] == "mean" else grid.transpose(1, 2).flatten(2)
+        count = columns if per_frame else max(1, self.columns(samples))
+        patches = mel.view(-1, rows, height, columns, width).transpose(2, 3)[:, :, :count].flatten(3).flatten(1, 2)
+        cell = torch.arange(rows * columns, device=mel.device).view(rows, columns)[:, :count].flatten()
+        return self.pool(self.vit(patches, cell).unflatten(1, (rows, count)))
+
+    def pool(self, grid):
+        """Latents `[B, F, T', C]` -> frames."""
+        pooling = self.config["pooling"]
+        if pooling == "mean":
+            return grid.mean(1)
+        if pooling == "concat":
+            return grid.transpose(1, 2).flatten(2)
+        over = (1, 2) if pooling == "mean+std" else (2,)
+        mean = grid.mean(over, keepdim=True)
+        variance = (grid - mean).square().mean(over, keepdim=True)
+        deviation = (variance + 1e-5 if self.projector else variance).sqrt()
+        x = torch.cat([mean, deviation], 2).flatten(1)  # [B, F, 2, C] flattened; F is 1 for mean+std
+        return (self.projector(x) if self.projector else x)[:, None]

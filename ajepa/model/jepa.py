@@ -1,4 +1,4 @@
-"""Context encoder, predictor and target encoder, on packed tokens.
+"""Context encoder, predictor, target encoder and clip objective, on packed tokens.
 
 Shapes: B clips, N patches per clip, P values per patch, T packed tokens, C width, H heads, D head dim.
 """
@@ -6,12 +6,14 @@ Shapes: B clips, N patches per clip, P values per patch, T packed tokens, C widt
 import copy
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ajepa.config import SIZES, ModelConfig, StepConfig
+from ajepa.config import SIZES, Config, ModelConfig, StepConfig
+from ajepa.model.clip import ClipObjective, ClipTerms
 from ajepa.model.layers import (
     Block,
     Linear,
@@ -37,7 +39,7 @@ class Transformer(nn.Module):
         rotary = positions == "rotary"
         table = rotary_positions(width // heads, grid) if rotary else sincos_positions(width, grid)
         self.register_buffer("positions", table, persistent=False)
-        self.rotary = rotary
+        self.rotary, self.width = rotary, width
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.stream_dtype: torch.dtype | None = None  # of the residual stream; None means float32
@@ -65,11 +67,16 @@ class Transformer(nn.Module):
                 kept.append(addend + stream)
         return kept if keep_layers else add_norm(addend, stream, self.norm, self.impl)[0]
 
-    def initialise(self) -> None:
-        """Truncated normal weights of std 0.02; residual outputs of layer l are divided by sqrt(2 l), as in I-JEPA."""
-        for module in self.modules():
+    def initialise(self, kind: str) -> None:
+        """Truncated normal weights; residual outputs of layer l are divided by sqrt(2 l), as in I-JEPA.
+
+        Their std is 0.02, or by "fan-in" (`ModelConfig.init`) such that the patches enter a narrow encoder as strongly
+        as the positions.
+        """
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                fan_in = module.in_features**-0.5 if name == "embed" else 0.68 * self.width**-0.5
+                nn.init.trunc_normal_(module.weight, std=0.02 if kind == "0.02" else fan_in)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             for layer, block in enumerate(self.blocks, start=1):
@@ -84,8 +91,8 @@ class Encoder(Transformer):
         width, depth, heads = SIZES[cfg.size]
         super().__init__(width, depth, heads, spec.grid, cfg.positions, impl)
         self.embed = Linear(spec.patch_dim, width)
-        self.target_layers = cfg.target_layers
-        self.initialise()
+        self.target_layers, self.target_mode = cfg.target_layers, cfg.target_mode
+        self.initialise(cfg.init)
 
     def forward(self, patches_BNP, index_T, sequences: Sequences):  # type: ignore[override]
         """Latents `[T, C]` of the visible patches `index_T` (clip * N + patch), packed by `sequences`."""
@@ -108,16 +115,21 @@ class Encoder(Transformer):
         return [o.unflatten(0, (B, N)) for o in out] if layers else out.unflatten(0, (B, N))
 
     def targets(self, patches_BNP, wanted: Wanted | None = None):
-        """Return the latents that the predictor learns to predict: the last layer's output, or the mean of the top
-        layers (data2vec).
+        """Return the latents that the predictor learns to predict: the last layer's output, or the top layers' by
+        `join`.
 
         They cover every patch, `[B * N, C]`, or only the `wanted` patches, `[Tw, C]` (last layer only).
         """
         if self.target_layers == 1:
             return self.encode(patches_BNP, wanted=wanted) if wanted else self.encode(patches_BNP).flatten(0, 1)
-        outputs = [o.float() for o in self.encode(patches_BNP, self.target_layers)]
-        normed = [nn.functional.instance_norm(o.transpose(1, 2), eps=1e-5) for o in outputs]
-        return torch.stack(normed).mean(0).transpose(1, 2).flatten(0, 1)
+        return self.join(self.encode(patches_BNP, self.target_layers))
+
+    def join(self, outputs_BNC: list[torch.Tensor]) -> torch.Tensor:
+        """Targets from the outputs of the top layers, each instance-normalised over the patches of a clip: their mean
+        `[B * N, C]` (data2vec), or side by side, `[B * N, K * C]`."""
+        normed = [nn.functional.instance_norm(o.float().transpose(1, 2), eps=1e-5) for o in outputs_BNC]
+        joined = torch.cat(normed, 1) if self.target_mode == "separate" else torch.stack(normed).mean(0)
+        return joined.transpose(1, 2).flatten(0, 1)
 
 
 class Predictor(Transformer):
@@ -129,12 +141,12 @@ class Predictor(Transformer):
         encoder_width = SIZES[cfg.size][0]
         self.embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.head = Linear(width, encoder_width)
-        self.initialise()
+        self.head = Linear(width, encoder_width * (cfg.target_layers if cfg.target_mode == "separate" else 1))
+        self.initialise(cfg.init)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context_TC, masks: Masks, prune: bool = False):  # type: ignore[override]
-        """Predicted latents `[Tt, C]`, in the order of `masks.target`.
+        """Predicted latents `[Tt, C]`, or `[Tt, K * C]` of K separate layers, in the order of `masks.target`.
 
         With `prune`, the last layer computes outputs only for the mask tokens.
         """
@@ -151,58 +163,111 @@ class Predictor(Transformer):
         return self.head(super().forward(x, patch, sequences).index_select(0, masks.predicted))
 
 
+_NO_TARGETS = (None, None, None)
+
+
 @lru_cache(maxsize=8)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class JEPA(nn.Module):
-    """The three networks. `forward` returns predictions and targets; targets carry no gradient."""
+class Outputs(NamedTuple):
+    """What the loss is made of. Targets carry no gradient."""
 
-    def __init__(self, cfg: ModelConfig, spec: LogMelSpec, impl: str = "auto"):
+    prediction: torch.Tensor | None  # [Tt, C], of the target patches; with K separate target layers [Tt * K, C]
+    latents: torch.Tensor | None  # [rows, C], of the target encoder
+    rows: torch.Tensor | None  # int64 [Tt], the row of `latents` of each prediction
+    clip: ClipTerms | None
+
+
+class JEPA(nn.Module):
+    """The networks of a run: a context encoder, and what its objectives need of predictor, target encoder, clip
+    objective."""
+
+    predictor: Predictor
+    target_encoder: Encoder
+    clip: ClipObjective
+
+    def __init__(self, cfg: Config, impl: str = "auto"):
         super().__init__()
-        self.context_encoder = Encoder(cfg, spec, impl)
-        self.predictor = Predictor(cfg, spec, impl)
-        self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+        self.objective, model, spec = cfg.objective, cfg.model, cfg.front_end
+        self.context_encoder = Encoder(model, spec, impl)
+        if self.objective.masks:
+            self.predictor = Predictor(model, spec, impl)
+        if self.objective.taught:
+            self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+        if self.objective.clips:
+            self.clip = ClipObjective(cfg, impl)
         self.parallel = False  # run the target and the context encoder on two CUDA streams
 
+    @property
+    def networks(self) -> list[Transformer]:
+        return [child for child in self.children() if isinstance(child, Transformer)]
+
     def forward(
-        self, patches_BNP: torch.Tensor, masks: Masks, prune: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return predictions `[Tt, C]` at the target patches, the target encoder's latents, and each prediction's row
-        of the latents.
+        self, patches_BNP: torch.Tensor, masks: Masks, prune: bool = False, key: torch.Tensor | None = None
+    ) -> Outputs:
+        """Return predictions at the target patches with the target encoder's latents, and the terms of the clip
+        objective, as far as the run has these objectives.
 
         The latents cover every patch, `[B * N, C]`. With `prune`, the last layers compute only outputs that are read:
-        if target patches do not overlap, the latents then cover only the target patches.
+        if target patches do not overlap, the latents then cover only the target patches. `key` seeds SIGReg.
         """
-        sequences = Sequences(masks.context_cu, masks.max_context)
+        targets = self._beside(self._targets, patches_BNP, masks, prune) if self.objective.taught else _NO_TARGETS
+        context = self.context_encoder(patches_BNP, masks.context, Sequences(masks.context_cu, masks.max_context))
+        prediction = self.predictor(context, masks, prune) if self.objective.masks else None
+        latents, rows, summary = self._arrived(*targets)
+        clip = self.clip(context, masks, summary, key) if self.objective.clips else None
+        layers = 1 if prediction is None or latents is None else prediction.shape[-1] // self.context_encoder.width
+        if layers > 1:
+            assert prediction is not None and latents is not None and rows is not None
+            prediction, latents = (x.unflatten(-1, (layers, -1)).flatten(0, 1) for x in (prediction, latents))
+            rows = (rows[:, None] * layers + torch.arange(layers, device=rows.device)).flatten()
+        return Outputs(prediction, latents, rows, clip)
 
-        def predict() -> torch.Tensor:
-            return self.predictor(self.context_encoder(patches_BNP, masks.context, sequences), masks, prune)
-
+    def _beside(self, work, patches_BNP, *arguments):
+        """Run `work` on a side stream if the encoders run in parallel; `_arrived` then waits for its results."""
         if not self.parallel:
-            return predict(), *self._targets(patches_BNP, masks, prune)
-        main_stream, side_stream = torch.cuda.current_stream(patches_BNP.device), _side_stream(patches_BNP.device)
-        side_stream.wait_stream(main_stream)
+            return work(patches_BNP, *arguments)
+        side_stream = _side_stream(patches_BNP.device)
+        side_stream.wait_stream(torch.cuda.current_stream(patches_BNP.device))
         with torch.cuda.stream(side_stream):
-            latents, rows = self._targets(patches_BNP, masks, prune)
-        prediction = predict()
-        main_stream.wait_stream(side_stream)
-        for x in (latents, rows):
-            x.record_stream(main_stream)
-        return prediction, latents, rows
+            return work(patches_BNP, *arguments)
+
+    def _arrived(self, *results: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        tensors = [x for x in results if x is not None]
+        if self.parallel and tensors:
+            main_stream = torch.cuda.current_stream(tensors[0].device)
+            main_stream.wait_stream(_side_stream(tensors[0].device))
+            for x in tensors:
+                x.record_stream(main_stream)
+        return results
 
     @torch.no_grad()
-    def _targets(self, patches_BNP, masks: Masks, prune: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        if not (prune and masks.disjoint and self.target_encoder.target_layers == 1):
-            return self.target_encoder.targets(patches_BNP), masks.target
+    def _targets(self, patches_BNP, masks: Masks, prune: bool) -> tuple[torch.Tensor | None, ...]:
+        """Latents, rows (see `Outputs`), and what the clip objective takes from the teacher."""
+        encoder, clip = self.target_encoder, self.objective.clip_loss if self.objective.clips else "lejepa"
+        if clip != "lejepa":
+            outputs = encoder.encode(patches_BNP, encoder.target_layers)
+            last = encoder.norm(outputs[-1])
+            normed = [nn.functional.layer_norm(o.float(), o.shape[-1:]) for o in outputs]
+            summary = last if clip == "byol" else torch.stack(normed).mean((0, 2))
+            if not self.objective.masks:
+                return None, None, summary
+            latents = last.flatten(0, 1) if encoder.target_layers == 1 else encoder.join(outputs)
+            return latents, masks.target, summary
+        if not (prune and masks.disjoint and encoder.target_layers == 1):
+            return encoder.targets(patches_BNP), masks.target, None
         wanted = Wanted(masks.target, Sequences(masks.target_cu, masks.max_target))
-        return self.target_encoder.targets(patches_BNP, wanted), torch.arange(
-            len(masks.target), device=patches_BNP.device
-        )
+        rows = torch.arange(len(masks.target), device=patches_BNP.device)
+        return encoder.targets(patches_BNP, wanted), rows, None
 
     def ema_pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return list(zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True))
+        """(trained parameter, target parameter) of everything that follows by EMA; a given teacher does not."""
+        pairs = []
+        if self.objective.taught and self.objective.teacher is None:
+            pairs += zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True)
+        return pairs + (self.clip.ema_pairs() if self.objective.clips else [])
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Make every linear layer compute with copies of its parameters. Returns the pairs (parameter, copy)."""
@@ -217,12 +282,12 @@ class JEPA(nn.Module):
     def configure(self, step: StepConfig, bf16: bool) -> None:
         """Set how the three networks compute."""
         self.parallel = step.parallel_encoders and next(self.parameters()).is_cuda
-        for network in (self.context_encoder, self.predictor, self.target_encoder):
+        for network in self.networks:
             network.recompute = step.recompute
             network.stream_dtype = torch.bfloat16 if bf16 and step.residual == "bf16" else None
             for block in network.modules():
                 if isinstance(block, Block):
                     block.mlp = step.mlp
-        for module in self.target_encoder.blocks.modules():
+        for module in self.target_encoder.blocks.modules() if self.objective.taught else ():
             if isinstance(module, Linear):
                 module.fp8 = step.target_precision == "fp8"

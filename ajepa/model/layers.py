@@ -63,7 +63,9 @@ class _CopyLinear(torch.autograd.Function):
         dx = dy @ weight_copy if ctx.needs_input_grad[0] else None
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dw = torch.mm(dy_rows.T, rows, out_dtype=torch.float32) if dy.is_cuda else (dy_rows.T @ rows).float()
-        db = dy_rows.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        db = None
+        if ctx.needs_input_grad[2]:  # a CPU would first convert all rows to float32
+            db = dy_rows.sum(0, dtype=torch.float32) if dy.is_cuda else dy_rows.sum(0).float()
         return dx, dw, db, None, None
 
 

@@ -1,4 +1,4 @@
-"""Which patches the context encoder sees and which the predictor predicts: four mask families, drawn without loops.
+"""Which patches the context encoder sees and which the predictor predicts: five mask families, drawn without loops.
 
 A mask family draws booleans; `Masks.pack` turns them into the packed, ragged indices that the model reads. Shapes:
 B clips, R contexts (B x masks per clip), K target groups per context, N = F x T patches (frequency-major), G groups.
@@ -136,6 +136,23 @@ def time_frequency_masks(
     return chosen.flatten(1), targets.flatten(2)
 
 
+def inverse_block_masks(R, grid, size, visible, noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """EAT's inverse block masks: the union of blocks is seen, and all else is a target (arXiv 2401.03497, sec. 3).
+
+    Blocks of `size` patches, cut off at the borders, are placed in random order until they cover `visible` patches. Of
+    the last block only as many patches are seen, at random, as the count lacks. Each place has a random number, so the
+    largest number among the blocks that cover a patch says when it is covered. All patches are equally likely in the
+    first block, because blocks may begin outside of the grid.
+    """
+    F, T = grid
+    height, width = min(size[0], F), min(size[1], T)
+    places = noise((R, F + height - 1, T + width - 1))
+    covered = torch.nn.functional.max_pool2d(places[:, None], (height, width), stride=1).flatten(1).double()
+    order = (covered + noise((R, F * T)) * 2**-24).argsort(dim=-1, descending=True, stable=True)  # 24 bits each
+    context = torch.zeros(R, F * T, dtype=torch.bool).scatter_(1, order[:, :visible], True)
+    return context, ~context[:, None]
+
+
 def curriculum_probability(step: int, steps: int, c0: float = 0.01) -> float:
     """A-JEPA's probability of a time-frequency mask at step s of S: f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2))."""
     return min(1.0, math.sqrt(step * (1 - c0**2) / steps + c0**2))
@@ -252,6 +269,10 @@ class MaskSampler:
             return time_frequency_masks(
                 R, self.grid, cfg.tf_targets, cfg.tf_scale, cfg.block_aspect, cfg.context_scale, self.minimum, noise
             )
+        if mask == "inverse-block":
+            visible = round(self.n_patches * (1 - sum(cfg.mask_ratio) / 2))
+            visible = min(max(visible, self.minimum, 1), self.n_patches - 1)
+            return inverse_block_masks(R, self.grid, cfg.inverse_block_size, visible, noise)
         is_tf = noise((R,)) < curriculum_probability(step, steps, cfg.curriculum_c0)
         easy, hard = (self._draw(kind, R, step, steps, noise) for kind in ("block", "time-frequency"))
         K = max(easy[1].shape[1], hard[1].shape[1])

@@ -10,29 +10,34 @@ from ajepa import config
 from ajepa.config import Config, ConfigError
 from ajepa.utils.run_folder import CheckpointError, checkpoints, is_checkpoint, read_verified, run_of
 
-TARGET = "target_encoder."
+ENCODER, PROJECTOR = "encoder.safetensors", "projector.safetensors"
 
 
 class Pretrained(NamedTuple):
-    """A run's configuration, and the weights of its EMA target encoder by parameter name."""
+    """A run's configuration, and the weights of its encoder by parameter name."""
 
     cfg: Config
     weights: dict[str, torch.Tensor]
+    """Those of the EMA target encoder, or of the trained encoder where the run keeps no average of it."""
     file: Path
     """Where the weights were read: `encoder.safetensors`, or a checkpoint folder."""
+    projector: dict[str, torch.Tensor] | None
+    """Weights of the projector of a clip objective (`ajepa.model.clip.Projector`); None for a run without one."""
 
 
 def load_pretrained(path: Path) -> Pretrained:
-    """The EMA target encoder of `path`: a run folder, or one of its checkpoints.
+    """The encoder and the projector of `path`: a run folder, or one of its checkpoints.
 
-    A finished run gives its `encoder.safetensors`, an unfinished one its newest whole checkpoint. Nothing that is read
-    can run code. Raises ConfigError.
+    A finished run gives its `encoder.safetensors` and `projector.safetensors`, an unfinished one its newest whole
+    checkpoint. Nothing that is read can run code. Raises ConfigError.
     """
     run = run_of(path)
     cfg = config.load(run / "config.json")
-    final = run / "encoder.safetensors"
+    final = run / ENCODER
     if not is_checkpoint(path) and final.is_file():
-        return Pretrained(cfg, read_safetensors(final.read_bytes(), final), final)
+        beside = run / PROJECTOR
+        projector = read_safetensors(beside.read_bytes(), beside) if beside.is_file() else None
+        return Pretrained(cfg, read_safetensors(final.read_bytes(), final), final, projector)
     reasons = []
     for folder in [path] if is_checkpoint(path) else reversed(checkpoints(run / "checkpoints")):
         try:
@@ -40,9 +45,13 @@ def load_pretrained(path: Path) -> Pretrained:
         except CheckpointError as error:
             reasons.append(str(error))
             continue
-        weights = {name.removeprefix(TARGET): x for name, x in model.items() if name.startswith(TARGET)}
-        return Pretrained(cfg, weights, folder)
-    raise ConfigError("; ".join([f"{path} has neither encoder.safetensors nor a usable checkpoint", *reasons]))
+        weights = _part(model, f"{cfg.objective.network}.")
+        return Pretrained(cfg, weights, folder, _part(model, "clip.projector.") or None)
+    raise ConfigError("; ".join([f"{path} has neither {ENCODER} nor a usable checkpoint", *reasons]))
+
+
+def _part(model: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): x for name, x in model.items() if name.startswith(prefix)}
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], file: Path | str) -> None:

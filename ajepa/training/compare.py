@@ -130,7 +130,8 @@ def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list
     graphs = device.type == "cuda" and cfg.step.cuda_graph  # a graph is first replayed in the third step of its shapes
     configs: dict[str, Config] = {impl: dataclasses.replace(cfg, impl=impl) for impl in impls}
     timings = time_engines(configs, device, batches, warm_up=2 * len(batches) if graphs else 1)
-    return {impl: len(batches[0][0]) / statistics.median(timing.seconds) for impl, timing in timings.items()}
+    clips = len(batches[0][0]) * cfg.objective.count
+    return {impl: clips / statistics.median(timing.seconds) for impl, timing in timings.items()}
 
 
 def compare_engines(
@@ -148,7 +149,7 @@ def compare_engines(
         pairs = [to_device(next(loader), device) for _ in range(steps)]
     batches: list[Batch] = []
     for i, (pcm, lengths) in enumerate(pairs):
-        parts = sampler.parts(i, cfg.optim.steps, cfg.step.sizes(len(pcm)))
+        parts = sampler.parts(i, cfg.optim.steps, cfg.step.sizes(len(pcm) * cfg.objective.count))
         batches.append((pcm, lengths, [masks.to(device) for masks in parts]))
     try:
         return compare(cfg, device, batches, list(dict.fromkeys(impls)))

@@ -13,7 +13,7 @@ from ajepa.data.batch import Batch
 from ajepa.data.index import Index, build_index, cache_root
 from ajepa.data.loader import AudioLoader, iterate_once
 from ajepa.data.reader import all_stored
-from ajepa.data.resident import ResidentLoader
+from ajepa.data.resident import ResidentLoader, fits
 from ajepa.data.shards import is_shards
 from ajepa.data.synthetic import make_synthetic
 from ajepa.evaluation.features import Evaluation
@@ -37,6 +37,7 @@ class Corpus:
         """Loader of batches on `device`, prefetched or kept there (`--resident`). With None they stay on the host."""
         options: dict[str, Any] = {
             **clip_options(cfg),
+            **(source_options(cfg) if cfg.objective.clips else {}),
             "batch_size": cfg.optim.batch_size // world_size,
             "rank": rank,
             "world_size": world_size,
@@ -45,7 +46,8 @@ class Corpus:
             "prefetch": cfg.data.prefetch,
             "state": state,
         }
-        if device is not None and cfg.data.resident:
+        rate, samples, limit = options["sample_rate"], options["clip_samples"], cfg.data.resident_gb * 1e9
+        if device is not None and (cfg.data.resident or (limit and fits(self.index, rate, samples, limit, device))):
             return ResidentLoader(self.index, device=device, **options)
         return AudioLoader(self.index, device=device, **options)
 
@@ -71,6 +73,12 @@ def clip_options(cfg: Config) -> dict[str, Any]:
         "decoder": cfg.data.decoder,
         "threads": cfg.data.loader_threads,
     }
+
+
+def source_options(cfg: Config) -> dict[str, Any]:
+    """Options that read the sections from which the views of the clip objective are cropped. Padding by zeros leaves
+    their real lengths known."""
+    return {"clip_samples": round(cfg.source_seconds * cfg.front_end.sample_rate), "pad": "zero"}
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,6 +56,11 @@ class Ranks:
         self.patient: Any = None  # gloo group with the timeout PATIENCE
         self._stopping = False
 
+    @property
+    def group(self) -> Any:
+        """The group over which a step's tensors are reduced; None for a single process."""
+        return None if self.alone else dist.group.WORLD
+
     # --- what the ranks agree on ---------------------------------------------------------------------------------
 
     def gather(self, value: T) -> list[T]:
@@ -175,9 +180,9 @@ class Ranks:
         """This rank's part of a full tensor shaped as `parameter`."""
         return value
 
-    def whole_target_encoder(self, model: Any) -> nn.Module:
-        """The target encoder as a plain module. All ranks must call it."""
-        return model.target_encoder
+    def encoder(self, model: Any, network: str) -> nn.Module:
+        """The encoder called `network` as a plain module. All ranks must call it."""
+        return getattr(model, network)
 
 
 class ShardedRanks(Ranks):
@@ -189,9 +194,9 @@ class ShardedRanks(Ranks):
     replicated = False
 
     def wrap(self, model: Any) -> nn.Module:
-        self._plain_target = copy.deepcopy(model.target_encoder)
+        self._plain = copy.deepcopy(model.context_encoder).requires_grad_(False)
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
-        for network in (model.context_encoder, model.predictor, model.target_encoder):
+        for network in model.networks:
             for block in network.blocks:
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -235,10 +240,10 @@ class ShardedRanks(Ranks):
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
-    def whole_target_encoder(self, model):
-        state = {name: self.whole(value, value) for name, value in model.target_encoder.state_dict().items()}
-        self._plain_target.load_state_dict(state)
-        return self._plain_target
+    def encoder(self, model, network):
+        state = {name: self.whole(value, value) for name, value in getattr(model, network).state_dict().items()}
+        self._plain.load_state_dict(state)
+        return self._plain
 
 
 # --- joining and leaving --------------------------------------------------------------------------------------------

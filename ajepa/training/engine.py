@@ -1,19 +1,26 @@
 """One training step, PCM in, updated weights out: the fused engine, and the plain PyTorch one beside it."""
 
 import contextlib
+import copy
 from collections import deque
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ajepa.config import Config
+from ajepa.config import Config, ConfigError
+from ajepa.evaluation.features import variance_shares
+from ajepa.model.clip import Projector
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import JEPA
 from ajepa.model.masks import Masks, MaskSampler
+from ajepa.model.pretrained import load_pretrained, load_weights
+from ajepa.model.views import ViewFrontEnd
 from ajepa.training.distributed import Ranks
 from ajepa.training.flops import step_flops
 from ajepa.training.graph import StepGraphs
 from ajepa.training.schedules import ema_decay, learning_rate, parameter_groups, weight_decay
+from ajepa.utils.devices import trains_in_bf16
 from ajepa_kernels import AdamWEMA, ema_update_reference_, latent_l2_loss
 
 
@@ -23,6 +30,9 @@ class StepResult(NamedTuple):
     loss: torch.Tensor
     grad_norm: torch.Tensor
     bad: torch.Tensor  # 1 where the loss or a gradient was not finite and no weight was changed
+    masked: torch.Tensor  # the terms of the loss without their weights, 0 where the run has no such objective: masked
+    agreement: torch.Tensor  # prediction, agreement of the views and SIGReg. With several ranks, those of this rank
+    sigreg: torch.Tensor
 
 
 class ScheduleValues(NamedTuple):
@@ -68,7 +78,7 @@ class Engine:
         self.cfg, self.device, self.ranks = cfg, device, ranks or Ranks()
         self.plain = cfg.impl != "fused"
         self.impl = "reference" if self.plain else "auto"  # of the ops of ajepa_kernels
-        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
+        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and trains_in_bf16(device))
         self._make_model()
         self._make_optimizer()
         self._make_front_end()
@@ -84,7 +94,10 @@ class Engine:
     def _make_model(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.seed)
-            self.model = JEPA(self.cfg.model, self.cfg.front_end, self.impl).to(self.device)
+            self.model = JEPA(self.cfg, self.impl).to(self.device)
+        self.key = torch.zeros((), dtype=torch.int64, device=self.device)  # of SIGReg's directions in the present step
+        if self.cfg.objective.clips:
+            self.model.clip.group = self.ranks.group
         self.net = self.ranks.wrap(self.model)
         has_copies = self.bf16 and not self.plain and self.ranks.replicated
         self.copies = self.model.add_copies(torch.bfloat16) if has_copies else []
@@ -113,6 +126,8 @@ class Engine:
         else:
             # Layers that read bf16 copies would round the patches at every reading; the front end rounds them once.
             self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if self.copies else torch.float32)
+        impl, dtype = ("reference" if self.plain else "auto"), self.front_end.dtype
+        self.views = ViewFrontEnd(self.cfg, impl, dtype) if self.cfg.objective.clips else None
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
@@ -120,8 +135,8 @@ class Engine:
     # --- the step -------------------------------------------------------------------------------------------------
 
     def masks(self, sampler: MaskSampler, step: int, batch: int) -> list[Masks]:
-        """Masks of a step, one for each micro-batch, drawn on the device."""
-        sizes = self.cfg.step.sizes(batch)
+        """Masks of a step on `batch` recordings, one for each micro-batch, drawn on the device."""
+        sizes = self.cfg.step.sizes(batch * self.cfg.objective.count)
         if self.mask_stream is None:
             return sampler.parts(step, self.cfg.optim.steps, sizes)
         # The host needs the token counts. A stream of their own lets it wait for them without waiting for the steps.
@@ -143,36 +158,57 @@ class Engine:
         """
         self.in_flight.wait_for_room()
         parts = [masks] if isinstance(masks, Masks) else masks
-        with torch.no_grad():
-            padded_by_zeros = self.cfg.data.pad == "zero"  # cyclic padding leaves every clip full
-            patches = self.front_end(pcm, lengths if padded_by_zeros else None)
+        patches = self.patches(pcm, lengths, step)
+        self.key.fill_(self.cfg.seed * 1_000_003 + step)
         optim = self.cfg.optim
         values = ScheduleValues(learning_rate(optim, step), weight_decay(optim, step), ema_decay(optim, step), share)
         return StepResult(*(self.graphs or self._train)(patches, parts, values))
 
+    @torch.no_grad()
+    def patches(self, pcm: torch.Tensor, lengths: torch.Tensor, step: int) -> torch.Tensor:
+        """Log-mel patches of a batch: of its clips, or of the views that `step` draws from its recordings."""
+        if self.views is not None:
+            return self.views(pcm, lengths, step, self.ranks.rank, self.ranks.world_size)
+        padded_by_zeros = self.cfg.data.pad == "zero"  # cyclic padding leaves every clip full
+        return self.front_end(pcm, lengths if padded_by_zeros else None)
+
     def _train(self, patches: torch.Tensor, parts: list[Masks], values: ScheduleValues) -> tuple[torch.Tensor, ...]:
         """Forward, backward and update, on tensors only: the part that a CUDA graph holds."""
         self.optimizer.zero_grad(set_to_none=True)  # clear gradients left behind by a failed graph capture
-        loss = self._gradients(patches, parts, values.share)
-        return self._update(loss, values)
+        loss, terms = self._gradients(patches, parts, values.share)
+        return *self._update(loss, values), *terms.unbind()
 
-    def _forward(self, patches: torch.Tensor, masks: Masks) -> torch.Tensor:
-        prediction, latents, rows = self.net(patches, masks, prune=not self.plain)
-        return latent_l2_loss(prediction, latents, rows, kind=self.cfg.optim.loss, impl=self.impl)
+    def _forward(self, patches: torch.Tensor, masks: Masks, share: float | torch.Tensor | None):
+        """The loss, and its terms as in `StepResult`. `share` is the weight of the mean over target patches; None: 1."""
+        objective = self.cfg.objective
+        out = self.net(patches, masks, prune=not self.plain, key=self.key)
+        zero = torch.zeros((), device=self.device)
+        loss = masked = agreement = spread = zero
+        if objective.masks:
+            masked = latent_l2_loss(out.prediction, out.latents, out.rows, kind=self.cfg.optim.loss, impl=self.impl)
+            loss = masked if share is None else masked * share
+        if objective.clips:
+            agreement, spread = out.clip
+            weight = objective.sigreg_weight
+            clip = (1 - weight) * agreement + weight * spread
+            loss = loss + objective.clip_weight * clip if objective.masks else clip
+        return loss, torch.stack([x.detach().float() for x in (masked, agreement, spread)])
 
-    def _gradients(self, patches: torch.Tensor, parts: list[Masks], share: float | torch.Tensor) -> torch.Tensor:
-        """Return the loss of the batch and leave its gradients in `.grad`. Every target token has the same weight."""
+    def _gradients(self, patches: torch.Tensor, parts: list[Masks], share: float | torch.Tensor):
+        """Return the loss of the batch and its terms, and leave the gradients in `.grad`. Every target token has the
+        same weight, and so has every recording."""
         tokens = sum(len(masks.target) for masks in parts)
-        total = torch.zeros((), device=self.device)
+        total, terms = torch.zeros((), device=self.device), torch.zeros(3, device=self.device)
         for chunk, masks in zip(patches.split([masks.clips for masks in parts]), parts, strict=True):
+            part = len(masks.target) / max(tokens, 1)
+            weight = None if self.ranks.alone and len(parts) == 1 else share * part
             with self.ranks.accumulate(self.net, last=masks is parts[-1]):
                 with self.autocast():
-                    loss = self.forward(chunk, masks)
-                loss = loss if len(parts) == 1 else loss * (len(masks.target) / max(tokens, 1))
-                loss = loss if self.ranks.alone else loss * share
+                    loss, found = self.forward(chunk, masks, weight)
                 loss.backward()
             total += loss.detach()
-        return total
+            terms += found if len(parts) == 1 else found * part
+        return total, terms
 
     def _update(self, loss: torch.Tensor, values: ScheduleValues) -> tuple[torch.Tensor, ...]:
         for group in self.optimizer.param_groups:
@@ -189,38 +225,74 @@ class Engine:
             self.optimizer.step()
             self._average(values.ema_decay)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.cfg.objective.clips:
+            self.model.clip.update(bad)
         return loss, norm, bad
 
     def _average(self, decay: float | torch.Tensor) -> None:
         """Update the target encoder of the plain engine."""
+        if not self.pairs:
+            return
         sources, targets = zip(*self.pairs, strict=True)
         ema_update_reference_(targets, sources, decay)
 
     # --- what a run reads -----------------------------------------------------------------------------------------
 
-    def target_encoder(self) -> torch.nn.Module:
-        """The whole EMA target encoder. All ranks must call this."""
-        return self.ranks.whole_target_encoder(self.model)
+    def encoder(self) -> torch.nn.Module:
+        """The whole encoder whose features the run is judged by, see `ObjectiveConfig.network`. All ranks must call
+        this."""
+        return self.ranks.encoder(self.model, self.cfg.objective.network)
+
+    @property
+    def projector(self) -> Projector | None:
+        """The projector of the clip objective, for evaluation."""
+        if not self.cfg.objective.clips:
+            return None
+        return copy.deepcopy(self.model.clip.projector).eval()
+
+    def teach(self, source: str) -> None:
+        """Load the encoder of another run as the target encoder, which then stays as it is. Raises ConfigError."""
+        found = load_pretrained(Path(source))
+        if found.cfg.front_end != self.cfg.front_end:
+            raise ConfigError(f"--teacher {source} reads another front end than this run: give both the same")
+        load_weights(self.model.target_encoder, found.weights, found.file)
 
     @torch.no_grad()
-    def inspect(self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks]) -> dict[str, float]:
-        """The variance over tokens, averaged over channels, of layer-normalised targets and of predictions.
+    def inspect(
+        self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks], step: int = 0
+    ) -> dict[str, float]:
+        """The state of the representation on a batch, by its first micro-batch.
 
-        Layer-normalised targets have variance 1 over channels, so their variance over tokens lies in [0, 1]. Near 0 all
-        tokens are alike, which means that the encoders have collapsed. Looks at the first micro-batch.
+        `target_variance` and `prediction_variance`: variance over tokens, averaged over channels, of layer-normalised
+        targets and of predictions. Layer-normalised targets have variance 1 over channels, so their variance over
+        tokens lies in [0, 1]. Near 0 all tokens are alike, which means that the encoders have collapsed.
+        `position_share`, `clip_share`: the shares of the targets' variance that the position of a patch and the clip
+        explain. Targets that position explains teach little about the sound. Without a target encoder, the latents of
+        all patches take the place of the targets, and there is no `prediction_variance`.
         """
         masks = masks if isinstance(masks, Masks) else masks[0]
-        n = masks.clips
+        patches = self.patches(pcm, lengths, step)[: masks.clips]
+        self.model.eval()
+        values: dict[str, float] = {}
         with self.autocast():
-            prediction, latents, rows = self.model(self.front_end(pcm[:n], lengths[:n]), masks)
-            loss = latent_l2_loss(prediction, latents, rows, kind=self.cfg.optim.loss, impl=self.impl)
-        target = torch.nn.functional.layer_norm(latents.float(), latents.shape[-1:])
+            if self.cfg.objective.taught:
+                targets = self.model.target_encoder.targets(patches)
+            else:
+                targets = self.model.context_encoder.encode(patches).flatten(0, 1)
+            if self.cfg.objective.masks:
+                out = self.model(patches, masks, key=self.key)
+                loss = latent_l2_loss(out.prediction, out.latents, out.rows, kind=self.cfg.optim.loss, impl=self.impl)
+                values["watch_loss"] = loss.item()
+                values["prediction_variance"] = out.prediction.float().var(0).mean().item()
+        self.model.train()
+        target = torch.nn.functional.layer_norm(targets.float(), targets.shape[-1:])
+        shares = variance_shares(target.unflatten(0, (masks.clips, -1)))
         return {
             "target_variance": target.var(0).mean().item(),
-            "prediction_variance": prediction.float().var(0).mean().item(),
-            "watch_loss": loss.item(),
+            **{f"{name}_share": share for name, share in shares.items()},
+            **values,
         }
 
     def flops(self, masks: Masks | list[Masks]) -> float:
         """Floating-point operations of a step with these masks; see `ajepa.training.flops`."""
-        return step_flops(self.cfg.model, self.cfg.front_end, masks)
+        return step_flops(self.cfg, masks)

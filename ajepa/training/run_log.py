@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from ajepa.config import OptimConfig
+from ajepa.config import Config
 from ajepa.training.schedules import ema_decay, learning_rate
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.run_folder import read_metrics
@@ -37,13 +37,17 @@ class RunLog:
     def __init__(
         self,
         folder: Path,
-        optim: OptimConfig,
+        cfg: Config,
         start: int,
         device: torch.device,
         counts: dict[str, int],
         quiet: bool = False,
     ):
-        self.folder, self.optim, self.steps, self.counts = folder, optim, optim.steps, counts
+        self.folder, self.optim, self.steps, self.counts = folder, cfg.optim, cfg.optim.steps, counts
+        self.objective = cfg.objective
+        columns = {"masked": cfg.objective.objective == "both", "agreement": cfg.objective.clips,
+                   "sigreg": cfg.objective.clips and cfg.objective.sigreg_weight > 0}  # fmt: skip
+        self.terms = {name: column for column, (name, shown) in enumerate(columns.items(), start=3) if shown}
         self.jsonl = folder / "metrics.jsonl"
         if not quiet:
             _drop_after(self.jsonl, start)
@@ -74,7 +78,7 @@ class RunLog:
     def add(
         self, result: Iterable[torch.Tensor], clips: int, seconds: float, waited: float, flops: Callable[[], float]
     ) -> None:
-        """Add one step: its device scalars (loss, gradient norm, non-finite flag) and its host times in seconds.
+        """Add one step: its device scalars (an engine's `StepResult`) and its host times in seconds.
 
         `flops()` is called when the interval ends, because it reads the masks from the device.
         """
@@ -113,6 +117,7 @@ class RunLog:
             "step": step,
             "loss": finite[:, 0].mean().item() if len(finite) else float("nan"),
             "grad_norm": finite[:, 1].mean().item() if len(finite) else float("nan"),
+            **self._terms(finite),
             "lr": lr,
             "ema_decay": ema,
             "clips_per_second": rate,
@@ -122,10 +127,10 @@ class RunLog:
         if self.peak:
             record["mfu"] = sum(flops() for flops in self.flops) / self.window["seconds"] / self.peak
             self.flops.clear()
-        line = (
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  lr {lr:.2e}  "
-            f"ema {ema:.5f}  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"
-        )
+        line = f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}"
+        line += "".join(f"  {name} {record[name]:.4f}" for name in self.terms if name in record)
+        line += f"  lr {lr:.2e}  ema {ema:.5f}" if self.objective.taught else f"  lr {lr:.2e}"
+        line += f"  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"
         line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         line += f"  skipped {self.counts['bad_steps']} steps" if self.counts["bad_steps"] else ""
         self.say(f"{line}  ETA {timedelta(seconds=round((self.steps - step) * per_step))}")
@@ -138,6 +143,12 @@ class RunLog:
                 "of the last finite step. Lower --lr, lengthen --warmup-steps, set --clip-norm, or use --precision "
                 "fp32."
             )
+
+    def _terms(self, finite: torch.Tensor) -> dict[str, float]:
+        """Means of the loss's terms over the finite steps, for a run that has several."""
+        if not len(finite):
+            return {}
+        return {name: finite[:, column].mean().item() for name, column in self.terms.items()}
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one JSON line, with non-finite numbers as null, and its scalars to TensorBoard."""

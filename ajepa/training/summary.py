@@ -22,26 +22,31 @@ Baselines = dict[str, float | None]
 
 
 def describe_run(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str:
-    millions = {
-        name: sum(p.numel() for p in getattr(engine.model, name).parameters()) / 1e6
-        for name in ("context_encoder", "predictor")
-    }
-    where = f"continuing after step {start}" if start else f"{cfg.optim.steps} steps of {cfg.optim.batch_size} clips"
+    parts = {"encoder": "context_encoder", "predictor": "predictor", "projector": "clip"}
+    sizes = ", ".join(
+        f"{part} {sum(p.numel() for p in getattr(engine.model, name).parameters()) / 1e6:.1f} M"
+        for part, name in parts.items()
+        if hasattr(engine.model, name)
+    )
+    views = f"{cfg.objective.views} views of each recording, " if cfg.objective.clips else ""
+    where = f"continuing after step {start}" if start else f"{cfg.optim.steps} steps of {cfg.optim.batch_size} recordings"
     return (
         f"{corpus.description}\n"
-        f"{cfg.preset}: encoder {millions['context_encoder']:.1f} M, predictor {millions['predictor']:.1f} M, "
+        f"{cfg.preset}: {sizes}, objective {cfg.objective.objective}, {views}"
         f"{cfg.front_end.n_patches} patches a clip, {cfg.mask.mask} masks, "
         f"engine {cfg.impl} on {engine.device}; {where}"
     )
 
 
-def describe_evaluation(step: int, values: dict[str, Any], baselines: Baselines) -> str:
+def describe_evaluation(step: int, values: dict[str, Any], baselines: Baselines, pooling: str) -> str:
     line = f"  watch at {step}: variance of targets {values['target_variance']:.3f}"
-    line += f", of predictions {values['prediction_variance']:.3f}"
+    line += f" (position explains {values['position_share']:.0%}, clip {values['clip_share']:.0%})"
+    if "prediction_variance" in values:
+        line += f", of predictions {values['prediction_variance']:.3f}"
     line += f", effective rank {values['effective_rank']:.1f}, mean cosine {values['mean_cosine']:.3f}"
     if values["knn_accuracy"] is not None:
         untrained, log_mel = baselines["knn_accuracy_untrained"], baselines["knn_accuracy_log_mel"]
-        line += f", kNN {values['knn_accuracy']:.1%} (untrained {untrained:.1%}, log-mel {log_mel:.1%})"
+        line += f", kNN at {pooling} {values['knn_accuracy']:.1%} (untrained {untrained:.1%}, log-mel {log_mel:.1%})"
     return line
 
 
@@ -67,7 +72,10 @@ def make_summary(
         "peak_memory_gb": peak_bytes / 1e9,
         "final_loss": last.get("loss"),
         "target_variance": last.get("target_variance"),
+        "position_share": last.get("position_share"),
+        "clip_share": last.get("clip_share"),
         "effective_rank": last.get("effective_rank"),
+        "pooling": cfg.watch.pooling,
         "knn_accuracy": last.get("knn_accuracy"),
         **baselines,
         "plain_clips_per_second": plain,
@@ -94,8 +102,9 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
             f"  final loss             {show(summary['final_loss'], '.4f')}",
             f"  kNN accuracy           {show(summary['knn_accuracy'], '.1%')}  "
             f"(untrained {show(summary['knn_accuracy_untrained'], '.1%')}, "
-            f"pooled log-mel {show(summary['knn_accuracy_log_mel'], '.1%')})",
-            f"  target variance        {show(summary['target_variance'], '.3f')}",
+            f"pooled log-mel {show(summary['knn_accuracy_log_mel'], '.1%')}; pooling {summary.get('pooling', 'mean')})",
+            f"  target variance        {show(summary['target_variance'], '.3f')}, of which position explains "
+            f"{show(summary.get('position_share'), '.0%')} and the clip {show(summary.get('clip_share'), '.0%')}",
             f"  effective rank         {show(summary['effective_rank'], '.1f')}",
             f"  throughput             {show(summary['clips_per_second'], ',.0f')} clips/s, waiting for data "
             f"{show(summary['data_wait_share'], '.1%')} of the time",
@@ -106,9 +115,12 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     )
 
 
-def write_encoder(cfg: Config, folder: Path, encoder: torch.nn.Module) -> None:
-    weights = {k: v.contiguous().cpu() for k, v in encoder.state_dict().items()}
-    write_atomic(folder / "encoder.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
+def write_encoder(cfg: Config, folder: Path, encoder: torch.nn.Module, projector: torch.nn.Module | None) -> None:
+    """Write `encoder.safetensors`, and `projector.safetensors` if the run has a projector."""
+    for name, module in (("projector", projector), ("encoder", encoder)):
+        if module is not None:
+            weights = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
+            write_atomic(folder / f"{name}.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
 
 
 def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines: Baselines) -> None:

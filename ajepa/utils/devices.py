@@ -1,4 +1,4 @@
-"""The device of a run: its choice, waiting for its work, and its memory."""
+"""The device of a run: its choice and precision, waiting for its work, and its memory."""
 
 import gc
 import sys
@@ -14,6 +14,14 @@ except ImportError:  # Windows
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" means the GPU if there is one, else the CPU."""
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trains_in_bf16(device: torch.device) -> bool:
+    """Whether training in bfloat16 is faster than in float32: on a GPU, and on a CPU that multiplies bfloat16."""
+    if device.type != "cpu":
+        return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not report them
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def wait(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
+from ajepa_kernels.augment_mel import MelViews, augment_mel, augment_mel_reference
 from ajepa_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
 from ajepa_kernels.fp8 import Quantized, fp8_linear, norm_quantize_rows, quantize_rows, quantize_rows_reference
@@ -10,16 +11,21 @@ from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
+from ajepa_kernels.segment_pool import segment_pool, segment_pool_reference
+from ajepa_kernels.sigreg import sigreg, sigreg_reference
 from ajepa_kernels.warmup import warmup
 
 __all__ = [
     "LOG_MEL_PRESETS",
     "AdamWEMA",
     "LogMelSpec",
+    "MelViews",
     "Quantized",
     "Resampler",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "augment_mel",
+    "augment_mel_reference",
     "bias_gelu",
     "bias_gelu_reference",
     "ema_update_",
@@ -40,5 +46,9 @@ __all__ = [
     "resample",
     "resample_reference",
     "resampled_length",
+    "segment_pool",
+    "segment_pool_reference",
+    "sigreg",
+    "sigreg_reference",
     "warmup",
 ]

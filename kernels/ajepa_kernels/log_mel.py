@@ -22,7 +22,7 @@ KALDI_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of mel power
 SEGMENT = 16  # most bins that a thread of the CUDA kernel adds up; equal to kSegment in csrc/log_mel.h
 LARGEST = 2**30  # limit of sizes, because the kernels compute them with 32 bits
 PEAK_EPS = 1e-6  # below one step of int16 (3e-5), so that a silent clip stays silent
-Layout = Literal["patches", "spectrogram"]
+Layout = Literal["patches", "spectrogram", "mel"]
 
 
 def _number(field: str, value: Any, kind: type) -> Any:
@@ -429,8 +429,8 @@ def _check(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, dt
         raise TypeError(f"log_mel: pcm must be int16 or float32, got {pcm.dtype}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"log_mel: dtype must be float32, bfloat16 or float16, got {dtype}")
-    if layout not in ("patches", "spectrogram"):
-        raise ValueError(f"log_mel: layout must be 'patches' or 'spectrogram', got {layout!r}")
+    if layout not in ("patches", "spectrogram", "mel"):
+        raise ValueError(f"log_mel: layout must be 'patches', 'spectrogram' or 'mel', got {layout!r}")
     if pcm.shape[1] < spec.min_samples:
         raise ValueError(
             f"log_mel: a clip of {pcm.shape[1]} samples is shorter than one window; it needs {spec.min_samples} or more"
@@ -474,8 +474,10 @@ def _normalise_waveform(x: torch.Tensor, kind: str, lengths: torch.Tensor | None
     return x / (peak + PEAK_EPS)
 
 
-def _log_mel_frames(x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, n_frames: int) -> torch.Tensor:
-    """Waveforms `[B, S]` -> `[B, M, n_frames]`, before the data set's mean and std are applied."""
+def _log_mel_frames(
+    x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, n_frames: int, take_log: bool
+) -> torch.Tensor:
+    """Waveforms `[B, S]` -> `[B, M, n_frames]`: logarithms before the data set's mean and std, or else mel values."""
     samples = x.shape[1]
     filled = min(spec.frames(samples), n_frames)
     x = _normalise_waveform(x, spec.waveform_norm, lengths)
@@ -498,14 +500,16 @@ def _log_mel_frames(x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | N
     window, mel = _tables(spec, x.device, x.dtype)
     spectrum_BTK = torch.fft.rfft(frames_BTW * window, n=spec.n_fft)
     power_BTK = spectrum_BTK.real.square() + spectrum_BTK.imag.square()
-    out = ((power_BTK if spec.power == 2 else power_BTK.sqrt()) @ mel).clamp_min(spec.log_floor).log()
+    out = (power_BTK if spec.power == 2 else power_BTK.sqrt()) @ mel
+    if take_log:
+        out = out.clamp_min(spec.log_floor).log()
     inside = None
     if lengths is not None:
         a, b = spec.frame_rule
         counts = (lengths + a).div(spec.hop_length, rounding_mode="floor") + b
         counts = torch.where(lengths >= spec.min_samples, counts, 0)
         inside = (torch.arange(filled, device=x.device) < counts[:, None])[:, :, None]
-    if spec.log == "db":
+    if take_log and spec.log == "db":
         out = out * ((10.0 if spec.power == 2 else 20.0) / math.log(10.0))
         if spec.top_db is not None:
             peak = out if inside is None else torch.where(inside, out, -math.inf)
@@ -543,12 +547,14 @@ def log_mel_reference(
     budget = 2 ** (21 if pcm.device.type == "cpu" else 28)  # frame values computed at once; 8 MB fit a CPU's cache
     step = max(1, budget // (spec.frames(samples) * spec.n_fft))
     parts = [
-        _log_mel_frames(x[i : i + step], spec, None if lengths is None else lengths[i : i + step], wanted)
+        _log_mel_frames(
+            x[i : i + step], spec, None if lengths is None else lengths[i : i + step], wanted, layout != "mel"
+        )
         for i in range(0, batch, step)
     ]
     out = torch.cat(parts) if parts else x.new_empty(0, spec.n_mels, wanted)
     out = torch.nn.functional.pad(out, (0, n_frames - wanted))
-    out = ((out - spec.mean) / spec.std).to(dtype)
+    out = (out if layout == "mel" else (out - spec.mean) / spec.std).to(dtype)
     if layout == "patches":
         out = out.view(batch, freq, spec.patch[0], time, spec.patch[1]).transpose(2, 3)
         out = out.reshape(batch, freq * time, spec.patch_dim)
@@ -577,7 +583,7 @@ def _log_mel_fused(
     op: Callable[..., None] | None = None,  # None: torch.ops.ajepa.log_mel_fwd; tests pass another
 ) -> torch.Tensor:
     batch, samples = pcm.shape
-    kaldi, frames = spec.convention == "kaldi", spec.frames(samples)
+    kaldi, frames, take_log = spec.convention == "kaldi", spec.frames(samples), layout != "mel"
     kept = frames if spec.n_frames is None else spec.n_frames
     if layout == "patches":
         (freq, time), (height, width) = spec.patch_grid(samples), spec.patch
@@ -605,12 +611,11 @@ def _log_mel_fused(
         power=spec.power,
         floor=spec.log_floor,
         log_scale=(db if spec.log == "db" else 1.0) / spec.std,
-        log_shift=-spec.mean / spec.std,
-        top=-1.0 if spec.top_db is None else spec.top_db / spec.std,
+        log_shift=-spec.mean / spec.std if take_log else 0.0,
+        top=spec.top_db / spec.std if take_log and spec.top_db is not None else -1.0,
+        take_log=take_log,
     )
-    return (
-        out.view(batch, spec.n_mels, kept) if layout == "spectrogram" else out.view(batch, freq * time, height * width)
-    )
+    return out.view(batch, freq * time, height * width) if layout == "patches" else out.view(batch, spec.n_mels, kept)
 
 
 if _extension.AVAILABLE:
@@ -630,7 +635,7 @@ def log_mel(
     impl: str = "auto",
     check: bool = False,
 ) -> torch.Tensor:
-    """Log-mel features of PCM clips, as patches for a transformer or as a spectrogram.
+    """Log-mel features of PCM clips, as patches for a transformer or as a spectrogram, or mel values before the log.
 
     `LogMelSpec` has the formula and the conventions. No gradient flows to `pcm`. NaN and Inf invalidate the frames that
     contain them (on CUDA also the frame that shares a transform with such a frame) and, with a waveform norm, the whole
@@ -647,7 +652,8 @@ def log_mel(
             Frames after a clip's last one are rows of zeros (before `mean` and `std`); a clip shorter than
             `spec.min_samples` has no frames.
         dtype: dtype of the result: float32, bfloat16 or float16.
-        layout: "patches" or "spectrogram".
+        layout: "patches", "spectrogram" or "mel": the mel values (of `spec.power`) without floor, log, `top_db`, `mean`
+            and `std`, which are zero in the frames that a clip does not have.
         impl: "auto" runs the compiled kernel, or warns once and runs plain PyTorch if the kernel cannot run; "fused"
             requires the kernel; "reference" is plain PyTorch.
         check: raise ValueError for NaN or Inf in a clip and for `lengths` out of range, which makes the host wait for
@@ -655,7 +661,7 @@ def log_mel(
 
     Returns:
         For "patches" `[B, N, P]`: token n = f * time_patches + t (frequency-major), and a patch is [mel, frame]
-        flattened. For "spectrogram" `[B, n_mels, frames]`.
+        flattened. For "spectrogram" and "mel" `[B, n_mels, frames]`, cropped or padded to `spec.n_frames`.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device, or clips shorter than one window.

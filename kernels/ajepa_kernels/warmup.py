@@ -13,6 +13,8 @@ from ajepa_kernels.bias_gelu import bias_gelu
 from ajepa_kernels.ema_update import ema_update_
 from ajepa_kernels.latent_loss import latent_l2_loss
 from ajepa_kernels.layer_norm import add_layer_norm
+from ajepa_kernels.segment_pool import segment_pool
+from ajepa_kernels.sigreg import sigreg
 
 
 def warmup(
@@ -25,6 +27,7 @@ def warmup(
     kind: str = "l2",
     offsets: Iterable[torch.dtype] = (torch.int32,),
     gathered: bool = False,
+    projection: tuple[int, int, int] | None = None,
 ) -> bool:
     """Compiles the forward and backward kernels of a model of these sizes, by running each operation on a few rows.
 
@@ -43,6 +46,8 @@ def warmup(
         kind: `kind` of `latent_l2_loss`.
         offsets: dtypes of `cu_seqlens`.
         gathered: also compile attention on dense inputs with int64 indices `visible`, for both outputs.
+        projection: also compile `segment_pool` for the first width with int32 offsets, and `sigreg` for two views of
+            this (width, directions, knots), in `dtype` and in float32, on one rank.
 
     Returns:
         False if there is no GPU or no Triton to compile for, else True.
@@ -82,6 +87,12 @@ def warmup(
     latent_l2_loss(prediction, latents, index, kind=kind, impl="triton").backward()
     with torch.no_grad():
         latent_l2_loss(prediction, latents, index, kind=kind, impl="triton")
+    if projection is not None:
+        (D, S, J), cu_segments = projection, torch.tensor([0, 16], dtype=torch.int32, device=device)
+        segment_pool(leaf(16, C), cu_segments, impl="triton").sum().backward()
+        for half in {dtype, torch.float32}:
+            z, key = ones(2, 16, D, dtype=half, requires_grad=True), torch.zeros((), dtype=torch.int64, device=device)
+            sigreg(z, key, directions=S, knots=J, impl="triton").backward()
     scalar = ones(())
     params = [torch.nn.Parameter(ones(shape)) for shape in ((16, C), (3,))]  # the second cannot use 16-byte accesses
     emas = [p.detach().clone() for p in params]

@@ -115,6 +115,8 @@ def test_converted_encoder_computes_what_theirs_does(tmp_path, foreign, capsys, 
             wanted = forward(theirs("", seed, bias=bias), audio)
             assert (encoder(audio) - wanted).norm() <= 2.3e-6 * wanted.norm()
     assert Encoder.from_pretrained(tmp_path / "context").output_dim == 8 * WIDTH
+    assert run(tmp_path / "JEPA.ckpt", tmp_path / "deviations", "--pooling", "concat+std") == 0
+    assert Encoder.from_pretrained(tmp_path / "deviations").output_dim == 16 * WIDTH
     assert "target encoder" in capsys.readouterr().out
 
 

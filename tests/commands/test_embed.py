@@ -45,10 +45,10 @@ def recordings(tmp_path_factory):
     ]
 
 
-def expected(one: Encoder, path) -> np.ndarray:
+def expected(one: Encoder, path, embedded_by=None) -> np.ndarray:
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     with torch.inference_mode():
-        return one(torch.from_numpy(samples.mean(1)), rate)[0].numpy()
+        return (embedded_by or one)(torch.from_numpy(samples.mean(1)), rate)[0].numpy()
 
 
 def read(path) -> tuple[list[str], np.ndarray, list[np.ndarray] | None]:
@@ -96,6 +96,22 @@ def test_embeddings_are_the_encoders_own(encoder, recordings, tmp_path, suffix, 
     assert run(folder, *recordings[:2], "--out", out, "--no-frames", "--pooling", "concat") == 0
     names, clips, frames = read(out)
     assert len(names) == 2 and clips.shape == (2, 8 * 128) and frames is None
+
+
+@pytest.mark.parametrize("pooling", ["mean+std", "concat+std", "projection"])
+def test_poolings_of_a_chunk_are_pooled_over_the_recording(recordings, tmp_path, pooling):
+    """A frame for each chunk, and one embedding over all chunks of a recording, also of one with 20 chunks."""
+    torch.manual_seed(0)
+    one = Encoder(EncoderConfig(PRESETS["tiny"].front_end, "tiny", 8_000, projector=(32, 16), layers="mean"))
+    one.save_pretrained(tmp_path / "encoder")
+    assert run(tmp_path / "encoder", *recordings, "--out", tmp_path / "e.npz", "--pooling", pooling) == 0
+    one = Encoder.from_pretrained(tmp_path / "encoder", pooling=pooling)
+    names, clips, frames = read(tmp_path / "e.npz")
+    assert names == [str(path) for path in recordings] and len(frames[0]) == 20
+    for path, clip, x in zip(recordings, clips, frames, strict=True):
+        np.testing.assert_allclose(x, expected(one, path), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(clip, expected(one, path, one.embed), rtol=1e-3, atol=1e-3)
+    assert dict(np.load(tmp_path / "e.npz"))["hop_size_in_ms"] == 500
 
 
 @pytest.mark.skipif(not _extension.AVAILABLE, reason="needs the extension: soxr rounds slices differently")
@@ -175,6 +191,7 @@ def test_wrong_arguments_are_refused_before_the_work(encoder, recordings, tmp_pa
     refused(".npz", folder, recordings[0], "--out", tmp_path / "e.csv")
     refused("config.json", tmp_path, recordings[0])
     refused("no files", folder)
+    refused("projector of a clip objective", folder, recordings[0], "--pooling", "projection")
     if not torch.cuda.is_available():
         refused("CUDA", folder, recordings[0], "--device", "cuda")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -26,6 +26,9 @@ TINY = EncoderConfig(front_end=PRESETS["tiny"].front_end, size="tiny", clip_samp
 P = 3_968  # samples per frame
 
 
+CHUNK_POOLINGS = ("mean+std", "concat+std", "projection")
+
+
 def encoder(**changes) -> Encoder:
     torch.manual_seed(0)
     return Encoder(dataclasses.replace(TINY, **changes))
@@ -100,8 +103,47 @@ def test_frames_are_the_pooled_latents_of_what_training_would_see(pad, pooling):
     torch.testing.assert_close(frames.mean(1), pool(latents, spec, torch.tensor([9_000]), pooling))
 
 
-def test_lengths_give_what_each_clip_gives_alone():
-    one, lengths = encoder(), [40_000, 700, 33_000]
+@pytest.mark.parametrize("pooling", CHUNK_POOLINGS)
+def test_poolings_of_a_chunk_give_one_frame_per_chunk(pooling):
+    one, x = encoder(pooling=pooling, projector=(32, 16)), noise(70_000)
+    frames = one(x)
+    width = {"mean+std": 256, "concat+std": 2048, "projection": 16}[pooling]
+    assert frames.shape == (1, 3, width) and one.output_dim == width
+    assert one.frame_samples == one.stride == 32_000 and one.hop_size_in_ms == 2000
+    assert one.chunks(70_000) == [Chunk(0, 32_000, 1), Chunk(32_000, 64_000, 1), Chunk(64_000, 70_000, 1)]
+    assert one.chunks(64_100) == [Chunk(0, 32_000, 1), Chunk(32_000, 64_000, 1)]  # the tail has no frame
+    assert one.chunks(100) == [Chunk(0, 100, 1)] and one.frames(100) == 0 and one.frames(32_000) == 1
+    for i, chunk in enumerate(x.split(32_000)):
+        torch.testing.assert_close(frames[:, i], one.embed(chunk))
+    if pooling == "projection":
+        torch.testing.assert_close(frames.mean(1), one.embed(x))
+    else:  # the deviation over the recording is not the mean of the chunks' deviations
+        assert not torch.allclose(frames.mean(1), one.embed(x), rtol=1e-3, atol=1e-3)
+
+
+def test_padding_of_a_chunk_is_not_encoded():
+    """With the poolings of a chunk, `pad` has no effect: what fills a short chunk up is never attended to."""
+    x = noise(9_000)
+    for pooling in CHUNK_POOLINGS:
+        cyclic, zero = (encoder(pooling=pooling, projector=(32, 16), pad=pad)(x) for pad in ("cyclic", "zero"))
+        assert torch.equal(cyclic, zero)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "concat"])
+def test_mean_of_layers_is_that_of_normalised_block_outputs(pooling):
+    one, x = encoder(pooling=pooling, layers="mean"), noise(32_000)
+    patches = log_mel(x[None], one.config.front_end)
+    outputs = [o.double() for o in one.vit.encode(patches, 4)]
+    normed = [(o - o.mean(-1, keepdim=True)) / (o.var(-1, keepdim=True, correction=0) + 1e-6).sqrt() for o in outputs]
+    grid = (sum(normed) / 4).unflatten(1, one.config.front_end.grid)
+    wanted = grid.mean(1) if pooling == "mean" else grid.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(one(x).double(), wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(one(x), encoder(pooling=pooling)(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", *CHUNK_POOLINGS])
+def test_lengths_give_what_each_clip_gives_alone(pooling):
+    one, lengths = encoder(pooling=pooling, projector=(32, 16)), [40_000, 700, 33_000]
     x = noise(3, 40_000)
     for i, n in enumerate(lengths):
         x[i, n:] = torch.nan
@@ -110,6 +152,10 @@ def test_lengths_give_what_each_clip_gives_alone():
         own = one(clip[:n])[0]
         torch.testing.assert_close(row[: len(own)], own)
         assert not row[len(own) :].any() and len(own) == sum(c.frames for c in one.chunks(n))
+    clips = one.embed(x, lengths=torch.tensor(lengths))
+    assert clips.shape == (3, one.output_dim)
+    for row, clip, n in zip(clips, x, lengths, strict=True):
+        torch.testing.assert_close(row, one.embed(clip[:n])[0])
 
 
 def test_int16_and_other_rates_are_the_same_sound():
@@ -121,6 +167,7 @@ def test_int16_and_other_rates_are_the_same_sound():
     pcm = (sound * 32768).short()
     torch.testing.assert_close(one(pcm[::3]), one(pcm[::3].float() / 32768))
     torch.testing.assert_close(one(pcm, 48_000), one(pcm.float() / 32768, 48_000))
+    torch.testing.assert_close(one.embed(pcm, 48_000), one.embed(pcm.float() / 32768, 48_000))
     ragged = one(torch.stack([sound, sound]), 48_000, lengths=torch.tensor([48_000, 24_000]))
     torch.testing.assert_close(ragged[1, :2], one(sound[:24_000], 48_000)[0])
 
@@ -132,6 +179,9 @@ def test_it_trains_and_runs_in_half_precision():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in one.parameters())
     half = one.bfloat16()(x)
     assert half.dtype == torch.float32 and 0 < (half - frames).abs().max() < 0.1
+    clip = encoder(pooling="projection", projector=(32, 16), layers="mean")
+    whole, half = clip.embed(x), clip.bfloat16().embed(x)
+    assert half.dtype == torch.float32 and 0 < (half - whole).abs().max() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -145,12 +195,14 @@ def test_it_trains_and_runs_in_half_precision():
     ],
 )
 def test_bad_waveforms_are_refused(waveform, options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        encoder()(waveform, **options)
+    for call in (encoder(), encoder().embed):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(waveform, **options)
 
 
-def test_exported_program_runs_without_ajepa_and_agrees(tmp_path):
-    one, x = encoder(), noise(2, 50_000)
+@pytest.mark.parametrize(("pooling", "layers"), [("mean", "last"), ("concat+std", "mean"), ("projection", "last")])
+def test_exported_program_runs_without_ajepa_and_agrees(tmp_path, pooling, layers):
+    one, x = encoder(pooling=pooling, layers=layers, projector=(32, 16)), noise(2, 50_000)
     program = torch.export.export(one, (noise(2, 50_000) + 1,))
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert targets and not [name for name in targets if "ajepa" in name]
@@ -170,11 +222,65 @@ def test_save_and_load_in_hugging_faces_layout(tmp_path):
     assert two.config == one.config and not two.training and two.fingerprint() == one.fingerprint()
     assert torch.equal(two(noise(9_000)), one(noise(9_000)))
     assert two.vit.norm.eps == two.vit.blocks[0].norm1.eps == 1e-5
-    mean = Encoder.from_pretrained(tmp_path / "mine", pooling="mean")
+    mean = Encoder.from_pretrained(tmp_path / "mine", pooling="mean", layers="mean")
+    assert mean.config.layers == "mean"
     assert mean.output_dim == 128 and mean.fingerprint() != one.fingerprint()
     with torch.no_grad():
         two.vit.norm.weight[0] += 1
     assert two.fingerprint() != one.fingerprint()
+
+
+def test_the_projector_is_saved_with_the_encoder(tmp_path):
+    one = encoder(projector=(32, 16))
+    with torch.no_grad():
+        one.projector.norm.running_var.mul_(3)
+    one.save_pretrained(tmp_path)
+    two = Encoder.from_pretrained(tmp_path, pooling="projection")
+    assert two.config.projector == (32, 16) and two.output_dim == 16
+    one.config = two.config
+    assert torch.equal(two.embed(noise(9_000)), one.embed(noise(9_000)))
+    with torch.no_grad():
+        two.projector.norm.running_var.mul_(2)
+    assert two.fingerprint() != one.fingerprint()
+
+
+def test_a_projection_needs_a_projector(run_folder, tmp_path):
+    encoder().save_pretrained(tmp_path)
+    for source in (run_folder, tmp_path):
+        with pytest.raises(ConfigError, match="projector of a clip objective"):
+            Encoder.from_pretrained(source, pooling="projection")
+    with pytest.raises(ConfigError, match="projector of a clip objective"):
+        encoder(pooling="projection")
+    with pytest.raises(ConfigError, match="pooling"):
+        Encoder.from_pretrained(tmp_path, pooling="median")
+
+
+@pytest.mark.parametrize("loss", ["lejepa", "byol"])
+def test_a_run_with_a_clip_objective_gives_encoder_and_projector(tmp_path, loss):
+    """From the final files and from a checkpoint; without a teacher the encoder is the trained one."""
+    flags = ["--objective", "clip", "--clip-loss", loss, "--pooling", "projection", "--projector-width", "16"]
+    cfg = config.parse([*SMALL, "--out", str(tmp_path / "run"), *flags])
+    config.save(cfg, tmp_path / "config.json")
+    engine = Engine(cfg, torch.device("cpu"))
+    with torch.no_grad():
+        for p in engine.model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+        engine.model.clip.projector.norm.running_var.fill_(2.0)
+    save_checkpoint(tmp_path / "checkpoints", 4, engine, {}, keep=3)
+    trained = engine.model.context_encoder if loss == "lejepa" else engine.model.target_encoder
+    projector = engine.model.clip.projector.state_dict()
+
+    unfinished = Encoder.from_pretrained(tmp_path)
+    save_file(trained.state_dict(), tmp_path / "encoder.safetensors")
+    save_file(projector, tmp_path / "projector.safetensors")
+    finished = Encoder.from_pretrained(tmp_path)
+    for one in (unfinished, finished):
+        assert one.config.pooling == "projection" and one.output_dim == 16
+        assert all(torch.equal(v, trained.state_dict()[k]) for k, v in one.vit.state_dict().items())
+        assert all(torch.equal(v, projector[k]) for k, v in one.projector.state_dict().items())
+    (tmp_path / "projector.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"projector\.safetensors is not a safetensors file"):
+        Encoder.from_pretrained(tmp_path)
 
 
 def test_a_hub_id_is_loaded_through_the_hub(tmp_path, monkeypatch):

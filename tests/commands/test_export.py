@@ -29,6 +29,12 @@ CASES = {
     "audio_jepa_16k": EncoderConfig(LOG_MEL_PRESETS["audio-jepa-16k"], "tiny", 160_000),
     "decibels": EncoderConfig(DECIBELS, "tiny", 32_000, pad="zero"),
     "mirrored": EncoderConfig(MIRRORED, "tiny", 32_000, pad="zero"),
+    "mean_layers": EncoderConfig(TINY, "tiny", 32_000, layers="mean"),
+    "mean_std": EncoderConfig(DECIBELS, "tiny", 32_000, pooling="mean+std"),
+    "concat_std": EncoderConfig(TINY, "tiny", 32_000, pooling="concat+std", positions="rotary", layers="mean"),
+    "projection": EncoderConfig(
+        MIRRORED, "tiny", 32_000, pooling="projection", projector=(32, 16), positions="rotary", layers="mean"
+    ),
 }
 
 
@@ -55,13 +61,22 @@ def check(encoder) -> None:
     out.to("cpu").detach()[0].numpy()
 
 
+def make_encoder(case: str) -> Encoder:
+    torch.manual_seed(0)
+    encoder = Encoder(CASES[case])
+    if encoder.projector is not None:
+        with torch.no_grad():
+            for p in encoder.projector.norm.parameters():
+                p.add_(torch.rand_like(p))
+    return encoder
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("xares")
 
     def make(case: str):
-        torch.manual_seed(0)
-        encoder = Encoder(CASES[case])
+        encoder = make_encoder(case)
         path = folder / f"{case}_encoder.py"
         name = export.write_xares(encoder, path)
         return encoder, path, name
@@ -78,19 +93,18 @@ def test_exported_file_keeps_the_contract_and_agrees(exported, case):
     check(theirs)
     generator = torch.Generator().manual_seed(0)
     clip = CASES[case].clip_samples
-    for samples in (1, 900, clip // 3, 3 * clip + 7):
+    for samples in (1, 900, clip // 3, clip, 3 * clip + 7):
         x = 0.1 * torch.randn(2, samples, generator=generator)
         with torch.inference_mode():
             ours = encoder(x)
         torch.testing.assert_close(theirs(x), ours, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["rotary_silence", "decibels"])
+@pytest.mark.parametrize("case", ["rotary_silence", "decibels", "projection"])
 def test_onnx_model_agrees_at_any_batch(tmp_path, case):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    torch.manual_seed(0)
-    encoder = Encoder(CASES[case])
+    encoder = make_encoder(case)
     export.write_onnx(encoder, tmp_path / "encoder.onnx")
     model = runtime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     for batch in (1, 3):
@@ -154,6 +168,13 @@ def test_the_command_writes_both_forms_and_refuses_the_rest(tmp_path, capsys):
     Encoder(CASES["tiny"]).save_pretrained(tmp_path / "mine")
     assert export.main([str(tmp_path / "mine"), str(tmp_path / "copy"), "--pooling", "concat"]) == 0
     assert Encoder.from_pretrained(tmp_path / "copy").output_dim == 1024
+    flags = ["--pooling", "concat+std", "--layers", "mean"]
+    assert export.main([str(tmp_path / "mine"), str(tmp_path / "copy"), *flags]) == 0
+    copy = Encoder.from_pretrained(tmp_path / "copy")
+    assert copy.output_dim == 2048 and copy.config.layers == "mean"
+    assert "width 2048 every 2000 ms" in capsys.readouterr().out
+    assert export.main([str(tmp_path / "mine"), str(tmp_path / "no"), "--pooling", "projection"]) == 2
+    assert "projector of a clip objective" in capsys.readouterr().err and not (tmp_path / "no").exists()
     assert export.main([str(tmp_path / "mine"), str(tmp_path / "x" / "my_encoder.py"), "--xares"]) == 0
     assert load(tmp_path / "x" / "my_encoder.py").__name__ in capsys.readouterr().out
     for out in ("folder", "my-encoder.py", "class.py"):

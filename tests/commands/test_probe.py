@@ -2,15 +2,19 @@
 
 import csv
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from conftest import SMALL
+from safetensors.torch import save_file
 
-from ajepa import probe
-from ajepa.config import PRESETS, ModelConfig
+import ajepa
+from ajepa import config, probe
+from ajepa.config import PRESETS, ModelConfig, Pooling
 from ajepa.data.index import DataError, build_index
 from ajepa.evaluation import feature_cache, probes
 from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, embed
@@ -107,8 +111,7 @@ def test_long_recordings_are_pooled_over_all_their_chunks(encoder, tmp_path):
         torch.testing.assert_close(got["e"].clips[i], wanted.mean(0).flatten(), rtol=1e-4, atol=1e-5)
         tokens = got["e"].tokens[got["e"].cu[i] : got["e"].cu[i + 1]]
         torch.testing.assert_close(tokens.float(), wanted.flatten(0, 1), rtol=1e-2, atol=1e-2)
-        both = torch.cat([mel.mean(1), mel.std(1, correction=0)])
-        torch.testing.assert_close(got["m"].clips[i], both, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got["m"].clips[i], mel.mean(1), rtol=1e-3, atol=1e-3)
         first = got["m"].tokens[got["m"].cu[i]].float()
         torch.testing.assert_close(first[:32], mels[0][:, :8].mean(1), rtol=1e-2, atol=1e-2)
 
@@ -232,6 +235,7 @@ def test_the_program_writes_its_results_and_pictures(run, manifest, tones, tmp_p
     assert result["scores"]["pooled log-mel"]["knn"]["mean"] > 0.9
     assert len(result["scores"]["trained encoder"]["linear"]["seeds"]) == 2
     assert np.array(result["classes"]["knn"]["confusion"]).sum() == 40
+    assert result["dimensions"] == {"pooled log-mel": 64, "untrained encoder": 128, "trained encoder": 128}
     for name in ("confusion.png", "embeddings.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
@@ -256,13 +260,82 @@ def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp
 
     monkeypatch.setattr(probe, "embed", spy)
     assert probe.main([str(run), "--data", str(tones), "--heads", "knn", "--map", "none", "--out", str(tmp_path)]) == 0
-    cfg, weights, _ = load_pretrained(run)
+    cfg, weights, _, projector = load_pretrained(run)
+    assert projector is None
     start = Engine(cfg, CPU).model.context_encoder.state_dict()
     assert hashes == {
         probe.UNTRAINED: feature_cache.tensors_hash(start),
         probe.TRAINED: feature_cache.tensors_hash(weights),
     }
     assert len(set(hashes.values())) == 2
+
+
+@pytest.fixture(scope="module")
+def clip_run(tones, tmp_path_factory):
+    """The folder of a run with a clip objective and no teacher, and the encoder and projector that it ended with."""
+    folder = tmp_path_factory.mktemp("clip") / "run"
+    cfg = config.parse([*SMALL, "--data", str(tones), "--out", str(folder), "--objective", "clip"])
+    folder.mkdir()
+    config.save(cfg, folder / "config.json")
+    engine = Engine(cfg, CPU)
+    trained = {"encoder": engine.encoder(), "projector": engine.projector}
+    with torch.no_grad():
+        for name, module in trained.items():
+            for p in module.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+            save_file(module.state_dict(), folder / f"{name}.safetensors")
+    return folder, trained
+
+
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_baselines_are_pooled_as_the_encoder_is(clip_run, tones, tmp_path, monkeypatch, pooling):
+    """The untrained encoder has the same pooling and layers, and is projected by the untrained projector."""
+    seen = {}
+
+    def spy(index, sources, samples, kinds, **options):
+        for name, source in sources.items():
+            projector = getattr(source, "projector", None)
+            hashes = projector and feature_cache.tensors_hash(projector.state_dict())
+            seen[name] = kinds, getattr(source, "layers", None), hashes
+        return embed(index, sources, samples, kinds, **options)
+
+    monkeypatch.setattr(probe, "embed", spy)
+    folder, trained = clip_run
+    argv = [str(folder), "--data", str(tones), "--heads", "knn", "--map", "none", "--out", str(tmp_path)]
+    assert probe.main([*argv, "--pooling", pooling, "--layers", "mean"]) == 0
+    result = json.loads((tmp_path / "probe.json").read_text())
+    width = {"mean": 128, "mean+std": 256, "concat": 1024, "concat+std": 2048, "projection": 128}[pooling]
+    mel = 64 if pooling in ("mean", "concat") else 128
+    assert result["dimensions"] == {probe.LOG_MEL: mel, probe.UNTRAINED: width, probe.TRAINED: width}
+    assert result["settings"]["pooling"] == pooling and result["settings"]["layers"] == "mean"
+    start = Engine(load_pretrained(folder).cfg, CPU).projector
+    projected = [feature_cache.tensors_hash(p.state_dict()) for p in (start, trained["projector"])]
+    untrained, end = projected if pooling == "projection" else (None, None)
+    assert seen == {
+        probe.UNTRAINED: ([pooling], "mean", untrained),
+        probe.TRAINED: ([pooling], "mean", end),
+        probe.LOG_MEL: ([pooling], None, None),
+    }
+
+
+def test_trained_features_are_those_of_ajepa_encoder(clip_run, tones, tmp_path, monkeypatch):
+    """What the probe scores is what `Encoder.embed` returns for the same run, pooling and layers."""
+    found = {}
+
+    def spy(*args, **options):
+        items, got = embed(*args, **options)
+        found.update(got)
+        return items, got
+
+    monkeypatch.setattr(probe, "embed", spy)
+    one = ajepa.Encoder.from_pretrained(clip_run[0], pooling="projection", layers="mean")
+    argv = [str(clip_run[0]), "--data", str(tones), "--heads", "knn", "--map", "none", "--out", str(tmp_path)]
+    assert probe.main([*argv, "--pooling", "projection", "--layers", "mean"]) == 0
+    index = build_index(tones)
+    for row in (0, 17, 39):
+        pcm = torch.from_numpy(soundfile.read(index.entries[row].path, dtype="int16")[0])
+        with torch.inference_mode():
+            torch.testing.assert_close(one.embed(pcm)[0], found[probe.TRAINED].clips[row], rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys):
@@ -276,6 +349,7 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys
     assert "no such column" in refused(run, "--data", manifest, "--label", "kind", "--folds", "speaker")
     assert "give one" in refused(run, "--data", manifest, "--folds", "fold", "--test", "fold=1")
     assert "--label" in refused(run, "--data", manifest)
+    assert "projector of a clip objective" in refused(run, "--data", tones, "--pooling", "projection")
     assert "classify" in refused(run, "--data", manifest, "--label", "kind", "--test", "fold=0,1,2")
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -20,6 +20,7 @@ BYTES_IN_FLIGHT = {80: 16 << 10, 86: 8 << 10, 90: 32 << 10, 100: 48 << 10}
 STREAMING = {
     *("_latent_l2_loss_fwd_kernel", "_add_layer_norm_fwd_kernel", "_add_layer_norm_bwd_kernel"),
     *("_bias_gelu_fwd_kernel", "_bias_gelu_bwd_kernel", "_adamw_ema_kernel", "_ema_update_kernel"),
+    *("_segment_pool_fwd_kernel", "_segment_pool_bwd_kernel"),
 }
 
 
@@ -35,10 +36,14 @@ def check(name: str, arch: int, reports: list, share: float = 1.0) -> None:
         assert r.spills == 0 and r.stack == 0, f"{name}: spills on sm_{arch}: {r}"
         if "attention" in name and "fp32" not in name and "delta" not in r.kernel:
             assert r.tensor_core, f"{name}: no tensor-core instruction on sm_{arch}: {r}"
+        if r.kernel in ("_sigreg_fwd_kernel", "_sigreg_dz_kernel"):
+            assert r.tensor_core, f"{name}: no tensor-core instruction on sm_{arch}: {r}"
         assert r.blocks >= 1, f"{name}: a block does not fit on sm_{arch}: {r}"
         if re.match("attention (16|32|64|96|128) x", name) and not name.endswith(("fp32", "tf32")):
             in_flight = r.blocks * r.threads * 16 * r.together
             assert in_flight >= share * BYTES_IN_FLIGHT[arch], f"{name}: {in_flight} bytes in flight, sm_{arch}: {r}"
+        elif r.kernel == "_augment_mel_fwd_kernel":
+            assert r.blocks * r.threads >= 768, f"{name}: too few threads on sm_{arch}: {r}"
         elif r.kernel in STREAMING:
             assert r.wide, f"{name}: no 16-byte load on sm_{arch}: {r}"
             if (

@@ -74,8 +74,9 @@ def test_warmup_runs_every_operation():
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     numbers = torch.get_rng_state()
     assert ajepa_kernels.warmup(
-        device=DEVICE, dtype=dtype, heads=iter([(2, 32)]), max_seqlens=iter([16, 33]), widths=iter([32])
-    )
+        device=DEVICE, dtype=dtype, heads=iter([(2, 32)]), max_seqlens=iter([16, 33]), widths=iter([32]),
+        projection=(24, 16, 5),
+    )  # fmt: skip
     assert torch.equal(numbers, torch.get_rng_state())
 
 
@@ -94,6 +95,10 @@ def training_step(adamw_params: int, graph: bool) -> None:
     k.latent_l2_loss(bf16(48, 64), bf16(64, 64), torch.arange(48)).backward()
     with torch.no_grad():
         k.latent_l2_loss(bf16(48, 64), bf16(64, 64), torch.arange(48))
+    pooled = k.segment_pool(bf16(48, 64), torch.tensor([0, 30, 48], dtype=torch.int32))
+    pooled.sum().backward()
+    for z in (bf16(2, 48, 24), torch.ones(2, 48, 24, requires_grad=True)):
+        k.sigreg(z, torch.tensor(3), directions=40, knots=5).backward()
     schedules = torch.ones(4)  # adjacent scalars, of which three are not aligned to 16 bytes
     scale, found_inf, lr, decay = schedules if graph else (*schedules[:2], 1e-3, 0.9)
     params = [torch.nn.Parameter(torch.ones(64, 16)) for _ in range(adamw_params)] + [torch.nn.Parameter(torch.ones(5))]
@@ -118,11 +123,13 @@ def test_warmup_leaves_nothing_to_compile(graph, monkeypatch):
         }
 
     sizes = {"heads": ((h, 32) for h in (2,)), "max_seqlens": (s for s in (30,)), "widths": (c for c in (64,))}
+    sizes["projection"] = (24, 40, 5)
     warm = variants(
         functools.partial(ajepa_kernels.warmup, device="cpu", offsets=[torch.int64], gathered=True, **sizes)
     )
     use = _triton.use_triton
-    for module in ("attention", "layer_norm", "bias_gelu", "latent_loss", "adamw_ema", "ema_update"):  # as on a GPU
+    modules = "attention layer_norm bias_gelu latent_loss adamw_ema ema_update segment_pool sigreg"
+    for module in modules.split():  # as on a GPU
         monkeypatch.setattr(
             sys.modules[f"ajepa_kernels.{module}"], "use_triton", lambda op, impl, *rest: use(op, "triton", *rest)
         )
@@ -176,6 +183,9 @@ def no_wait_cases():
         "loss": (lambda p, impl: k.latent_l2_loss(p, residual, rows[:2].repeat(3), impl=impl), [x]),
         "layer norm": (lambda *t, impl: k.add_layer_norm(*t, impl=impl)[0], [x, residual, weight, bias]),
         "gelu": (lambda *t, impl: k.bias_gelu(*t, impl=impl), [x, bias]),
+        "segment pool": (lambda x, impl: k.segment_pool(x, cu, impl=impl), [x]),
+        "sigreg": (lambda z, impl: k.sigreg(z, cu[0], directions=5, impl=impl), [x]),
+        "sigreg, int key": (lambda z, impl: k.sigreg(z, 3, directions=5, impl=impl), [x]),
     }  # fmt: skip
 
 
@@ -201,6 +211,17 @@ def test_the_host_never_waits_for_the_optimiser(impl):
     with NoSync():
         optimizer.step(ema_decay=rate, grad_scale=rate, found_inf=rate - rate)
         ajepa_kernels.ema_update_(emas, [p.detach() for p in params], rate, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_host_never_waits_for_augmented_views(impl, monkeypatch):
+    module = sys.modules["ajepa_kernels.augment_mel"]
+    monkeypatch.setattr(module, "_check_values", lambda *arguments: None)  # as for CUDA tensors
+    on = functools.partial(torch.ones, device=DEVICE)
+    views = module.MelViews(on(3, 2, dtype=torch.int32), on(3, 2), on(3), on(3, 2), on(3, 2), on(3, 4))
+    spec = ajepa_kernels.LogMelSpec(n_mels=8, n_frames=10, patch=(4, 4))
+    with NoSync():
+        ajepa_kernels.augment_mel(on(2, 8, 20), views, spec, lengths=on(2, dtype=torch.int32), impl=impl)
 
 
 def test_no_sync_detects_an_operation_that_waits():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from log_mel_cases import clips, quiet_about_empty_bands  # noqa: F401
+from log_mel_cases import assert_exact_mel, clips, quiet_about_empty_bands  # noqa: F401
 
 from ajepa.model._torchaudio import has_torchaudio, import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
@@ -145,6 +145,33 @@ def test_ragged_lengths(name):
         assert not row[:, frames:].any()
 
 
+@needs_torchaudio
+@pytest.mark.parametrize("name", KALDI | TORCHAUDIO)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_mel_values(name, impl):
+    """Layout "mel" is what the spectrogram is the logarithm of; floor, `top_db`, `mean` and `std` do not count."""
+    spec = (KALDI | TORCHAUDIO)[name]
+    pcm = clips(2 * spec.sample_rate)
+    mel = log_mel(pcm, spec, layout="mel", impl=impl)
+    assert mel.dtype == torch.float32 and (mel >= 0).all()
+    assert_exact_mel(mel, pcm, spec)
+    other = replace(spec, floor=0.5, log="ln", top_db=None, mean=3.0, std=7.0)
+    torch.testing.assert_close(log_mel(pcm, other, layout="mel", impl=impl), mel, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("n_frames", [None, 30, 400])
+@pytest.mark.parametrize("name", ["povey, mirrored ends", "audio-jepa-16k", "htk, magnitude"])
+def test_mel_of_ragged_clips(name, n_frames, impl):
+    """As in the spectrogram, all frames are there, or as many as `n_frames` says; those beyond its end are zero."""
+    spec = replace((KALDI | TORCHAUDIO)[name], waveform_norm="peak", n_frames=n_frames)
+    pcm = clips(40_000, batch=4)
+    lengths = torch.tensor([40_000, 31_111, spec.min_samples, spec.min_samples - 1])
+    mel = log_mel(pcm, spec, lengths=lengths, layout="mel", impl=impl)
+    assert mel.shape == log_mel(pcm, spec, lengths=lengths, layout="spectrogram", impl=impl).shape
+    assert_exact_mel(mel, pcm, spec, lengths=lengths)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -263,7 +290,7 @@ def test_bad_calls():
         (lambda: log_mel(pcm[0], spec), ValueError, "batch dimension"),
         (lambda: log_mel(pcm.int(), spec), TypeError, "int16"),
         (lambda: log_mel(pcm, spec, dtype=torch.int16), TypeError, "dtype"),
-        (lambda: log_mel(pcm, spec, layout="mel"), ValueError, "layout"),
+        (lambda: log_mel(pcm, spec, layout="power"), ValueError, "layout"),
         (lambda: log_mel(pcm, spec, impl="cuda"), ValueError, "impl"),
         (lambda: log_mel(pcm[:, :399], spec), ValueError, "shorter than one window"),
         (lambda: log_mel(pcm, spec), ValueError, "patch height"),

@@ -11,6 +11,7 @@ from log_mel_cases import (
     PRESETS,
     SIGNALS,
     assert_exact,
+    assert_exact_mel,
     clips,
     quiet_about_empty_bands,  # noqa: F401
     recordings,
@@ -35,7 +36,8 @@ class LogMel(ctypes.Structure):
             "n_mels", "n_segments", "n_frames", "patch_mels", "patch_frames", "patches", "patch_rows",
             "patch_mels_inverse", "power", "waveform_norm",
         )),
-        ("is_int16", ctypes.c_bool), ("remove_dc", ctypes.c_bool), ("edge", ctypes.c_int), ("dtype", ctypes.c_int),
+        *((name, ctypes.c_bool) for name in ("is_int16", "remove_dc", "take_log")),
+        ("edge", ctypes.c_int), ("dtype", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("preemphasis", "scale", "floor", "log_scale", "log_shift", "top")),
     ]  # fmt: skip
 
@@ -99,6 +101,7 @@ def test_front_ends(kernel, name, changes):
     for layout in ("patches", "spectrogram"):
         out = kernel(pcm, spec, lengths=lengths, layout=layout)
         assert_exact(out, pcm, spec, lengths=lengths, layout=layout)
+    assert_exact_mel(kernel(pcm, spec, lengths=lengths, layout="mel"), pcm, spec, lengths=lengths)
     for dtype in (torch.float16, torch.bfloat16):
         torch.testing.assert_close(
             kernel(pcm, spec, lengths=lengths, dtype=dtype), kernel(pcm, spec, lengths=lengths).to(dtype)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from log_mel_cases import assert_exact, clips, quiet_about_empty_bands  # noqa: F401
+from log_mel_cases import assert_exact, assert_exact_mel, clips, quiet_about_empty_bands  # noqa: F401
 
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
 
@@ -27,6 +27,8 @@ def test_every_size(n_fft, convention):
     for x in (pcm, pcm.float() / 32768):
         out = log_mel(x.cuda(), spec, lengths=lengths.cuda(), impl="fused").cpu()
         assert_exact(out, pcm, spec, lengths=lengths)
+        mel = log_mel(x.cuda(), spec, lengths=lengths.cuda(), layout="mel", impl="fused").cpu()
+        assert_exact_mel(mel, pcm, spec, lengths=lengths)
 
 
 @pytest.mark.parametrize("name", FRONT_ENDS)

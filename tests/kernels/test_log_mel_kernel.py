@@ -10,6 +10,7 @@ from log_mel_cases import (
     PRESETS,
     SIGNALS,
     assert_exact,
+    assert_exact_mel,
     clips,
     quiet_about_empty_bands,  # noqa: F401
     recordings,
@@ -63,6 +64,7 @@ def test_random_specs(isa, seed):
     x = pcm.float() / 32768
     out = log_mel(x, spec, lengths=lengths, layout=layout, impl="fused")
     assert_exact(out, x, spec, lengths=lengths, layout=layout)
+    assert_exact_mel(log_mel(x, spec, lengths=lengths, layout="mel", impl="fused"), x, spec, lengths=lengths)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -129,7 +131,10 @@ def test_opcheck(lengths):
     }  # fmt: skip
     ragged = None if lengths is None else torch.tensor(lengths)
     tables = _kernel_tables(LogMelSpec(), torch.device("cpu"))
-    torch.library.opcheck(torch.ops.ajepa.log_mel_fwd.default, (clips(4000), ragged, *tables, out), arguments)
+    for take_log in ({}, {"take_log": False}):
+        torch.library.opcheck(
+            torch.ops.ajepa.log_mel_fwd.default, (clips(4000), ragged, *tables, out), arguments | take_log
+        )
 
 
 def test_op_refuses_what_it_cannot_take():
@@ -163,11 +168,13 @@ def test_op_refuses_what_it_cannot_take():
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
-def test_compiles_as_one_graph(impl):
+@pytest.mark.parametrize(("layout", "backend"), [("patches", "inductor"), ("mel", "aot_eager")])
+def test_compiles_as_one_graph(impl, layout, backend):
     torch.compiler.reset()
     spec, pcm = replace(LOG_MEL_PRESETS["a-jepa"], n_frames=32), clips(8000)
-    compiled = torch.compile(lambda x: 2 * log_mel(x, spec, impl=impl), fullgraph=True)
-    torch.testing.assert_close(compiled(pcm), 2 * log_mel(pcm, spec, impl=impl), rtol=0, atol=1e-3)
+    function = lambda x: 2 * log_mel(x, spec, layout=layout, impl=impl)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(pcm), function(pcm), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])

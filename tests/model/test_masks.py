@@ -10,13 +10,14 @@ from ajepa.model.masks import (
     MaskSampler,
     block_masks,
     curriculum_probability,
+    inverse_block_masks,
     random_masks,
     time_frequency_masks,
 )
 from ajepa.utils.counter_rng import Noise, hash64, mix64
 
 GRIDS = [(8, 16), (8, 64), (8, 8), (3, 11)]
-FAMILIES = ["random", "block", "time-frequency", "curriculum"]
+FAMILIES = ["random", "block", "time-frequency", "curriculum", "inverse-block"]
 
 
 def rectangle(mask_FT):
@@ -73,6 +74,57 @@ def test_time_frequency_context_shares_no_row_or_column_with_a_target(grid):
     # A context is relaxed only where the strict rule left it too small.
     strict_count = ((~union.any(2)).sum(1) * (~union.any(1)).sum(1))[~strict]
     assert (strict_count < 10 + F * T * 0.15).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("size", [(5, 5), (2, 7), (99, 99), (1, 1)])
+def test_inverse_block_contexts_are_whole_blocks_and_a_part_of_one(grid, size):
+    """Blocks are placed in the order of the noise until they cover the count; this loop does so block by block."""
+    F, T = grid
+    height, width = min(size[0], F), min(size[1], T)
+    visible = round(F * T * 0.3)
+    context, targets = inverse_block_masks(40, grid, size, visible, Noise(5))
+    assert (context.sum(1) == visible).all() and torch.equal(targets, ~context[:, None])
+    places = Noise(5)((40, F + height - 1, T + width - 1))
+    for seen, place in zip(context.view(-1, F, T), places, strict=True):
+        covered = torch.zeros(F, T, dtype=torch.bool)
+        for start in place.flatten().argsort(descending=True).tolist():
+            top, left = start // place.shape[1] - height + 1, start % place.shape[1] - width + 1
+            before = covered.clone()
+            covered[max(top, 0) : top + height, max(left, 0) : left + width] = True
+            if covered.sum() >= visible:
+                break
+        assert not (before & ~seen).any() and not (seen & ~covered).any()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_inverse_blocks_show_all_patches_about_equally_often(grid):
+    visible = round(math.prod(grid) * 0.2)
+    context, _ = inverse_block_masks(8000, grid, (5, 5), visible, Noise())
+    assert (context.float().mean(0) / (visible / math.prod(grid)) - 1).abs().max() < 0.35
+    assert len(context.unique(dim=0)) > 4000
+    # The neighbour of a visible patch is visible far more often than any patch.
+    seen = context.view(-1, *grid)
+    assert seen[:, :, 1:][seen[:, :, :-1]].float().mean() > 2.5 * 0.2
+
+
+def test_inverse_block_masks_have_one_shape_and_keep_the_minimum():
+    def shapes(**fields):
+        sampler = MaskSampler(MaskConfig(mask="inverse-block", mask_ratio=(0.75, 0.85), **fields), (8, 8))
+        draws = [sampler(step, 20, 6) for step in range(20)]
+        assert len({m.context.sum().item() for m in draws}) > 1
+        kinds = {(*(tuple(x.shape) for x in m.tensors().values()), *(getattr(m, b) for b in m.BOUNDS)) for m in draws}
+        assert len(kinds) == 1
+        return draws
+
+    for masks in shapes(masks_per_clip=16):
+        assert (masks.context_cu.diff() == 13).all() and (masks.predict_cu.diff() == 64).all()
+        assert len(masks.context_cu) - 1 == len(masks.predict_cu) - 1 == 6 * 16
+        contexts = (masks.context % 64).view(6, 16, 13)
+        assert all(len(own.unique(dim=0)) > 8 for own in contexts)  # the masks of a clip differ
+    for plain, fixed in zip(shapes(), shapes(fixed_token_budget=True), strict=True):
+        assert plain.disjoint and all(torch.equal(x, fixed.tensors()[name]) for name, x in plain.tensors().items())
+    assert (shapes(min_context=15)[0].context_cu.diff() == 15).all()
 
 
 def test_curriculum_probability_is_the_published_formula():
@@ -139,7 +191,7 @@ def test_fixed_token_budget_gives_static_shapes_and_ragged_clips(mask, masks_per
     draws = [sampler(step, 20, 16) for step in range(20)]
     shapes = {(len(m.context), len(m.target), len(m.predict), len(m.predict_cu)) for m in draws}
     assert len(shapes) == 1
-    assert all(len(m.context_cu.diff().unique()) > 1 for m in draws)
+    assert all((len(m.context_cu.diff().unique()) > 1) == (mask != "inverse-block") for m in draws)
     assert min(int(m.context_cu.diff().min()) for m in draws) >= sampler.minimum
     for m in draws:  # a context does not overlap its own targets
         owner = torch.repeat_interleave(torch.arange(16 * masks_per_clip), m.context_cu.diff())
@@ -210,7 +262,7 @@ def test_noise_on_tensors_is_the_hash_of_the_loader():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mask", ["random", "block", "time-frequency", "curriculum"])
+@pytest.mark.parametrize("mask", FAMILIES)
 @pytest.mark.parametrize("fixed", [False, True])
 def test_masks_drawn_on_a_gpu_are_those_of_the_cpu(mask, fixed):
     sampler = MaskSampler(MaskConfig(mask=mask, fixed_token_budget=fixed), (8, 16), seed=3)

@@ -202,7 +202,8 @@ def test_copies_give_gradients_of_the_masters_in_float32():
     exact[3:9] = dy.double()[:, 3:9].T @ x.detach().double()
     assert layer.weight.grad.dtype == torch.float32
     torch.testing.assert_close(layer.weight.grad.double(), exact, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(layer.bias.grad[3:9], dy[:, 3:9].float().sum(0))
+    rounding = {} if layer.bias.is_cuda else {"rtol": 2**-8, "atol": 1e-3}  # a CPU sums in bfloat16 and rounds once
+    torch.testing.assert_close(layer.bias.grad[3:9], dy[:, 3:9].float().sum(0), **rounding)
 
 
 def test_flops_count_each_micro_batch_and_the_published_model():

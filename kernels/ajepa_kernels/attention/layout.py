@@ -163,18 +163,35 @@ def attention_reference(q, k, v, layout: Layout, scale: float | None) -> torch.T
     if 0 in (layout.slots, R, S, layout.max_k, k.shape[0]):
         return q.new_zeros(rows, H, D) + (q[:0].sum() + k[:0].sum() + v[:0].sum())  # stays in the autograd graph
     k_start, k_end, k_rows = layout.keys()
-    if layout.q_rows is None and k_rows is None and R * S == q.shape[0] == k.shape[0] and layout.max_k == S:
+    if layout.q_rows is None and k_rows is None and q.shape[0] == R * S and R * layout.max_k == k.shape[0]:
         # every sequence is full, so there is nothing to pad or mask
-        q, k, v = (x.unflatten(0, (R, S)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(rows, H, D)
+        q = q.unflatten(0, (R, S)).transpose(1, 2)
+        k, v = (x.unflatten(0, (R, layout.max_k)).transpose(1, 2) for x in (k, v))
+        return _attend(q, k, v, None, scale).transpose(1, 2).reshape(rows, H, D)
     q_place, _ = _positions(layout.slots, layout.q_start, layout.q_end, S)
     k_place, real = _positions(k.shape[0] if k_rows is None else k_rows.shape[0], k_start, k_end, layout.max_k)
     # a sequence without keys attends to its padding, whose values are zero, so that the result is zero and not NaN
     keys = (real | ~real.any(1, keepdim=True))[:, None, None, :]
     q = _pad(q, layout.q_rows, q_place, R, S)
     k, v = (_pad(x, k_rows, k_place, R, layout.max_k) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale).transpose(1, 2).reshape(R * S, H, D)
+    out = _attend(q, k, v, keys, scale).transpose(1, 2).reshape(R * S, H, D)
     if layout.q_rows is None:
         return out.index_select(0, q_place)
     out = out.index_select(0, q_place.clamp(max=R * S - 1)).where((q_place < R * S)[:, None, None], 0)
     return out.new_zeros(rows, H, D).index_copy(0, layout.q_rows.long(), out) if layout.scatter else out
+
+
+def _attend(q, k, v, keys: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+    """SDPA over `[R, H, S, D]`; `keys` is boolean `[R, 1, 1, S_k]`, or None where every key counts.
+
+    On a CPU, SDPA's backward in half precision takes six times as long as two batched products and a softmax, whose
+    scores of short sequences stay in the cache.
+    """
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or k.shape[2] > 256:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
+    shape, scale = q.shape, q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    if keys is not None:
+        scores = scores.unflatten(0, shape[:2]).masked_fill(~keys, -torch.inf).flatten(0, 1)
+    return torch.bmm(scores.softmax(-1), v).view(shape)
