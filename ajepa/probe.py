@@ -120,7 +120,9 @@ def probe(args: Arguments) -> dict[str, Any]:
         )
     index = labelled(index)
     divide(index, torch.arange(len(index)), args, cfg)  # report a wrong division before any work
-    engine = Engine(replace(cfg, step=StepConfig()), choose_device(args.device))
+    device = choose_device(args.device)
+    precision = "fp32" if cfg.precision == "auto" and device.type == "cpu" else cfg.precision
+    engine = Engine(replace(cfg, step=StepConfig(), precision=precision), device)
     encoder, spec = engine.model.context_encoder.eval(), cfg.front_end
     projector = engine.projector if pooling == "projection" else None
     skipped = list(index.skipped)
@@ -131,8 +133,7 @@ def probe(args: Arguments) -> dict[str, Any]:
     samples = round(cfg.data.clip_seconds * spec.sample_rate)
 
     def encoder_source() -> EncoderFeatures:
-        auto = "bf16" if engine.device.type == "cuda" else "fp32"
-        precision = auto if cfg.precision == "auto" else cfg.precision
+        precision = "bf16" if engine.bf16 else "fp32"
         key = f"{tensors_hash(encoder.state_dict())} {cfg.model.positions} {precision} {args.layers}"
         if projector is not None:
             key += f" {tensors_hash(projector.state_dict())}"

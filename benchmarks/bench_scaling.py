@@ -13,7 +13,7 @@ from bench_train_step import ALL, EAGER, time_steps
 from conftest import left_out
 from records import DEVICE, FULL, QUICK
 
-from ajepa.config import PRESETS, SIZES, Config
+from ajepa.config import PRESETS, SIZES, Config, ObjectiveConfig
 
 PRESET, SIZE, BATCH = ("tiny", "tiny", 8) if DEVICE == "cpu" else ("audio-jepa", "B", 64)
 DEPTH = 2 if DEVICE == "cpu" and QUICK else SIZES[SIZE][1]
@@ -38,6 +38,7 @@ def config(tokens: int, visible: float, depth: int) -> Config:
         front_end=dataclasses.replace(cfg.front_end, n_frames=round(longer * cfg.front_end.n_frames)),
         mask=dataclasses.replace(cfg.mask, mask="random", mask_ratio=(1 - visible, 1 - visible)),
         model=dataclasses.replace(cfg.model, size=f"{SIZE} x {depth}", target_layers=1),
+        objective=ObjectiveConfig(),
     )
 
 

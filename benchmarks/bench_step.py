@@ -33,13 +33,13 @@ from conftest import left_out
 from records import DEVICE, QUICK
 from torch.profiler import ProfilerActivity, profile
 
-from ajepa.config import PRESETS, Config, MaskConfig
+from ajepa.config import PRESETS, Config, MaskConfig, ObjectiveConfig
 from ajepa.model.masks import Masks, MaskSampler
 from ajepa.training.compare import Batch
 from ajepa.training.engine import Engine, StepResult
 from ajepa.training.profiling import breakdown, report
 from ajepa.training.roofline import product_flops_per_ms
-from ajepa.utils.devices import release_memory, wait
+from ajepa.utils.devices import release_memory, trains_in_bf16, wait
 
 if DEVICE == "cuda":
     PRESET, SIZE, MODEL, BATCHES = "audio-jepa", "B", "audio-jepa ViT-B", (1024, 256)
@@ -49,7 +49,7 @@ else:  # small sizes, which only show that everything works
     MODEL = SIZE
     SECONDS = 0.1 if QUICK else 1.0
 SLICES, WARM_UP, ROUNDS = 6, 3, 3
-DTYPE, TOLERANCE = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float32, 2e-3)
+DTYPE, TOLERANCE = (torch.bfloat16, 3e-2) if trains_in_bf16(torch.device(DEVICE)) else (torch.float32, 2e-3)
 HALF = str(math.prod(PRESETS[PRESET].front_end.grid) // 2)  # visible patches
 SWITCHES: dict[str, dict[str, Any]] = {
     "shipped": {},
@@ -63,14 +63,15 @@ SHIPPED_LOSSES: dict[tuple[int, str], list[float]] = {}  # of the shipped step's
 
 
 def config(**step) -> Config:
-    """Return the configuration of the fused engine with these step settings.
+    """Return the configuration of the fused engine with these step settings, for the masked objective.
 
     The short warm-up makes the learning rate grow fast, so that the weights move.
     """
     cfg = PRESETS[PRESET]
     model = dataclasses.replace(cfg.model, size=SIZE, target_layers=1)  # type: ignore[arg-type]
     optim = dataclasses.replace(cfg.optim, warmup_steps=50)
-    return dataclasses.replace(cfg, model=model, optim=optim, step=dataclasses.replace(cfg.step, **step))
+    step = dataclasses.replace(cfg.step, **step)
+    return dataclasses.replace(cfg, model=model, optim=optim, step=step, objective=ObjectiveConfig())
 
 
 def slices(mask: MaskConfig, count: int = SLICES) -> list[MaskConfig]:
@@ -82,7 +83,7 @@ def slices(mask: MaskConfig, count: int = SLICES) -> list[MaskConfig]:
 
 def noise(cfg: Config, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Draw two batches of noise on the device: PCM, int16 `[B, S]`, and lengths, int32 `[B]`."""
-    samples = round(cfg.data.clip_seconds * cfg.front_end.sample_rate)
+    samples = round(cfg.source_seconds * cfg.front_end.sample_rate)
     draw = functools.partial(torch.randint, -9999, 9999, (batch, samples), dtype=torch.int16, device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     lengths = torch.full((batch,), samples, dtype=torch.int32, device=DEVICE)

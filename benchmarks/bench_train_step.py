@@ -1,5 +1,9 @@
 """Benchmark one whole training step, from PCM to updated weights: fused against plain PyTorch, eager and compiled.
 
+`test_train_step` times the masked objective of the recipes. `test_clip_step` times the clip objective (on a CPU also
+both objectives at once), two views of each recording with half of the patches visible, and the masked objective with as
+many clips and as many visible patches as there are views.
+
 The times count only if the engines give the same losses at every step. The floor is the FLOPs of the step over its
 ragged masks, divided by the rate of a matrix product measured in the same run. A variant's share of the floor is its
 MFU. The host waits after every timed step. The phases are timed separately, with a wait after each phase and outside
@@ -32,7 +36,7 @@ from records import DEVICE, FULL, QUICK
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ajepa.config import PRESETS, SIZES, Config, MaskConfig
+from ajepa.config import PRESETS, SIZES, Config, MaskConfig, ObjectiveConfig
 from ajepa.model.masks import MaskSampler
 from ajepa.training.compare import Batch, time_engines
 from ajepa.training.roofline import best_ms, product_flops_per_ms
@@ -64,13 +68,25 @@ else:
     LEFT_OUT["compile at the other sizes"] = "compilation takes minutes; AJEPA_BENCH=full times it"
 
 
+# A case of `test_clip_step` is (preset, encoder size, recordings, objective). Each recording has two views.
+CLIP_SIZES = [("audio-jepa", "S", 512), ("audio-jepa", "B", 512)]
+if DEVICE == "cpu":
+    CLIP_SIZES = [("tiny", "tiny x 1", 4)] if QUICK else [("tiny", "tiny", 48)]
+CLIP_CASES = [
+    (*case, kind) for case in CLIP_SIZES for kind in ("clip", "both", "masked") if DEVICE == "cpu" or kind != "both"
+]
+
+
 def batches(cfg: Config, batch: int, count: int, masks: list[MaskConfig]) -> list[Batch]:
-    """Return `count` batches on the device, with each of `masks` in turn, and with the audio of two, to save memory."""
+    """Return `count` batches on the device, with each of `masks` in turn, and with the audio of two, to save memory.
+
+    `batch` is the number of recordings. The clip objective masks each of their views.
+    """
     samplers = [MaskSampler(mask, cfg.front_end.grid) for mask in masks]
     made: list[Batch] = []
     for step, (pcm, lengths) in zip(range(count), itertools.cycle(noise(cfg, batch)), strict=False):
         with torch.device(DEVICE):
-            drawn = samplers[step % len(samplers)](step, cfg.optim.steps, batch)
+            drawn = samplers[step % len(samplers)](step, cfg.optim.steps, batch * cfg.objective.count)
         made.append((pcm, lengths, drawn))
     return made
 
@@ -120,7 +136,7 @@ def time_configs(
         median = statistics.median(times[name])
         more[name] = {
             "batch": batch,
-            "clips_per_second": 1e3 * batch / median,
+            "clips_per_second": 1e3 * batch * configs[name].objective.count / median,
             "mfu": floor_ms / median,
             "peak_bytes": timing.peak_bytes,
             "phases_ms": {phase: 1e3 * seconds for phase, seconds in timing.phases.items()},
@@ -174,7 +190,7 @@ def tuned(cfg: Config, batch: int, monkeypatch):
 
 @pytest.mark.parametrize(("preset", "size", "batch", "kind"), CASES)
 def test_train_step(preset, size, batch, kind, record, monkeypatch):
-    cfg = PRESETS[preset]
+    cfg = dataclasses.replace(PRESETS[preset], objective=ObjectiveConfig())
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, size=size))
     model = size if size.startswith(preset) else f"{preset} ViT-{size}"
     shape = f"{model}, batch {batch}"
@@ -190,10 +206,48 @@ def test_train_step(preset, size, batch, kind, record, monkeypatch):
         pytest.skip(f"{model} at batch {batch}: the engines do not fit into this GPU's memory")
     release_memory(torch.device(DEVICE))
     shape += {"drawn": ", masks as drawn", "max-autotune": ", max-autotune"}.get(kind, "")
+    keep("train_step", shape, model, times, more, floor_ms, record)
+
+
+def clip_config(preset: str, size: str, objective: str) -> Config:
+    """Return the preset with this objective and half of the patches masked.
+
+    The views of audio-jepa's recordings of 10 s are half as long, and so are the clips of the masked objective.
+    """
+    cfg = PRESETS[preset]
+    if preset == "audio-jepa":
+        spec = dataclasses.replace(cfg.front_end, n_frames=128)
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, clip_seconds=5.0), front_end=spec)
+    source = 10.0 if preset == "audio-jepa" else None
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, size=size),
+        mask=dataclasses.replace(cfg.mask, mask="random", mask_ratio=(0.5, 0.5)),
+        objective=ObjectiveConfig(objective=objective, clip_loss="lejepa", views=2, source_seconds=source),
+    )
+
+
+@pytest.mark.parametrize(("preset", "size", "recordings", "objective"), CLIP_CASES)
+def test_clip_step(preset, size, recordings, objective, record):
+    cfg = clip_config(preset, size, objective)
+    model = size if size.startswith(preset) else f"{preset} ViT-{size}"
+    batch = 2 * recordings // cfg.objective.count
+    seen = f"{recordings} recordings x 2 views" if cfg.objective.clips else f"{batch} clips"
+    shape = f"{model}, {objective} objective, {seen} of {cfg.data.clip_seconds:g} s, half of the patches visible"
+    try:
+        times, more, floor_ms = time_steps(cfg, batch, ALL, split_steps=SPLIT)
+    except torch.cuda.OutOfMemoryError:
+        pytest.skip(f"{shape}: the engines do not fit into this GPU's memory")
+    release_memory(torch.device(DEVICE))
+    keep("clip_step", shape, model, times, more, floor_ms, record)
+
+
+def keep(benchmark: str, shape: str, model: str, times, more, floor_ms: float, record) -> None:
+    """Record what `time_steps` returned, and print it."""
     for fields in more.values():
         fields["model"] = model
     peers = [name for name in times if name != "fused"]
-    record("train_step", shape, times, plain="eager", peers=peers, floor_ms=floor_ms, more=more)
+    record(benchmark, shape, times, plain="eager", peers=peers, floor_ms=floor_ms, more=more)
     for name, fields in more.items():
         phases = ", ".join(f"{phase} {ms:.3g} ms" for phase, ms in fields["phases_ms"].items())
         peak = f", peak {fields['peak_bytes'] / 2**30:.1f} GiB" if fields["peak_bytes"] else ""

@@ -31,13 +31,19 @@ UNPACKED = ROOT / "build" / "unpacked"  # holds packages and Triton's cache
 FOR_THE_REPORT = {"gpu": 15.0, "cpu": 6.0}  # seconds of the budget that are reserved for tables and plots
 
 REBUILT = (  # tests of the kernels that were rewritten since a GPU last ran them, at the widths of the step
-    "large_and_repeatable or graph_and_repeats or (value_and_gradient and dtype2 and 768)"
+    "large_and_repeatable or large_and_graph or graph_and_repeats or (value_and_gradient and dtype2 and 768)"
     " or (where_it_is_made and 768) or test_linear or equals_the_cpu_kernel"
     " or (every_size and (400 or 1024 or 2048 or 4096)) or is_its_definition or bits_of_the_whole"
     " or (replayed and (step0-bf16 or step8 or step11 or step12))"
 )
-KERNEL_TESTS = ("add_layer_norm", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu", "resample_gpu")
-STEP_KERNELS = ("layer_norm", "attention", "bias_gelu", "latent_loss", "adamw_ema", "log_mel")
+KERNEL_TESTS = (
+    "add_layer_norm", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu", "resample_gpu", "augment_mel",
+    "segment_pool", "sigreg",
+)  # fmt: skip
+STEP_KERNELS = (
+    "layer_norm", "attention", "bias_gelu", "latent_loss", "adamw_ema", "log_mel", "augment_mel", "segment_pool",
+    "sigreg",
+)  # fmt: skip
 SHOWN = {  # fields of a record that are printed as soon as it exists
     "clips_per_second": "{:,.4g} clips/s", "mfu": "{:.0%} MFU", "floor_share": "{:.0%} of the floor",
     "ratio_to_best_peer": "{:.2f} x {peer}",
@@ -60,7 +66,9 @@ GPU = (
     Part("step", "our step at 1,024 and 256 clips, its switches and its kernels", benches("step"), 110, 200, "quick"),
     Part("correctness", "kernels and the replayed step that no GPU has run yet",
          (*tests(*KERNEL_TESTS), "-k", REBUILT), 60, 100, processes=3),
-    Part("kernels", "every kernel at the shapes of the step", benches(*STEP_KERNELS), 60, 100, "quick"),
+    Part("kernels", "every kernel at the shapes of the step", benches(*STEP_KERNELS), 70, 110, "quick"),
+    Part("clip", "the step of the clip objective, beside the masked one",
+         (*benches("train_step"), "-k", "clip_step"), 40, 120, "quick"),
     Part("files", "from shards to updated weights", benches("end_to_end"), 50, 100, "quick"),
     Part("training", "the loss curve against plain PyTorch's in bf16",
          (*tests("same_training"), "-k", "on_a_gpu and bf16"), 60, 120),
@@ -75,7 +83,9 @@ CPU = (
     Part("correctness", "a few tests of the kernels", (*tests(*KERNEL_TESTS), "-k", f"{REBUILT} or test_first_order"),
          8, 60),
     Part("kernels", "the kernels' plain definitions at small sizes",
-         (*benches(*STEP_KERNELS), "-k", "not (77 or 96) or 51"), 10, 60, "quick"),
+         (*benches(*STEP_KERNELS), "-k", "not (77 or 96) or 51"), 12, 60, "quick"),
+    Part("clip", "the step of the clip objective, beside the masked one",
+         (*benches("train_step"), "-k", "clip_step"), 8, 60, "quick"),
     Part("files", "from shards to updated weights", (*benches("end_to_end"), "-k", "from_shards"), 8, 60, "quick"),
     Part("training", "the loss curve against plain PyTorch's", (*tests("same_training"), "-k", "rehearsal"), 9, 60),
     Part("peers", "our step, plain PyTorch and torch.compile", benches("train_step"), 14, 90, "quick"),

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import prebuilt
 import torch
@@ -40,6 +41,8 @@ from ajepa_kernels import (
     latent_l2_loss,
     norm_quantize_rows,
     quantize_rows,
+    segment_pool,
+    sigreg,
     warmup,
 )
 from ajepa_kernels._triton import record_launches
@@ -171,6 +174,7 @@ SWITCHES = [
     {"mlp": "bias-gelu", "residual": "bf16", "target_precision": "fp8"},
 ]  # fmt: skip
 SWITCHED = [("audio-jepa", "B", 0.4, 0.5), ("tiny", "tiny", 0.7)]
+CLIP_MODELS = [("audio-jepa", "B"), ("audio-jepa", "S"), ("tiny", "tiny")]
 
 
 def launches() -> Iterator[Callable[[], object]]:
@@ -179,12 +183,14 @@ def launches() -> Iterator[Callable[[], object]]:
         yield lambda preset=preset, size=size: _train(preset, size, {}, (0.4, 0.5))
     for switches, (preset, size, *ratios) in itertools.product(SWITCHES, SWITCHED):
         yield lambda arguments=(preset, size, switches, ratios): _train(*arguments)
+    for (preset, size), objective in itertools.product(CLIP_MODELS, ("clip", "both")):
+        yield lambda preset=preset, size=size, objective=objective: _train(preset, size, {}, (0.5,), objective)
     yield from _operations()
     for remainder in (False, True):
         yield lambda remainder=remainder: _update(remainder)
 
 
-def _train(preset: str, size: str, switches: dict, mask_ratios: Iterable[float]) -> None:
+def _train(preset: str, size: str, switches: dict, mask_ratios: Iterable[float], objective: str | None = None) -> None:
     """Run steps of a model with three layers: the first, the last, and one between them, which all others repeat.
 
     No kernel runs, so the values are whatever the memory happens to hold.
@@ -192,17 +198,18 @@ def _train(preset: str, size: str, switches: dict, mask_ratios: Iterable[float])
     cfg, shape = config.PRESETS[preset], config.SIZES[size]
     model = dataclasses.replace(cfg.model, size=size, predictor_depth=min(cfg.model.predictor_depth, 3))
     step = dataclasses.replace(cfg.step, **switches)
-    cfg = dataclasses.replace(cfg, precision="bf16", model=model, step=step)
+    aim = dataclasses.replace(cfg.objective, objective=objective or cfg.objective.objective)  # type: ignore[arg-type]
+    cfg = dataclasses.replace(cfg, precision="bf16", model=model, step=step, objective=aim)
     config.SIZES[size] = (shape[0], max(3, model.target_layers), shape[2])
     try:
         engine = Engine(cfg, torch.device("cpu"))
     finally:
         config.SIZES[size] = shape
-    samples = round(cfg.data.clip_seconds * cfg.front_end.sample_rate)
+    samples = round(cfg.source_seconds * cfg.front_end.sample_rate)
     pcm, lengths = torch.zeros(2, samples, dtype=torch.int16), torch.full((2,), samples, dtype=torch.int32)
     for ratio in mask_ratios:
         mask = dataclasses.replace(cfg.mask, mask_ratio=(ratio, ratio))
-        masks = MaskSampler(mask, cfg.front_end.grid)(0, cfg.optim.steps, 2)
+        masks = MaskSampler(mask, cfg.front_end.grid)(0, cfg.optim.steps, 2 * aim.count)
         engine.step(pcm, lengths, masks, 1)
         engine.graphs = StepGraphs(engine._train, engine.device)  # keeps the schedule values on the device
     engine.inspect(pcm, lengths, masks)
@@ -220,7 +227,8 @@ def _both_ways(function: Callable, *leaves: torch.Tensor) -> None:
 
 def _operations() -> Iterator[Callable[[], object]]:
     """Call the operations as the benchmarks do, but on a few rows, because their number is not compiled in."""
-    yield lambda: warmup(device="cpu", heads=[(12, 64), (12, 32)], max_seqlens=[16, 32, 64, 96, 128], widths=[768, 384])
+    sizes: dict[str, Any] = {"heads": [(12, 64), (12, 32)], "max_seqlens": [16, 32, 64, 96, 128], "widths": [768, 384]}
+    yield lambda: warmup(device="cpu", projection=(128, 256, 17), **sizes)
     for C, stream, affine in itertools.product((768, 384, 1024, 4096), (BF16, FP32), (BF16, FP32)):
         leaves = _leaf(16, C), _leaf(16, C, dtype=stream), _leaf(C, dtype=affine), _leaf(C, dtype=affine)
         yield lambda leaves=leaves: _both_ways(add_layer_norm, *leaves)
@@ -238,6 +246,14 @@ def _operations() -> Iterator[Callable[[], object]]:
     for dtype, stream in ((BF16, BF16), (BF16, FP32), (torch.float16, FP32), (FP32, FP32)):
         pair = _leaf(16, 768, dtype=dtype), _leaf(16, 768, dtype=stream)
         yield lambda pair=pair: norm_quantize_rows(*pair, affine, affine)
+    offsets = torch.tensor([0, 9, 16], dtype=torch.int32)
+    for C, dtype in itertools.product((768, 128), (BF16, FP32)):
+        pool = lambda x: segment_pool(x, offsets)  # noqa: E731
+        yield lambda pool=pool, C=C, dtype=dtype: _both_ways(pool, _leaf(16, C, dtype=dtype))
+    key = torch.zeros((), dtype=torch.int64)
+    for (V, D, S), dtype in itertools.product(((1, 768, 1024), (2, 128, 256)), (BF16, FP32)):
+        spread = lambda z, S=S: sigreg(z, key, directions=S)  # noqa: E731
+        yield lambda spread=spread, V=V, D=D, dtype=dtype: _both_ways(spread, _leaf(V, 16, D, dtype=dtype))
 
 
 def _update(remainder: bool) -> None:

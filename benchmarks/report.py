@@ -29,12 +29,15 @@ UNMEASURED = (
 OPS = {
     "masked_attention": ("masked_attention",),
     "latent_l2_loss": ("latent_l2_loss",),
+    "segment_pool": ("segment_pool",),
+    "sigreg": ("sigreg",),
     "AdamWEMA": ("adamw_ema",),
     "add_layer_norm": ("add_layer_norm",),
     "bias_gelu": ("bias_gelu",),
     "gelu_mlp": ("gelu_mlp",),
     "fp8_linear": ("fp8_linear", "fp8_mlp"),
     "log_mel": ("log_mel",),
+    "augment_mel": ("augment_mel",),
     "resample": ("resample",),
 }
 CPU_KERNELS = ("log_mel", "resample")
@@ -202,25 +205,30 @@ def costs(results: list[dict]) -> str:
     rows = []
     for name, cfg in PRESETS.items():
         width, depth, _ = SIZES[cfg.model.size]
-        clips = cfg.optim.steps * cfg.optim.batch_size
+        clips = cfg.optim.steps * cfg.optim.batch_size * cfg.objective.count
         model = (
             f"{depth} layers of width {width}; clips of {cfg.data.clip_seconds:g} s at {cfg.front_end.sample_rate:,} Hz"
         )
-        times = [text for result in results if (text := time_of(name, clips, result))]
+        objective = cfg.objective.objective
+        times = [text for result in results if (text := time_of(name, clips, result, objective))]
         times = times or ["not yet measured"]
         rows.append([f"`{name}`", model, f"{clips:,} clips", PUBLISHED.get(name, "-"), "; ".join(times)])
     return table("preset | model and data | budget | published | at the measured speed", rows)
 
 
-def time_of(preset: str, clips: int, result: dict) -> str:
-    """How long `clips` take on a device: from files if that was measured, else the steps alone.
+def time_of(preset: str, clips: int, result: dict, objective: str = "masked") -> str:
+    """How long `clips`, or as many views, take on a device: from files if that was measured, else the steps alone.
 
     Empty where nothing was measured, or where nobody would wait for the end: it would take longer than a day.
     """
     whole = [r for r in of(result, "end_to_end") if r["variant"] == "fused" and "shards" in r["shape"]]
     steps = [r for r in of(result, "train_step") if r["variant"] == "fused"]
+    case = rf"{preset}\b"
+    if objective != "masked":
+        whole, steps = [], [r for r in of(result, "clip_step") if r["variant"] == "fused"]
+        case = rf"{preset}\b[^,]*, {objective} objective"
     for records, what in ((whole, "from shards to weights"), (steps, "for the steps alone, without data,")):
-        ours = [r for r in records if re.match(rf"{preset}\b", r["shape"])]
+        ours = [r for r in records if re.match(case, r["shape"])]
         if ours:
             seconds = clips / max(r["clips_per_second"] for r in ours)
             cores = "" if result["gpu"] else f" ({result['cores']} cores)"
@@ -253,7 +261,11 @@ def step_tables(results: list[dict]) -> str:
     """The training step on each device: alone, beside other engines, and from files to weights."""
     parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
     for result in results:
-        tables = [side_by_side(steps) for name in ("step", "train_step", "end_to_end") if (steps := of(result, name))]
+        tables = [
+            side_by_side(steps)
+            for name in ("step", "train_step", "clip_step", "end_to_end")
+            if (steps := of(result, name))
+        ]
         parts += [f"**{result['device']}** ({when(result, of(result, *WHOLE))})", *tables] if tables else []
     return "\n\n".join(parts)
 

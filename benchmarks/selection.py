@@ -9,6 +9,7 @@ from sources import fingerprint
 WHOLE = {
     "step": "Our training step alone",
     "train_step": "Training step",
+    "clip_step": "Training step of the clip objective",
     "end_to_end": "From files to updated weights",
     "scaling": "As the work grows",
     "levers": "Levers of the step",
@@ -84,6 +85,7 @@ def plots_of(result: dict, name: str) -> list[str]:
     given = {
         "step": [],
         "train_step": [("phases", any(r.get("phases_ms") for r in of(result, "train_step")))],
+        "clip_step": [],
         "scaling": [("scaling", bool(of(result, "scaling")))],
         "end_to_end": [],
         "levers": [],

@@ -35,7 +35,8 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, group=None) -> torch.Tensor:
         x = x.float()
-        mean, var = self.running_mean, self.running_var
+        mean: torch.Tensor = self.running_mean
+        var: torch.Tensor = self.running_var
         if self.training:
             if group is None:
                 var, mean = torch.var_mean(x, 0, correction=0)

@@ -264,7 +264,7 @@ class JEPA(nn.Module):
 
     def ema_pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(trained parameter, target parameter) of everything that follows by EMA; a given teacher does not."""
-        pairs = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self.objective.taught and self.objective.teacher is None:
             pairs += zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True)
         return pairs + (self.clip.ema_pairs() if self.objective.clips else [])

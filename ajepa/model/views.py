@@ -8,6 +8,7 @@ view, M mel bands.
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class ViewFrontEnd:
             cfg.front_end, cfg.objective, cfg.seed, impl, dtype
         )  # fmt: skip
         # Peak normalisation is done crop by crop, so only the mean is taken off the whole recording.
-        norm = "none" if self.spec.waveform_norm == "none" else "mean"
+        norm: Literal["none", "mean"] = "none" if self.spec.waveform_norm == "none" else "mean"
         self.power_spec = dataclasses.replace(self.spec, n_frames=None, waveform_norm=norm)
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ def draw_views(
     noise: Noise,
 ) -> MelViews:
     """Draw V views of each recording from mel power `[B, M, L]`, real frames `[B]` and `frame_peaks` `[B, L]`."""
-    B, M, L = mel.shape
+    B, M, _ = mel.shape
     V, W = objective.views, spec.n_frames
     assert W is not None
     row = torch.arange(V * B) % B
@@ -112,7 +113,7 @@ def _sounding_crops(
 
     A recording of fewer frames is repeated, so its crop may start at any of them.
     """
-    B, L = peaks.shape
+    L = peaks.shape[1]
     frame = torch.arange(L, device=peaks.device)
     peaks = torch.where(frame < frames[:, None], peaks, 0)
     whole = peaks.amax(1, keepdim=True)

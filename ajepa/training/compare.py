@@ -116,13 +116,14 @@ def _marks(engine: Engine) -> Iterator[dict[str, float]]:
 
         return run
 
-    front_end, backward = engine.front_end, torch.Tensor.backward
-    engine.front_end = marked(front_end, "front end", "forward")
+    backward = torch.Tensor.backward
+    engine.patches = marked(engine.patches, "front end", "forward")  # type: ignore[method-assign]
     torch.Tensor.backward = marked(backward, "backward", "update")  # type: ignore[method-assign]
     try:
         yield marks
     finally:
-        engine.front_end, torch.Tensor.backward = front_end, backward  # type: ignore[method-assign]
+        del engine.patches
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
 
 
 def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:

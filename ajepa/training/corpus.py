@@ -10,6 +10,7 @@ import torch
 
 from ajepa.config import Config
 from ajepa.data.batch import Batch
+from ajepa.data.decode import resampled_lengths
 from ajepa.data.index import Index, build_index, cache_root
 from ajepa.data.loader import AudioLoader, iterate_once
 from ajepa.data.reader import all_stored
@@ -37,7 +38,7 @@ class Corpus:
         """Loader of batches on `device`, prefetched or kept there (`--resident`). With None they stay on the host."""
         options: dict[str, Any] = {
             **clip_options(cfg),
-            **(source_options(cfg) if cfg.objective.clips else {}),
+            **(source_options(cfg, self.index) if cfg.objective.clips else {}),
             "batch_size": cfg.optim.batch_size // world_size,
             "rank": rank,
             "world_size": world_size,
@@ -75,10 +76,15 @@ def clip_options(cfg: Config) -> dict[str, Any]:
     }
 
 
-def source_options(cfg: Config) -> dict[str, Any]:
-    """Options that read the sections from which the views of the clip objective are cropped. Padding by zeros leaves
-    their real lengths known."""
-    return {"clip_samples": round(cfg.source_seconds * cfg.front_end.sample_rate), "pad": "zero"}
+def source_options(cfg: Config, index: Index) -> dict[str, Any]:
+    """Options that read the sections from which the views of the clip objective are cropped.
+
+    They are no longer than the longest recording, but at least a clip. Padding by zeros leaves their real lengths
+    known.
+    """
+    rate = cfg.front_end.sample_rate
+    longest = max(round(cfg.data.clip_seconds * rate), int(resampled_lengths(index, rate).max()))
+    return {"clip_samples": min(round(cfg.source_seconds * rate), longest), "pad": "zero"}
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -179,7 +179,7 @@ class Engine:
         return *self._update(loss, values), *terms.unbind()
 
     def _forward(self, patches: torch.Tensor, masks: Masks, share: float | torch.Tensor | None):
-        """The loss, and its terms as in `StepResult`. `share` is the weight of the mean over target patches; None: 1."""
+        """The loss, and its terms as in `StepResult`. `share` weights the mean over target patches; None: 1."""
         objective = self.cfg.objective
         out = self.net(patches, masks, prune=not self.plain, key=self.key)
         zero = torch.zeros((), device=self.device)
@@ -275,15 +275,16 @@ class Engine:
         self.model.eval()
         values: dict[str, float] = {}
         with self.autocast():
-            if self.cfg.objective.taught:
-                targets = self.model.target_encoder.targets(patches)
-            else:
-                targets = self.model.context_encoder.encode(patches).flatten(0, 1)
-            if self.cfg.objective.masks:
+            if self.cfg.objective.masks:  # sharded weights are gathered by the model's own forward pass
                 out = self.model(patches, masks, key=self.key)
+                targets = out.latents.view(patches.shape[0] * patches.shape[1], -1)  # separate layers side by side
                 loss = latent_l2_loss(out.prediction, out.latents, out.rows, kind=self.cfg.optim.loss, impl=self.impl)
                 values["watch_loss"] = loss.item()
                 values["prediction_variance"] = out.prediction.float().var(0).mean().item()
+            elif self.cfg.objective.taught:
+                targets = self.model.target_encoder.targets(patches)
+            else:
+                targets = self.model.context_encoder.encode(patches).flatten(0, 1)
         self.model.train()
         target = torch.nn.functional.layer_norm(targets.float(), targets.shape[-1:])
         shares = variance_shares(target.unflatten(0, (masks.clips, -1)))

@@ -29,12 +29,12 @@ def describe_run(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str
         if hasattr(engine.model, name)
     )
     views = f"{cfg.objective.views} views of each recording, " if cfg.objective.clips else ""
-    where = f"continuing after step {start}" if start else f"{cfg.optim.steps} steps of {cfg.optim.batch_size} recordings"
+    whole = f"{cfg.optim.steps} steps of {cfg.optim.batch_size} recordings"
     return (
         f"{corpus.description}\n"
         f"{cfg.preset}: {sizes}, objective {cfg.objective.objective}, {views}"
         f"{cfg.front_end.n_patches} patches a clip, {cfg.mask.mask} masks, "
-        f"engine {cfg.impl} on {engine.device}; {where}"
+        f"engine {cfg.impl} on {engine.device}; {f'continuing after step {start}' if start else whole}"
     )
 
 

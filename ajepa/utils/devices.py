@@ -20,7 +20,7 @@ def trains_in_bf16(device: torch.device) -> bool:
     """Whether training in bfloat16 is faster than in float32: on a GPU, and on a CPU that multiplies bfloat16."""
     if device.type != "cpu":
         return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not report them
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 lacks it
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

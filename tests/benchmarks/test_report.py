@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from ajepa.config import PRESETS, ObjectiveConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_device
@@ -120,8 +123,10 @@ def test_headline_is_the_case_that_all_engines_ran(folder):
     assert text.split(report.END)[0] in (folder / "tables.md").read_text().replace(" headline, written", ", written")
 
 
-def test_claim_and_costs_follow_from_the_records(folder):
-    results = report.load(folder)
+def test_claim_and_costs_follow_from_the_records(folder, monkeypatch):
+    results, tiny = report.load(folder), PRESETS["tiny"]
+    tiny = replace(tiny, optim=replace(tiny.optim, batch_size=16, steps=1_000), objective=ObjectiveConfig())
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
     assert report.claim(results) == (
         "On one GPU y, a training step of tiny, batch 16 takes 2.5 ms, which is 6,400 clips/s: 1.60 times as fast as "
         "plain PyTorch and 0.80 times as fast as `torch.compile`."
@@ -133,6 +138,16 @@ def test_claim_and_costs_follow_from_the_records(folder):
     assert "16,000 clips" in row and "40 s from shards to weights on cpu x (2 cores)" in row
     assert "1 s for the steps alone, without data, on GPU y" in row  # at 25,600 clips/s
     assert "56 V100-hours | not yet measured |" in report.costs(results)
+
+    # a recipe with views costs what the step of its objective takes, for each view
+    monkeypatch.setitem(PRESETS, "tiny", replace(tiny, objective=ObjectiveConfig(objective="both", views=2)))
+    row = next(line for line in report.costs(results).splitlines() if "`tiny`" in line)
+    assert "32,000 clips" in row and "not yet measured" in row
+    for objective, rate in (("clip", 6_400.0), ("both", 3_200.0)):
+        shape = f"tiny, {objective} objective, 48 recordings x 2 views"
+        results[1]["records"].append(timed("clip_step", shape, "fused", clips_per_second=rate))
+    row = next(line for line in report.costs(results).splitlines() if "`tiny`" in line)
+    assert "10 s for the steps alone, without data, on cpu x (2 cores)" in row
 
 
 def test_an_op_has_the_cases_of_devices_that_have_a_kernel_for_it(folder):

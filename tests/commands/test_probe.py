@@ -1,7 +1,9 @@
 """The probes: their accuracy, the rows and samples that they must not see, and the files that they write."""
 
 import csv
+import dataclasses
 import json
+import shutil
 from typing import get_args
 
 import numpy as np
@@ -316,6 +318,26 @@ def test_baselines_are_pooled_as_the_encoder_is(clip_run, tones, tmp_path, monke
         probe.TRAINED: ([pooling], "mean", end),
         probe.LOG_MEL: ([pooling], None, None),
     }
+
+
+@pytest.mark.parametrize(("precision", "bf16"), [("auto", False), ("fp32", False), ("bf16", True)])
+def test_a_cpu_probes_in_float32_unless_the_run_names_bf16(clip_run, tones, tmp_path, monkeypatch, precision, bf16):
+    """By itself only training computes in bf16 on a CPU. Weight copies, autocast and the cache's key agree."""
+    monkeypatch.setattr("ajepa.training.engine.trains_in_bf16", lambda device: True)
+    seen = []
+
+    def spy(index, sources, *args, **options):
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.extend((autocast, " bf16 " in s.key, s.encoder.embed.copies is not None)
+                    for name, s in sources.items() if name != probe.LOG_MEL)  # fmt: skip
+        return embed(index, sources, *args, **options)
+
+    monkeypatch.setattr(probe, "embed", spy)
+    folder = tmp_path / "run"
+    shutil.copytree(clip_run[0], folder)
+    config.save(dataclasses.replace(config.load(folder / "config.json"), precision=precision), folder / "config.json")
+    assert probe.main([str(folder), "--data", str(tones), "--heads", "knn", "--map", "none"]) == 0
+    assert seen == [(bf16, bf16, bf16)] * 2, "the untrained and the trained encoder"
 
 
 def test_trained_features_are_those_of_ajepa_encoder(clip_run, tones, tmp_path, monkeypatch):

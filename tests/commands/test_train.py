@@ -15,7 +15,7 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from ajepa.config import PRESETS
+from ajepa.config import PRESETS, ObjectiveConfig
 from ajepa.model.masks import MaskSampler
 from ajepa.train import main
 from ajepa.training import compare
@@ -27,6 +27,7 @@ SUMMARY_KEYS = {
     "steps", "clips_per_second", "data_wait_share", "final_loss", "target_variance", "effective_rank", "knn_accuracy",
     "knn_accuracy_untrained", "knn_accuracy_log_mel", "plain_clips_per_second", "speedup_over_plain", "files_skipped",
 }  # fmt: skip
+TINY = replace(PRESETS["tiny"], objective=ObjectiveConfig())  # with the masked objective
 
 
 def weights(folder):
@@ -55,7 +56,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert summary["steps"] == 8 and summary["files_skipped"] == 0
     assert summary["clips_per_second"] > 0 and 0 <= summary["data_wait_share"] < 1
     assert summary["speedup_over_plain"] > 0
-    assert summary["knn_accuracy_log_mel"] > 0.9  # low against high tones
+    assert summary["knn_accuracy_log_mel"] > 0.85  # low against high tones, of which ten are classified
     config = json.loads((finished / "config.json").read_text())
     assert config["optim"]["steps"] == 8 and config["front_end"]["n_frames"] == 16
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -253,7 +254,7 @@ def test_non_finite_steps_leave_the_weights_alone_and_end_the_run_with_a_diagnos
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 def test_a_bad_step_changes_nothing(impl):
-    cfg = replace(PRESETS["tiny"], impl=impl)
+    cfg = replace(TINY, impl=impl)
     engine = Engine(cfg, torch.device("cpu"))
     masks = MaskSampler(cfg.mask, cfg.front_end.grid)(0, 10, 2)
     pcm = torch.randint(-9999, 9999, (2, 32_000), dtype=torch.int16)
@@ -275,7 +276,7 @@ def test_engines_train_alike(tones):
     """From one seed, plain PyTorch (torchaudio, torch's AdamW and EMA) and ours go through the same losses."""
     losses = {}
     for impl in ("reference", "fused"):
-        cfg = replace(PRESETS["tiny"], impl=impl)
+        cfg = replace(TINY, impl=impl, precision="fp32")
         engine = Engine(cfg, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         pcm = torch.randint(-9999, 9999, (4, 32_000), dtype=torch.int16, generator=generator)
@@ -288,8 +289,7 @@ def test_engines_train_alike(tones):
 
 def test_steps_are_deterministic_where_contexts_repeat():
     """Block masks put a context into four predictor sequences: their gradients must add up in one order."""
-    cfg = PRESETS["tiny"]
-    cfg = replace(cfg, mask=replace(cfg.mask, mask="block", masks_per_clip=2))
+    cfg = replace(TINY, mask=replace(TINY.mask, mask="block", masks_per_clip=2))
     pcm = torch.randint(-9999, 9999, (24, 32_000), dtype=torch.int16)
     lengths = torch.full((24,), 32_000, dtype=torch.int32)
     sampler, states = MaskSampler(cfg.mask, cfg.front_end.grid), []
@@ -313,12 +313,13 @@ def test_the_comparison_takes_the_runs_micro_batches(small_run, monkeypatch):
     seen = []
     record = lambda cfg, device, batches, impls: seen.extend(batches) or {}  # noqa: E731
     monkeypatch.setattr("ajepa.training.compare.compare", record)
-    assert main([*small_run[0], "--compare", "--compare-steps", "2", "--micro-batch", "3"]) == 2  # nothing measured
+    options = ["--objective", "masked", "--compare", "--compare-steps", "2", "--micro-batch", "3"]
+    assert main([*small_run[0], *options]) == 2  # nothing measured
     assert [[part.clips for part in masks] for *_, masks in seen] == [[3, 1], [3, 1]]
 
 
 def test_engines_that_do_not_fit_together_are_timed_apart(monkeypatch):
-    cfg = PRESETS["tiny"]
+    cfg = replace(TINY, precision="fp32")
     together, calls = compare._time_together, []
 
     def small_device(configs, *rest):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ajepa.config import PRESETS, SIZES, MaskConfig, ModelConfig
+from ajepa.config import PRESETS, SIZES, Config, MaskConfig, ModelConfig
 from ajepa.model.jepa import JEPA, Encoder, Predictor
 from ajepa.model.layers import rotary_positions, rotate, sincos_positions, unique_rows
 from ajepa.model.masks import MaskSampler
@@ -17,7 +17,7 @@ from ajepa_kernels import LogMelSpec
 SPEC = LogMelSpec(
     sample_rate=16_000, n_fft=512, win_length=400, hop_length=160, n_mels=32, n_frames=64, patch=(8, 8)
 )  # 4 x 8 patches
-CFG = ModelConfig(size="tiny", predictor_width=48, predictor_depth=2, predictor_heads=3)
+CFG = Config(front_end=SPEC, model=ModelConfig(size="tiny", predictor_width=48, predictor_depth=2, predictor_heads=3))
 
 
 def dense_block(block, x_NC, keys_N, rotary):
@@ -47,14 +47,13 @@ def dense_transformer(module, x_NC, keys_N):
 @pytest.mark.parametrize("prune", [False, True])
 def test_packed_step_equals_a_dense_masked_model_in_values_and_gradients(positions, mask, masks_per_clip, prune):
     torch.manual_seed(0)
-    cfg = replace(CFG, positions=positions)
-    model = JEPA(cfg, SPEC).double()
+    model = JEPA(replace(CFG, model=replace(CFG.model, positions=positions))).double()
     dense = copy.deepcopy(model)
     B, N = 3, SPEC.n_patches
     patches = torch.randn(B, N, SPEC.patch_dim, dtype=torch.float64)
     masks = MaskSampler(MaskConfig(mask=mask, masks_per_clip=masks_per_clip, min_context=4), SPEC.grid, seed=1)(0, 1, B)
 
-    prediction, latents, rows = model(patches, masks, prune)
+    prediction, latents, rows, _ = model(patches, masks, prune)
     assert (len(latents) == len(masks.target)) == (prune and mask == "random" and masks_per_clip == 1)
     with torch.no_grad():
         everything = torch.ones(N, dtype=torch.bool)
@@ -91,7 +90,7 @@ def test_packed_step_equals_a_dense_masked_model_in_values_and_gradients(positio
 
 
 def test_invisible_patches_cannot_reach_the_prediction():
-    model = JEPA(CFG, SPEC)
+    model = JEPA(CFG)
     patches = torch.randn(2, SPEC.n_patches, SPEC.patch_dim)
     masks = MaskSampler(MaskConfig(), SPEC.grid)(0, 1, 2)
     hidden = torch.ones(2 * SPEC.n_patches, dtype=torch.bool)
@@ -119,7 +118,7 @@ def test_sizes_build(size):
 
 
 def test_initialisation_is_truncated_normal_with_residual_scaling():
-    model = JEPA(ModelConfig(size="S"), PRESETS["audio-jepa"].front_end)
+    model = JEPA(replace(PRESETS["audio-jepa"], model=ModelConfig(size="S")))
     for layer, block in enumerate(model.context_encoder.blocks, start=1):
         assert block.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert block.fc2.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * layer), rel=0.05)
@@ -149,7 +148,7 @@ def test_rotary_scores_depend_on_relative_position_only():
 
 
 def test_top_layer_targets_are_the_mean_of_instance_normalised_outputs():
-    encoder = Encoder(replace(CFG, target_layers=3), SPEC)
+    encoder = Encoder(replace(CFG.model, target_layers=3), SPEC)
     patches = torch.randn(2, SPEC.n_patches, SPEC.patch_dim)
     outputs = encoder.encode(patches, 3)
     normed = [(o - o.mean(1, keepdim=True)) / (o.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() for o in outputs]

@@ -23,14 +23,22 @@ from ajepa.training.graph import StepGraphs
 CPU = torch.device("cpu")
 
 
-def make(kind: str = "clip", *, mask: dict | None = None, model: dict | None = None, impl="fused", **changes) -> Config:
+def make(
+    kind: str = "clip",
+    *,
+    mask: dict | None = None,
+    model: dict | None = None,
+    impl="fused",
+    precision="fp32",
+    **changes,
+) -> Config:
     base = PRESETS["tiny"]
     objective = {"objective": kind, "clip_loss": "lejepa", "projector_hidden": 32, "projector_width": 16,
                  "sigreg_directions": 32, "source_seconds": 2.5, **changes}  # fmt: skip
     return dataclasses.replace(
         base,
         impl=impl,
-        precision="fp32",
+        precision=precision,
         mask=dataclasses.replace(base.mask, mask_ratio=(0.4, 0.6), **(mask or {})),
         model=dataclasses.replace(base.model, **(model or {})),
         objective=dataclasses.replace(base.objective, **objective),
@@ -123,6 +131,16 @@ def test_the_fused_engine_trains_as_plain_pytorch(kind, loss):
     assert all((later[3:] != fused[0][3:]) for later in fused[1:])
 
 
+@pytest.mark.parametrize("loss", ["lejepa", "byol", "utterance"])
+def test_bf16_changes_only_rounding(loss):
+    """With and without copies of the weights, the terms of the loss stay within bfloat16's rounding of float32's."""
+    exact, _ = steps(make("both", clip_loss=loss), 3)
+    for impl in ("fused", "reference"):
+        rounded, _ = steps(make("both", clip_loss=loss, precision="bf16", impl=impl), 3)
+        for mine, theirs in zip(rounded, exact, strict=True):
+            assert mine[3:] == pytest.approx(theirs[3:], rel=3e-2)
+
+
 def test_both_is_the_sum_of_the_objectives():
     both = make("both", clip_weight=0.7)
     (row,), engine = steps(both, 1)
@@ -169,17 +187,21 @@ def test_batch_norm_keeps_running_statistics_except_of_a_skipped_step():
     torch.testing.assert_close(norm(x), (x - norm.running_mean) / (norm.running_var + 1e-5).sqrt())
 
 
-def test_a_frozen_teacher_stays_and_the_student_is_what_counts(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_teacher_stays_and_the_student_is_what_counts(tmp_path, precision):
     first = dataclasses.replace(make("masked"), out=str(tmp_path / "first"))
     first = shorten(first)
     train.run(first)
-    cfg = make("masked", teacher=str(tmp_path / "first"))
+    cfg = make("masked", teacher=str(tmp_path / "first"), precision=precision)
     engine = Engine(cfg, CPU)
     engine.teach(cfg.objective.teacher)
     weights = load_pretrained(tmp_path / "first").weights
     steps(cfg, 2, engine)
     for name, value in engine.model.target_encoder.state_dict().items():
         assert torch.equal(value, weights[name])
+    if precision == "bf16":
+        copy, _ = engine.model.target_encoder.embed.copies
+        assert torch.equal(copy, weights["embed.weight"].bfloat16()), "the targets are computed with other weights"
     assert engine.encoder() is engine.model.context_encoder
     assert not engine.pairs
     other = dataclasses.replace(cfg, front_end=dataclasses.replace(cfg.front_end, hop_length=400))
@@ -223,8 +245,9 @@ def shorten(cfg: Config) -> Config:
     )
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    whole = shorten(dataclasses.replace(make("both"), out=str(tmp_path / "whole")))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, precision):
+    whole = shorten(dataclasses.replace(make("both", precision=precision), out=str(tmp_path / "whole")))
     whole = dataclasses.replace(whole, watch=dataclasses.replace(whole.watch, pooling="projection"))
     summary = train.run(whole)
     assert summary["pooling"] == "projection" and 0 <= summary["position_share"] <= 1
