@@ -12,6 +12,9 @@ SCALES = {
     # The tiny preset with fewer steps: about half a core-minute for a run of the masked objective, without its probes.
     "cpu": ("tiny", {"optim.steps": 300, "optim.warmup_steps": 30, "watch.pooling": "concat+std",
                      "watch.eval_clips": 200}),
+    # The default run, and the preset for twenty core-minutes, as they are.
+    "default": ("tiny", {}),
+    "minutes": ("tiny-clip", {}),
     # The aim is about an hour per run on one H100. This is not yet measured on a GPU.
     "gpu": ("audio-jepa", {"optim.steps": 20_000, "optim.warmup_steps": 2_000, "model.target_layers": 12,
                            "watch.pooling": "concat+std"}),
@@ -38,6 +41,8 @@ MASKED = _both({"objective.objective": "masked"})
 # The pull of SIGReg grows with the batch: its weight times the recordings of a step is about 5.
 _CLIPS = {"mask.mask": "random", "mask.mask_ratio": (0.5, 0.5)}
 COMPARED = {
+    "default": {},
+    "minutes": {},
     "cpu": {**_CLIPS, "optim.batch_size": 32, "objective.sigreg_weight": 0.15},
     "gpu": {**_CLIPS, "objective.sigreg_weight": 0.02},
 }
@@ -53,6 +58,9 @@ def _augmentation(clip_seconds: float) -> dict[str, dict]:
     return {"none": none, "crops only": _CROPS_ONLY, "all": {}}
 
 
+_PATCHES = {f"{rows} x {columns}": {"front_end.patch": (rows, columns)} for rows, columns in ((8, 8), (8, 4), (32, 2))}
+
+
 def _layers(count: int) -> dict[str, dict]:
     return {
         "last": {"model.target_layers": 1},
@@ -60,6 +68,8 @@ def _layers(count: int) -> dict[str, dict]:
         f"{count} separate": {"model.target_layers": count, "model.target_mode": "separate"},
     }
 
+
+_FOUR_LAYERS, _TINY_AUGMENTATION = _layers(4), _augmentation(2.0)
 
 QUESTIONS = {
     "masks": Question(
@@ -99,8 +109,9 @@ QUESTIONS = {
         "size of a patch (mel bands x frames), at equal FLOPs",
         "Short patches score best, because they resolve time; patches of few rows lose at `concat+std`.",
         {
-            "cpu": {"8 x 8": {"front_end.patch": (8, 8)}, "8 x 4": {"front_end.patch": (8, 4)},
-                    "32 x 2": {"front_end.patch": (32, 2)}},
+            "cpu": _PATCHES,
+            "default": _PATCHES,
+            "minutes": _PATCHES,
             "gpu": {"16 x 16": {"front_end.patch": (16, 16)}, "16 x 8": {"front_end.patch": (16, 8)},
                     "64 x 4": {"front_end.patch": (64, 4)}},
         },
@@ -138,7 +149,7 @@ QUESTIONS = {
     "augmentation": Question(
         "differences between the views of a recording besides their masks (clip objective)",
         "More augmentation scores better: none is worst, and all beat crops alone.",
-        {"cpu": _augmentation(2.0), "gpu": _augmentation(10.0)},
+        {**dict.fromkeys(("cpu", "default", "minutes"), _TINY_AUGMENTATION), "gpu": _augmentation(10.0)},
         CLIP,
     ),
     "init": Question(
@@ -160,7 +171,7 @@ QUESTIONS = {
     "targets": Question(
         "layers of the targets: the last, several averaged, or several predicted separately",
         "Separate layers beat their average, and both beat the last layer, whose targets lose variance.",
-        {"cpu": _layers(4), "gpu": _layers(12)},
+        {**dict.fromkeys(("cpu", "default", "minutes"), _FOUR_LAYERS), "gpu": _layers(12)},
         MASKED,
     ),
 }  # fmt: skip

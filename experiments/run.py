@@ -50,8 +50,9 @@ class Arguments:
 
     question: tyro.conf.Positional[Name]
     """The question of questions.py to answer, or "all"."""
-    scale: Literal["cpu", "gpu"] = "cpu"
-    """Size of the runs: the tiny preset on a CPU, or the audio-jepa preset on a GPU."""
+    scale: Literal["cpu", "default", "minutes", "gpu"] = "cpu"
+    """Size of the runs. cpu: the tiny preset, shortened. default: the tiny preset. minutes: the tiny-clip preset. gpu:
+    the audio-jepa preset, shortened, on a GPU."""
     seeds: int = 3
     """Number of seeds, each of which pretrains every variant once."""
     data: str | None = None
@@ -347,7 +348,7 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
         }
         lines += ["", f"## {name}: {question.title}", "", f"Expected: {question.expected}", ""]
         if sum(map(bool, found.values())) < min(2, len(found)):  # the base run does not compare anything
-            why = "no run yet" if args.scale == "cpu" or torch.cuda.is_available() else "no GPU on this machine"
+            why = "no run yet" if args.scale != "gpu" or torch.cuda.is_available() else "no GPU on this machine"
             hint = "" if args.data else f" `python experiments/run.py {name} --scale {args.scale}`"
             lines.append(f"Not run: {why}.{hint}")
             continue
