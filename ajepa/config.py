@@ -409,7 +409,7 @@ PRESETS: dict[str, Config] = {
             size="tiny", predictor_width=64, predictor_depth=2, predictor_heads=4, init="fan-in", target_layers=4
         ),
         mask=MaskConfig(mask_ratio=(0.5, 0.7)),
-        # Weights, views and masks were chosen on a synthetic set of another seed; docs/recipes.md says what was compared.
+        # Views, weights and masks were chosen on a synthetic set of another seed; see docs/recipes.md.
         objective=ObjectiveConfig(
             objective="both",
             sigreg_weight=0.2,
