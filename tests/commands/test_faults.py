@@ -120,7 +120,8 @@ def engine():
         model = replace(cfg.model, predictor_width=16, predictor_depth=1, predictor_heads=2, target_layers=1)
         engine = Engine(replace(cfg, model=model), torch.device("cpu"))
         pcm, lengths = torch.ones(2, 32_000, dtype=torch.int16), torch.full((2,), 32_000, dtype=torch.int32)
-        engine.step(pcm, lengths, MaskSampler(cfg.mask, cfg.front_end.grid)(0, 10, 2), 0)  # now there are moments
+        masks = MaskSampler(cfg.mask, cfg.front_end.grid)(0, 10, 2 * cfg.objective.count)
+        engine.step(pcm, lengths, masks, 0)  # now there are moments
         yield engine
 
 
@@ -262,7 +263,7 @@ def long_run(argv):
 @pytest.mark.slow
 def test_memory_is_flat_over_2000_steps(tones, tmp_path, forks):
     argv = ["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL, "--steps", "2000", "--log-every", "100"]
-    argv += ["--watch-every", "1000", "--checkpoint-every", "500", "--compare-steps", "0", "--batch-size", "1", *MICRO]
+    argv += ["--watch-every", "1000", "--checkpoint-every", "500", "--compare-steps", "0", "--batch-size", "2", *MICRO]
     result, log = tmp_path / "memory.json", tmp_path / "log"
     pid = forks.start([str(result), *argv], log, call="test_faults:long_run")
     assert forks.wait(pid, 900) == 0, log.read_text()

@@ -31,7 +31,7 @@ RMS_TOLERANCE = 1e-4
 
 # Block masks are ragged: ranks have different numbers of targets, so their losses must be weighted.
 RUN = [*SMALL, "--mask", "block", "--block-targets", "2", "--compare-steps", "0", "--watch-every", "8"]
-RUN += ["--objective", "masked", "--precision", "fp32"]
+RUN += ["--objective", "masked", "--precision", "fp32", "--init", "0.02", "--lr", "5e-4"]
 
 
 def losses(folder):

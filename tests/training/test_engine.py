@@ -19,11 +19,16 @@ TINY = PRESETS["tiny"]
 
 
 def make(step: dict | None = None, mask: dict | None = None, model: dict | None = None, **changes) -> Config:
-    """The tiny recipe with the masked objective in float32, so that rounding is the only difference between engines."""
-    changes = {"objective": ObjectiveConfig(), "precision": "fp32", **changes}
+    """The tiny recipe with the masked objective in float32, so that rounding is the only difference between engines.
+
+    Weights and steps are smaller than the recipe's: rounding grows with both.
+    """
+    optim = replace(TINY.optim, lr=5e-4)
+    changes = {"objective": ObjectiveConfig(), "precision": "fp32", "optim": optim, **changes}
+    model = {"init": "0.02", **(model or {})}
     return replace(
         TINY, step=replace(TINY.step, **(step or {})), mask=replace(TINY.mask, **(mask or {})),
-        model=replace(TINY.model, **(model or {})), **changes,
+        model=replace(TINY.model, **model), **changes,
     )  # fmt: skip
 
 
