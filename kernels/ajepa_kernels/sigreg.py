@@ -103,6 +103,15 @@ def draw_directions(key: torch.Tensor, S: int, D: int, dtype: torch.dtype = torc
     return F.normalize((-2 * uniform.log()).sqrt() * (2 * math.pi * turns).cos(), dim=1)
 
 
+@register(
+    "sigreg_plain_directions(Tensor key, int S, int D, ScalarType dtype) -> Tensor",
+    lambda key, S, D, dtype: key.new_empty(S, D, dtype=dtype),
+)
+def _plain_directions(key, S, D, dtype):
+    """`draw_directions` as one operation: torch.compile would fold its products of 64 bits, which wrap around."""
+    return draw_directions(key, S, D, dtype)
+
+
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +390,7 @@ class _SigReg(Function):
             products, sums = ops.sigreg_fwd(z, directions, J, limit)
         else:
             dtype = torch.promote_types(z.dtype, torch.float32)
-            directions = draw_directions(key, S, D, dtype).to(z.dtype)
+            directions = ops.sigreg_plain_directions(key, S, D, dtype).to(z.dtype)
             products = z.to(dtype) @ directions.to(dtype).T
             sums = _plain_sums(products, J, limit)
         count = None
@@ -454,7 +463,8 @@ def sigreg_reference(
     _check(z, key, directions, knots, limit)
     z = z if z.dim() == 3 else z[None]
     dtype = torch.promote_types(z.dtype, torch.float32)
-    A = draw_directions(_tensor(key, z), directions, z.shape[-1], dtype).to(z.dtype).to(dtype)
+    A = torch.ops.ajepa.sigreg_plain_directions(_tensor(key, z), directions, z.shape[-1], dtype)
+    A = A.to(z.dtype).to(dtype)
     with torch.autocast(z.device.type, enabled=False):
         y = z.to(dtype) @ A.T
     angles = [y * (limit / (knots - 1) * j) for j in range(1, knots)]
