@@ -114,13 +114,13 @@ def test_embed_encoder_and_export(tone, tmp_path, run, monkeypatch):
         return encode_chunks(self, chunks)
 
     monkeypatch.setattr(Encoder, "encode_chunks", listen)
-    assert embed.main([str(run), str(folder), "--out", str(tmp_path / "e.npz")]) == 0
+    assert embed.main([str(run), str(folder), "--out", str(tmp_path / "e.npz"), "--pooling", "concat"]) == 0
     check(kind, clips)
     assert len(np.load(tmp_path / "e.npz")["names"]) == 8
     clips.clear()
     assert export.main([str(run), str(tmp_path / "exported")]) == 0
     for source in (run, tmp_path / "exported"):
-        encoder = Encoder.from_pretrained(source)
+        encoder = Encoder.from_pretrained(source, pooling="concat")
         for path in sorted(folder.rglob("*.wav")):
             samples, rate = sf.read(path, dtype="float32")
             encoder(torch.from_numpy(samples), rate)
