@@ -263,7 +263,8 @@ def long_run(argv):
 @pytest.mark.slow
 def test_memory_is_flat_over_2000_steps(tones, tmp_path, forks):
     argv = ["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL, "--steps", "2000", "--log-every", "100"]
-    argv += ["--watch-every", "1000", "--checkpoint-every", "500", "--compare-steps", "0", "--batch-size", "2", *MICRO]
+    argv += ["--watch-every", "1000", "--checkpoint-every", "500", "--compare-steps", "0", "--batch-size", "1", *MICRO]
+    argv += ["--objective", "masked"]
     result, log = tmp_path / "memory.json", tmp_path / "log"
     pid = forks.start([str(result), *argv], log, call="test_faults:long_run")
     assert forks.wait(pid, 900) == 0, log.read_text()
