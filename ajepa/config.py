@@ -341,8 +341,8 @@ PRESETS: dict[str, Config] = {
         mask=MaskConfig(mask="curriculum"),
         optim=OptimConfig(batch_size=512, steps=90_000, lr=2e-4, warmup_steps=5_000),
     ),
-    # The clip objective with LeJEPA's numbers (arXiv 2511.08544) where it has them: weight decay, learning rate, 1,024
-    # directions. Its weight of SIGReg keeps weight x recordings near 5.
+    # The clip objective of LeJEPA (arXiv 2511.08544). The weight of SIGReg and the number of directions are those of a
+    # public implementation, stable-pretraining; weight x recordings is near 5. The other numbers are our own.
     "clip-jepa": Config(
         preset="clip-jepa",
         data=DataConfig(clip_seconds=5.0),

@@ -21,8 +21,8 @@ from ajepa_kernels import segment_pool, sigreg
 class BatchNorm(nn.Module):
     """Batch normalisation of `[R, C]` over the rows of all ranks in training, by running statistics in evaluation.
 
-    The statistics are parameters without gradients, so checkpoints hold them. `update` takes over those of the last
-    batch; a step that is thrown away does not call it.
+    The statistics are parameters without gradients, so checkpoints hold them. `update` moves them towards those of the
+    last batch, except after a step that is thrown away.
     """
 
     def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5):
