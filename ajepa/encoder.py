@@ -20,6 +20,7 @@ from torch import nn
 from ajepa.config import SIZES, ConfigError, ModelConfig, Pooling
 from ajepa.model.clip import Projector
 from ajepa.model.jepa import Encoder as ViT
+from ajepa.model.layers import mean_of_layers
 from ajepa.model.pooling import (
     PER_FRAME,
     Layers,
@@ -28,7 +29,6 @@ from ajepa.model.pooling import (
     count_columns,
     embedding_width,
     encode_real,
-    mean_of_layers,
     pool_recordings,
     statistics,
 )

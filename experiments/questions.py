@@ -19,6 +19,8 @@ SCALES = {
     "gpu": ("audio-jepa", {"optim.steps": 20_000, "optim.warmup_steps": 2_000, "model.target_layers": 12,
                            "watch.pooling": "concat+std"}),
 }  # fmt: skip
+SMALL = ("cpu", "default", "minutes")  # scales of the small encoder
+PRESETS_AS_THEY_ARE = ("default", "minutes")  # they show what a preset reaches, by the question `probes`
 TEACHER = "ema"  # as `objective.teacher`: the encoder that the same configuration, seed included, gives without it
 
 
@@ -41,8 +43,7 @@ MASKED = _both({"objective.objective": "masked"})
 # The pull of SIGReg grows with the batch: its weight times the recordings of a step is about 5.
 _CLIPS = {"mask.mask": "random", "mask.mask_ratio": (0.5, 0.5)}
 COMPARED = {
-    "default": {},
-    "minutes": {},
+    **{scale: {} for scale in PRESETS_AS_THEY_ARE},
     "cpu": {**_CLIPS, "optim.batch_size": 32, "objective.sigreg_weight": 0.15},
     "gpu": {**_CLIPS, "objective.sigreg_weight": 0.02},
 }
@@ -109,9 +110,7 @@ QUESTIONS = {
         "size of a patch (mel bands x frames), at equal FLOPs",
         "Short patches score best, because they resolve time; patches of few rows lose at `concat+std`.",
         {
-            "cpu": _PATCHES,
-            "default": _PATCHES,
-            "minutes": _PATCHES,
+            **dict.fromkeys(SMALL, _PATCHES),
             "gpu": {"16 x 16": {"front_end.patch": (16, 16)}, "16 x 8": {"front_end.patch": (16, 8)},
                     "64 x 4": {"front_end.patch": (64, 4)}},
         },
@@ -149,7 +148,7 @@ QUESTIONS = {
     "augmentation": Question(
         "differences between the views of a recording besides their masks (clip objective)",
         "More augmentation scores better: none is worst, and all beat crops alone.",
-        {**dict.fromkeys(("cpu", "default", "minutes"), _TINY_AUGMENTATION), "gpu": _augmentation(10.0)},
+        {**dict.fromkeys(SMALL, _TINY_AUGMENTATION), "gpu": _augmentation(10.0)},
         CLIP,
     ),
     "init": Question(
@@ -171,7 +170,7 @@ QUESTIONS = {
     "targets": Question(
         "layers of the targets: the last, several averaged, or several predicted separately",
         "Separate layers beat their average, and both beat the last layer, whose targets lose variance.",
-        {**dict.fromkeys(("cpu", "default", "minutes"), _FOUR_LAYERS), "gpu": _layers(12)},
+        {**dict.fromkeys(SMALL, _FOUR_LAYERS), "gpu": _layers(12)},
         MASKED,
     ),
 }  # fmt: skip

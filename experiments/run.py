@@ -26,7 +26,7 @@ from typing import Any, Literal
 import matplotlib
 import torch
 import tyro
-from questions import QUESTIONS, SCALES, TEACHER
+from questions import PRESETS_AS_THEY_ARE, QUESTIONS, SCALES, TEACHER
 
 from ajepa import config, probe, train
 from ajepa.config import Config, ConfigError
@@ -347,7 +347,7 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
             for v, c in cfgs.items()
         }
         unanswered = sum(map(bool, found.values())) < min(2, len(found))  # the base run does not compare anything
-        if unanswered and args.scale in ("default", "minutes"):  # they show what a preset reaches, by one question
+        if unanswered and args.scale in PRESETS_AS_THEY_ARE:
             continue
         lines += ["", f"## {name}: {question.title}", "", f"Expected: {question.expected}", ""]
         if unanswered:

@@ -20,6 +20,7 @@ from ajepa.model.layers import (
     Sequences,
     Wanted,
     add_norm,
+    mean_of_layers,
     rotary_positions,
     sincos_positions,
     unique_rows,
@@ -94,10 +95,11 @@ class Encoder(Transformer):
         self.target_layers, self.target_mode = cfg.target_layers, cfg.target_mode
         self.initialise(cfg.init)
 
-    def forward(self, patches_BNP, index_T, sequences: Sequences):  # type: ignore[override]
-        """Latents `[T, C]` of the visible patches `index_T` (clip * N + patch), packed by `sequences`."""
+    def forward(self, patches_BNP, index_T, sequences: Sequences, layers: int = 0):  # type: ignore[override]
+        """Latents `[T, C]` of the visible patches `index_T` (clip * N + patch), packed by `sequences`. With `layers`, a
+        list of the outputs of that many last blocks instead."""
         x = self.embed(patches_BNP.flatten(0, 1).index_select(0, index_T))
-        return super().forward(x, index_T % self.n_patches, sequences)
+        return super().forward(x, index_T % self.n_patches, sequences, layers)
 
     def encode(self, patches_BNP, layers: int = 0, wanted: Wanted | None = None):
         """Return the latents of every patch, `[B, N, C]`, or only of the `wanted` patches, `[Tw, C]`.
@@ -250,8 +252,7 @@ class JEPA(nn.Module):
         if clip != "lejepa":
             outputs = encoder.encode(patches_BNP, encoder.target_layers)
             last = encoder.norm(outputs[-1])
-            normed = [nn.functional.layer_norm(o.float(), o.shape[-1:]) for o in outputs]
-            summary = last if clip == "byol" else torch.stack(normed).mean((0, 2))
+            summary = last if clip == "byol" else mean_of_layers(outputs, 1e-5).mean(1)
             if not self.objective.masks:
                 return None, None, summary
             latents = last.flatten(0, 1) if encoder.target_layers == 1 else encoder.join(outputs)

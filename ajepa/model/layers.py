@@ -214,3 +214,8 @@ def add_norm(addend, stream, norm: nn.LayerNorm, impl: str, quantize: bool = Fal
     if quantize:
         return norm_quantize_rows(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
     return add_layer_norm(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
+
+
+def mean_of_layers(outputs: list[torch.Tensor], eps: float) -> torch.Tensor:
+    """The average of layers' outputs `[..., C]`, each layer-normalised without affine parameters, in float32."""
+    return torch.stack([nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps) for x in outputs]).mean(0)

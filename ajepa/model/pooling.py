@@ -11,13 +11,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
 from ajepa.config import ConfigError
-from ajepa.model.jepa import Encoder, Transformer
-from ajepa.model.layers import Sequences
+from ajepa.model.jepa import Encoder
+from ajepa.model.layers import Sequences, mean_of_layers
 from ajepa_kernels import LogMelSpec
 
 Layers = Literal["last", "mean"]
@@ -53,22 +52,14 @@ def encode_real(
     real = np.broadcast_to(np.arange(columns) < counts[:, None, None], (len(counts), rows, columns))
     index = torch.tensor(np.flatnonzero(real), device=patches_RNP.device)
     starts = torch.tensor(np.cumsum([0, *counts * rows]), dtype=torch.int32, device=patches_RNP.device)
-    latents = _encode(encoder, patches_RNP, index, Sequences(starts, spec.n_patches), layers)
+    sequences = Sequences(starts, spec.n_patches)
+    if layers == "last":
+        latents = encoder(patches_RNP, index, sequences)
+    else:
+        outputs = encoder(patches_RNP, index, sequences, layers=len(encoder.blocks))
+        latents = mean_of_layers(outputs, encoder.norm.eps)
     full = latents.new_zeros(real.size, latents.shape[-1]).index_copy(0, index, latents)
     return full.unflatten(0, (len(counts), spec.n_patches))
-
-
-def _encode(encoder: Encoder, patches_RNP, index_K, sequences: Sequences, layers: str) -> torch.Tensor:
-    if layers == "last":
-        return encoder(patches_RNP, index_K, sequences)
-    x = encoder.embed(patches_RNP.flatten(0, 1).index_select(0, index_K))
-    outputs = Transformer.forward(encoder, x, index_K % encoder.n_patches, sequences, keep_layers=len(encoder.blocks))
-    return mean_of_layers(outputs, encoder.norm.eps)
-
-
-def mean_of_layers(outputs: list[torch.Tensor], eps: float) -> torch.Tensor:
-    """The average of layers' outputs `[..., C]`, each layer-normalised without affine parameters, in float32."""
-    return torch.stack([F.layer_norm(x.float(), x.shape[-1:], eps=eps) for x in outputs]).mean(0)
 
 
 class Statistics(NamedTuple):

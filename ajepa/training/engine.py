@@ -159,7 +159,8 @@ class Engine:
         self.in_flight.wait_for_room()
         parts = [masks] if isinstance(masks, Masks) else masks
         patches = self.patches(pcm, lengths, step)
-        self.key.fill_(self.cfg.seed * 1_000_003 + step)
+        if self.cfg.objective.clips:
+            self.key.fill_(self.cfg.seed * 1_000_003 + step)
         optim = self.cfg.optim
         values = ScheduleValues(learning_rate(optim, step), weight_decay(optim, step), ema_decay(optim, step), share)
         return StepResult(*(self.graphs or self._train)(patches, parts, values))
@@ -271,7 +272,8 @@ class Engine:
         all patches take the place of the targets, and there is no `prediction_variance`.
         """
         masks = masks if isinstance(masks, Masks) else masks[0]
-        patches = self.patches(pcm, lengths, step)[: masks.clips]
+        n = masks.clips // self.cfg.objective.count
+        patches = self.patches(pcm[:n], lengths[:n], step)
         self.model.eval()
         values: dict[str, float] = {}
         with self.autocast():
