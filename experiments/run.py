@@ -50,9 +50,9 @@ class Arguments:
 
     question: tyro.conf.Positional[Name]
     """The question of questions.py to answer, or "all"."""
-    scale: Literal["cpu", "default", "minutes", "gpu"] = "cpu"
-    """Size of the runs. cpu: the tiny preset, shortened. default: the tiny preset. minutes: the tiny-clip preset. gpu:
-    the audio-jepa preset, shortened, on a GPU."""
+    scale: Literal["cpu", "default", "minutes", "speech", "gpu"] = "cpu"
+    """Size of the runs. cpu: the tiny preset, shortened. default: the tiny preset. minutes: the tiny-clip preset.
+    speech: the same for spoken words. gpu: the audio-jepa preset, shortened, on a GPU."""
     seeds: int = 3
     """Number of seeds, each of which pretrains every variant once."""
     data: str | None = None
