@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 SCALES = {
     # The tiny preset with fewer steps: less than half a core-minute for the masked objective, without its probes.
     "cpu": ("tiny", {"optim.steps": 200, "optim.warmup_steps": 20, "watch.pooling": "concat+std",
-                     "watch.eval_clips": 200}),
+                     "watch.eval_clips": 200, "data.resident_gb": 0.5}),
     # The default run, and the preset for twenty core-minutes, as they are.
     "default": ("tiny", {}),
     "minutes": ("tiny-clip", {}),
