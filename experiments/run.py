@@ -139,12 +139,14 @@ def fingerprints(args: Arguments) -> tuple[str | None, str | None]:
 
 
 def override(cfg: Config, changes: dict[str, Any]) -> Config:
-    """Return the configuration with each "section.field" of `changes` set."""
+    """Return the configuration with each "section.field" of `changes` set, those of a section together."""
+    sections: dict[str, dict[str, Any]] = {}
     for path, value in changes.items():
         section, _, name = path.rpartition(".")
-        inner = dataclasses.replace(getattr(cfg, section), **{name: value}) if section else value
-        cfg = dataclasses.replace(cfg, **{section or name: inner})
-    return cfg
+        sections.setdefault(section, {})[name] = value
+    whole = sections.pop("", {})
+    inner = {section: dataclasses.replace(getattr(cfg, section), **fields) for section, fields in sections.items()}
+    return dataclasses.replace(cfg, **whole, **inner)
 
 
 def variants(args: Arguments, name: str) -> dict[str, Config]:

@@ -45,7 +45,7 @@ def manifest(tones, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("scale", ["cpu", "speech", "gpu"])
 def test_every_variant_is_valid_and_differs_from_its_neighbours(experiments, scale):
     args = experiments.Arguments("all", scale=scale)
     assert {*experiments.QUESTIONS, "all"} == set(get_args(experiments.Name))
