@@ -419,7 +419,14 @@ PRESETS: dict[str, Config] = {
             view_mix=0.3,
         ),
         optim=OptimConfig(batch_size=16, steps=1_000, lr=1e-3, warmup_steps=100, ema_start=0.99),
-        watch=WatchConfig(log_every=50, watch_every=250, checkpoint_every=250, eval_clips=2_000, pooling="concat+std"),
+        watch=WatchConfig(
+            log_every=50,
+            watch_every=250,
+            checkpoint_every=250,
+            eval_clips=2_000,
+            pooling="concat+std",
+            compare_steps=20,  # a step takes a tenth of a second
+        ),
     ),
 }
 _TINY = PRESETS["tiny"]
