@@ -381,9 +381,26 @@ def report(args: Arguments, done: dict[str, dict], stem: Path) -> str:
                 last = [spread([r[k] for r in records], digits)
                         for k, digits in (("target_variance", 3), ("minutes", 1), ("core_minutes", 2))]  # fmt: skip
             lines.append(f"| {label} | {len(records)} | {batch} | {share} | {' | '.join([*cells, *last])} |")
+        if args.folds and not args.score:
+            lines += by_fold({v: c for v, c in cfgs.items() if found[v]}, args, done, scored)
         plot(question, found, start.watch.pooling, stem.with_name(f"{stem.name}-{name}.png"))
         lines += ["", f"![{name}]({stem.name}-{name}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def by_fold(cfgs: dict[str, Config], args: Arguments, done: dict[str, dict], scored) -> list[str]:
+    """Return a table of the folds of the variants `cfgs`, whose runs are all done: the mean over the seeds."""
+    titles = ["variant", "fold", *(f"{head}, {pooling}" for head, pooling in scored)]
+    lines = ["", f"By fold: {' / '.join(FEATURES.values())}.", ""]
+    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for v, cfg in cfgs.items():
+        runs = [trials(override(cfg, {"seed": seed}), args) for seed in range(args.seeds)]
+        for trial in zip(*runs, strict=True):
+            records = [r for c, test in trial if (r := done.get(key(c, test, args)))]
+            cells = [" / ".join(f"{100 * statistics.mean(r['scores'][pooling][f][head] for r in records):.1f}"
+                                for f in FEATURES.values()) for head, pooling in scored]  # fmt: skip
+            lines.append(f"| {v} | {trial[0][1]} | {' | '.join(cells)} |")
+    return lines
 
 
 def came_out(found: dict[str, list[dict]], pooling: str) -> str:

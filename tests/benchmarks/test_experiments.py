@@ -186,6 +186,7 @@ def test_each_fold_is_kept_from_a_pretraining_of_its_own(faked, manifest, tmp_pa
     table = stem.with_suffix(".md").read_text()
     assert "| base | 2 | 16 | 50-70% | 15.0 +- 0.0 |" in table and str(manifest.parent.parent) not in table
     assert "| 15.0 +- 0.0 | - | 1.0 +- 0.0 | 2.00 +- 0.00 |" in table
+    assert all(f"| base | fold={i} | {i}0.0 / {i}0.0 / {i}0.0 |" in table for i in range(1, 4))
     argv += ["--score", str(manifest), "--score-label", "label"]
     assert faked.main(argv) == 0  # one pretraining on all of --data
     done, stem = results(tmp_path, "-of-set-*")
