@@ -175,12 +175,6 @@ class ObjectiveConfig:
         return self.masks or self.clip_loss != "lejepa"
 
     @property
-    def network(self) -> str:
-        """The network whose features a run is judged by: the EMA target encoder, or the trained one where there is
-        none."""
-        return "target_encoder" if self.taught and self.teacher is None else "context_encoder"
-
-    @property
     def count(self) -> int:
         """Views of each recording in a step."""
         return self.views if self.clips else 1
@@ -209,7 +203,8 @@ class OptimConfig:
     weight_decay_end: float | None = None
     """Weight decay at the last step, reached by a cosine. None: constant."""
     ema_start: float = 0.996
-    """EMA decay of the target encoder at the first step."""
+    """EMA decay of the target encoder at the first step. With 1 at both ends it stays as it is, and the run's encoder is
+    the trained one."""
     ema_end: float = 1.0
     """EMA decay of the target encoder at the last step."""
     ema_schedule: Literal["cosine", "linear"] = "cosine"
@@ -320,6 +315,13 @@ class Config:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out or f"runs/{self.preset}")
+
+    @property
+    def network(self) -> str:
+        """The network whose features a run is judged by: the EMA target encoder, or the trained one where there is no
+        target encoder or it stays as it is."""
+        frozen = self.objective.teacher is not None or self.optim.ema_start == self.optim.ema_end == 1
+        return "target_encoder" if self.objective.taught and not frozen else "context_encoder"
 
     @property
     def source_seconds(self) -> float:

@@ -45,7 +45,7 @@ def load_pretrained(path: Path) -> Pretrained:
         except CheckpointError as error:
             reasons.append(str(error))
             continue
-        weights = _part(model, f"{cfg.objective.network}.")
+        weights = _part(model, f"{cfg.network}.")
         return Pretrained(cfg, weights, folder, _part(model, "clip.projector.") or None)
     raise ConfigError("; ".join([f"{path} has neither {ENCODER} nor a usable checkpoint", *reasons]))
 

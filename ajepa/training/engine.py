@@ -240,9 +240,8 @@ class Engine:
     # --- what a run reads -----------------------------------------------------------------------------------------
 
     def encoder(self) -> torch.nn.Module:
-        """The whole encoder whose features the run is judged by, see `ObjectiveConfig.network`. All ranks must call
-        this."""
-        return self.ranks.encoder(self.model, self.cfg.objective.network)
+        """The whole encoder whose features the run is judged by, see `Config.network`. All ranks must call this."""
+        return self.ranks.encoder(self.model, self.cfg.network)
 
     @property
     def projector(self) -> Projector | None:

@@ -208,6 +208,18 @@ def test_a_frozen_teacher_stays_and_the_student_is_what_counts(tmp_path, precisi
         Engine(other, CPU).teach(str(tmp_path / "first"))
 
 
+def test_a_target_encoder_that_never_moves_is_not_what_counts():
+    cfg = make("masked")
+    assert cfg.network == "target_encoder"
+    frozen = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, ema_start=1.0, ema_end=1.0))
+    engine = Engine(frozen, CPU)
+    untrained = {name: value.clone() for name, value in engine.model.target_encoder.state_dict().items()}
+    steps(frozen, 2, engine)
+    assert engine.encoder() is engine.model.context_encoder
+    assert all(torch.equal(value, untrained[name]) for name, value in engine.model.target_encoder.state_dict().items())
+    assert any(not torch.equal(value, untrained[name]) for name, value in engine.encoder().state_dict().items())
+
+
 def test_separate_targets_are_predicted_layer_by_layer():
     cfg = make("masked", model={"target_layers": 3, "target_mode": "separate"})
     engine = Engine(cfg, CPU)
