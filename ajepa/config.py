@@ -203,8 +203,8 @@ class OptimConfig:
     weight_decay_end: float | None = None
     """Weight decay at the last step, reached by a cosine. None: constant."""
     ema_start: float = 0.996
-    """EMA decay of the target encoder at the first step. With 1 at both ends it stays as it is, and the run's encoder is
-    the trained one."""
+    """EMA decay of the target encoder at the first step. With 1 at both ends it stays as it is, and the run gives the
+    trained encoder instead."""
     ema_end: float = 1.0
     """EMA decay of the target encoder at the last step."""
     ema_schedule: Literal["cosine", "linear"] = "cosine"
