@@ -303,7 +303,7 @@ def test_steps_are_deterministic_where_contexts_repeat():
 
 def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys):
     argv, folder = small_run
-    assert main([*argv, "--compare", "--impl", "reference"]) == 0
+    assert main([*argv, "--compare", "--compare-steps", "2", "--impl", "reference"]) == 0
     out = capsys.readouterr().out
     assert "reference" in out and "compile" in out and "clips/s" in out
     assert not folder.exists()
