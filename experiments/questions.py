@@ -8,6 +8,7 @@ the rounding. With `by_share` a variant is named by the share of patches that it
 
 from dataclasses import dataclass, field
 
+_FOR_SPEECH = {"objective.view_equaliser_db": 8.0, "objective.view_mix": 0.0}
 SCALES = {
     # The tiny preset with fewer steps: less than half a core-minute for the masked objective, without its probes.
     "cpu": ("tiny", {"optim.steps": 200, "optim.warmup_steps": 20, "watch.pooling": "concat+std",
@@ -16,17 +17,16 @@ SCALES = {
     "default": ("tiny", {}),
     "minutes": ("tiny-clip", {}),
     # The same for spoken words: frames of 10 ms, faint sounds kept, and views without background but with a wider
-    # equaliser, because voices differ in colour. About five core-minutes. Chosen on the speaker jackson.
+    # equaliser, because voices differ in colour. These settings were chosen on the speakers jackson and george.
     "speech": ("tiny-clip", {"front_end.n_fft": 512, "front_end.win_length": 400, "front_end.hop_length": 160,
                              "front_end.floor": 0.001, "data.clip_seconds": 0.66, "objective.source_seconds": 1.65,
-                             "objective.view_equaliser_db": 8.0, "objective.view_mix": 0.0,
-                             "optim.steps": 2_000, "optim.warmup_steps": 200}),
+                             **_FOR_SPEECH, "optim.steps": 2_000, "optim.warmup_steps": 200}),
     # The aim is about an hour per run on one H100. This is not yet measured on a GPU.
     "gpu": ("audio-jepa", {"optim.steps": 20_000, "optim.warmup_steps": 2_000, "model.target_layers": 12,
                            "watch.pooling": "concat+std"}),
 }  # fmt: skip
-SMALL = ("cpu", "default", "minutes", "speech")  # scales of the small encoder
 PRESETS_AS_THEY_ARE = ("default", "minutes", "speech")  # they show what a preset reaches, by the question `probes`
+SMALL = ("cpu", *PRESETS_AS_THEY_ARE)  # scales of the small encoder
 TEACHER = "ema"  # as `objective.teacher`: the encoder that the same configuration, seed included, gives without it
 
 
@@ -57,9 +57,6 @@ CLIP = {scale: {**fields, "objective.objective": "clip", "objective.clip_loss": 
         for scale, fields in COMPARED.items()}  # fmt: skip
 _CROPS_ONLY = {"objective.view_time": (1.0, 1.0), "objective.view_bands": (1.0, 1.0), "objective.view_gain_db": 0.0,
                "objective.view_equaliser_db": 0.0, "objective.view_mix": 0.0}  # fmt: skip
-
-
-_FOR_SPEECH = {"objective.view_equaliser_db": 8.0, "objective.view_mix": 0.0}
 
 
 def _augmentation(clip_seconds: float, every: dict | None = None) -> dict[str, dict]:
