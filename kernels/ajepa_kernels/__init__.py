@@ -7,7 +7,7 @@ from ajepa_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
 from ajepa_kernels.fp8 import Quantized, fp8_linear, norm_quantize_rows, quantize_rows, quantize_rows_reference
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
-from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from ajepa_kernels.layer_norm import ResidualStream, add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
@@ -22,6 +22,7 @@ __all__ = [
     "MelViews",
     "Quantized",
     "Resampler",
+    "ResidualStream",
     "add_layer_norm",
     "add_layer_norm_reference",
     "augment_mel",

@@ -27,6 +27,29 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+class BiasGradient(Function):
+    """Returns x, to which a bias was added without a gradient. Its backward gives the bias the sum of x's gradient.
+
+    This is the plain definition of what an op does whose backward also computes the gradient of the bias of the layer
+    before it.
+    """
+
+    @staticmethod
+    def forward(x, bias):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, bias = inputs
+        ctx.axes, ctx.dtype = bias.dim(), bias.dtype
+
+    @staticmethod
+    def backward(ctx, dx):
+        rows = dx.reshape(-1, *dx.shape[dx.dim() - ctx.axes :])
+        # a CPU would first convert all rows to float32
+        return dx, rows.sum(0, dtype=ctx.dtype) if dx.is_cuda else rows.sum(0).to(ctx.dtype)
+
+
 class _NotTwice(torch.autograd.Function):
     @staticmethod
     def forward(*tensors):

@@ -102,7 +102,7 @@ def _norm_quantize_rows_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
-    sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, valid, K, WIDTH, COUNT, VECTOR)
+    sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, row, valid, K, WIDTH, COUNT, VECTOR)
     centred, _, rstd = centre(sums, eps, K, WIDTH, COUNT, VECTOR)
     chunks = ()
     for i in tl.static_range(COUNT):

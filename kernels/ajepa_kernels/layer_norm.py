@@ -8,10 +8,12 @@ Shapes: M rows (all leading axes), C width.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels._autograd import Function, autocast_dtype, first_order
+from ajepa_kernels._autograd import BiasGradient, Function, autocast_dtype, first_order
 from ajepa_kernels._chunks import MAX_WIDTH, centre, channels, chunk, load_vector, row_chunks
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, register, tl, use_triton
 
@@ -20,7 +22,7 @@ from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, regi
 
 @jit
 def sum_rows(
-    x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, valid,
+    x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, residual_row, valid,
     C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Float32 chunks of x + residual, rounded as they are stored for backward; chunks of x if there is no residual."""
@@ -29,7 +31,7 @@ def sum_rows(
         c, mask = chunk(i, valid, C, WIDTH, VECTOR)
         loaded += (tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0),)
         if residual_ptr is not None:
-            loaded += (tl.load(residual_ptr + row[:, None] * stride_r + c, mask=mask, other=0.0),)
+            loaded += (tl.load(residual_ptr + residual_row[:, None] * stride_r + c, mask=mask, other=0.0),)
     sums = ()
     for i in tl.static_range(COUNT):
         if residual_ptr is None:
@@ -44,12 +46,15 @@ def sum_rows(
 
 @jit
 def _add_layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, sum_ptr, mean_ptr, rstd_ptr, stride_x, stride_r, M, eps,
-    C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, residual_ptr, rows_ptr, weight_ptr, bias_ptr, normed_ptr, sum_ptr, mean_ptr, rstd_ptr, stride_x, stride_r,
+    M, eps, C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
-    sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, valid, C, WIDTH, COUNT, VECTOR)
+    residual_row = row
+    if rows_ptr is not None:
+        residual_row = tl.load(rows_ptr + row, mask=valid, other=0).to(tl.int64)
+    sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, residual_row, valid, C, WIDTH, COUNT, VECTOR)
     centred, mean, rstd = centre(sums, eps, C, WIDTH, COUNT, VECTOR)
     tl.store(mean_ptr + row[:, None], mean[:, None], mask=valid[:, None])
     tl.store(rstd_ptr + row[:, None], rstd[:, None], mask=valid[:, None])
@@ -67,32 +72,30 @@ def _add_layer_norm_fwd_kernel(
         tl.store(normed_ptr + row[:, None] * C + c, normed[i], mask=mask)
 
 
-def _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, dtype):
-    total = x.new_empty(0) if residual is None else _sum_like(x, residual)
+def _add_layer_norm_fwd_fake(x, residual, rows, weight, bias, eps, dtype):
+    total = x.new_empty(0)
+    if residual is not None:
+        dtype_of_sum = torch.promote_types(x.dtype, residual.dtype)
+        total = torch.empty_like(x, dtype=dtype_of_sum, memory_format=torch.contiguous_format)
     normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return normed, total, *(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
 
 
-def _sum_like(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 @register(
-    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)"
-    " -> (Tensor normed, Tensor sum, Tensor mean, Tensor rstd)",
+    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? rows, Tensor? weight, Tensor? bias, float eps, "
+    "ScalarType dtype) -> (Tensor normed, Tensor sum, Tensor mean, Tensor rstd)",
     _add_layer_norm_fwd_fake,
 )
-def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
-    """x, residual `[M, C]`; mean, rstd float32 `[M]`. Without a residual the sum is x itself and is not returned."""
+def _add_layer_norm_fwd(x, residual, rows, weight, bias, eps, dtype):
+    """x `[M, C]`; mean, rstd float32 `[M]`. Without a residual the sum is x itself and is not returned."""
     M, C = x.shape
     chunks, config = row_chunks("add_layer_norm_fwd", x, residual)
-    normed, total, mean, rstd = _add_layer_norm_fwd_fake(x, residual, weight, bias, eps, dtype)
+    normed, total, mean, rstd = _add_layer_norm_fwd_fake(x, residual, rows, weight, bias, eps, dtype)
     x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    rows, weight, bias = (None if p is None else p.contiguous() for p in (rows, weight, bias))
     launch(
         _add_layer_norm_fwd_kernel, -(-M // config.rows), x,
-        x, residual, weight, bias, normed, total, mean, rstd,
+        x, residual, rows, weight, bias, normed, total, mean, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), M, eps, C, *chunks, config.rows,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -104,22 +107,25 @@ def _add_layer_norm_fwd(x, residual, weight, bias, eps, dtype):
 
 @jit
 def _add_layer_norm_bwd_kernel(
-    sum_ptr, mean_ptr, rstd_ptr, weight_ptr, dnormed_ptr, dsum_ptr, dtotal_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    stride_s, stride_dn, stride_ds, M, programs,
+    sum_ptr, mean_ptr, rstd_ptr, weight_ptr, dnormed_ptr, dsum_ptr, dx_ptr, dresidual_ptr,
+    dweight_ptr, dbias_ptr, dx_bias_ptr, stride_s, stride_dn, stride_ds, M, programs,
     C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A fixed number of programs loops over the rows: few partial sums for weight and bias, in a fixed order."""
+    """A fixed number of programs loops over the rows: few partial sums for the vectors, in a fixed order."""
     pid = tl.program_id(0)
     weights = ()
     dweights = ()
     dbiases = ()
+    dx_biases = ()
     for i in tl.static_range(COUNT):
         c = channels(i, WIDTH, VECTOR)
         if weight_ptr is not None:
             weights += (load_vector(weight_ptr, c, C, ROWS),)
         dweights += (tl.zeros([ROWS, WIDTH], tl.float32),)
         dbiases += (tl.zeros([ROWS, WIDTH], tl.float32),)
+        if dx_bias_ptr is not None:
+            dx_biases += (tl.zeros([ROWS, WIDTH], tl.float32),)
     for start in tl.range(pid * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < M
@@ -150,23 +156,30 @@ def _add_layer_norm_bwd_kernel(
         mean_dy_xhat = sum_dy_xhat / C
         mean_dy = sum_dy / C
         dxs = ()
+        dxbs = ()
         for i in tl.static_range(COUNT):
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             dx = (dys[i] - mean_dy[:, None] - xhats[i] * mean_dy_xhat[:, None]) * rstd[:, None]
             if dsum_ptr is not None:
                 dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
             dxs += (dx,)
+            if dx_bias_ptr is not None:
+                dxbs += (dx_biases[i] + dx,)  # rows beyond M add 0, because their rstd is 0
+        if dx_bias_ptr is not None:
+            dx_biases = dxbs
         for i in tl.static_range(COUNT):
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
-            tl.store(dtotal_ptr + row[:, None] * C + c, dxs[i].to(dtotal_ptr.dtype.element_ty), mask=mask)
-            if dx_ptr is not None:
-                tl.store(dx_ptr + row[:, None] * C + c, dxs[i].to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + row[:, None] * C + c, dxs[i].to(dx_ptr.dtype.element_ty), mask=mask)
+            if dresidual_ptr is not None:
+                tl.store(dresidual_ptr + row[:, None] * C + c, dxs[i].to(dresidual_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(COUNT):
         c = channels(i, WIDTH, VECTOR)
         if dweight_ptr is not None:
             tl.store(dweight_ptr + pid * C + c, tl.sum(dweights[i], 0)[None, :], mask=c < C)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + pid * C + c, tl.sum(dbiases[i], 0)[None, :], mask=c < C)
+        if dx_bias_ptr is not None:
+            tl.store(dx_bias_ptr + pid * C + c, tl.sum(dx_biases[i], 0)[None, :], mask=c < C)
 
 
 @jit
@@ -174,107 +187,225 @@ def _add_pairs(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
-def _add_layer_norm_bwd_fake(dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype):
-    dtotal = torch.empty_like(total, memory_format=torch.contiguous_format)
-    dx = dtotal.new_empty(0) if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
-    C = total.shape[1]
-    dweight = total.new_empty(0) if weight is None else weight.new_empty(C)
-    return dtotal, dx, dweight, total.new_empty(0) if bias_dtype is None else total.new_empty(C, dtype=bias_dtype)
+def _add_layer_norm_bwd_fake(
+    dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype
+):  # fmt: skip
+    dx = torch.empty_like(total, dtype=x_dtype, memory_format=torch.contiguous_format)
+    dresidual = dx.new_empty(0) if residual_dtype in (None, x_dtype) else torch.empty_like(dx, dtype=residual_dtype)
+    vectors = (None if weight is None else weight.dtype, bias_dtype, x_bias_dtype)
+    return dx, dresidual, *(total.new_empty(0 if d is None else total.shape[1], dtype=d) for d in vectors)
 
 
 @register(
     "add_layer_norm_bwd(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor mean, Tensor rstd, Tensor? weight, "
-    "ScalarType? bias_dtype, ScalarType x_dtype) -> (Tensor dtotal, Tensor dx, Tensor dweight, Tensor dbias)",
+    "ScalarType x_dtype, ScalarType? residual_dtype, ScalarType? bias_dtype, ScalarType? x_bias_dtype)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
     _add_layer_norm_bwd_fake,
 )
-def _add_layer_norm_bwd(dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype):
-    """dtotal is the gradient of x and of the residual. dx is the same in x's dtype; empty if that is dtotal's dtype."""
+def _add_layer_norm_bwd(
+    dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype
+):  # fmt: skip
+    """dx and dresidual are the gradient of the sum, each in its own dtype; dresidual is empty where that is x_dtype. A
+    dtype of None: this gradient is not needed."""
     M, C = total.shape
     chunks, config = row_chunks("add_layer_norm_bwd", total, dnormed, dsum)
     programs = min(2 * multiprocessors(total), -(-M // config.rows))
-    dtotal = torch.empty(M, C, dtype=total.dtype, device=total.device)
-    dx = None if x_dtype == total.dtype else torch.empty_like(dtotal, dtype=x_dtype)
+    dx = torch.empty(M, C, dtype=x_dtype, device=total.device)
+    dresidual = None if residual_dtype in (None, x_dtype) else torch.empty_like(dx, dtype=residual_dtype)
+    dtypes = (None if weight is None else weight.dtype, bias_dtype, x_bias_dtype)
     partial = [
         None if dtype is None else torch.empty(programs, C, dtype=torch.float32, device=total.device)
-        for dtype in (None if weight is None else weight.dtype, bias_dtype)
+        for dtype in dtypes
     ]
     total, dnormed = dense_rows(total), dense_rows(dnormed)
     dsum = None if dsum is None else dense_rows(dsum)
     launch(
         _add_layer_norm_bwd_kernel, programs, total,
-        total, mean, rstd, None if weight is None else weight.contiguous(), dnormed, dsum, dtotal, dx, *partial,
+        total, mean, rstd, None if weight is None else weight.contiguous(), dnormed, dsum, dx, dresidual, *partial,
         total.stride(0), dnormed.stride(0), 0 if dsum is None else dsum.stride(0), M, programs,
         C, *chunks, config.rows, config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
-    dweight, dbias = (
-        dtotal.new_empty(0) if sums is None else sums.sum(0).to(dtype)
-        for sums, dtype in zip(partial, (None if weight is None else weight.dtype, bias_dtype), strict=True)
+    vectors = (
+        total.new_empty(0) if sums is None else sums.sum(0).to(dtype)
+        for sums, dtype in zip(partial, dtypes, strict=True)
     )
-    return dtotal, dtotal.new_empty(0) if dx is None else dx, dweight, dbias
+    return dx, dx.new_empty(0) if dresidual is None else dresidual, *vectors
 
 
 class _AddLayerNorm(Function):
+    """Returns normed, mean, rstd; then the sum where there is a residual or an `x_bias`, whose gradient includes that
+    of the sum; then the sum's carrier where x or residual has one: see `ResidualStream`."""
+
     @staticmethod
-    def forward(x, residual, weight, bias, eps, dtype):
-        normed, total, mean, rstd = torch.ops.ajepa.add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
-        return (normed, mean, rstd) if residual is None else (normed, mean, rstd, total)
+    def forward(x, x_carrier, residual, residual_carrier, rows, weight, bias, x_bias, eps, dtype):
+        normed, total, mean, rstd = torch.ops.ajepa.add_layer_norm_fwd(x, residual, rows, weight, bias, eps, dtype)
+        carrier = x_carrier if residual_carrier is None else residual_carrier
+        carriers = () if carrier is None else (_carrier(x, carrier.dtype),)
+        if residual is None:
+            return normed, mean, rstd, *((x.view_as(x),) if x_bias is not None and not carriers else carriers)
+        return normed, mean, rstd, total, *carriers
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, *_ = inputs
-        _, mean, rstd, *total = output
+        x, x_carrier, residual, residual_carrier, rows, weight, bias, x_bias, *_ = inputs
+        _, mean, rstd, *sums = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(x if residual is None else total[0], mean, rstd, weight)
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, bias)]
+        carried = x_carrier is not None or residual_carrier is not None
+        ctx.mark_non_differentiable(mean, rstd, *(sums[:-1] if carried else ()))  # a carrier comes last
+        ctx.save_for_backward(x if residual is None else sums[0], mean, rstd, weight)
+        takes_x, takes_residual = x if x_carrier is None else x_carrier, residual
+        if rows is not None or residual_carrier is not None:
+            takes_residual = residual_carrier
+        ctx.dtypes = [None if t is None else t.dtype for t in (takes_x, takes_residual, bias, x_bias)]
+        ctx.carriers = x_carrier is not None, residual_carrier is not None
 
     @staticmethod
     @first_order
-    def backward(ctx, saved, dnormed, _mean, _rstd, dsum=None):
-        (total, mean, rstd, weight), (x_dtype, residual_dtype, bias_dtype) = saved, ctx.dtypes
-        dx = dtotal = dsum
-        dweight = dbias = None
+    def backward(ctx, saved, dnormed, _mean, _rstd, *dsums):
+        (total, mean, rstd, weight), (x_dtype, residual_dtype, bias_dtype, x_bias_dtype) = saved, ctx.dtypes
+        dsum = dsums[-1] if dsums else None
+        if not ctx.needs_input_grad[2] and not ctx.needs_input_grad[3]:
+            residual_dtype = None
+        dx = dresidual = dweight = dbias = dx_bias = None
         if dnormed is not None:
-            dtotal, dx, dweight, dbias = torch.ops.ajepa.add_layer_norm_bwd(
-                dnormed, dsum, total, mean, rstd, weight, bias_dtype, x_dtype
+            dx, dresidual, dweight, dbias, dx_bias = torch.ops.ajepa.add_layer_norm_bwd(
+                dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype
             )
-            dx = dtotal if x_dtype == total.dtype else dx
-            dweight, dbias = None if weight is None else dweight, None if bias_dtype is None else dbias
+            dresidual = dx if residual_dtype == x_dtype else dresidual
+        elif dsum is not None:
+            dx, dresidual = dsum.to(x_dtype), None if residual_dtype is None else dsum.to(residual_dtype)
+            dx_bias = None if x_bias_dtype is None else dsum.sum(0, dtype=x_bias_dtype)
+        x_is_carried, residual_is_carried = ctx.carriers
         return (
-            None if dx is None else dx.to(x_dtype),
-            None if dtotal is None or residual_dtype is None else dtotal.to(residual_dtype),
-            dweight, dbias, None, None,
+            *((None, dx) if x_is_carried else (dx, None)),
+            *((None, dresidual) if residual_is_carried else (None if residual_dtype is None else dresidual, None)),
+            None,
+            None if weight is None else dweight, None if bias_dtype is None else dbias,
+            None if x_bias_dtype is None else dx_bias, None, None,
         )  # fmt: skip
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
+class ResidualStream(NamedTuple):
+    """A residual stream whose gradient has a dtype of its own.
+
+    Autograd gives every tensor a gradient of the tensor's dtype. Here `values` have no gradient. It goes instead to
+    `carrier`, which has the shape of the values and the dtype that their gradient shall have, and no memory.
+    """
+
+    values: torch.Tensor  # [..., C]
+    carrier: torch.Tensor  # [..., C]; one zero, expanded
+
+    @staticmethod
+    def of(values: torch.Tensor, dtype: torch.dtype) -> ResidualStream:
+        """A stream of these values, which itself needs no gradient."""
+        return ResidualStream(values, _carrier(values, dtype))
+
+    def select(self, rows: torch.Tensor) -> ResidualStream:
+        """The stream at `rows` of the first axis, without repeats."""
+        return ResidualStream(self.values.index_select(0, rows), _SelectCarrier.apply(self.carrier, rows))
+
+    def joined(self) -> torch.Tensor:
+        """The values as one tensor, whose gradient is rounded to the dtype of the stream's gradient."""
+        return _Join.apply(self.values, self.carrier)
+
+
+def _carrier(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_zeros((), dtype=dtype).expand(x.shape)
+
+
+class _Join(Function):
+    @staticmethod
+    def forward(values, carrier):
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, dvalues):
+        return None, dvalues.to(ctx.dtype)
+
+
+class _Split(Function):
+    """The inverse of `_Join`: values without a gradient, and their carrier."""
+
+    @staticmethod
+    def forward(x, dtype):
+        return x.view_as(x), _carrier(x, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[0])
+        ctx.set_materialize_grads(False)
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, _, dcarrier):
+        return None if dcarrier is None else dcarrier.to(ctx.dtype), None
+
+
+class _SelectCarrier(Function):
+    @staticmethod
+    def forward(carrier, rows):
+        return carrier.new_zeros(()).expand(len(rows), *carrier.shape[1:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        carrier, rows = inputs
+        ctx.save_for_backward(rows)
+        ctx.length = len(carrier)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (rows,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.length, *dy.shape[1:]).index_copy_(0, rows, dy), None
+
+
 def add_layer_norm_reference(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
+    x: torch.Tensor | ResidualStream,
+    residual: torch.Tensor | ResidualStream | None,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    *,
+    x_bias: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | ResidualStream]:
     """Plain PyTorch definition of `add_layer_norm`: the norm in float32 (float64 for float64), rounded to `dtype`."""
-    total = x if residual is None else x + residual
+    stream = next((t for t in (residual, x) if isinstance(t, ResidualStream)), None)
+    if isinstance(residual, ResidualStream):  # with `rows`, its gradient ends in the first sum
+        residual = residual.joined() if rows is None else residual.values
+    total = x.joined() if isinstance(x, ResidualStream) else x
+    dtype = total.dtype if dtype is None else dtype
+    total = total if x_bias is None else BiasGradient.apply(total, x_bias)
+    if residual is not None:
+        total = total + (residual if rows is None else residual[rows])
     compute = torch.promote_types(total.dtype, torch.float32)
     weight, bias = (None if p is None else p.to(compute) for p in (weight, bias))
+    if stream is None:
+        return F.layer_norm(total.to(compute), total.shape[-1:], weight, bias, eps).to(dtype), total
+    values, carrier = _Split.apply(total, stream.carrier.dtype)
+    total = _Join.apply(values, carrier)
     normed = F.layer_norm(total.to(compute), total.shape[-1:], weight, bias, eps)
-    return normed.to(x.dtype if dtype is None else dtype), total
+    return normed.to(dtype), ResidualStream(values, carrier)
 
 
 def add_layer_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
+    x: torch.Tensor | ResidualStream,
+    residual: torch.Tensor | ResidualStream | None,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     *,
+    x_bias: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Any]:
     """sum = x + residual; normed = (sum - mean) / sqrt(variance + eps) * weight + bias, over the last axis.
 
     This is the step between the halves of a pre-norm transformer block (arXiv 2002.04745): x is the output of the
@@ -282,22 +413,29 @@ def add_layer_norm(
 
     Args:
         x: `[..., C]`, floating point. The kernel takes C up to 4,096 in bfloat16, float16 or float32.
-        residual: of the shape of x. Its dtype may be wider (a float32 stream and bfloat16 halves). None means zero.
+        residual: of the shape of x. Its dtype may be wider (a float32 stream and bfloat16 halves). None means zero. A
+            `ResidualStream` has a gradient in a dtype of its own; without a residual, x may be one.
         weight, bias: `[C]`. None means 1 and 0.
         eps: added to the variance.
+        x_bias: `[C]`, the bias of the layer that made x, which this layer has already added without a gradient
+            (`F.linear(h, layer.weight, layer.bias.detach())`). Backward gives it its gradient, the sum of x's gradient
+            over all rows, so that no other pass has to read that gradient.
+        rows: int64 or int32, of x's shape without C. The residual is then a table `[R, C]` without a gradient, such as
+            position embeddings, and residual[rows] is added.
         impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
             a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Returns:
         normed, in the dtype of x or, under autocast, in autocast's; and sum, in the wider dtype of x and residual
-        (without a residual, x itself). Both are computed in float32.
+        (without a residual, x itself), or as a `ResidualStream` if one was given. Both are computed in float32.
 
-    Saved for backward: sum, weight, and the mean and 1 / standard deviation of each row. Weight and bias gradients are
-    summed in a fixed order.
+    Saved for backward: sum, weight, and the mean and 1 / standard deviation of each row. The gradients of weight, bias
+    and x_bias are summed in a fixed order.
     `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
-        ValueError: shapes or devices are invalid; raised before any launch.
+        ValueError: shapes or devices are invalid, or a residual with `rows` requires a gradient; raised before any
+            launch.
         RuntimeError: the gradients are differentiated again.
 
     Example::
@@ -307,25 +445,46 @@ def add_layer_norm(
         x = torch.randn(8, 64, 768, device="cuda", dtype=torch.bfloat16)  # output of attention or an MLP
         normed, stream = add_layer_norm(x, stream, norm.weight, norm.bias, norm.eps)
     """
-    if x.dim() < 1 or (residual is not None and residual.shape != x.shape):
-        raise ValueError(
-            f"add_layer_norm: x [..., C] and residual must have equal shapes, "
-            f"got {list(x.shape)} and {None if residual is None else list(residual.shape)}"
-        )
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and p.shape != x.shape[-1:]:
-            raise ValueError(f"add_layer_norm: {name} must be [{x.shape[-1]}], got {list(p.shape)}")
-    tensors = [t for t in (x, residual, weight, bias) if t is not None]
-    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
-        raise ValueError("add_layer_norm: all tensors must be floating point and on one device")
+    x, x_carrier = x if isinstance(x, ResidualStream) else (x, None)
+    residual, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
+    _check(x, x_carrier, residual, weight, bias, x_bias, rows)
+    tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
     dtype, unsupported, C = autocast_dtype(x), "", x.shape[-1]
     if others := {t.dtype for t in tensors} - {torch.float32, torch.float16, torch.bfloat16}:
         unsupported = f"no kernel for {', '.join(sorted(map(str, others)))}"
     elif not 1 <= C <= MAX_WIDTH:
         unsupported = f"no kernel for width {C}, only up to {MAX_WIDTH}"
     if not use_triton("add_layer_norm", impl, x, unsupported):
-        return add_layer_norm_reference(x, residual, weight, bias, eps, dtype)
-    if residual is None:
-        return _AddLayerNorm.apply(x.reshape(-1, C), None, weight, bias, eps, dtype)[0].view(x.shape), x
-    normed, _, _, total = _AddLayerNorm.apply(x.reshape(-1, C), residual.reshape(-1, C), weight, bias, eps, dtype)
-    return normed.view(x.shape), total.view(x.shape)
+        x_again = x if x_carrier is None else ResidualStream(x, x_carrier)
+        residual_again = residual if residual is None or carrier is None else ResidualStream(residual, carrier)
+        return add_layer_norm_reference(x_again, residual_again, weight, bias, eps, dtype, x_bias=x_bias, rows=rows)
+    flat = [None if t is None else t.reshape(-1, C) for t in (x, x_carrier, residual, carrier)]
+    rows = None if rows is None else rows.flatten()
+    normed, _, _, *sums = _AddLayerNorm.apply(*flat, rows, weight, bias, x_bias, eps, dtype)
+    normed, sums = normed.view(x.shape), [t.view(x.shape) for t in sums]
+    if x_carrier is None and carrier is None:
+        return normed, sums[0] if sums else x
+    return normed, ResidualStream(*(sums if residual is not None else (x, *sums)))
+
+
+def _check(x, x_carrier, residual, weight, bias, x_bias, rows) -> None:
+    table = rows is not None
+    if x.dim() < 1 or (residual is not None and not table and residual.shape != x.shape):
+        raise ValueError(
+            f"add_layer_norm: x [..., C] and residual must have equal shapes, "
+            f"got {list(x.shape)} and {None if residual is None else list(residual.shape)}"
+        )
+    if table and (residual is None or residual.dim() != 2 or residual.shape[1:] != x.shape[-1:]):
+        raise ValueError("add_layer_norm: rows needs a residual [R, C] that shares C with x")
+    if table and (rows.shape != x.shape[:-1] or rows.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"add_layer_norm: rows must be int64 or int32 {list(x.shape[:-1])}, got {list(rows.shape)}")
+    if table and residual.requires_grad:
+        raise ValueError("add_layer_norm: a residual that is read by rows gets no gradient; detach it")
+    if x_carrier is not None and residual is not None:
+        raise ValueError("add_layer_norm: x may be a ResidualStream only where there is no residual")
+    for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        if p is not None and p.shape != x.shape[-1:]:
+            raise ValueError(f"add_layer_norm: {name} must be [{x.shape[-1]}], got {list(p.shape)}")
+    tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
+    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
+        raise ValueError("add_layer_norm: all tensors must be floating point and on one device")

@@ -12,7 +12,7 @@ from oracle import (
     poison,  # noqa: F401
 )
 
-from ajepa_kernels import add_layer_norm, add_layer_norm_reference
+from ajepa_kernels import ResidualStream, add_layer_norm, add_layer_norm_reference
 
 
 def oracle(x, residual, weight, bias):
@@ -71,6 +71,83 @@ def test_without_weight(with_bias, with_residual, impl):
     leaves = tuple(t if t is None else t.to(DEVICE) for t in tensors)
     got = run(lambda *t: add_layer_norm(*t, impl=impl), leaves, upstream)
     assert_as_good([t.cpu() for t in got], plain, want, torch.float32)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("M", "C"), [(0, 64), (1, 768), (70, 96), (9, 1025)])
+@pytest.mark.parametrize("residual", [None, "table", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bias_of_the_layer_before(M, C, residual, dtype, impl):
+    """x holds the bias already; its gradient is the sum of x's. A residual may be read from a table by row."""
+    x, table = torch.randn(M, C).to(dtype), torch.randn(5, C)
+    rows = torch.randint(5, (M,)) if residual == "table" else None
+    tensors = (x, torch.randn(M, C) if residual == "float32" else None, torch.randn(C), torch.randn(C), torch.randn(C))
+    upstream = torch.randn(M, C).to(dtype).float(), torch.randn(M, C)
+
+    def definition(x, residual, weight, bias, x_bias):
+        stream = table.double()[rows] if rows is not None else residual
+        return oracle(x + (x_bias - x_bias.detach()), stream, weight, bias)
+
+    def call(function, **options):
+        def run_it(x, residual, weight, bias, x_bias):
+            stream = residual if rows is None else table.to(x.device)
+            place = None if rows is None else rows.to(x.device)
+            return function(x, stream, weight, bias, x_bias=x_bias, rows=place, **options)
+
+        return run_it
+
+    want = run(definition, tuple(t if t is None else t.double() for t in tensors), upstream)
+    plain = run(call(add_layer_norm_reference), tensors, upstream)
+    got = run(call(add_layer_norm, impl=impl), tuple(t if t is None else t.to(DEVICE) for t in tensors), upstream)
+    assert [t.dtype for t in got] == [t.dtype for t in plain]
+    assert_as_good([t.cpu() for t in got], plain, want, dtype)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("first", ["table", "stream"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_of_the_stream_in_bfloat16(first, dtype, impl):
+    """Three sums in a chain, of which the last takes a stream that a product has added to; rows are left out on the
+    way. Values are exactly those of a float32 stream; gradients are as good as bfloat16 allows."""
+    M, C, some = 9, 70, torch.tensor([7, 0, 3, 4])
+    x, table = torch.randn(3, M, C).to(dtype), torch.randn(5, C)
+    rows, weight, bias = torch.arange(M) % 5, torch.randn(3, C), torch.randn(3, C)
+    upstream = torch.randn(len(some), C)
+
+    def network(x, weight, bias, impl=impl, stream_of=lambda t: ResidualStream.of(t, torch.bfloat16)):
+        norm = lambda x, r, i, **more: add_layer_norm(x, r, weight[i], bias[i], x_bias=bias[i], impl=impl, **more)  # noqa: E731
+        device, half = x.device, x.dtype
+        values = table.to(device, torch.promote_types(half, torch.float32))
+        if first == "table":
+            normed, stream = norm(x[0], stream_of(values), 0, rows=rows.to(device))
+        else:
+            normed, stream = norm(x[0], stream_of(values[rows.to(device)]), 0)
+        normed, stream = norm((x[1] * normed).to(half), stream, 1)
+        half_of_x, normed = x[2][some.to(device)], normed[some.to(device)]
+        if isinstance(stream, ResidualStream):
+            stream = stream.select(some.to(device))
+            total = ResidualStream(stream.values + (half_of_x * normed).detach(), stream.carrier)
+            normed, total = norm(total, None, 2)
+            return normed.float() + total.joined().float()
+        total = stream[some.to(device)] + (half_of_x * normed).detach()
+        normed, total = norm(total, None, 2)
+        return normed.float() + total.float()
+
+    def gradients(tensors, **options):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = network(*leaves, **options)
+        return out, *torch.autograd.grad(out, leaves, upstream.to(out))
+
+    place = [t.to(DEVICE) for t in (x, weight, bias)]
+    want = gradients([t.double() for t in (x, weight, bias)], impl="reference", stream_of=lambda t: t)
+    exact = gradients(place, stream_of=lambda t: t)
+    plain = gradients((x, weight, bias), impl="reference")
+    got = gradients(place)
+    torch.testing.assert_close(got[0], exact[0], rtol=0, atol=0)
+    assert [t.dtype for t in got] == [t.dtype for t in plain]
+    assert_as_good([t.cpu() for t in got], plain, want, torch.bfloat16)
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -143,11 +220,13 @@ def test_autocast(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_whole(impl):
     leaves = [torch.randn(4, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
-    weight = torch.randn(8, device=DEVICE, requires_grad=True)
+    weight, x_bias = (torch.randn(8, device=DEVICE, requires_grad=True) for _ in range(2))
 
     def block(x, residual):
-        normed, total = add_layer_norm(x, residual, weight, impl=impl)
-        return add_layer_norm(normed.tanh(), total, weight, impl=impl)
+        normed, total = add_layer_norm(x, residual, weight, x_bias=x_bias, impl=impl)
+        stream = ResidualStream.of(total.detach(), torch.bfloat16)
+        normed, stream = add_layer_norm(normed.tanh(), stream, weight, impl=impl)
+        return normed, total + stream.joined()
 
     upstream = (torch.randn(4, 8), torch.randn(4, 8))
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -158,13 +237,13 @@ def test_compiles_whole(impl):
 def test_opcheck():
     x, weight = torch.randn(5, 8, device=DEVICE), torch.randn(8, device=DEVICE)
     for residual, w, bias in ((None, weight, weight), (x.double().float(), weight, None), (x, None, None)):
-        arguments = (x.half(), residual, w, bias, 1e-5, torch.float16)
-        torch.library.opcheck(torch.ops.ajepa.add_layer_norm_fwd.default, arguments)
+        for rows in (None,) if residual is None else (None, torch.arange(5, device=DEVICE) // 2):
+            arguments = (x.half(), residual, rows, w, bias, 1e-5, torch.float16)
+            torch.library.opcheck(torch.ops.ajepa.add_layer_norm_fwd.default, arguments)
     rows = torch.randn(5, device=DEVICE), torch.rand(5, device=DEVICE)
-    for dsum, x_dtype in ((None, torch.float32), (x, torch.float16)):
-        torch.library.opcheck(
-            torch.ops.ajepa.add_layer_norm_bwd.default, (x, dsum, x, *rows, weight, torch.float32, x_dtype)
-        )
+    float32, float16 = torch.float32, torch.float16
+    for dsum, *dtypes in ((None, float32, float32, None, None), (x, float16, float32, float32, float32)):
+        torch.library.opcheck(torch.ops.ajepa.add_layer_norm_bwd.default, (x, dsum, x, *rows, weight, *dtypes))
 
 
 @pytest.mark.parametrize(
@@ -175,11 +254,27 @@ def test_opcheck():
         ((torch.zeros(2, 4), None, torch.ones(4), torch.ones(1)), r"bias must be \[4\]"),
         ((torch.zeros(2, 4), None, torch.ones(4, device="meta")), "on one device"),
         ((torch.zeros(2, 4).long(), None, torch.ones(4)), "floating point"),
+        ((ResidualStream.of(torch.zeros(2, 4), torch.float32), torch.zeros(2, 4)), "where there is no residual"),
     ],
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=f"add_layer_norm: .*{message}"):
         add_layer_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("residual", "options", "message"),
+    [
+        (None, {"x_bias": torch.zeros(3)}, r"x_bias must be \[4\], got \[3\]"),
+        (None, {"rows": torch.zeros(2).long()}, r"rows needs a residual \[R, C\]"),
+        (torch.zeros(9, 4), {"rows": torch.zeros(3).long()}, r"rows must be int64 or int32 \[2\], got \[3\]"),
+        (torch.zeros(9, 4), {"rows": torch.zeros(2)}, "rows must be int64 or int32"),
+        (torch.zeros(9, 4, requires_grad=True), {"rows": torch.zeros(2).long()}, "gets no gradient; detach it"),
+    ],
+)
+def test_errors_of_options(residual, options, message):
+    with pytest.raises(ValueError, match=f"add_layer_norm: .*{message}"):
+        add_layer_norm(torch.zeros(2, 4), residual, **options)
 
 
 @needs_kernel
