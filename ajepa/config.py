@@ -230,11 +230,12 @@ class StepConfig:
     """Replay the step as a CUDA graph wherever its shapes recur."""
     parallel_encoders: bool = False
     """Run target and context encoder on two CUDA streams."""
-    residual: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the residual stream if the step computes in bf16."""
-    mlp: Literal["plain", "bias-gelu", "epilogue"] = "plain"
-    """bias-gelu: bias and GELU in one kernel, whose backward computes both gradients in one pass. epilogue: both within
-    the matrix products, with the tanh GELU, which differs from the exact one by less than 5e-4."""
+    residual: Literal["fp32", "bf16-gradient", "bf16"] = "fp32"
+    """Precision of the residual stream if the step computes in bf16. bf16-gradient: a float32 stream, whose gradient is
+    rounded to bf16 in each layer."""
+    mlp: Literal["auto", "plain", "bias-gelu", "epilogue"] = "auto"
+    """plain: PyTorch's GELU. bias-gelu: bias and GELU in one kernel, whose backward computes both gradients in one
+    pass. epilogue: both within the matrix products. auto: bias-gelu on a GPU, plain on a CPU."""
     target_precision: Literal["same", "fp8"] = "same"
     """fp8: the target encoder's blocks multiply in 8 bits (GPUs from compute capability 8.9). Changes the targets."""
     profile: int = 0

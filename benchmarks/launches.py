@@ -169,9 +169,9 @@ def _stand_in_for_libcuda() -> Iterator[None]:
 MODELS = [("audio-jepa", "B"), ("audio-jepa", "S"), ("audio-jepa", "L"), ("a-jepa", "B"), ("a-jepa", "S")]
 MODELS += [("a-jepa", "L"), ("tiny", "tiny"), ("tiny", "S")]
 SWITCHES = [
-    {"mlp": "bias-gelu"}, {"mlp": "epilogue"}, {"residual": "bf16"}, {"target_precision": "fp8"},
-    {"mlp": "epilogue", "target_precision": "fp8"},
-    {"mlp": "bias-gelu", "residual": "bf16", "target_precision": "fp8"},
+    {"mlp": "plain"}, {"mlp": "epilogue"}, {"residual": "bf16-gradient"}, {"residual": "bf16"},
+    {"target_precision": "fp8"}, {"mlp": "epilogue", "residual": "bf16-gradient", "target_precision": "fp8"},
+    {"residual": "bf16", "target_precision": "fp8"},
 ]  # fmt: skip
 SWITCHED = [("audio-jepa", "B", 0.4, 0.5), ("tiny", "tiny", 0.7)]
 CLIP_MODELS = [("audio-jepa", "B"), ("audio-jepa", "S"), ("tiny", "tiny")]
@@ -197,7 +197,7 @@ def _train(preset: str, size: str, switches: dict, mask_ratios: Iterable[float],
     """
     cfg, shape = config.PRESETS[preset], config.SIZES[size]
     model = dataclasses.replace(cfg.model, size=size, predictor_depth=min(cfg.model.predictor_depth, 3))
-    step = dataclasses.replace(cfg.step, **switches)
+    step = dataclasses.replace(cfg.step, **{"mlp": "bias-gelu", **switches})  # what "auto" is on a GPU
     aim = dataclasses.replace(cfg.objective, objective=objective or cfg.objective.objective)  # type: ignore[arg-type]
     cfg = dataclasses.replace(cfg, precision="bf16", model=model, step=step, objective=aim)
     config.SIZES[size] = (shape[0], max(3, model.target_layers), shape[2])
@@ -232,6 +232,7 @@ def _operations() -> Iterator[Callable[[], object]]:
     for C, stream, affine in itertools.product((768, 384, 1024, 4096), (BF16, FP32), (BF16, FP32)):
         leaves = _leaf(16, C), _leaf(16, C, dtype=stream), _leaf(C, dtype=affine), _leaf(C, dtype=affine)
         yield lambda leaves=leaves: _both_ways(add_layer_norm, *leaves)
+        yield lambda leaves=leaves: _both_ways(lambda *t: add_layer_norm(*t[:4], x_bias=t[4]), *leaves, leaves[3])
     yield lambda: _both_ways(add_layer_norm, _leaf(16, 768), _leaf(16, 768), _leaf(768, dtype=FP32))
     latents, index = torch.ones(16, 768, dtype=BF16), torch.arange(16)
     for kind in ("l2", "smooth_l1", "cosine"):

@@ -190,13 +190,19 @@ def loss(C: int, kind: str, dtype: torch.dtype) -> None:
         _latent_l2_loss_bwd(grad, upstream, 1.0)
 
 
-def layer_norm(C: int, dtype: torch.dtype, stream: torch.dtype, affine: bool = True) -> None:
+def layer_norm(
+    C: int, dtype: torch.dtype, stream: torch.dtype, affine: bool = True, gradient: torch.dtype | None = None
+) -> None:
+    """gradient: dtype of the gradient of the stream. The first residual is read from a table by row."""
     from ajepa_kernels.layer_norm import _add_layer_norm_bwd, _add_layer_norm_fwd
 
     x, residual = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, C, dtype=stream, **META)
     weight, bias_dtype = (torch.empty(C, **META), torch.float32) if affine else (None, None)
-    normed, total, mean, rstd = _add_layer_norm_fwd(x, residual, weight, weight, 1e-5, dtype)
-    _add_layer_norm_bwd(normed, total, total, mean, rstd, weight, bias_dtype, dtype)
+    rows = torch.empty(4096, dtype=torch.int64, **META) if gradient else None
+    normed, total, mean, rstd = _add_layer_norm_fwd(x, residual, rows, weight, weight, 1e-5, dtype)
+    gradient = total.dtype if gradient is None else gradient
+    dtypes = (dtype, gradient, bias_dtype, bias_dtype)
+    _add_layer_norm_bwd(normed, total.to(gradient), total, mean, rstd, weight, *dtypes)
 
 
 def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
@@ -261,6 +267,7 @@ CORE = {
     "attention 32 x 64 tf32": (attention, 32, 64, F, True),
     "loss 768": (loss, 768, "l2", B),
     "layer norm 768": (layer_norm, 768, B, F),
+    "layer norm 768 bf16 gradient": (layer_norm, 768, B, F, True, B),
     "bias gelu 3072": (gelu, 3072, "none", B),
     "bias gelu 3072 fp32": (gelu, 3072, "none", F),  # spilled once
     "optimizer": (optimizer, False),

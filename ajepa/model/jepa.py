@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from ajepa.config import SIZES, Config, ModelConfig, StepConfig
 from ajepa.model.clip import ClipObjective, ClipTerms
 from ajepa.model.layers import (
+    Addend,
     Block,
     Linear,
     Sequences,
+    Table,
     Wanted,
     add_norm,
     mean_of_layers,
@@ -26,7 +28,7 @@ from ajepa.model.layers import (
     unique_rows,
 )
 from ajepa.model.masks import Masks
-from ajepa_kernels import LogMelSpec
+from ajepa_kernels import LogMelSpec, ResidualStream
 
 
 class Transformer(nn.Module):
@@ -43,7 +45,8 @@ class Transformer(nn.Module):
         self.rotary, self.width = rotary, width
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None means float32
+        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None means the positions'
+        self.stream_gradient: torch.dtype | None = None  # dtype of the stream's gradient; None means the stream's
         self.recompute = False  # recompute each block's activations in backward instead of keeping them
 
     def forward(self, x_TC, patch_T, sequences: Sequences, keep_layers: int = 0, wanted: Wanted | None = None):
@@ -52,10 +55,14 @@ class Transformer(nn.Module):
         `patch_T` is the grid cell of each token. With `keep_layers`, return a list of the outputs of that many last
         blocks instead, without the final layer norm.
         """
-        position = self.positions[patch_T]
-        rotary = position if self.rotary else None
-        stream = torch.zeros_like(x_TC, dtype=position.dtype) if self.rotary else position
-        addend, stream = x_TC, stream.to(self.stream_dtype or position.dtype)
+        rotary = self.positions[patch_T] if self.rotary else None
+        table, rows = self.positions, patch_T
+        if self.rotary:  # no position is added
+            table, rows = self.positions.new_zeros(1, self.width), torch.zeros_like(patch_T)
+        table = table.to(self.stream_dtype or table.dtype)
+        dtype = self.stream_gradient if torch.is_grad_enabled() else None
+        start = table if dtype is None else ResidualStream.of(table, dtype)
+        addend, stream = Addend(x_TC), Table(start, rows)
         kept = []
         for i, block in enumerate(self.blocks):
             last = i + 1 == len(self.blocks)
@@ -65,7 +72,7 @@ class Transformer(nn.Module):
             else:
                 addend, stream = block(*arguments)
             if len(self.blocks) - i <= keep_layers:
-                kept.append(addend + stream)
+                kept.append(addend.plus(stream.joined() if isinstance(stream, ResidualStream) else stream))
         return kept if keep_layers else add_norm(addend, stream, self.norm, self.impl)[0]
 
     def initialise(self, kind: str) -> None:
@@ -282,13 +289,15 @@ class JEPA(nn.Module):
 
     def configure(self, step: StepConfig, bf16: bool) -> None:
         """Set how the three networks compute."""
-        self.parallel = step.parallel_encoders and next(self.parameters()).is_cuda
+        on_gpu = next(self.parameters()).is_cuda
+        self.parallel = step.parallel_encoders and on_gpu
         for network in self.networks:
             network.recompute = step.recompute
             network.stream_dtype = torch.bfloat16 if bf16 and step.residual == "bf16" else None
+            network.stream_gradient = torch.bfloat16 if bf16 and step.residual == "bf16-gradient" else None
             for block in network.modules():
                 if isinstance(block, Block):
-                    block.mlp = step.mlp
+                    block.mlp = ("bias-gelu" if on_gpu else "plain") if step.mlp == "auto" else step.mlp
         for module in self.target_encoder.blocks.modules() if self.objective.taught else ():
             if isinstance(module, Linear):
                 module.fp8 = step.target_precision == "fp8"

@@ -10,6 +10,7 @@ from torch import nn
 
 from ajepa_kernels import (
     Quantized,
+    ResidualStream,
     add_layer_norm,
     bias_gelu,
     fp8_linear,
@@ -69,6 +70,24 @@ class _CopyLinear(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
+class Addend(NamedTuple):
+    """What the next layer norm adds to the residual stream."""
+
+    x: torch.Tensor
+    bias: torch.Tensor | None = None  # already added in x; the norm computes its gradient, see `Linear.addend`
+
+    def plus(self, stream: torch.Tensor) -> torch.Tensor:
+        """The sum, with the gradient of the bias."""
+        return self.x + stream if self.bias is None else self.x + (self.bias - self.bias.detach()) + stream
+
+
+class Table(NamedTuple):
+    """A residual stream that has no addend yet: rows of a table without a gradient. The first layer norm reads them."""
+
+    values: torch.Tensor | ResidualStream  # [R, C]
+    rows: torch.Tensor  # int64 [T]
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that computes with copies of its parameters in a lower precision after `add_copies`.
 
@@ -110,6 +129,13 @@ class Linear(nn.Linear):
         if self.copies is None:
             return nn.functional.linear(x, *parameters)
         return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)
+
+    def addend(self, x: torch.Tensor | Quantized) -> Addend:
+        """The output for an op that also computes the gradient of the bias, which saves a pass over that gradient."""
+        if self.copies is None or not torch.is_grad_enabled():
+            return Addend(self(x))
+        assert isinstance(x, torch.Tensor)
+        return Addend(_CopyLinear.apply(x.to(self.copies[0].dtype), self.weight, None, *self.copies), self.bias)
 
 
 class _UniqueRows(torch.autograd.Function):
@@ -164,26 +190,26 @@ class Block(nn.Module):
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
 
-    def forward(self, addend, stream, sequences: Sequences, rotary, impl: str, wanted: Wanted | None = None):
+    def forward(self, addend: Addend, stream, sequences: Sequences, rotary, impl: str, wanted: Wanted | None = None):
         normed, stream = add_norm(addend, stream, self.norm1, impl, self.qkv.quantizes)
         if wanted is None:
             attended = self.attend(normed, sequences, rotary, impl)
         else:
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
-            stream = unique_rows(stream, wanted.rows)
-        normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl, self.fc1.quantizes)
+            stream = select_rows(stream, wanted.rows)
+        normed, stream = add_norm(self.proj.addend(attended.flatten(1)), stream, self.norm2, impl, self.fc1.quantizes)
         return self.transform(normed, impl), stream
 
-    def transform(self, normed, impl: str):
+    def transform(self, normed, impl: str) -> Addend:
         fc1, fc2, epilogue = self.fc1, self.fc2, self.mlp == "epilogue"
         if fc2.quantizes:
-            return fc2(quantize_rows(fc1(normed), gelu="tanh" if epilogue else "none", impl=impl))
+            return Addend(fc2(quantize_rows(fc1(normed), gelu="tanh" if epilogue else "none", impl=impl)))
         if epilogue:
             copies = None if fc1.copies is None or fc2.copies is None else (*fc1.copies, *fc2.copies)
-            return gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, copies=copies, impl=impl)
-        if self.mlp == "bias-gelu" and torch.is_grad_enabled():
-            return fc2(bias_gelu(fc1(normed, biased=False), fc1.bias, impl=impl))
-        return fc2(nn.functional.gelu(fc1(normed)))
+            return Addend(gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, copies=copies, impl=impl))
+        if self.mlp == "bias-gelu":
+            return fc2.addend(bias_gelu(fc1(normed, biased=False), fc1.bias, impl=impl))
+        return fc2.addend(nn.functional.gelu(fc1(normed)))
 
     def attend(self, normed, sequences: Sequences, rotary, impl: str):
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))
@@ -209,11 +235,20 @@ class Block(nn.Module):
         )  # fmt: skip
 
 
-def add_norm(addend, stream, norm: nn.LayerNorm, impl: str, quantize: bool = False):
+def select_rows(stream, rows: torch.Tensor):
+    """A residual stream at rows without repeats."""
+    return stream.select(rows) if isinstance(stream, ResidualStream) else unique_rows(stream, rows)
+
+
+def add_norm(addend: Addend, stream, norm: nn.LayerNorm, impl: str, quantize: bool = False):
     """Return layer_norm(addend + stream) and the sum. `quantize` returns the norm in float8, for a float8 product."""
+    rows = None
+    if isinstance(stream, Table):
+        stream, rows = stream
     if quantize:
-        return norm_quantize_rows(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
-    return add_layer_norm(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
+        stream = stream if rows is None else stream[rows]
+        return norm_quantize_rows(addend.x, stream, norm.weight, norm.bias, norm.eps, impl=impl)
+    return add_layer_norm(addend.x, stream, norm.weight, norm.bias, norm.eps, x_bias=addend.bias, rows=rows, impl=impl)
 
 
 def mean_of_layers(outputs: list[torch.Tensor], eps: float) -> torch.Tensor:

@@ -135,7 +135,7 @@ def test_recomputed_activations_give_the_same_step():
     assert_same_weights(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+@pytest.mark.parametrize("residual", ["fp32", "bf16-gradient", "bf16"])
 def test_bf16_reads_copies_that_the_optimiser_writes(residual):
     cfg = make(step={"residual": residual}, precision="bf16", model={"target_layers": 1})
     losses, engine = run(cfg)

@@ -15,8 +15,8 @@ def cuda():
     return torch.device("cuda")
 
 
-STEPS = [{}, {"parallel_encoders": True}, {"micro_batch": 8}, {"recompute": True}, {"mlp": "bias-gelu"}]
-BF16 = [{"mlp": "epilogue"}, {"residual": "bf16"}, {"target_precision": "fp8"}]
+STEPS = [{}, {"parallel_encoders": True}, {"micro_batch": 8}, {"recompute": True}, {"mlp": "plain"}]
+BF16 = [{"mlp": "epilogue"}, {"residual": "bf16-gradient"}, {"residual": "bf16"}, {"target_precision": "fp8"}]
 
 
 @pytest.mark.parametrize(
