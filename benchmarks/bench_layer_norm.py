@@ -8,6 +8,10 @@ move, divided by the copy rate measured in the same run. These cases move the fo
     backward  16: reads sum (4) and the gradients of normed (2) and sum (4); writes those of x (2) and residual (4)
 
 If all tensors have one dtype, x and residual share one gradient, so that 4 tensors move forward and 4 backward.
+
+"With the bias" also wants the gradient of the bias of the layer before, as the step does. It is timed against a pass of
+its own over the gradient of x. "bf16 gradient" rounds the gradient of the stream to bfloat16, so that x and residual
+share one gradient and a backward pass moves 10 bytes per element.
 """
 
 import pytest
@@ -17,7 +21,7 @@ from ceilings import SECONDS, backward_only, copy_bytes_per_ms, rotating
 from conftest import left_out
 from records import DEVICE, QUICK
 
-from ajepa_kernels import add_layer_norm
+from ajepa_kernels import ResidualStream, add_layer_norm
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SIZES = [(65536, 768), (131072, 384)] if DEVICE == "cuda" else [(256, 64)] if QUICK else [(4096, 768), (8192, 384)]
@@ -30,27 +34,52 @@ def plain(x, residual, weight, bias):
     return F.layer_norm(total, total.shape[-1:], weight, bias).to(x.dtype), total
 
 
+def norm_with_bias(x, residual, weight, bias, x_bias):
+    return add_layer_norm(x, residual, weight, bias, x_bias=x_bias)
+
+
+def plain_with_bias(x, residual, weight, bias, x_bias):
+    """The bias has been added to x already: only its gradient is computed."""
+    return plain(_Bias.apply(x, x_bias), residual, weight, bias)
+
+
+def sum_apart(x, residual, weight, bias, x_bias):
+    return add_layer_norm(_Bias.apply(x, x_bias), residual, weight, bias)
+
+
+class _Bias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.dtype = bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, dx.sum(0, dtype=ctx.dtype)
+
+
 def both_ways(function, leaves, upstream):
-    """Return the outputs, and the gradients of x, residual, weight and bias."""
+    """Return the outputs, and the gradients of all leaves."""
     outputs = function(*leaves)
     return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
 
 
-def compare(shape, M, C, half, stream, way, bytes_each, interleave, record):
+def compare(shape, M, C, half, stream, way, bytes_each, interleave, record, ours=None, plain=plain, vectors=2):
     """Check and time `way` on M rows of C channels.
 
-    half: dtype of x. stream: dtype of the residual and of the parameters.
+    half: dtype of x. stream: dtype of the residual and of the parameters. ours: our variants; vectors: their number of
+    parameters.
     """
 
     def make(rows=M):
         def draw(dtype, *size):
             return torch.randn(*size, device=DEVICE, dtype=dtype)
 
-        leaves = draw(half, rows, C), draw(stream, rows, C), draw(stream, C), draw(stream, C)
+        leaves = draw(half, rows, C), draw(stream, rows, C), *(draw(stream, C) for _ in range(vectors))
         upstream = draw(half, rows, C), draw(stream, rows, C)
         return tuple(t.requires_grad_() for t in leaves), upstream
 
-    functions = {"ajepa add_layer_norm": add_layer_norm, "plain PyTorch": plain}
+    functions = {**(ours or {"ajepa add_layer_norm": add_layer_norm}), "plain PyTorch": plain}
     if QUICK:
         left_out({"torch.compile": "compiled peers are left out of a quick run"})
     else:
@@ -88,6 +117,40 @@ def test_fp32_stream(M, C, way, interleave, record):
     """Time the dtypes that the training step uses."""
     shape = f"{M} x {C}, fp32 stream, {way}"
     compare(shape, M, C, torch.bfloat16, torch.float32, way, BYTES[way] * M * C, interleave, record)
+
+
+@pytest.mark.parametrize(("M", "C"), SIZES)
+def test_bias_of_the_layer_before(M, C, interleave, record):
+    """Time the backward pass of the step, whose norms also sum the bias gradients of proj and fc2."""
+    ours = {"ajepa add_layer_norm": norm_with_bias, "ajepa, bias summed apart": sum_apart}
+    shape, nbytes = f"{M} x {C}, fp32 stream, with the bias, backward", BYTES["backward"] * M * C
+    options = {"ours": ours, "plain": plain_with_bias, "vectors": 3}
+    compare(shape, M, C, torch.bfloat16, torch.float32, "backward", nbytes, interleave, record, **options)
+
+
+@pytest.mark.parametrize(("M", "C"), SIZES)
+def test_bf16_gradient_of_the_stream(M, C, interleave, record):
+    """Time a layer norm between two others, whose streams have a bfloat16 or a float32 gradient."""
+
+    def build(gradient):
+        half = {"device": DEVICE, "dtype": torch.bfloat16}
+        x, vectors = torch.randn(M, C, **half), [torch.randn(C, device=DEVICE).requires_grad_() for _ in range(2)]
+        leaves = x.requires_grad_(), torch.randn(M, C, device=DEVICE)
+        upstream = torch.randn(M, C, **half), torch.randn(M, C, device=DEVICE, dtype=gradient)
+        if gradient == torch.float32:
+            outputs = add_layer_norm(leaves[0], leaves[1].requires_grad_(), *vectors)
+            return outputs, (*leaves, *vectors), upstream
+        stream = ResidualStream.of(leaves[1], gradient)
+        carrier = stream.carrier.detach().requires_grad_()
+        normed, total = add_layer_norm(leaves[0], ResidualStream(leaves[1], carrier), *vectors)
+        return (normed, total.carrier), (leaves[0], carrier, *vectors), upstream
+
+    nbytes = 10 * M * C
+    names = {"ajepa add_layer_norm": torch.bfloat16, "ajepa, fp32 gradient": torch.float32}
+    timed = {name: backward_only(lambda g=gradient: build(g), nbytes) for name, gradient in names.items()}
+    times = interleave(timed, SECONDS)
+    shape, floor = f"{M} x {C}, fp32 stream, bf16 gradient, backward", nbytes / copy_bytes_per_ms()
+    record("add_layer_norm", shape, times, floor_ms=floor)
 
 
 @pytest.mark.skipif(QUICK, reason="the training step has other dtypes, so a quick run leaves this out")

@@ -53,7 +53,9 @@ DTYPE, TOLERANCE = (torch.bfloat16, 3e-2) if trains_in_bf16(torch.device(DEVICE)
 HALF = str(math.prod(PRESETS[PRESET].front_end.grid) // 2)  # visible patches
 SWITCHES: dict[str, dict[str, Any]] = {
     "shipped": {},
-    "mlp=bias-gelu": {"mlp": "bias-gelu"},
+    "mlp=plain": {"mlp": "plain"},
+    "mlp=epilogue": {"mlp": "epilogue"},
+    "residual=bf16-gradient": {"residual": "bf16-gradient"},
     "residual=bf16": {"residual": "bf16"},
     "target_precision=fp8": {"target_precision": "fp8"},
 }

@@ -50,6 +50,7 @@ BENCHMARKS = {  # the root modules of each benchmark file
     "bench_loader": LOADER,
     "bench_log_mel": ("ajepa_kernels.log_mel",),
     "bench_masks": ("ajepa.model.masks",),
+    "bench_products": ("ajepa_kernels.products", "ajepa_kernels.bias_gelu"),
     "bench_resample": ("ajepa_kernels.resample",),
     "bench_scaling": STEP,
     "bench_segment_pool": ("ajepa_kernels.segment_pool",),
