@@ -296,7 +296,7 @@ class ResidualStream(NamedTuple):
     """
 
     values: torch.Tensor  # [..., C]
-    carrier: torch.Tensor  # [..., C]; one zero, expanded
+    carrier: torch.Tensor  # [..., C]; one element, expanded, that nothing reads
 
     @staticmethod
     def of(values: torch.Tensor, dtype: torch.dtype) -> ResidualStream:
@@ -313,7 +313,7 @@ class ResidualStream(NamedTuple):
 
 
 def _carrier(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.new_zeros((), dtype=dtype).expand(x.shape)
+    return x.new_empty((), dtype=dtype).expand(x.shape)
 
 
 class _Join(Function):
@@ -351,7 +351,7 @@ class _Split(Function):
 class _SelectCarrier(Function):
     @staticmethod
     def forward(carrier, rows):
-        return carrier.new_zeros(()).expand(len(rows), *carrier.shape[1:])
+        return carrier.new_empty(()).expand(len(rows), *carrier.shape[1:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
