@@ -19,7 +19,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: export PIP_CONSTRAINT = $(CONSTRAINTS)
 $(VENV)/installed: export PIP_BUILD_CONSTRAINT = $(CONSTRAINTS)
-$(VENV)/installed: pyproject.toml setup.py $(wildcard $(CONSTRAINTS) csrc/*)
+$(VENV)/installed: pyproject.toml setup.py $(wildcard $(CONSTRAINTS) csrc/*.* csrc/hopper/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[test,lint]'

@@ -5,9 +5,11 @@ kernels/ must never become a package itself.
 
 The extension `ajepa_kernels._C` is built where there is a C++ compiler, and its CUDA kernels where there is nvcc. A
 part that does not compile is left out with a message, unless an environment variable demands it: docs/index.md lists
-the variables.
+the variables. The fused products for Hopper take minutes to compile, so they are built only beside a Hopper GPU or on
+demand (AJEPA_HOPPER=1), by csrc/hopper/build.py.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -17,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -27,6 +30,7 @@ from setuptools.errors import CompileError, LinkError
 # Where the sources lie, seen from the folder that is built: the top of the checkout, kernels/, or a source archive.
 KERNELS = Path("kernels" if Path("kernels/ajepa_kernels").is_dir() else ".")
 CSRC = Path("csrc" if Path("csrc").is_dir() else "../csrc")
+HOPPER = Path("ajepa_kernels/_hopper")  # the folder of the fused products, in the package's own
 CXX = os.environ.get("CXX", "c++").split()
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -124,7 +128,7 @@ def compile_object(command: list[str]) -> str:
     """
     target, line = Path(command[-1]), " ".join(command)
     stamp = target.with_suffix(".command")
-    newest = max(path.stat().st_mtime for path in CSRC.iterdir())
+    newest = max(path.stat().st_mtime for path in CSRC.iterdir() if path.is_file())
     if target.exists() and target.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == line:
         return str(target)
     print(line, flush=True)
@@ -137,8 +141,22 @@ def compile_object(command: list[str]) -> str:
     return str(target)
 
 
+def hopper_builder() -> ModuleType:
+    """The module csrc/hopper/build.py."""
+    spec = importlib.util.spec_from_file_location("ajepa_hopper_build", CSRC / "hopper/build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class Build(build_ext):
-    """Compiles each CPU kernel with its own flags and the CUDA sources with nvcc, then lets setuptools link them."""
+    """Compiles each CPU kernel with its own flags and the CUDA sources with nvcc, then lets setuptools link them.
+
+    Afterwards it compiles the fused products for Hopper, each to a library of its own.
+    """
+
+    fused: tuple[Path, ...] = ()  # their libraries
 
     def build_extensions(self):
         try:
@@ -149,11 +167,26 @@ class Build(build_ext):
         except (CompileError, LinkError) as error:
             leave_out("AJEPA_EXTENSION", "kernels, the ops run in plain PyTorch", error)
             self.extensions = []
+        self.build_fused()
+
+    def build_fused(self):
+        builder, wanted = hopper_builder(), choice("AJEPA_HOPPER")
+        if wanted == "0" or (wanted == "auto" and not builder.has_hopper()):
+            return
+        try:
+            nvcc = find_nvcc()
+            self.fused = tuple(builder.build(Path(self.build_lib) / HOPPER, [nvcc, *host_compiler(nvcc)]))
+        except (CudaError, builder.BuildError, OSError) as error:
+            leave_out("AJEPA_HOPPER", "the fused products for Hopper", error)
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
         if not self.extensions:  # nobody may mistake an older build for the result of this one
             Path(KERNELS, "ajepa_kernels/_C.abi3.so").unlink(missing_ok=True)
+        shutil.rmtree(KERNELS / HOPPER, ignore_errors=True)
+        for path in self.fused:
+            (KERNELS / HOPPER).mkdir(exist_ok=True)
+            shutil.copy2(path, KERNELS / HOPPER)
 
     def objects(self) -> list[str]:
         if choice("AJEPA_CUDA") != "0":
@@ -192,7 +225,7 @@ class Build(build_ext):
         ]  # fmt: skip
         commands += [
             [*cxx, "-O2", *includes, *defines, "-c", str(CSRC / f"{name}.cpp"), "-o", str(out / f"{name}.o")]
-            for name in ("ops", "gelu_product")
+            for name in ("ops",)
         ]
         with ThreadPoolExecutor(jobs) as pool:
             return list(pool.map(compile_object, commands))  # the slowest compilations come first
@@ -215,7 +248,8 @@ class SourceArchive(sdist):
     def make_release_tree(self, base_dir, files):
         super().make_release_tree(base_dir, files)
         if CSRC.parent != Path("."):
-            shutil.copytree(CSRC, Path(base_dir, "csrc"), dirs_exist_ok=True)
+            built = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(CSRC, Path(base_dir, "csrc"), dirs_exist_ok=True, ignore=built)
             Path(base_dir, "setup.py").unlink()
             shutil.copy(CSRC.parent / "setup.py", base_dir)
 
@@ -226,7 +260,7 @@ def extension() -> dict:
             Extension(
                 "ajepa_kernels._C",
                 [],
-                depends=[str(path) for path in sorted(CSRC.iterdir())],
+                depends=[str(path) for path in sorted(CSRC.iterdir()) if path.is_file()],
                 libraries=["c10", "torch", "torch_cpu"],
                 language="c++",
                 py_limited_api=True,

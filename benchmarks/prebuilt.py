@@ -2,7 +2,8 @@
 
 `python benchmarks/prebuilt.py` writes the folder `prebuilt/`:
 
-    extension/      `_C.abi3.so` with CUDA kernels for the architectures, and the fingerprint of its sources
+    extension/      `_C.abi3.so` with CUDA kernels for the architectures, the libraries of the fused products if one of
+                    them is Hopper's (`hopper/`), and the fingerprint of their sources
     wheels/         packages that CUDA images lack
     triton-*.zip    Triton's cache files of the kernels that a training step and the benchmarks launch, and of the C
                     modules that start them, for one version of Triton and of Python
@@ -38,7 +39,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "kernels/ajepa_kernels/_C.abi3.so"
-EXTENSION, KERNELS = ("csrc/*", "setup.py"), ("kernels/ajepa_kernels/*.py",)  # the sources of each
+HOPPER = "kernels/ajepa_kernels/_hopper"
+EXTENSION = ("csrc/*", "csrc/hopper/*", "setup.py")  # the sources of each
+KERNELS = ("kernels/ajepa_kernels/*.py",)
 WORK = ROOT / "build/prebuilt"  # holds objects, an environment for each version of Python, and Triton's cache
 TORCH = "torch==2.11.0"  # that of the GPU machine; it installs the Triton that it was released with
 # The packages that CUDA images lack, except DALI, which has 200 MB: libsndfile decodes in its place.
@@ -129,7 +132,7 @@ def unpack(
 def fingerprint(patterns: Iterable[str], root: Path = ROOT) -> str:
     """Return the sha256 of the files that match `patterns`."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern) if path.is_file()):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -143,7 +146,8 @@ def _place_extension(folder: Path, capability: int | None, root: Path, seconds: 
         return "The prebuilt extension is in place."
     begin, command = time.perf_counter(), [sys.executable, "setup.py", "build_ext", "--inplace"]
     try:
-        output = run(command, root, seconds, AJEPA_CUDA_ARCHS=str(capability))
+        # the fused products would take minutes of a GPU machine's time
+        output = run(command, root, seconds, AJEPA_CUDA_ARCHS=str(capability), AJEPA_HOPPER="0")
     except RuntimeError as error:
         return f"The prebuilt extension is not used: {why_not}. Building it here failed, too: {error}"
     left_out = "".join(f" {line}." for line in output.splitlines() if line.startswith("ajepa:"))
@@ -160,13 +164,21 @@ def _try_extension(folder: Path, capability: int, root: Path) -> str:
             return "its sources have changed since"
         if str(capability) not in made["archs"]:
             return f"it is for sm_{', sm_'.join(made['archs'])} and this GPU is sm_{capability}"
-        if not (library.exists() and filecmp.cmp(folder / library.name, library, shallow=False)):
-            shutil.copy2(folder / library.name, library.with_suffix(".new"))
-            os.replace(library.with_suffix(".new"), library)  # another process may have the older file open
+        _copy(folder / library.name, library)
+        shutil.rmtree(root / HOPPER, ignore_errors=True)
+        for fused in sorted((folder / "hopper").glob("*.so")) if capability == 90 else ():
+            _copy(fused, root / HOPPER / fused.name)
         run([sys.executable, "-c", f"import torch; torch.ops.load_library({str(library)!r})"], root)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         return str(error)
     return ""
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not (target.exists() and filecmp.cmp(source, target, shallow=False)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)  # another process may have the older file open
 
 
 def _place_wheels(folder: Path, site: Path, seconds: float | None) -> tuple[str, dict]:
@@ -296,12 +308,19 @@ def new_entries(into: Path) -> list[str]:
 
 
 def build_extension(out: Path, archs: list[str]) -> str:
-    """Build the extension with nvcc in separate folders, so that the checkout keeps its own build."""
+    """Build the extension with nvcc in separate folders, so that the checkout keeps its own build.
+
+    For Hopper (90), build the fused products, too. They take minutes the first time.
+    """
     options = {"AJEPA_CUDA_ARCHS": ";".join(archs), "AJEPA_CUDA": "1", "AJEPA_EXTENSION": "1"}
+    options["AJEPA_HOPPER"] = "1" if "90" in archs else "0"
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", WORK / "objects", "--build-lib", WORK / "lib"]
     run(command, **options)
     (out / "extension").mkdir(parents=True, exist_ok=True)
     shutil.copy2(WORK / "lib/ajepa_kernels" / Path(LIBRARY).name, out / "extension")
+    shutil.rmtree(out / "extension/hopper", ignore_errors=True)
+    if "90" in archs:
+        shutil.copytree(WORK / "lib/ajepa_kernels/_hopper", out / "extension/hopper")
     (out / "extension/made.json").write_text(json.dumps({"fingerprint": fingerprint(EXTENSION), "archs": archs}) + "\n")
     return f"for sm_{', sm_'.join(archs)}"
 

@@ -22,7 +22,7 @@ PACKAGES = {"ajepa": "ajepa", "ajepa_kernels": "kernels/ajepa_kernels"}
 NATIVE = {
     "ajepa_kernels.log_mel": ("csrc/log_mel*", "csrc/simd_cpu.h"),
     "ajepa_kernels.resample": ("csrc/resample*", "csrc/simd_cpu.h"),
-    "ajepa_kernels.mlp": ("csrc/gelu_product*", "csrc/cublaslt.h"),
+    "ajepa_kernels.products": ("csrc/hopper/*.cu*", "csrc/hopper/*.h"),
 }
 # Modules that the hash ignores: settings, file access, and the choice between a kernel and its plain definition. A new
 # flag, for example, is no new kernel.
@@ -69,8 +69,9 @@ class Tree(NamedTuple):
 
 @functools.cache
 def working_tree() -> Tree:
-    patterns = ("ajepa/**/*.py", "kernels/**/*.py", "csrc/*", "benchmarks/*.py", "tests/**/*.py", "setup.py")
-    files = [path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)]
+    patterns = ("ajepa/**/*.py", "kernels/**/*.py", "csrc/*", "csrc/hopper/*", "benchmarks/*.py", "tests/**/*.py")
+    patterns += ("setup.py",)
+    files = [path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
     return Tree(tuple(sorted(files)), lambda path: (ROOT / path).read_text())
 
 

@@ -17,7 +17,6 @@
 #include <string>
 #include <vector>
 
-#include "gelu_product.h"
 #include "log_mel.h"
 #include "log_mel_cpu.h"
 #include "resample_cpu.h"
@@ -32,6 +31,7 @@ using ajepa::LogMel;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef AJEPA_CUDA
 // Looks the function up in libtorch_cuda, which CPU builds of torch do not have. A weak symbol would stay unresolved,
 // because torch loads its libraries with RTLD_LOCAL.
 void* current_stream(int32_t device) {
@@ -44,6 +44,7 @@ void* current_stream(int32_t device) {
   STD_TORCH_CHECK(get && get(device, &stream) == 0, "ajepa: torch did not return its current CUDA stream");
   return stream;
 }
+#endif
 
 // ---- log_mel ----
 
@@ -350,38 +351,6 @@ bool has_cuda() {
 #endif
 }
 
-// ---- gelu_product ----
-
-void gelu_product_cuda(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> z, Tensor result, Tensor workspace,
-                       int64_t kind) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= 2 && z.has_value() == (kind != 0), "gelu_product_: kind is out of range");
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && result.dim() == 2,
-                  "gelu_product_: x, weight and result must be matrices");
-  const auto type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, "gelu_product_: x must be bfloat16 or float16");
-  const int64_t rows = x.size(0), in = x.size(1), out = result.size(1);
-  const bool backward = kind == 2;
-  STD_TORCH_CHECK(rows > 0 && in % 8 == 0 && out % 8 == 0 && in > 0 && out > 0, "gelu_product_: widths must be multiples of 8");
-  const auto check = [&](const Tensor& t, int64_t a, int64_t b, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == type && t.device() == x.device() && t.is_contiguous() &&
-                        t.numel() == a * b && t.size(0) == a && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0,
-                    "gelu_product_: ", name, " has the wrong dtype, device, shape, strides or alignment");
-  };
-  check(x, rows, in, "x"), check(result, rows, out, "result"), check(bias, out, 1, "bias");
-  backward ? check(weight, in, out, "weight") : check(weight, out, in, "weight");
-  if (z) check(*z, rows, out, "z");
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const ajepa::GeluProduct p = {x.data_ptr(), weight.data_ptr(), bias.data_ptr(), z ? z->data_ptr() : nullptr,
-                                result.data_ptr(), workspace.data_ptr(), size_t(workspace.numel()), rows, in, out,
-                                device, ajepa::Gelu(kind), type == ScalarType::Half};
-  const std::string error = ajepa::gelu_product(p, current_stream(device));
-  STD_TORCH_CHECK(error.empty(), "gelu_mlp: ", error, " for ", rows, " rows of ", in, " to ", out,
-                  "; use impl='reference'");
-}
-
-bool has_gelu_product() { return ajepa::has_gelu_product(); }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
@@ -391,27 +360,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
       "int min_samples, int n_frames, bool remove_dc, float preemphasis, int waveform_norm, int power, float floor, "
       "float log_scale, float log_shift, float top, bool take_log=True) -> ()");
   m.def(
-      "gelu_product_(Tensor x, Tensor weight, Tensor(a!) bias, Tensor(b!)? z, Tensor(c!) result, Tensor(d!) workspace, "
-      "int kind) -> ()");
-  m.def(
       "resample_fwd(Tensor pcm, Tensor? lengths, Tensor rows, Tensor twiddles, Tensor response, Tensor positions, "
       "Tensor(a!) out, int up, int down, int half, int phases, bool interpolated, int size_in, int size_out, int hop, "
       "int radices_in, int radices_out, int first, int offset) -> ()");
   m.def("has_cuda() -> bool");
-  m.def("has_gelu_product() -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(ajepa, CPU, m) {
   m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cpu));
   m.impl("resample_fwd", TORCH_BOX(&resample_fwd_cpu));
 }
-STABLE_TORCH_LIBRARY_IMPL(ajepa, CUDA, m) {
-  m.impl("gelu_product_", TORCH_BOX(&gelu_product_cuda));
 #ifdef AJEPA_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ajepa, CUDA, m) {
   m.impl("log_mel_fwd", TORCH_BOX(&log_mel_fwd_cuda));
   m.impl("resample_fwd", TORCH_BOX(&resample_fwd_cuda));
-#endif
 }
+#endif
 STABLE_TORCH_LIBRARY_IMPL(ajepa, CompositeExplicitAutograd, m) {
   m.impl("has_cuda", TORCH_BOX(&has_cuda));
-  m.impl("has_gelu_product", TORCH_BOX(&has_gelu_product));
 }

@@ -1,80 +1,24 @@
-"""The MLP of a transformer block, with the GELU in the epilogues of its matrix products (cuBLASLt).
+"""The MLP of a transformer block, with bias, GELU and their gradients in the epilogues of its matrix products.
 
 Shapes: M rows (all leading axes), C width, I inner width.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-
 import torch
 import torch.nn.functional as F
 
-from ajepa_kernels import _extension
-from ajepa_kernels._triton import library
+from ajepa_kernels import _hopper, products
+from ajepa_kernels._autograd import first_order
+from ajepa_kernels._triton import use_triton
 
-FORWARD, FORWARD_KEEP, BACKWARD = range(3)  # the values of Gelu in csrc/gelu_product.h
-WORKSPACE = 32 << 20  # bytes; cuBLAS recommends this much on Hopper
-ALIGNMENT = 8  # row widths are multiples of this many elements, for 16-byte accesses
-
-
-def _gelu_product(x, weight, bias, z, result, kind: int) -> None:
-    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=x.device)
-    torch.ops.ajepa.gelu_product_(x.contiguous(), weight.contiguous(), bias, z, result, workspace, kind)
+# Up to this C, forward keeps gelu'(z) instead of z. The epilogue of backward's product is then a multiplication. With
+# gelu'(z) to compute, it would take longer than so short a product, and could not hide behind it.
+SLOPE_WIDTH = 512
 
 
-# --- forward ----------------------------------------------------------------------------------------------------------
-
-library.define("linear_gelu(Tensor x, Tensor weight, Tensor bias, bool keep) -> (Tensor y, Tensor z)")
-
-
-@torch.library.register_fake("ajepa::linear_gelu", lib=library)
-def _linear_gelu_fake(x, weight, bias, keep):
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, torch.empty_like(y) if keep else y.new_empty(0)
-
-
-@torch.library.impl(library, "linear_gelu", "CPU")
-def _linear_gelu_plain(x, weight, bias, keep):
-    """Returns gelu(z) in its tanh form, for z = x weight^T + bias; and z itself, if `keep`."""
-    z = F.linear(x, weight, bias)
-    return F.gelu(z, approximate="tanh"), z if keep else z.new_empty(0)
-
-
-@torch.library.impl(library, "linear_gelu", "CUDA")
-def _linear_gelu_cuda(x, weight, bias, keep):
-    y, z = _linear_gelu_fake(x, weight, bias, keep)
-    if len(x):
-        _gelu_product(x, weight, bias.contiguous(), z if keep else None, y, FORWARD_KEEP if keep else FORWARD)
-    return y, z
-
-
-# --- backward ---------------------------------------------------------------------------------------------------------
-
-library.define("linear_dgelu(Tensor dy, Tensor weight, Tensor z) -> (Tensor dz, Tensor dbias)")
-
-
-@torch.library.register_fake("ajepa::linear_dgelu", lib=library)
-def _linear_dgelu_fake(dy, weight, z):
-    return torch.empty_like(z), z.new_empty(z.shape[1])
-
-
-@torch.library.impl(library, "linear_dgelu", "CPU")
-def _linear_dgelu_plain(dy, weight, z):
-    """Returns dz = (dy weight) gelu'(z), where weight `[C, I]` is the next layer's; and the sum of dz over rows."""
-    dz = torch.ops.aten.gelu_backward(dy @ weight, z, approximate="tanh")
-    return dz, dz.sum(0)
-
-
-@torch.library.impl(library, "linear_dgelu", "CUDA")
-def _linear_dgelu_cuda(dy, weight, z):
-    dz, dbias = _linear_dgelu_fake(dy, weight, z)
-    if len(z):
-        _gelu_product(dy, weight, dbias, z, dz, BACKWARD)
-    else:
-        dbias.zero_()
-    return dz, dbias
+def _kept(x: torch.Tensor) -> int:
+    return products.SLOPE if x.shape[1] <= SLOPE_WIDTH else products.Z
 
 
 def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -85,21 +29,33 @@ def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> t
 
 
 class _GeluMLP(torch.autograd.Function):
+    """`how` is "fused"; "triton", where the kernels of `bias_gelu` follow plain products; or "plain"."""
+
     @staticmethod
-    def forward(ctx, fused, keep, x, w1, b1, w2, b2, *copies):
-        ctx.fused, ctx.dtypes = fused, [p.dtype for p in (w1, b1, w2, b2)]
+    def forward(ctx, how, keep, x, w1, b1, w2, b2, *copies):
+        ctx.how, ctx.dtypes = how, [p.dtype for p in (w1, b1, w2, b2)]
         w1, b1, w2, b2 = copies or (w1, b1, w2, b2)
-        hidden, z = (torch.ops.ajepa.linear_gelu if fused else _linear_gelu_plain)(x, w1, b1, keep)
-        ctx.save_for_backward(*((x, z, hidden, w1, w2) if keep else ()))
+        if how == "triton":
+            kept = F.linear(x, w1)
+            hidden = torch.ops.ajepa.bias_gelu_fwd(kept, b1, False, x.dtype)
+        else:
+            forward = torch.ops.ajepa.linear_gelu if how == "fused" else products.linear_gelu_plain
+            hidden, kept = forward(x, w1, b1, _kept(x) if keep else products.NOTHING)
+        ctx.save_for_backward(*((x, kept, hidden, w1, b1, w2) if keep else ()))
         return F.linear(hidden, w2, b2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, z, hidden, w1, w2 = ctx.saved_tensors
-        dy = dy.contiguous()
-        dz, db1 = (torch.ops.ajepa.linear_dgelu if ctx.fused else _linear_dgelu_plain)(dy, w2, z)
-        need, dtypes = ctx.needs_input_grad[2:], ctx.dtypes
+    @first_order
+    def backward(ctx, saved, dy):
+        x, kept, hidden, w1, b1, w2 = saved
+        need, dtypes, dy = ctx.needs_input_grad[2:], ctx.dtypes, dy.contiguous()
+        dz = db1 = None
+        if any(need[:3]):
+            if ctx.how == "triton":
+                dz, db1 = torch.ops.ajepa.bias_gelu_bwd(dy @ w2, kept, b1, False)
+            else:
+                backward = torch.ops.ajepa.linear_dgelu if ctx.how == "fused" else products.linear_dgelu_plain
+                dz, db1 = backward(dy, w2, kept, _kept(x) == products.SLOPE)
         return (
             *(None, None),
             dz @ w1 if need[0] else None,
@@ -118,7 +74,7 @@ def gelu_mlp_reference(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor
 ) -> torch.Tensor:
     """Plain PyTorch definition of `gelu_mlp`."""
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 
 def gelu_mlp(
@@ -131,32 +87,32 @@ def gelu_mlp(
     copies: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """gelu(x w1^T + b1) w2^T + b2, the MLP of a transformer block, with gelu(z) = z (1 + tanh(sqrt(2 / pi)
-    (z + 0.044715 z^3))) / 2 (arXiv 1606.08415).
+    """gelu(x w1^T + b1) w2^T + b2, the MLP of a transformer block, with the exact gelu(z) = z Phi(z) (arXiv 1606.08415).
 
-    Bias and GELU are the epilogue of the first product, which also writes z. In backward, GELU's gradient and the bias
-    gradient are the epilogue of the product with w2. No separate pass over `[M, I]` remains. cuBLASLt has these
-    epilogues only for the tanh form of GELU, which differs from the exact one by less than 5e-4.
+    On a Hopper GPU, bias and GELU are the epilogue of the first product, which also writes z or gelu'(z). In backward,
+    GELU's gradient and the bias gradient are the epilogue of the product with w2. No separate pass over `[M, I]`
+    remains.
 
     Args:
-        x: `[..., C]`. The fused path needs a GPU, bfloat16 or float16 (directly or by autocast), and C and I that are
-            multiples of 8.
-        w1, b1, w2, b2: `[I, C]`, `[I]`, `[C', I]`, `[C']`, weights and biases of two `torch.nn.Linear`.
+        x: `[..., C]`. The fused path needs a Hopper GPU, the compiled products (AJEPA_HOPPER), bfloat16 (directly or
+            by autocast), C and I that are multiples of 8, and tensors that start at multiples of 16 bytes.
+        w1, b1, w2, b2: `[I, C]`, `[I]`, `[C', I]`, `[C']`, weights and biases of two `torch.nn.Linear`. If b2 needs no
+            gradient (`b2.detach()`), backward does not read dy for it; the next op may compute it.
         copies: w1, b1, w2, b2 in a lower precision (`AdamWEMA` writes such copies). The MLP is computed with them in
             their dtype; gradients go to w1, b1, w2, b2, in the dtypes of those.
-        impl: "auto" is fused on a GPU, or warns once and runs plain PyTorch if it cannot be; on a CPU it runs plain
-            PyTorch. "fused" requires the fused path, and on a CPU runs its steps as plain products. "reference" is
-            plain PyTorch.
+        impl: "auto" is fused on a GPU, or warns once why it cannot be and runs as "triton"; on a CPU it runs plain
+            PyTorch. "fused" requires the fused path, and on a CPU runs its steps as plain products. "triton" requires
+            the kernels of `bias_gelu` beside plain products. "reference" is plain PyTorch.
 
     Returns:
         `[..., C']` in the dtype of the copies if there are any, else in autocast's, else in x's.
 
-    Saved for backward: x, z and gelu(z), as in PyTorch. The gradient of b1 is summed in float32 and rounded to x's
-    dtype.
+    Saved for backward: x, gelu(z), and z or, up to C = 512 and only if fused, gelu'(z). The gradient of b1 is summed in
+    float32. `torch.func.grad` needs impl="reference".
 
     Raises:
-        ValueError: shapes, dtypes, devices or options are invalid; raised before any launch.
-        RuntimeError: cuBLASLt refuses the shape.
+        ValueError: shapes, dtypes, devices or options are invalid, or a tensor is not aligned.
+        RuntimeError: a kernel cannot be launched, or the gradients are differentiated again.
 
     Example::
 
@@ -177,8 +133,8 @@ def gelu_mlp(
     tensors = (x, *params, *(copies or ()))
     if any(t.device != x.device or not t.is_floating_point() for t in tensors):
         raise ValueError("gelu_mlp: all tensors must be floating point and on one device")
-    if impl not in ("auto", "fused", "reference"):
-        raise ValueError(f"gelu_mlp: impl must be auto, fused or reference, got {impl!r}")
+    if impl not in ("auto", "fused", "triton", "reference"):
+        raise ValueError(f"gelu_mlp: impl must be auto, fused, triton or reference, got {impl!r}")
     if copies is not None:
         x = x.to(copies[0].dtype)
     else:
@@ -187,31 +143,29 @@ def gelu_mlp(
         params = tuple(p.to(x.dtype) for p in params)
     if any(p.dtype != x.dtype for p in copies or params):
         raise ValueError("gelu_mlp: copies must share a dtype")
-    why_not = _cannot_fuse(x, w1)
-    if impl == "fused" and why_not and x.is_cuda:
-        raise ValueError(f"gelu_mlp: impl='fused' is impossible: {why_not}; use impl='auto' or 'reference'")
-    fused = impl == "fused" or (impl == "auto" and x.is_cuda and not why_not)
-    if impl == "auto" and x.is_cuda and why_not and not torch.compiler.is_compiling():
-        _announce(why_not)
-    if not fused and copies is None:
+    how = _choose(impl, x, w1, w2)
+    if how == "plain" and copies is None:
         return gelu_mlp_reference(x, *params)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
-    y = _GeluMLP.apply(fused, keep, x.reshape(-1, x.shape[-1]), *params, *(copies or ()))
+    y = _GeluMLP.apply(how, keep, x.reshape(-1, x.shape[-1]), *params, *(copies or ()))
     return y.view(*x.shape[:-1], len(w2))
 
 
-def _cannot_fuse(x: torch.Tensor, w1: torch.Tensor) -> str:
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"no epilogue for {x.dtype}"
-    if w1.shape[0] % ALIGNMENT or w1.shape[1] % ALIGNMENT:
-        return f"widths {list(w1.shape)} are not multiples of {ALIGNMENT}"
-    if _extension.MISSING:
-        return f"ajepa_kernels has no compiled part ({_extension.MISSING})"
-    if x.is_cuda and not torch.ops.ajepa.has_gelu_product():
-        return "cuBLASLt was not found"
-    return ""
-
-
-@functools.cache
-def _announce(why_not: str) -> None:
-    warnings.warn(f"ajepa_kernels.gelu_mlp runs as plain PyTorch on this GPU: {why_not}", stacklevel=3)
+def _choose(impl: str, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> str:
+    """`how` of `_GeluMLP`."""
+    if impl == "reference":
+        return "plain"
+    kept = products.SLOPE if w1.shape[1] <= SLOPE_WIDTH else products.Z
+    names = (products.FORWARD[products.NOTHING], products.FORWARD[kept], products.BACKWARD[kept])
+    unfused = products.why_not(x, names, *w1.shape, len(w2))
+    if impl == "fused":
+        if unfused and x.is_cuda:
+            raise ValueError(f"gelu_mlp: impl='fused' is impossible: {unfused}; use impl='auto' or 'reference'")
+        return "fused"
+    if impl == "auto" and not unfused:
+        return "fused"
+    if impl == "auto" and x.is_cuda:
+        _hopper.announce("gelu_mlp", unfused)
+    supported = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    unsupported = "" if supported else f"bias_gelu has no kernel for {x.dtype}"
+    return "triton" if use_triton("gelu_mlp", impl, x, unsupported) else "plain"
