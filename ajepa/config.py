@@ -230,9 +230,10 @@ class StepConfig:
     """Replay the step as a CUDA graph wherever its shapes recur."""
     parallel_encoders: bool = False
     """Run target and context encoder on two CUDA streams."""
-    residual: Literal["fp32", "bf16-gradient", "bf16"] = "fp32"
+    residual: Literal["fp32", "bf16-gradient", "in-product", "bf16"] = "fp32"
     """Precision of the residual stream if the step computes in bf16. bf16-gradient: a float32 stream, whose gradient is
-    rounded to bf16 in each layer."""
+    rounded to bf16 in each layer. in-product: the same, and the matrix products add to the stream instead of the layer
+    norms."""
     mlp: Literal["auto", "plain", "bias-gelu", "epilogue"] = "auto"
     """plain: PyTorch's GELU. bias-gelu: bias and GELU in one kernel, whose backward computes both gradients in one
     pass. epilogue: both within the matrix products. auto: bias-gelu on a GPU, plain on a CPU."""

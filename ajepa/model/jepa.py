@@ -72,7 +72,7 @@ class Transformer(nn.Module):
             else:
                 addend, stream = block(*arguments)
             if len(self.blocks) - i <= keep_layers:
-                kept.append(addend.plus(stream.joined() if isinstance(stream, ResidualStream) else stream))
+                kept.append(addend.plus(stream))
         return kept if keep_layers else add_norm(addend, stream, self.norm, self.impl)[0]
 
     def initialise(self, kind: str) -> None:
@@ -294,9 +294,11 @@ class JEPA(nn.Module):
         for network in self.networks:
             network.recompute = step.recompute
             network.stream_dtype = torch.bfloat16 if bf16 and step.residual == "bf16" else None
-            network.stream_gradient = torch.bfloat16 if bf16 and step.residual == "bf16-gradient" else None
+            halves = bf16 and step.residual in ("bf16-gradient", "in-product")
+            network.stream_gradient = torch.bfloat16 if halves else None
             for block in network.modules():
                 if isinstance(block, Block):
+                    block.adds_in_product = bf16 and step.residual == "in-product"
                     block.mlp = ("bias-gelu" if on_gpu else "plain") if step.mlp == "auto" else step.mlp
         for module in self.target_encoder.blocks.modules() if self.objective.taught else ():
             if isinstance(module, Linear):

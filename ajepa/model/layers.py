@@ -15,6 +15,7 @@ from ajepa_kernels import (
     bias_gelu,
     fp8_linear,
     gelu_mlp,
+    linear_residual,
     masked_attention,
     norm_quantize_rows,
     quantize_rows,
@@ -71,14 +72,16 @@ class _CopyLinear(torch.autograd.Function):
 
 
 class Addend(NamedTuple):
-    """What the next layer norm adds to the residual stream."""
+    """What the next layer norm adds to the residual stream; or the stream itself, if a product has added to it."""
 
-    x: torch.Tensor
-    bias: torch.Tensor | None = None  # already added in x; the norm computes its gradient, see `Linear.addend`
+    x: torch.Tensor | ResidualStream
+    bias: torch.Tensor | None = None  # already added in x; the norm computes its gradient, see `Linear.split_bias`
 
-    def plus(self, stream: torch.Tensor) -> torch.Tensor:
+    def plus(self, stream: torch.Tensor | ResidualStream | None) -> torch.Tensor:
         """The sum, with the gradient of the bias."""
-        return self.x + stream if self.bias is None else self.x + (self.bias - self.bias.detach()) + stream
+        parts = [t.joined() if isinstance(t, ResidualStream) else t for t in (self.x, stream) if t is not None]
+        parts += [] if self.bias is None else [self.bias - self.bias.detach()]
+        return sum(parts[1:], parts[0])
 
 
 class Table(NamedTuple):
@@ -130,12 +133,27 @@ class Linear(nn.Linear):
             return nn.functional.linear(x, *parameters)
         return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)
 
-    def addend(self, x: torch.Tensor | Quantized) -> Addend:
-        """The output for an op that also computes the gradient of the bias, which saves a pass over that gradient."""
+    def split_bias(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The bias to add, and the bias whose gradient is left to the op that reads the output, or None.
+
+        That op reads the gradient of the output anyway, so that no pass over it remains. Without copies of the weights
+        the layer computes the gradient itself: sharded weights must not be read outside their own block.
+        """
         if self.copies is None or not torch.is_grad_enabled():
+            return self.bias, None
+        return self.bias.detach(), self.bias
+
+    def addend(self, x: torch.Tensor | Quantized) -> Addend:
+        _, bias = self.split_bias()
+        if bias is None:
             return Addend(self(x))
-        assert isinstance(x, torch.Tensor)
-        return Addend(_CopyLinear.apply(x.to(self.copies[0].dtype), self.weight, None, *self.copies), self.bias)
+        assert isinstance(x, torch.Tensor) and self.copies is not None
+        return Addend(_CopyLinear.apply(x.to(self.copies[0].dtype), self.weight, None, *self.copies), bias)
+
+    def add_to(self, stream: torch.Tensor | ResidualStream, x: torch.Tensor, impl: str) -> Addend:
+        """The stream after this layer's output was added to it, within the product."""
+        bias, left = self.split_bias()
+        return Addend(linear_residual(x, self.weight, bias, stream, copies=self.copies, impl=impl), left)
 
 
 class _UniqueRows(torch.autograd.Function):
@@ -175,10 +193,11 @@ class Block(nn.Module):
     """Pre-LN transformer block on packed tokens.
 
     It takes and returns a pair (addend, stream) whose sum is the residual stream. The next layer norm does the
-    addition, because it reads both tensors anyway.
+    addition, because it reads both tensors anyway. Where products add to the stream, the addend is the whole sum.
     """
 
     mlp = "plain"  # see StepConfig.mlp
+    adds_in_product = False  # see StepConfig.residual
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -197,19 +216,30 @@ class Block(nn.Module):
         else:
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
             stream = select_rows(stream, wanted.rows)
-        normed, stream = add_norm(self.proj.addend(attended.flatten(1)), stream, self.norm2, impl, self.fc1.quantizes)
-        return self.transform(normed, impl), stream
+        addend, stream = self.add(self.proj, attended.flatten(1), stream, impl)
+        normed, stream = add_norm(addend, stream, self.norm2, impl, self.fc1.quantizes)
+        return self.transform(normed, stream, impl)
 
-    def transform(self, normed, impl: str) -> Addend:
-        fc1, fc2, epilogue = self.fc1, self.fc2, self.mlp == "epilogue"
+    def add(self, layer: Linear, x, stream, impl: str):
+        """The pair (addend, stream) after `layer`, at the end of a residual branch."""
+        if self.adds_in_product and not layer.quantizes:
+            return layer.add_to(stream, x, impl), None
+        return layer.addend(x), stream
+
+    def transform(self, normed, stream, impl: str):
+        """The pair (addend, stream) after the MLP."""
+        fc1, fc2 = self.fc1, self.fc2
         if fc2.quantizes:
-            return Addend(fc2(quantize_rows(fc1(normed), gelu="tanh" if epilogue else "none", impl=impl)))
-        if epilogue:
-            copies = None if fc1.copies is None or fc2.copies is None else (*fc1.copies, *fc2.copies)
-            return Addend(gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, copies=copies, impl=impl))
+            return Addend(fc2(quantize_rows(fc1(normed), gelu="none", impl=impl))), stream
         if self.mlp == "bias-gelu":
-            return fc2.addend(bias_gelu(fc1(normed, biased=False), fc1.bias, impl=impl))
-        return fc2.addend(nn.functional.gelu(fc1(normed)))
+            return self.add(fc2, bias_gelu(fc1(normed, biased=False), fc1.bias, impl=impl), stream, impl)
+        if self.mlp == "plain":
+            return self.add(fc2, nn.functional.gelu(fc1(normed)), stream, impl)
+        copies = None if fc1.copies is None or fc2.copies is None else (*fc1.copies, *fc2.copies)
+        bias, left = fc2.split_bias()
+        residual = stream if self.adds_in_product else None
+        y = gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, bias, residual=residual, copies=copies, impl=impl)
+        return Addend(y, left), stream if residual is None else None
 
     def attend(self, normed, sequences: Sequences, rotary, impl: str):
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))
@@ -236,7 +266,9 @@ class Block(nn.Module):
 
 
 def select_rows(stream, rows: torch.Tensor):
-    """A residual stream at rows without repeats."""
+    """A residual stream, or None, at rows without repeats."""
+    if stream is None:
+        return None
     return stream.select(rows) if isinstance(stream, ResidualStream) else unique_rows(stream, rows)
 
 
@@ -247,6 +279,7 @@ def add_norm(addend: Addend, stream, norm: nn.LayerNorm, impl: str, quantize: bo
         stream, rows = stream
     if quantize:
         stream = stream if rows is None else stream[rows]
+        assert isinstance(addend.x, torch.Tensor)
         return norm_quantize_rows(addend.x, stream, norm.weight, norm.bias, norm.eps, impl=impl)
     return add_layer_norm(addend.x, stream, norm.weight, norm.bias, norm.eps, x_bias=addend.bias, rows=rows, impl=impl)
 

@@ -8,6 +8,7 @@ from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
 from ajepa_kernels.fp8 import Quantized, fp8_linear, norm_quantize_rows, quantize_rows, quantize_rows_reference
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import ResidualStream, add_layer_norm, add_layer_norm_reference
+from ajepa_kernels.linear_residual import linear_residual, linear_residual_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
@@ -37,6 +38,8 @@ __all__ = [
     "input_span",
     "latent_l2_loss",
     "latent_l2_loss_reference",
+    "linear_residual",
+    "linear_residual_reference",
     "log_mel",
     "log_mel_reference",
     "masked_attention",

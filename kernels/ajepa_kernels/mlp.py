@@ -5,12 +5,15 @@ Shapes: M rows (all leading axes), C width, I inner width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ajepa_kernels import _hopper, products
 from ajepa_kernels._autograd import first_order
 from ajepa_kernels._triton import use_triton
+from ajepa_kernels.layer_norm import ResidualStream
 
 # Up to this C, forward keeps gelu'(z) instead of z. The epilogue of backward's product is then a multiplication. With
 # gelu'(z) to compute, it would take longer than so short a product, and could not hide behind it.
@@ -21,18 +24,14 @@ def _kept(x: torch.Tensor) -> int:
     return products.SLOPE if x.shape[1] <= SLOPE_WIDTH else products.Z
 
 
-def _weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dy^T x in the weight's dtype. On a GPU a float32 result is the product's float32 sums, without rounding."""
-    if dy.is_cuda and dy.dtype != dtype == torch.float32:
-        return torch.mm(dy.T, x, out_dtype=dtype)
-    return (dy.T @ x).to(dtype)
-
-
 class _GeluMLP(torch.autograd.Function):
-    """`how` is "fused"; "triton", where the kernels of `bias_gelu` follow plain products; or "plain"."""
+    """`how` is "fused"; "triton", where the kernels of `bias_gelu` follow plain products; or "plain".
+
+    Returns the output; or its sum with `residual`, if that is given; and the carrier of the sum, if one is given.
+    """
 
     @staticmethod
-    def forward(ctx, how, keep, x, w1, b1, w2, b2, *copies):
+    def forward(ctx, how, keep, residual, carrier, x, w1, b1, w2, b2, *copies):
         ctx.how, ctx.dtypes = how, [p.dtype for p in (w1, b1, w2, b2)]
         w1, b1, w2, b2 = copies or (w1, b1, w2, b2)
         if how == "triton":
@@ -42,13 +41,24 @@ class _GeluMLP(torch.autograd.Function):
             forward = torch.ops.ajepa.linear_gelu if how == "fused" else products.linear_gelu_plain
             hidden, kept = forward(x, w1, b1, _kept(x) if keep else products.NOTHING)
         ctx.save_for_backward(*((x, kept, hidden, w1, b1, w2) if keep else ()))
-        return F.linear(hidden, w2, b2)
+        ctx.adds, ctx.carried = residual is not None, carrier is not None
+        ctx.set_materialize_grads(False)
+        if residual is None:
+            return F.linear(hidden, w2, b2)
+        total = torch.ops.ajepa.linear_residual(hidden, w2, b2, residual)
+        if carrier is None:
+            return total
+        ctx.mark_non_differentiable(total)
+        return total, carrier.view_as(carrier)
 
     @staticmethod
     @first_order
-    def backward(ctx, saved, dy):
+    def backward(ctx, saved, *totals):
+        total = totals[-1]
+        if total is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, kept, hidden, w1, b1, w2 = saved
-        need, dtypes, dy = ctx.needs_input_grad[2:], ctx.dtypes, dy.contiguous()
+        need, dtypes, dy = ctx.needs_input_grad[4:], ctx.dtypes, total.to(x.dtype).contiguous()
         dz = db1 = None
         if any(need[:3]):
             if ctx.how == "triton":
@@ -57,11 +67,11 @@ class _GeluMLP(torch.autograd.Function):
                 backward = torch.ops.ajepa.linear_dgelu if ctx.how == "fused" else products.linear_dgelu_plain
                 dz, db1 = backward(dy, w2, kept, _kept(x) == products.SLOPE)
         return (
-            *(None, None),
+            *(None, None, total if ctx.adds and not ctx.carried else None, total if ctx.carried else None),
             dz @ w1 if need[0] else None,
-            _weight_gradient(dz, x, dtypes[0]) if need[1] else None,
+            products.weight_gradient(dz, x, dtypes[0]) if need[1] else None,
             db1.to(dtypes[1]) if need[2] else None,
-            _weight_gradient(dy, hidden, dtypes[2]) if need[3] else None,
+            products.weight_gradient(dy, hidden, dtypes[2]) if need[3] else None,
             dy.sum(0, dtype=dtypes[3]) if need[4] else None,
             *[None] * (len(need) - 5),
         )
@@ -84,9 +94,10 @@ def gelu_mlp(
     w2: torch.Tensor,
     b2: torch.Tensor,
     *,
+    residual: torch.Tensor | ResidualStream | None = None,
     copies: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Any:
     """gelu(x w1^T + b1) w2^T + b2, the MLP of a transformer block, with the exact gelu(z) = z Phi(z) (arXiv 1606.08415).
 
     On a Hopper GPU, bias and GELU are the epilogue of the first product, which also writes z or gelu'(z). In backward,
@@ -98,6 +109,7 @@ def gelu_mlp(
             by autocast), C and I that are multiples of 8, and tensors that start at multiples of 16 bytes.
         w1, b1, w2, b2: `[I, C]`, `[I]`, `[C', I]`, `[C']`, weights and biases of two `torch.nn.Linear`. If b2 needs no
             gradient (`b2.detach()`), backward does not read dy for it; the next op may compute it.
+        residual: `[..., C']` float32, or a `ResidualStream`, to which the second product adds; see `linear_residual`.
         copies: w1, b1, w2, b2 in a lower precision (`AdamWEMA` writes such copies). The MLP is computed with them in
             their dtype; gradients go to w1, b1, w2, b2, in the dtypes of those.
         impl: "auto" is fused on a GPU, or warns once why it cannot be and runs as "triton"; on a CPU it runs plain
@@ -105,7 +117,8 @@ def gelu_mlp(
             the kernels of `bias_gelu` beside plain products. "reference" is plain PyTorch.
 
     Returns:
-        `[..., C']` in the dtype of the copies if there are any, else in autocast's, else in x's.
+        `[..., C']` in the dtype of the copies if there are any, else in autocast's, else in x's. With a residual, the
+        sum in its dtype, or as a `ResidualStream` if one was given.
 
     Saved for backward: x, gelu(z), and z or, up to C = 512 and only if fused, gelu'(z). The gradient of b1 is summed in
     float32. `torch.func.grad` needs impl="reference".
@@ -143,12 +156,19 @@ def gelu_mlp(
         params = tuple(p.to(x.dtype) for p in params)
     if any(p.dtype != x.dtype for p in copies or params):
         raise ValueError("gelu_mlp: copies must share a dtype")
+    values, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
+    shape = (*x.shape[:-1], len(w2))
+    if values is not None and (values.shape != shape or values.device != x.device):
+        raise ValueError(f"gelu_mlp: the residual must be {list(shape)} on {x.device}, got {list(values.shape)}")
     how = _choose(impl, x, w1, w2)
-    if how == "plain" and copies is None:
-        return gelu_mlp_reference(x, *params)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
-    y = _GeluMLP.apply(how, keep, x.reshape(-1, x.shape[-1]), *params, *(copies or ()))
-    return y.view(*x.shape[:-1], len(w2))
+    if how == "plain" and copies is None and carrier is None:
+        y = gelu_mlp_reference(x, *params)
+        return y if values is None else values + y
+    tensors = tuple(t for t in (x, carrier, *params) if t is not None)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (values, carrier, x)]
+    done = _GeluMLP.apply(how, keep, *flat, *params, *(copies or ()))
+    return done.view(shape) if carrier is None else ResidualStream(*(t.view(shape) for t in done))
 
 
 def _choose(impl: str, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> str:

@@ -47,6 +47,13 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dy^T x in the weight's dtype. On a GPU a float32 result is the product's float32 sums, without rounding."""
+    if dy.is_cuda and dy.dtype != dtype == torch.float32:
+        return torch.mm(dy.T, x, out_dtype=dtype)
+    return (dy.T @ x).to(dtype)
+
+
 # --- bias and GELU ----------------------------------------------------------------------------------------------------
 
 library.define("linear_gelu(Tensor x, Tensor weight, Tensor bias, int keep) -> (Tensor y, Tensor kept)")
