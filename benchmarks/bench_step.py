@@ -56,8 +56,11 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "mlp=plain": {"mlp": "plain"},
     "mlp=epilogue": {"mlp": "epilogue"},
     "residual=bf16-gradient": {"residual": "bf16-gradient"},
+    "residual=in-product": {"residual": "in-product"},
     "residual=bf16": {"residual": "bf16"},
     "target_precision=fp8": {"target_precision": "fp8"},
+    "products fused": {"mlp": "epilogue", "residual": "in-product"},
+    "products fused, fp8": {"mlp": "epilogue", "residual": "in-product", "target_precision": "fp8"},
 }
 CASES = [(batch, masks, "shipped") for masks in ("drawn", HALF) for batch in BATCHES]
 CASES += [(BATCHES[0], "drawn", switch) for switch in SWITCHES if switch != "shipped"]
@@ -228,7 +231,7 @@ def reserved() -> int:
 @pytest.mark.parametrize(("batch", "masks", "switch"), CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_step(batch, masks, switch, record):
     cfg = config(**SWITCHES[switch])
-    if switch == "target_precision=fp8" and (DEVICE != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+    if cfg.step.target_precision == "fp8" and (DEVICE != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
         pytest.skip("float8 products need a GPU of compute capability 8.9 or later")
     if switch != "shipped" and cfg == config():
         pytest.skip(f"{switch} is the shipped setting, which the case [{batch}-{masks}-shipped] times")

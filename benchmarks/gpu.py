@@ -34,14 +34,15 @@ REBUILT = (  # tests of the kernels that were rewritten since a GPU last ran the
     "large_and_repeatable or large_and_graph or graph_and_repeats or (value_and_gradient and dtype2 and 768)"
     " or (where_it_is_made and 768) or test_linear or equals_the_cpu_kernel"
     " or (every_size and (400 or 1024 or 2048 or 4096)) or is_its_definition or bits_of_the_whole"
-    " or (replayed and (step0-bf16 or step8 or step11 or step12))"
+    " or (of_the_layer_before and 768) or half_precision or on_a_gpu"
+    " or (replayed and (step0-bf16 or step8 or step10 or step11 or step12 or step13 or step14))"
 )
 KERNEL_TESTS = (
-    "add_layer_norm", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu", "resample_gpu", "augment_mel",
+    "add_layer_norm", "masked_attention", "products", "gelu_mlp", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu", "resample_gpu", "augment_mel",
     "segment_pool", "sigreg",
 )  # fmt: skip
 STEP_KERNELS = (
-    "layer_norm", "attention", "bias_gelu", "latent_loss", "adamw_ema", "log_mel", "augment_mel", "segment_pool",
+    "layer_norm", "attention", "products", "bias_gelu", "latent_loss", "adamw_ema", "log_mel", "augment_mel", "segment_pool",
     "sigreg",
 )  # fmt: skip
 SHOWN = {  # fields of a record that are printed as soon as it exists

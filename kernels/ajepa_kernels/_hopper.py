@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ class _Call(ctypes.Structure):
 
 
 @functools.cache
-def _load(name: str) -> tuple[ctypes._CFuncPtr | None, str]:
+def _load(name: str) -> tuple[Callable | None, str]:
     """The function of a library, or None and the reason why there is none."""
     if os.environ.get("AJEPA_HOPPER") == "0":
         return None, "AJEPA_HOPPER=0 disables the fused products"

@@ -59,7 +59,8 @@ class _GeluMLP(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, kept, hidden, w1, b1, w2 = saved
         need, dtypes, dy = ctx.needs_input_grad[4:], ctx.dtypes, total.to(x.dtype).contiguous()
-        dz = db1 = None
+        dz: Any = None
+        db1: Any = None
         if any(need[:3]):
             if ctx.how == "triton":
                 dz, db1 = torch.ops.ajepa.bias_gelu_bwd(dy @ w2, kept, b1, False)
@@ -98,7 +99,7 @@ def gelu_mlp(
     copies: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
 ) -> Any:
-    """gelu(x w1^T + b1) w2^T + b2, the MLP of a transformer block, with the exact gelu(z) = z Phi(z) (arXiv 1606.08415).
+    """gelu(x w1^T + b1) w2^T + b2, the MLP of a transformer block, with the exact GELU, z Phi(z) (arXiv 1606.08415).
 
     On a Hopper GPU, bias and GELU are the epilogue of the first product, which also writes z or gelu'(z). In backward,
     GELU's gradient and the bias gradient are the epilogue of the product with w2. No separate pass over `[M, I]`

@@ -73,10 +73,8 @@ def linear_gelu_plain(x, weight, bias, keep):
     """
     z = F.linear(x, weight, bias)
     if keep == SLOPE:
-        kept = gelu_slope(z.to(_compute_dtype(z))).to(z.dtype)
-    else:
-        kept = z if keep else z.new_empty(0)
-    return F.gelu(z), kept
+        return F.gelu(z), gelu_slope(z.to(_compute_dtype(z))).to(z.dtype)
+    return F.gelu(z), z if keep else z.new_empty(0)
 
 
 def _linear_gelu_fused(x, weight, bias, keep):

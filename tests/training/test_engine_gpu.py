@@ -16,7 +16,8 @@ def cuda():
 
 
 STEPS = [{}, {"parallel_encoders": True}, {"micro_batch": 8}, {"recompute": True}, {"mlp": "plain"}]
-BF16 = [{"mlp": "epilogue"}, {"residual": "bf16-gradient"}, {"residual": "bf16"}, {"target_precision": "fp8"}]
+BF16 = [{"mlp": "epilogue"}, {"residual": "bf16-gradient"}, {"residual": "in-product"}, {"residual": "bf16"}]
+BF16 += [{"mlp": "epilogue", "residual": "in-product"}, {"target_precision": "fp8"}]
 
 
 @pytest.mark.parametrize(
