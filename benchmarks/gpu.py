@@ -38,12 +38,12 @@ REBUILT = (  # tests of the kernels that were rewritten since a GPU last ran the
     " or (replayed and (step0-bf16 or step8 or step10 or step11 or step12 or step13 or step14))"
 )
 KERNEL_TESTS = (
-    "add_layer_norm", "masked_attention", "products", "gelu_mlp", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu", "log_mel_gpu", "resample_gpu", "augment_mel",
-    "segment_pool", "sigreg",
+    "add_layer_norm", "masked_attention", "products", "gelu_mlp", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu",
+    "log_mel_gpu", "resample_gpu", "augment_mel", "segment_pool", "sigreg",
 )  # fmt: skip
 STEP_KERNELS = (
-    "layer_norm", "attention", "products", "bias_gelu", "latent_loss", "adamw_ema", "log_mel", "augment_mel", "segment_pool",
-    "sigreg",
+    "layer_norm", "attention", "products", "bias_gelu", "latent_loss", "adamw_ema", "log_mel", "augment_mel",
+    "segment_pool", "sigreg",
 )  # fmt: skip
 SHOWN = {  # fields of a record that are printed as soon as it exists
     "clips_per_second": "{:,.4g} clips/s", "mfu": "{:.0%} MFU", "floor_share": "{:.0%} of the floor",
