@@ -41,12 +41,14 @@ def checkout(tmp_path):
     """A checkout with sources, a setup.py that builds or fails, and a stand-in torch that refuses a library whose text
     begins with "broken"."""
     root = tmp_path / "checkout"
-    (root / "csrc").mkdir(parents=True)
+    (root / "csrc/hopper").mkdir(parents=True)
     (root / "csrc/ops.cpp").write_text("int main;")
+    (root / "csrc/hopper/linear_gelu.cu").write_text("int main;")
     (root / prebuilt.LIBRARY).parent.mkdir(parents=True)
     (root / "setup.py").write_text(
         "import os, pathlib, sys\n"
         "if pathlib.Path('no-nvcc').exists(): sys.exit('nvcc was not found')\n"
+        "assert os.environ['AJEPA_HOPPER'] == '0'\n"
         f"pathlib.Path({prebuilt.LIBRARY!r}).write_text('built for ' + os.environ['AJEPA_CUDA_ARCHS'])\n"
         "print('ajepa: installing without frills', file=sys.stderr)\n"
     )
@@ -75,6 +77,22 @@ def test_extension_of_these_sources_is_copied(checkout, tmp_path):
     (checkout[0] / prebuilt.LIBRARY).write_text("older")
     for _ in range(2):
         assert extension(checkout, tmp_path) == ("The prebuilt extension is in place.", "prebuilt")
+
+
+def test_fused_products_are_copied_for_hopper(checkout, tmp_path):
+    root, folder = checkout
+    (folder / "extension/hopper").mkdir()
+    (folder / "extension/hopper/liblinear_gelu.so").write_text("prebuilt")
+    place = root / prebuilt.HOPPER
+    place.mkdir()
+    (place / "libremoved.so").write_text("older")
+    extension(checkout, tmp_path)
+    assert {path.name: path.read_text() for path in place.iterdir()} == {"liblinear_gelu.so": "prebuilt"}
+    extension(checkout, tmp_path, 80)
+    assert not place.exists()
+    before = prebuilt.fingerprint(prebuilt.EXTENSION, root)
+    (root / "csrc/hopper/linear_gelu.cu").write_text("int niam;")
+    assert prebuilt.fingerprint(prebuilt.EXTENSION, root) != before
 
 
 @pytest.mark.parametrize("case", ["changed", "other GPU", "absent", "torn", "broken"])

@@ -41,11 +41,22 @@ def checkout(tmp_path, monkeypatch):
     script(tmp_path / "cuda/bin/nvcc", NVCC + CXX.split("\n", 1)[1])
     (tmp_path / "cuda/lib64").mkdir()
     (tmp_path / "cuda/lib64/libcudart_static.a").touch()
-    for name in ("AJEPA_CUDA", "AJEPA_CUDA_ARCHS", "AJEPA_NVCC", "AJEPA_EXTENSION", "CUDA_PATH", "NVCC_CCBIN"):
+    names = (
+        "AJEPA_CUDA",
+        "AJEPA_CUDA_ARCHS",
+        "AJEPA_NVCC",
+        "AJEPA_EXTENSION",
+        "AJEPA_CUTLASS",
+        "CUDA_PATH",
+        "NVCC_CCBIN",
+    )
+    for name in names:
         monkeypatch.delenv(name, raising=False)
+    (tmp_path / "cutlass/include/cutlass").mkdir(parents=True)
+    (tmp_path / "cutlass/include/cutlass/cutlass.h").write_text("// headers")
     for name, value in {
         "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "CXX": "c++", "CC": "c++", "LOG": tmp_path / "log",
-        "CUDA_HOME": tmp_path / "cuda", "KNOWN": "75 80 90 100",
+        "CUDA_HOME": tmp_path / "cuda", "KNOWN": "75 80 90 100", "AJEPA_HOPPER": "0",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
     return tmp_path
@@ -149,6 +160,71 @@ def test_wheel_of_a_failed_compilation(checkout):
     (wheel,) = (checkout / "out").glob("*.whl")
     names = subprocess.check_output([sys.executable, "-m", "zipfile", "-l", wheel], text=True)
     assert "ajepa_kernels/log_mel.py" in names and "_C" not in names
+
+
+# --- the fused products for Hopper ------------------------------------------------------------------------------------
+
+FUSED = {f"lib{path.stem}.so" for path in (ROOT / "csrc/hopper").glob("*.cu")}
+
+
+def fused(checkout: Path) -> set[str]:
+    return {path.name for path in (checkout / "kernels/ajepa_kernels/_hopper").glob("*")}
+
+
+def compiled_products(checkout: Path) -> list[str]:
+    """The products compiled since the last call."""
+    lines = (checkout / "log").read_text().splitlines()
+    (checkout / "log").write_text("")
+    return [
+        Path(word).stem for line in lines for word in line.split() if "/hopper/linear" in word and "/build" not in word
+    ]
+
+
+def test_fused_products_are_compiled_once(checkout):
+    """They are found again under a hash of what they are made of, not by the times of files."""
+    demanded = {"AJEPA_HOPPER": "1", "AJEPA_CUTLASS": str(checkout / "cutlass")}
+    works, errors, log = build(checkout, **demanded)
+    assert works and not said(errors) and fused(checkout) == FUSED
+    assert log.count("arch=compute_90a,code=sm_90a") == len(FUSED)
+    assert sorted(f"lib{name}.so" for name in compiled_products(checkout)) == sorted(FUSED)
+    shutil.rmtree(checkout / "kernels/ajepa_kernels/_hopper")
+    for path in (checkout / "csrc/hopper").iterdir():
+        path.touch()
+    assert build(checkout, **demanded)[0] and fused(checkout) == FUSED and not compiled_products(checkout)
+    with (checkout / "csrc/hopper/linear_gelu.cu").open("a") as file:
+        file.write("// more")
+    assert build(checkout, **demanded)[0] and compiled_products(checkout) == ["linear_gelu"]
+    (checkout / "cutlass/include/cutlass/cutlass.h").write_text("// other headers")
+    assert build(checkout, **demanded)[0] and len(compiled_products(checkout)) == len(FUSED)
+
+
+def test_fused_products_are_not_waited_for(checkout):
+    """Without a Hopper GPU nothing is compiled or downloaded unless demanded; older libraries are not left behind."""
+    (checkout / "kernels/ajepa_kernels/_hopper").mkdir(exist_ok=True)
+    (checkout / "kernels/ajepa_kernels/_hopper/liblinear_gelu.so").write_text("older")
+    script(checkout / "bin/nvidia-smi", "#!/bin/sh\necho 8.0\n")
+    works, errors, log = build(checkout, AJEPA_HOPPER="auto", AJEPA_CUTLASS="/no/headers")
+    assert works and not said(errors) and "90a" not in log and not fused(checkout)
+    script(checkout / "bin/nvidia-smi", "#!/bin/sh\nprintf '8.0\\n9.0\\n'\n")
+    works, errors, log = build(checkout, AJEPA_HOPPER="auto", AJEPA_CUTLASS="/no/headers")
+    (line,) = said(errors)
+    assert works and "without the fused products for Hopper: /no/headers/include has no CUTLASS headers" in line
+    works, errors, _ = build(checkout, AJEPA_HOPPER="1", AJEPA_CUTLASS="/no/headers")
+    assert not works and "AJEPA_HOPPER=1, but /no/headers/include has no CUTLASS" in errors
+    headers = str(checkout / "cutlass")
+    works, errors, _ = build(checkout, AJEPA_HOPPER="auto", AJEPA_CUTLASS=headers, BROKEN="linear_gelu.cu")
+    assert works and "linear_gelu.cu is broken" in said(errors)[-1] and (checkout / LIBRARY).read_text() != "older"
+    works, _, log = build(checkout, AJEPA_HOPPER="auto", AJEPA_CUTLASS=headers)
+    assert works and fused(checkout) == FUSED and "sm_90a" in log
+
+
+def test_wheels_carry_the_fused_products(checkout):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "out", "."]
+    environment = {**os.environ, "AJEPA_HOPPER": "1", "AJEPA_CUTLASS": str(checkout / "cutlass")}
+    subprocess.run(command, check=True, cwd=checkout, env=environment)
+    (wheel,) = (checkout / "out").glob("*.whl")
+    names = subprocess.check_output([sys.executable, "-m", "zipfile", "-l", wheel], text=True)
+    assert all(f"ajepa_kernels/_hopper/{name}" in names for name in FUSED)
 
 
 # --- the distribution `ajepa-kernels` ---------------------------------------------------------------------------------

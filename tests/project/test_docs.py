@@ -157,7 +157,7 @@ def test_flags_extras_and_variables_that_are_named_exist(name):
         for extra in extras.split(","):
             assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"{name}: no extra {extra}"
     sources = "".join(path.read_text() for path in source_files("ajepa", "kernels", "benchmarks", "tests"))
-    sources += (ROOT / "setup.py").read_text() + (ROOT / "csrc" / "ops.cpp").read_text()
+    sources += "".join((ROOT / path).read_text() for path in ("setup.py", "csrc/ops.cpp", "csrc/hopper/build.py"))
     for variable in set(re.findall(r"AJEPA_[A-Z_]+", text)):
         assert re.search(rf"\b{variable}\b", sources), f"{name}: nothing reads {variable}"
 

@@ -130,7 +130,8 @@ def test_source_archives_build_alone(source, wheel, kernels_wheel, folder, tmp_p
     archive = build_archive(source / folder, tmp_path / "archive")
     top = archive.getnames()[0]
     files = {name.removeprefix(f"{top}/") for name in archive.getnames()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} <= files
+    csrc = [path for pattern in ("*", "hopper/*") for path in (ROOT / "csrc").glob(pattern) if path.is_file()]
+    assert {path.relative_to(ROOT).as_posix() for path in csrc} <= files
     assert archive.extractfile(f"{top}/setup.py").read() == (ROOT / "setup.py").read_bytes()
     assert not [name for name in files if name.startswith("tests/") or name.endswith((".so", ".pyc"))]
     archive.extractall(tmp_path)
