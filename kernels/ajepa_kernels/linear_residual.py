@@ -95,8 +95,12 @@ def linear_residual(
 
     Example::
 
-        stream = linear_residual(attended, proj.weight, proj.bias, stream)
-        normed, stream = add_layer_norm(stream, None, norm.weight, norm.bias)
+        proj, norm = torch.nn.Linear(768, 768, device="cuda"), torch.nn.LayerNorm(768, device="cuda")
+        stream = torch.randn(8, 64, 768, device="cuda")
+        attended = torch.randn(8, 64, 768, device="cuda", dtype=torch.bfloat16)
+        with torch.autocast("cuda", torch.bfloat16):
+            stream = linear_residual(attended, proj.weight, proj.bias, stream)
+            normed, stream = add_layer_norm(stream, None, norm.weight, norm.bias)
     """
     values, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
     if x.dim() < 1 or weight.dim() != 2 or weight.shape[1:] != x.shape[-1:] or bias.shape != weight.shape[:1]:
