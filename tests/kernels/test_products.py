@@ -382,6 +382,38 @@ def test_compiled_for_hopper(toolchain, name):
     assert ctypes.CDLL(str(library)).ajepa_product  # it loads without a GPU and without its driver
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would read the made-up addresses")
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_matrices_that_the_compiled_kernels_describe(toolchain, capfd, name):
+    """Without a driver CUTLASS prints each matrix that it cannot describe to it: its address, sizes and strides."""
+    if not builder.cached(name, *toolchain):
+        pytest.skip("it is not compiled: set AJEPA_AOT=all")
+    m, n, k, size = 130, 272, 48, 1 if name == products.FP8 else 2
+    names = [name for name, kind in _hopper._Call._fields_ if kind is ctypes.c_void_p]
+    place = {name: 4096 * (i + 1) for i, name in enumerate(names)}
+    next_weight, residual = name in products.BACKWARD.values(), name == products.RESIDUAL
+    want = {
+        (place["x"], k, m, size),
+        (place["weight"], n, k, size) if next_weight else (place["weight"], k, n, size),
+        (place["result"], n, m, 4 if residual else size),
+    }
+    want |= {(place["source"], n, m, 4 if residual else 2)} if next_weight or residual else set()
+    want |= {(place["kept"], n, m, 2)} if name in ("linear_gelu_keep", "linear_gelu_slope") else set()
+    function = ctypes.CDLL(str(builder.library(name, *toolchain))).ajepa_product
+    function.restype = ctypes.c_char_p
+    run = lambda *sizes: function(ctypes.byref(_hopper._Call(*sizes, **place)), 132, None)  # noqa: E731
+    assert run(m, n, k) == b"Error Internal"  # it refuses neither the shape nor the lack of a workspace
+    printed = capfd.readouterr().err
+    got = {
+        (int(address, 16), int(columns), int(rows), int(stride) // int(columns))
+        for address, columns, rows, stride in re.findall(
+            r"gmem_address +(0x\w+)\n *globalDim +\((\d+),(\d+),1,1,1\)\n *globalStrides +\(\d+,(\d+),", printed
+        )
+    }
+    assert got == want
+    assert b"Error Internal" not in (run(m, n + 4, k), run(m, n, k + 4))  # widths off the alignment
+
+
 def test_fragments_lie_where_the_column_sums_expect_them(toolchain):
     """The layout that CUTLASS gives to a thread's values, computed on the host from its own types."""
     source = ROOT / "tests/cuda_on_host/fragment_place.cu"
