@@ -1,8 +1,8 @@
 """Benchmark gelu_mlp, whose GELU runs in the epilogues of its products, against plain PyTorch and torch.compile.
 
-A time is milliseconds per call: forward without a gradient, as in the target encoder; and forward and backward, with the
-gradients of x and of the four parameters. The floor is the FLOPs of the two or six products divided by the rate of a
-large product measured in the same run. `ajepa bias_gelu` has the same GELU in passes of its own, which is also how
+A time is milliseconds per call: forward without a gradient, as in the target encoder; and forward and backward, with
+the gradients of x and of the four parameters. The floor is the FLOPs of the two or six products divided by the rate of
+a large product measured in the same run. `ajepa bias_gelu` has the same GELU in passes of its own, which is also how
 `gelu_mlp` runs where the fused products are missing.
 """
 
@@ -69,8 +69,7 @@ def test_gelu_mlp(M, C, direction, interleave, record):
             assert (got.double() - right).norm() < 16 * torch.finfo(DTYPE).eps * right.norm(), name
     size = upstream.element_size()
     timed = {
-        name: rotating(functools.partial(run, function), make, 2 * M * C * size)
-        for name, function in functions.items()
+        name: rotating(functools.partial(run, function), make, 2 * M * C * size) for name, function in functions.items()
     }
     floor = products * 2 * M * C * 4 * C / product_flops_per_ms(DTYPE, DEVICE)
     shape = f"{M} x {C}, {direction}"

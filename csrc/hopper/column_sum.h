@@ -1,6 +1,6 @@
-// Column sums of the tiles of a ping-pong kernel's epilogue, in which 128 threads own a whole tile. There are no atomics,
-// barriers or shared memory: each of the four warps writes one row of partial sums, and a second kernel adds the rows in
-// a fixed order. The tests also run this file on a CPU.
+// Column sums of the tiles of a ping-pong kernel's epilogue, in which 128 threads own a whole tile. There are no
+// atomics, barriers or shared memory: each of the four warps writes one row of partial sums, and a second kernel adds
+// the rows in a fixed order. The tests also run this file on a CPU.
 #pragma once
 
 namespace ajepa::hopper {

@@ -1,9 +1,9 @@
 // Matrix products for Hopper whose epilogues do what would otherwise be passes over their results. CUTLASS supplies the
 // warp-specialised ping-pong kernel: while one warp group multiplies, the other runs its epilogue.
 //
-// Each of the .cu files describes one product P and ends with AJEPA_PRODUCT(P): its source and result types, its weight's
-// layout, its epilogue as a tree of visitors, and the visitors' arguments. Each becomes a library of its own, which
-// kernels/ajepa_kernels/_hopper.py loads: such a kernel takes one to two minutes and 3.5 GB to compile.
+// Each of the .cu files describes one product P and ends with AJEPA_PRODUCT(P): its source and result types, its
+// weight's layout, its epilogue as a tree of visitors, and the visitors' arguments. Each becomes a library of its own,
+// which kernels/ajepa_kernels/_hopper.py loads: such a kernel takes one to two minutes and 3.5 GB to compile.
 #pragma once
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -20,7 +20,7 @@
 namespace ajepa::hopper {
 
 using bf16 = cutlass::bfloat16_t;
-using TileMNK = cute::Shape<cute::_128, cute::_128, cute::_64>;
+using TileMNK = cute::Shape<cute::_128, cute::_128, cute::_64>;  // visitors use M and N alone
 using ClusterMNK = cute::Shape<cute::_2, cute::_1, cute::_1>;
 using Row = cutlass::layout::RowMajor;
 using Scheduled = cutlass::epilogue::TmaWarpSpecialized;
@@ -90,15 +90,38 @@ struct GeluKeepingSlope : Kept<Desc> {
   }
 };
 
+// What CUTLASS asks of a visitor that needs neither shared memory nor a workspace.
+struct Visitor {
+  struct SharedStorage {};
+  template <class Problem, class Arguments>
+  static bool can_implement(const Problem&, const Arguments&) {
+    return true;
+  }
+  template <class Problem, class Arguments>
+  static size_t get_workspace_size(const Problem&, const Arguments&) {
+    return 0;
+  }
+  template <class Problem, class Arguments>
+  static cutlass::Status initialize_workspace(const Problem&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
+  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
+  template <class... Args>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(const fusion::ProducerLoadArgs<Args...>&) {
+    return fusion::EmptyProducerLoadCallbacks{};
+  }
+};
+
 // Passes its input on, and writes its column sums to `partial`.
 template <class Desc>
-struct ColumnSum {
+struct ColumnSum : Visitor {
   static constexpr int kTileM = cute::size<0>(TileMNK{}), kTileN = cute::size<1>(TileMNK{});
   static constexpr int kSubM = cute::size(cute::shape(cute::get<0>(typename Desc::EpilogueTile{})));
   static constexpr int kSubN = cute::size(cute::shape(cute::get<1>(typename Desc::EpilogueTile{})));
   static_assert(kSubM == 64, "FragmentPlace holds for subtiles of 64 rows");
 
-  struct SharedStorage {};
   struct Arguments {
     float* partial;
   };
@@ -110,28 +133,8 @@ struct ColumnSum {
   static constexpr Params to_underlying_arguments(const Problem& problem, const Arguments& args, void*) {
     return {args.partial, int(cute::get<0>(problem)), int(cute::get<1>(problem))};
   }
-  template <class Problem>
-  static bool can_implement(const Problem&, const Arguments&) {
-    return true;
-  }
-  template <class Problem>
-  static size_t get_workspace_size(const Problem&, const Arguments&) {
-    return 0;
-  }
-  template <class Problem>
-  static cutlass::Status initialize_workspace(const Problem&, const Arguments&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
   CUTLASS_HOST_DEVICE ColumnSum() {}
   CUTLASS_HOST_DEVICE ColumnSum(const Params& params, const SharedStorage&) : params(params) {}
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
-  template <class... Args>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(const fusion::ProducerLoadArgs<Args...>&) {
-    return fusion::EmptyProducerLoadCallbacks{};
-  }
 
   // Rows beyond M add nothing: the TMA fills the operands and the source there with zeros, so their values are 0.
   struct Callbacks : fusion::EmptyConsumerStoreCallbacks {
@@ -179,8 +182,9 @@ template <class T>
 struct TimesSlope;  // dh gelu'(z)
 template <int Size>
 struct TimesSlope<cutlass::Array<float, Size>> {
-  CUTLASS_HOST_DEVICE auto operator()(const cutlass::Array<float, Size>& dh, const cutlass::Array<float, Size>& z) const {
-    cutlass::Array<float, Size> dz;
+  using Values = cutlass::Array<float, Size>;
+  CUTLASS_HOST_DEVICE auto operator()(const Values& dh, const Values& z) const {
+    Values dz;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Size; ++i) dz[i] = dh[i] * gelu(z[i]).slope;
     return dz;
@@ -189,20 +193,33 @@ struct TimesSlope<cutlass::Array<float, Size>> {
 
 // --- the kernel ---
 
+template <class P, class = void>
+struct OperandOf {
+  using Type = bf16;
+};
+template <class P>
+struct OperandOf<P, std::void_t<typename P::Operand>> {
+  using Type = typename P::Operand;
+};
+
 template <class P>
 struct Kernel {
+  using Operand = typename OperandOf<P>::Type;
+  using Tile = cute::Shape<cute::_128, cute::_128, cute::Int<128 / sizeof(Operand)>>;
+  using Schedule = std::conditional_t<sizeof(Operand) == 1, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
+                                      cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
   using Source = typename P::Source;
   using Result = typename P::Result;
   using Weight = std::conditional_t<P::kWeightKN, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
-  static constexpr int kAlign = 8;  // elements of 16 bytes
+  static constexpr int kAlign = 16 / int(sizeof(Operand));  // elements of 16 bytes
   static constexpr int kAlignResult = 16 / int(sizeof(Result));
   using Epilogue = typename collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileMNK, ClusterMNK, collective::EpilogueTileAuto, float, float,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, ClusterMNK, collective::EpilogueTileAuto, float, float,
       Source, Row, kAlignResult, Result, Row, kAlignResult, Scheduled, typename P::Fusion>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, bf16, Row, kAlign, bf16, Weight, kAlign, float, TileMNK,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Operand, Row, kAlign, Operand, Weight, kAlign, float, Tile,
       ClusterMNK, cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
-      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
+      Schedule>::CollectiveOp;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>>;
 
@@ -214,14 +231,14 @@ struct Kernel {
     typename Gemm::Arguments args{
         cutlass::gemm::GemmUniversalMode::kGemm,
         {call.m, call.n, call.k, 1},
-        {static_cast<const bf16*>(call.x), stride(typename Mainloop::StrideA{}, call.m, call.k),
-         static_cast<const bf16*>(call.weight), stride(typename Mainloop::StrideB{}, call.n, call.k)},
+        {static_cast<const Operand*>(call.x), stride(typename Mainloop::StrideA{}, call.m, call.k),
+         static_cast<const Operand*>(call.weight), stride(typename Mainloop::StrideB{}, call.n, call.k)},
         {P::arguments(call), static_cast<const typename Epilogue::ElementC*>(call.source),
          stride(typename Epilogue::StrideC{}, call.m, call.n), static_cast<Result*>(call.result),
          stride(typename Epilogue::StrideD{}, call.m, call.n)}};
     args.hw_info.sm_count = multiprocessors;
-    // A swizzle would round the number of tiles up in both directions, at width 768 from 6 to 8, and the added tiles cost
-    // as much as others. Tiles are taken along the narrow side, and the weights stay in the L2 cache without it.
+    // A swizzle would round the number of tiles up in both directions, at width 768 from 6 to 8, and an added tile costs
+    // as much as any other. Tiles are taken along the narrow side, so the weights stay in the L2 cache without it.
     args.scheduler.max_swizzle_size = 1;
     if (Gemm::get_workspace_size(args) > 0) return "the kernel needs a workspace";
     Gemm gemm;

@@ -18,7 +18,7 @@ from ajepa_kernels._triton import arch, constant, multiprocessors
 
 FOLDER = Path(__file__).parent / "_hopper"
 TILE = 128  # rows of a tile; each of its four warps writes a row of partial column sums
-ALIGNMENT = 8  # widths are multiples of this many elements, 16 bytes of bfloat16
+_ALIGNMENT = 16  # bytes, of a row and of where a matrix starts
 _ROWS = 2**31 - TILE  # the kernels count rows in 32 bits
 
 
@@ -28,6 +28,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("m", "n", "k")),
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "source", "result", "kept", "partial")),
+        *((name, ctypes.c_void_p) for name in ("x_scale", "weight_scale", "result_scale", "largest")),
     ]
 
 
@@ -53,16 +54,17 @@ def _missing(names: tuple[str, ...]) -> str:
     return next((reason for name in names if (reason := _load(name)[1])), "")
 
 
-def why_not(x: torch.Tensor, names: tuple[str, ...], *widths: int) -> str:
-    """The reason why these products cannot be computed for `x` by kernels; empty if they can."""
+def why_not(x: torch.Tensor, names: tuple[str, ...], *widths: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The reason why kernels cannot compute these products, which take `dtype`, for `x`; empty if they can."""
     if not x.is_cuda:
         return f"the tensors are on {x.device.type}"
     if torch.version.hip is not None or arch(x) != 90:
         return "the fused products need a Hopper GPU (compute capability 9.0)"
-    if x.dtype != torch.bfloat16:
-        return f"the fused products take bfloat16, not {x.dtype}"
-    if any(width % ALIGNMENT or not width for width in widths):
-        return f"the fused products need widths that are multiples of {ALIGNMENT}, got {', '.join(map(str, widths))}"
+    if x.dtype != dtype:
+        return f"the fused products take {dtype}, not {x.dtype}"
+    lanes = _ALIGNMENT // dtype.itemsize
+    if any(width % lanes or not width for width in widths):
+        return f"the fused products need widths that are multiples of {lanes}, got {', '.join(map(str, widths))}"
     return _missing(names)
 
 
@@ -88,9 +90,10 @@ def launch(name: str, n: int, x: torch.Tensor, weight: torch.Tensor, **others: t
     Args:
         name: of the library.
         n: width of the result.
-        x: `[M, K]`, bfloat16, M > 0.
+        x: `[M, K]`, M > 0.
         weight: `[n, K]` or `[K, n]`, as the library expects.
-        others: `bias` `[n]`, `source`, `result` and `kept` `[M, n]`, `partial` as from `partial_sums`.
+        others: `bias` `[n]`, `source`, `result` and `kept` `[M, n]`, `partial` as from `partial_sums`, and the scalars
+            of `linear_gelu_fp8`.
 
     Raises:
         ValueError: a matrix is not contiguous, not on x's device, or does not start at a multiple of 16 bytes; or there
@@ -101,7 +104,7 @@ def launch(name: str, n: int, x: torch.Tensor, weight: torch.Tensor, **others: t
     for which, t in tensors.items():
         if t.device != x.device or not t.is_contiguous():
             raise ValueError(f"{name}: {which} must be contiguous and on {x.device}")
-        if t.data_ptr() % 16 and which != "bias":  # which is read element by element
+        if t.data_ptr() % _ALIGNMENT and t.dim() == 2:  # others are read element by element
             raise ValueError(f"{name}: {which} must start at a multiple of 16 bytes, for the tensor memory accelerator")
     if len(x) > _ROWS:
         raise ValueError(f"{name}: at most {_ROWS} rows are supported, got {len(x)}")

@@ -18,6 +18,8 @@ NOTHING, Z, SLOPE = range(3)  # what `linear_gelu` keeps for backward
 FORWARD = {NOTHING: "linear_gelu", Z: "linear_gelu_keep", SLOPE: "linear_gelu_slope"}
 BACKWARD = {Z: "linear_dgelu", SLOPE: "linear_dslope"}
 RESIDUAL = "linear_residual"
+FP8 = "linear_gelu_fp8"
+_E4M3_MAX = 448.0
 
 
 def why_not(x: torch.Tensor, names: tuple[str, ...], *widths: int) -> str:
@@ -25,10 +27,11 @@ def why_not(x: torch.Tensor, names: tuple[str, ...], *widths: int) -> str:
 
     Args:
         x: an operand, of which device and dtype count.
-        names: of `FORWARD`, `BACKWARD` and `RESIDUAL`.
+        names: of `FORWARD`, `BACKWARD` and `RESIDUAL`, or `FP8` alone.
         widths: K and N of the products.
     """
-    return _hopper.why_not(x, names, *widths)
+    dtype = torch.float8_e4m3fn if FP8 in names else torch.bfloat16
+    return _hopper.why_not(x, names, *widths, dtype=dtype)
 
 
 def _fused(op: str, name: str, x: torch.Tensor, *widths: int) -> bool:
@@ -166,3 +169,65 @@ def _linear_residual_cuda(x, weight, bias, residual):
     if fused and residual.dtype != torch.float32:
         raise ValueError(f"linear_residual: the residual must be float32, got {residual.dtype}")
     return (_linear_residual_fused if fused else linear_residual_plain)(x, weight, bias, residual)
+
+
+# --- bias and GELU in float8 ------------------------------------------------------------------------------------------
+
+library.define(
+    "fp8_linear_gelu(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor bias, Tensor? scale, "
+    "Tensor(a!)? state) -> Tensor"
+)
+
+
+@torch.library.register_fake("ajepa::fp8_linear_gelu", lib=library)
+def _fp8_linear_gelu_fake(x, weight, x_scale, weight_scale, bias, scale, state):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.impl(library, "fp8_linear_gelu", "CPU")
+def fp8_linear_gelu_plain(x, weight, x_scale, weight_scale, bias, scale, state):
+    """Returns gelu(x weight^T x_scale weight_scale + bias) / scale, clamped to +-448 and rounded to float8 e4m3.
+
+    x `[M, K]` and weight `[N, K]` are float8_e4m3fn with one scale a tensor, a float32 scalar; bias `[N]` is bfloat16.
+    K and N are multiples of 16. Either `scale`, a float32 scalar, or `state` is given: float32 `[8]`, of which the
+    first element is the scale, and the second is raised to the largest |gelu(..)|, values beyond the clamp included.
+    """
+    if x.is_cuda:
+        z = torch._scaled_mm(
+            x, weight.T, x_scale, weight_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        ).float()
+    else:
+        with torch.autocast(x.device.type, enabled=False):  # it would round the sums to its dtype
+            z = x.float() @ weight.float().T * (x_scale * weight_scale) + bias.float()
+    y = F.gelu(z)
+    if state is not None:
+        scale = state[0].clone()
+        if y.numel():
+            state[1] = torch.maximum(state[1], y.abs().amax())
+    return (y * (1.0 / scale)).clamp(-_E4M3_MAX, _E4M3_MAX).to(x.dtype)
+
+
+def _fp8_linear_gelu_fused(x, weight, x_scale, weight_scale, bias, scale, state):
+    result = _fp8_linear_gelu_fake(x, weight, x_scale, weight_scale, bias, scale, state)
+    if len(x):
+        scalars = {
+            "x_scale": x_scale,
+            "weight_scale": weight_scale,
+            "result_scale": scale if state is None else state[0],
+        }
+        if state is not None:
+            scalars["largest"] = state[1]
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        _hopper.launch(FP8, len(weight), x, weight, bias=bias, result=result, **scalars)
+    return result
+
+
+@torch.library.impl(library, "fp8_linear_gelu", "CUDA")
+def _fp8_linear_gelu_cuda(x, weight, x_scale, weight_scale, bias, scale, state):
+    fused = _fused("fp8_linear_gelu", FP8, x, *weight.shape)
+    result = (_fp8_linear_gelu_fused if fused else fp8_linear_gelu_plain)(
+        x, weight, x_scale, weight_scale, bias, scale, state
+    )
+    if fused and state is not None:
+        torch.autograd.graph.increment_version(state)
+    return result

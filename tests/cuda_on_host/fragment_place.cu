@@ -7,19 +7,23 @@
 using namespace cute;
 using namespace ajepa::hopper;
 
-struct Transposed {  // the product of linear_dgelu, without its epilogue
-  using Source = bf16;
-  using Result = bf16;
-  static constexpr bool kWeightKN = true;
+template <class T, bool WeightKN>
+struct Plain {  // a product without an epilogue
+  using Operand = T;
+  using Source = std::conditional_t<WeightKN, T, void>;
+  using Result = T;
+  static constexpr bool kWeightKN = WeightKN;
   using Fusion = Map<cutlass::epilogue::thread::Identity, Result, ajepa::hopper::Product>;
 };
 
-int main() {
-  using Kernels = Kernel<Transposed>;
-  using EpilogueTile = typename Descriptor<bf16, bf16>::EpilogueTile;
+template <class P>
+void count() {
+  using Parts = Kernel<P>;
+  using Element = typename P::Result;
+  using EpilogueTile = typename Descriptor<typename P::Source, Element>::EpilogueTile;
   constexpr int kSubM = size<0>(EpilogueTile{}), kSubN = size<1>(EpilogueTile{});
-  const auto copy_c = make_tiled_copy_C_atom(typename Kernels::Epilogue::CopyAtomC{}, typename Kernels::Mainloop::TiledMma{});
-  const auto store = make_tiled_copy_S(Copy_Atom<typename Kernels::Epilogue::CopyOpR2S, bf16>{}, copy_c);
+  const auto copy_c = make_tiled_copy_C_atom(typename Parts::Epilogue::CopyAtomC{}, typename Parts::Mainloop::TiledMma{});
+  const auto store = make_tiled_copy_S(Copy_Atom<typename Parts::Epilogue::CopyOpR2S, Element>{}, copy_c);
   const Tensor tile = make_identity_tensor(take<0, 2>(TileMNK{}));
   int values = 0, elsewhere = 0;
   for (int thread = 0; thread < 128; ++thread) {
@@ -34,4 +38,9 @@ int main() {
       }
   }
   std::printf("%d of %d values lie elsewhere\n", elsewhere, values);
+}
+
+int main() {
+  count<Plain<bf16, true>>();                   // as linear_dgelu
+  count<Plain<cutlass::float_e4m3_t, false>>();  // as linear_gelu_fp8
 }

@@ -22,6 +22,21 @@ static void store(void* to, int64_t at, float x) {  // rounds to nearest, ties t
   static_cast<uint16_t*>(to)[at] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+static float load_e4m3(const void* from, int64_t at) {
+  const int bits = static_cast<const uint8_t*>(from)[at], exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 127) == 127) return NAN;
+  const float x = exponent ? std::ldexp(float(8 + fraction), exponent - 10) : std::ldexp(float(fraction), -9);
+  return bits & 128 ? -x : x;
+}
+static void store_e4m3(void* to, int64_t at, float x) {  // the nearest number; clamps, and keeps NaN
+  int best = 0;
+  for (int bits = 1; bits < 127; ++bits) {
+    const float distance = std::fabs(std::fabs(x) - load_e4m3(&bits, 0)), least = std::fabs(std::fabs(x) - load_e4m3(&best, 0));
+    if (distance < least || (distance == least && bits % 2 == 0)) best = bits;
+  }
+  static_cast<uint8_t*>(to)[at] = uint8_t(x != x ? 127 : std::signbit(x) ? best | 128 : best);
+}
+
 enum Kind { kGelu, kGeluKeep, kGeluSlope, kDGelu, kDSlope, kResidual };
 
 static float product(const Call& p, bool weight_kn, int row, int column) {
@@ -71,6 +86,20 @@ static const char* run(const Call* call, int, void*) {
   return nullptr;
 }
 
+static const char* run_fp8(const Call* call, int, void*) {
+  const Call& p = *call;
+  for (int row = 0; row < p.m; ++row)
+    for (int column = 0; column < p.n; ++column) {
+      float sum = 0;
+      for (int k = 0; k < p.k; ++k)
+        sum += load_e4m3(p.x, int64_t(row) * p.k + k) * load_e4m3(p.weight, int64_t(column) * p.k + k);
+      const float y = gelu(sum * (*p.x_scale * *p.weight_scale) + load(p.bias, column)).value;
+      if (p.largest) *p.largest = std::max(*p.largest, std::fabs(y));
+      store_e4m3(p.result, int64_t(row) * p.n + column, y * (1.0f / *p.result_scale));
+    }
+  return nullptr;
+}
+
 extern "C" {
 const char* linear_gelu(const Call* p, int s, void* t) { return run<kGelu>(p, s, t); }
 const char* linear_gelu_keep(const Call* p, int s, void* t) { return run<kGeluKeep>(p, s, t); }
@@ -78,6 +107,7 @@ const char* linear_gelu_slope(const Call* p, int s, void* t) { return run<kGeluS
 const char* linear_dgelu(const Call* p, int s, void* t) { return run<kDGelu>(p, s, t); }
 const char* linear_dslope(const Call* p, int s, void* t) { return run<kDSlope>(p, s, t); }
 const char* linear_residual(const Call* p, int s, void* t) { return run<kResidual>(p, s, t); }
+const char* linear_gelu_fp8(const Call* p, int s, void* t) { return run_fp8(p, s, t); }
 void gelu_all(const float* x, float* value, float* slope, int count) {
   for (int i = 0; i < count; ++i) value[i] = gelu(x[i]).value, slope[i] = gelu(x[i]).slope;
 }

@@ -162,7 +162,7 @@ def test_gradients_of_gradients_are_refused():
 
 def test_unfused_is_said_once(monkeypatch):
     """A GPU without the fused products runs the kernels of bias_gelu, and says why."""
-    monkeypatch.setattr(_hopper, "why_not", lambda *_: "they were not built")
+    monkeypatch.setattr(_hopper, "why_not", lambda *_, **__: "they were not built")
     monkeypatch.setattr(module, "use_triton", lambda op, impl, x, unsupported: not unsupported)
     _hopper._announce.cache_clear()
     gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
@@ -180,7 +180,7 @@ def test_unfused_is_said_once(monkeypatch):
 @pytest.mark.parametrize("width", [384, 768])
 def test_the_products_that_a_width_needs(monkeypatch, width):
     asked = []
-    monkeypatch.setattr(_hopper, "why_not", lambda x, names, *widths: asked.append((names, widths)) or "")
+    monkeypatch.setattr(_hopper, "why_not", lambda x, names, *widths, **_: asked.append((names, widths)) or "")
     x = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     assert module._choose("auto", x, torch.empty(4 * width, width), torch.empty(width + 8, 4 * width)) == "fused"
     slope = ("linear_gelu", "linear_gelu_slope", "linear_dslope")

@@ -19,7 +19,7 @@ from ajepa_kernels import _hopper, products
 
 ROOT = Path(__file__).parents[2]
 NOTHING, Z, SLOPE = products.NOTHING, products.Z, products.SLOPE
-LIBRARIES = (*products.FORWARD.values(), *products.BACKWARD.values(), products.RESIDUAL)
+LIBRARIES = (*products.FORWARD.values(), *products.BACKWARD.values(), products.RESIDUAL, products.FP8)
 # rows, K, N: none, one, less than a tile, more than one with edges in both directions, several whole tiles
 SHAPES = [(0, 16, 24), (1, 8, 8), (67, 24, 136), (130, 72, 264), (256, 64, 128)]
 GELU_EPS = 1e-7  # the error of the polynomial beside float32's rounding
@@ -194,6 +194,63 @@ def test_nothing_is_written_beyond_the_partial_sums(on_host, monkeypatch):
     assert (buffer[:4] == 7).all() and (buffer[-4:] == 7).all() and not (buffer[4:-4] == 7).all()
 
 
+# --- float8 -----------------------------------------------------------------------------------------------------------
+
+
+def make_fp8(rows, k, n, device="cpu"):
+    """x and weight in e4m3, their scales, the bias, and a state whose scale lets a few values be clamped."""
+    x, weight, bias, *_ = make(rows, k, n)
+    low, scales = [], []
+    for t in (x, weight):
+        scales.append((t.abs().max() if t.numel() else torch.ones(())) / 448)
+        low.append((t / scales[-1]).to(torch.float8_e4m3fn))
+    state = torch.zeros(8)
+    state[0] = 2.0 / 448
+    return [t.to(device) for t in (*low, *scales, bias.bfloat16(), state)]
+
+
+FP8_SHAPES = [(0, 16, 32), (1, 16, 16), (67, 48, 144), (130, 64, 32)]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("shape", FP8_SHAPES)
+@pytest.mark.parametrize("where", ["op", "host"])
+def test_fp8(host, monkeypatch, shape, where):
+    monkeypatch.setattr(_hopper, "_load", lambda name: (getattr(host, name), ""))
+    *operands, state = make_fp8(*shape)
+    compute = torch.ops.ajepa.fp8_linear_gelu if where == "op" else products._fp8_linear_gelu_fused
+    scale = state[0].clone()
+    fixed = compute(*operands, scale, None)
+    noted = compute(*operands, None, state)
+    x, weight, x_scale, weight_scale, bias = (t.double() for t in operands)
+    want = F.gelu(x @ weight.T * (x_scale * weight_scale) + bias)
+    assert fixed.dtype == torch.float8_e4m3fn and torch.equal(fixed.float(), noted.float()) and state[0] == scale
+    nearest = (want / scale).clamp(-448, 448)
+    assert fixed.shape == want.shape
+    assert ((fixed.double() - nearest).abs() <= nearest.abs() / 16 + 2.0**-9).all()  # half of the last place
+    if shape[0]:
+        torch.testing.assert_close(state[1].double(), want.abs().amax(), rtol=1e-5, atol=1e-5)
+        assert (nearest.abs() == 448).any() or shape[0] == 1
+    else:
+        assert state[1] == 0
+    assert not state[2:].any()
+    state[1] = 100.0  # a maximum of the step, not of the call
+    compute(*operands, None, state)
+    assert state[1] == 100.0
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_fp8_opcheck(rows):
+    *operands, state = make_fp8(rows, 16, 32, DEVICE)
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs compute capability 8.9")
+    tests = ("test_faketensor", "test_autograd_registration")  # test_schema computes with float8, which torch cannot
+    torch.library.opcheck(
+        torch.ops.ajepa.fp8_linear_gelu.default, (*operands, state[0].clone(), None), test_utils=tests
+    )
+    torch.library.opcheck(torch.ops.ajepa.fp8_linear_gelu.default, (*operands, None, state), test_utils=tests)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +306,7 @@ def test_reasons_against_the_kernels(monkeypatch, tmp_path):
 
 def test_unfused_is_said_once(monkeypatch):
     """The ops of a GPU without the kernels run their plain definitions."""
-    monkeypatch.setattr(_hopper, "why_not", lambda *_: "there is no Hopper GPU")
+    monkeypatch.setattr(_hopper, "why_not", lambda *_, **__: "there is no Hopper GPU")
     _hopper._announce.cache_clear()
     x, weight, bias, residual, dy, w2, z = make(9, 16, 24)
     with pytest.warns(UserWarning, match="linear_gelu runs unfused on this GPU: there is no Hopper GPU"):
@@ -265,7 +322,7 @@ def test_unfused_is_said_once(monkeypatch):
 
 
 def test_residual_of_another_dtype_is_refused(monkeypatch):
-    monkeypatch.setattr(_hopper, "why_not", lambda *_: "")
+    monkeypatch.setattr(_hopper, "why_not", lambda *_, **__: "")
     x, weight, bias, residual, *_ = make(9, 16, 24, torch.bfloat16)
     with pytest.raises(ValueError, match=r"residual must be float32, got torch\.bfloat16"):
         products._linear_residual_cuda(x, weight, bias, residual.bfloat16())
@@ -311,13 +368,50 @@ def test_compiled_for_hopper(toolchain, name):
     assert int(registers) <= 168  # three warp groups of 128 threads fill the register file
     code = subprocess.check_output([tool("cuobjdump"), "-sass", str(library)], text=True)
     count = lambda word: len(re.findall(rf"\b{word}\b", code))  # noqa: E731
-    assert count("HGMMA") and count("UTMALDG") and count("UTMASTG") and count("USETMAXREG") == 2
+    assert (
+        count("QGMMA" if name == products.FP8 else "HGMMA")
+        and count("UTMALDG")
+        and count("UTMASTG")
+        and count("USETMAXREG") == 2
+    )
     assert not count("LDL") and not count("STL") and not count("REDG") and not count("ATOMG")
     # 128 values a thread: one exponential for gelu, two with its slope, and none for a saved slope or a residual
-    exponentials = {"linear_dslope": 0, "linear_residual": 0, "linear_gelu": 1, "linear_gelu_keep": 1}.get(name, 2)
-    assert count("MUFU") == 128 * exponentials
+    slopes = {"linear_gelu_slope": 2, "linear_dgelu": 2, "linear_dslope": 0, "linear_residual": 0}
+    assert count("MUFU") == 128 * slopes.get(name, 1) + (name == products.FP8)  # and the inverse of the scale
     assert bool(count("STG")) == (name in products.BACKWARD.values())  # of the column sums; the rest is the TMA's
     assert ctypes.CDLL(str(library)).ajepa_product  # it loads without a GPU and without its driver
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would read the made-up addresses")
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_matrices_that_the_compiled_kernels_describe(toolchain, capfd, name):
+    """Without a driver CUTLASS prints each matrix that it cannot describe to it: its address, sizes and strides."""
+    if not builder.cached(name, *toolchain):
+        pytest.skip("it is not compiled: set AJEPA_AOT=all")
+    m, n, k, size = 130, 272, 48, 1 if name == products.FP8 else 2
+    names = [name for name, kind in _hopper._Call._fields_ if kind is ctypes.c_void_p]
+    place = {name: 4096 * (i + 1) for i, name in enumerate(names)}
+    next_weight, residual = name in products.BACKWARD.values(), name == products.RESIDUAL
+    want = {
+        (place["x"], k, m, size),
+        (place["weight"], n, k, size) if next_weight else (place["weight"], k, n, size),
+        (place["result"], n, m, 4 if residual else size),
+    }
+    want |= {(place["source"], n, m, 4 if residual else 2)} if next_weight or residual else set()
+    want |= {(place["kept"], n, m, 2)} if name in ("linear_gelu_keep", "linear_gelu_slope") else set()
+    function = ctypes.CDLL(str(builder.library(name, *toolchain))).ajepa_product
+    function.restype = ctypes.c_char_p
+    run = lambda *sizes: function(ctypes.byref(_hopper._Call(*sizes, **place)), 132, None)  # noqa: E731
+    assert run(m, n, k) == b"Error Internal"  # it refuses neither the shape nor the lack of a workspace
+    printed = capfd.readouterr().err
+    got = {
+        (int(address, 16), int(columns), int(rows), int(stride) // int(columns))
+        for address, columns, rows, stride in re.findall(
+            r"gmem_address +(0x\w+)\n *globalDim +\((\d+),(\d+),1,1,1\)\n *globalStrides +\(\d+,(\d+),", printed
+        )
+    }
+    assert got == want
+    assert b"Error Internal" not in (run(m, n + 4, k), run(m, n, k + 4))  # widths off the alignment
 
 
 def test_fragments_lie_where_the_column_sums_expect_them(toolchain):
@@ -328,10 +422,30 @@ def test_fragments_lie_where_the_column_sums_expect_them(toolchain):
     if "AJEPA_AOT" not in os.environ and not place.exists():
         pytest.skip("a minute of compiling: set AJEPA_AOT=all")
     program = builder.compiled(source, "fragment_place", toolchain[0], flags, toolchain[1])
-    assert subprocess.check_output([program], text=True) == "0 of 16384 values lie elsewhere\n"
+    assert subprocess.check_output([program], text=True) == 2 * "0 of 16384 values lie elsewhere\n"
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [4096, 77 * 131])
+def test_fp8_at_full_size(rows):
+    """Rows beyond the matrix hold gelu(bias), and must not count for the largest magnitude: here the bias is large."""
+    *operands, state = make_fp8(rows, 768, 3072, DEVICE)
+    if reason := products.why_not(operands[0], (products.FP8,), 768, 3072):
+        pytest.skip(reason)
+    operands[0][:, 0], operands[1][:, 0] = 448.0, -448.0  # as much as the bias below, the other way
+    operands[4].fill_(float(448**2 * operands[2] * operands[3]))
+    got = torch.ops.ajepa.fp8_linear_gelu(*operands, None, state)
+    plain_state = torch.zeros_like(state)
+    plain_state[0] = state[0]
+    x, weight, x_scale, weight_scale, bias = operands
+    z = x.float() @ weight.float().T * (x_scale * weight_scale) + bias.float()
+    torch.testing.assert_close(state[1], F.gelu(z).abs().amax(), rtol=1e-2, atol=1e-2)
+    want = (F.gelu(z) / state[0]).clamp(-448, 448)
+    assert relative_error(got, want) < 0.05
 
 
 @pytest.mark.gpu
