@@ -49,11 +49,13 @@ class Transformer(nn.Module):
         self.stream_gradient: torch.dtype | None = None  # dtype of the stream's gradient; None means the stream's
         self.recompute = False  # recompute each block's activations in backward instead of keeping them
 
-    def forward(self, x_TC, patch_T, sequences: Sequences, keep_layers: int = 0, wanted: Wanted | None = None):
+    def forward(
+        self, addend: Addend, patch_T, sequences: Sequences, keep_layers: int = 0, wanted: Wanted | None = None
+    ):
         """Return the layer-normalised output of all tokens, or only of the `wanted` tokens.
 
-        `patch_T` is the grid cell of each token. With `keep_layers`, return a list of the outputs of that many last
-        blocks instead, without the final layer norm.
+        `addend`: the embedded tokens `[T, C]`. `patch_T`: the grid cell of each token. With `keep_layers`, return a
+        list of the outputs of that many last blocks instead, without the final layer norm.
         """
         rotary = self.positions[patch_T] if self.rotary else None
         table, rows = self.positions, patch_T
@@ -62,7 +64,7 @@ class Transformer(nn.Module):
         table = table.to(self.stream_dtype or table.dtype)
         dtype = self.stream_gradient if torch.is_grad_enabled() else None
         start = table if dtype is None else ResidualStream.of(table, dtype)
-        addend, stream = Addend(x_TC), Table(start, rows)
+        stream = Table(start, rows)
         kept = []
         for i, block in enumerate(self.blocks):
             last = i + 1 == len(self.blocks)
@@ -105,7 +107,7 @@ class Encoder(Transformer):
     def forward(self, patches_BNP, index_T, sequences: Sequences, layers: int = 0):  # type: ignore[override]
         """Latents `[T, C]` of the visible patches `index_T` (clip * N + patch), packed by `sequences`. With `layers`, a
         list of the outputs of that many last blocks instead."""
-        x = self.embed(patches_BNP.flatten(0, 1).index_select(0, index_T))
+        x = self.embed.addend(patches_BNP.flatten(0, 1).index_select(0, index_T))
         return super().forward(x, index_T % self.n_patches, sequences, layers)
 
     def encode(self, patches_BNP, layers: int = 0, wanted: Wanted | None = None):
@@ -116,8 +118,8 @@ class Encoder(Transformer):
         """
         B, N, _ = patches_BNP.shape
         cu = torch.arange(B + 1, device=patches_BNP.device, dtype=torch.int32) * N
-        x = self.embed(patches_BNP).flatten(0, 1)
-        patch = torch.arange(N, device=x.device).repeat(B)
+        x = self.embed.addend(patches_BNP.flatten(0, 1))
+        patch = torch.arange(N, device=patches_BNP.device).repeat(B)
         out = super().forward(x, patch, Sequences(cu, N), layers, wanted)
         if wanted is not None:
             return out
@@ -168,8 +170,8 @@ class Predictor(Transformer):
         patch, sequences = patch[masks.predict], Sequences(masks.predict_cu, masks.max_predict)
         if prune:
             wanted = Wanted(masks.predicted, Sequences(masks.target_cu, masks.max_target))
-            return self.head(super().forward(x, patch, sequences, wanted=wanted))
-        return self.head(super().forward(x, patch, sequences).index_select(0, masks.predicted))
+            return self.head(super().forward(Addend(x), patch, sequences, wanted=wanted))
+        return self.head(super().forward(Addend(x), patch, sequences).index_select(0, masks.predicted))
 
 
 _NO_TARGETS = (None, None, None)
