@@ -27,6 +27,7 @@ from ajepa.model.layers import (
 )
 from ajepa.model.masks import Masks
 from ajepa_kernels import LogMelSpec
+from ajepa_kernels.fp8 import STATE
 
 
 class Transformer(nn.Module):
@@ -189,6 +190,7 @@ class JEPA(nn.Module):
     predictor: Predictor
     target_encoder: Encoder
     clip: ClipObjective
+    scales: torch.Tensor | None  # float32 [layers, 2, 8]: the state of each `Scaling` of a float8 target encoder
 
     def __init__(self, cfg: Config, impl: str = "auto"):
         super().__init__()
@@ -200,6 +202,7 @@ class JEPA(nn.Module):
             self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         if self.objective.clips:
             self.clip = ClipObjective(cfg, impl)
+        self.register_buffer("scales", None)
         self.parallel = False  # run the target and the context encoder on two CUDA streams
 
     @property
@@ -272,7 +275,16 @@ class JEPA(nn.Module):
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Make every linear layer compute with copies of its parameters. Returns the pairs (parameter, copy)."""
-        return [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
+        pairs = [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
+        averages = {average for _, average in self.ema_pairs()}  # the optimiser writes no float8 copy of a given teacher
+        return [(p, copy) for p, copy in pairs if copy.dtype != torch.float8_e4m3fn or p in averages]
+
+    def copy_scalings(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs (float8 copy, state of its scaling) for the optimiser, after `add_copies`."""
+        if self.scales is None or self.objective.teacher is not None:
+            return []
+        layers = [m for m in self.target_encoder.blocks.modules() if isinstance(m, Linear)]
+        return [(m.copies[0], m.scalings[1].state) for m in layers if m.copies and m.scalings]
 
     def write_copies(self) -> None:
         """Refresh the copies after something other than the optimiser has set the parameters."""
@@ -289,6 +301,16 @@ class JEPA(nn.Module):
             for block in network.modules():
                 if isinstance(block, Block):
                     block.mlp = step.mlp
-        for module in self.target_encoder.blocks.modules() if self.objective.taught else ():
-            if isinstance(module, Linear):
-                module.fp8 = step.target_precision == "fp8"
+        if self.objective.taught and step.target_precision == "fp8":
+            layers = [m for m in self.target_encoder.blocks.modules() if isinstance(m, Linear)]
+            self.scales = torch.zeros(len(layers), 2, STATE, device=next(self.parameters()).device)
+            for layer, states in zip(layers, self.scales, strict=True):
+                layer.use_fp8(states)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Weights move between models with and without float8; without saved scales, they are computed anew."""
+        if self.scales is None:
+            state_dict.pop(f"{prefix}scales", None)
+        else:
+            state_dict.setdefault(f"{prefix}scales", torch.zeros_like(self.scales))
+        super()._load_from_state_dict(state_dict, prefix, *args)

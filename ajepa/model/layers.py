@@ -10,13 +10,14 @@ from torch import nn
 
 from ajepa_kernels import (
     Quantized,
+    Scaling,
     add_layer_norm,
     bias_gelu,
     fp8_linear,
     gelu_mlp,
     masked_attention,
-    norm_quantize_rows,
-    quantize_rows,
+    norm_quantize,
+    quantize,
 )
 
 
@@ -72,26 +73,41 @@ class _CopyLinear(torch.autograd.Function):
 class Linear(nn.Linear):
     """`nn.Linear` that computes with copies of its parameters in a lower precision after `add_copies`.
 
-    The copies replace the casts of autocast. Code that updates the parameters must also write the copies.
+    The copies replace the casts of autocast. Code that updates the parameters must also write the copies. After
+    `use_fp8` the layer multiplies in float8 when no gradient is needed, and the copy of its weight is in float8.
     """
 
     copies: tuple[torch.Tensor, torch.Tensor] | None = None
-    fp8 = False  # multiply in float8 when no gradient is needed
+    scalings: tuple[Scaling, Scaling] | None = None  # of the input and of the weight's copy, in float8
+
+    def use_fp8(self, states: torch.Tensor) -> None:
+        """states `[2, 8]`: those of the scalings of input and weight."""
+        self.scalings = (Scaling(states[0]), Scaling(states[1]))
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Create the copies. Returns the pairs (parameter, copy)."""
-        self.copies = (self.weight.detach().to(dtype), self.bias.detach().to(dtype))
+        small = dtype if self.scalings is None else torch.float8_e4m3fn
+        self.copies = (torch.empty_like(self.weight, dtype=small), torch.empty_like(self.bias, dtype=dtype))
+        self.write_copies()
         return list(zip((self.weight, self.bias), self.copies, strict=True))
 
     @property
     def quantizes(self) -> bool:
-        return self.fp8 and not torch.is_grad_enabled()
+        return self.scalings is not None and not torch.is_grad_enabled()
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Of the input. Evaluation takes the scale of the present values, and so leaves the training's as it is."""
+        return self.scalings[0] if self.scalings is not None and self.training else None
 
     @torch.no_grad()
     def write_copies(self) -> None:
         """Refresh the copies after something other than the optimiser has set the parameters."""
+        if self.scalings is not None:
+            self.scalings[0].loaded()
+            self.scalings[1].loaded(self.weight)
         for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
-            copy.copy_(parameter)
+            copy.copy_(quantize(parameter, self.scalings[1]).values if copy.dtype == torch.float8_e4m3fn else parameter)
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
@@ -104,11 +120,13 @@ class Linear(nn.Linear):
             parameters = tuple(p[outputs] for p in parameters)
         if not biased:
             parameters = tuple(p if p.dim() == 2 else None for p in parameters)
-        if self.quantizes:
-            return fp8_linear(x, *parameters[-2:])
+        if self.scalings is not None and self.quantizes:
+            *_, weight, bias = parameters
+            x = x if isinstance(x, Quantized) else quantize(x, self.scaling)
+            return fp8_linear(x, weight if self.copies is None else Quantized(weight, self.scalings[1].scale), bias)
         assert isinstance(x, torch.Tensor)
-        if self.copies is None:
-            return nn.functional.linear(x, *parameters)
+        if self.copies is None or self.scalings is not None:
+            return nn.functional.linear(x, *parameters[:2])
         return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)
 
 
@@ -165,19 +183,19 @@ class Block(nn.Module):
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, addend, stream, sequences: Sequences, rotary, impl: str, wanted: Wanted | None = None):
-        normed, stream = add_norm(addend, stream, self.norm1, impl, self.qkv.quantizes)
+        normed, stream = add_norm(addend, stream, self.norm1, impl, self.qkv)
         if wanted is None:
             attended = self.attend(normed, sequences, rotary, impl)
         else:
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
             stream = unique_rows(stream, wanted.rows)
-        normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl, self.fc1.quantizes)
+        normed, stream = add_norm(self.proj(attended.flatten(1)), stream, self.norm2, impl, self.fc1)
         return self.transform(normed, impl), stream
 
     def transform(self, normed, impl: str):
         fc1, fc2, epilogue = self.fc1, self.fc2, self.mlp == "epilogue"
         if fc2.quantizes:
-            return fc2(quantize_rows(fc1(normed), gelu="tanh" if epilogue else "none", impl=impl))
+            return fc2(quantize(fc1(normed), fc2.scaling, gelu="tanh" if epilogue else "none", impl=impl))
         if epilogue:
             copies = None if fc1.copies is None or fc2.copies is None else (*fc1.copies, *fc2.copies)
             return gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, copies=copies, impl=impl)
@@ -209,10 +227,10 @@ class Block(nn.Module):
         )  # fmt: skip
 
 
-def add_norm(addend, stream, norm: nn.LayerNorm, impl: str, quantize: bool = False):
-    """Return layer_norm(addend + stream) and the sum. `quantize` returns the norm in float8, for a float8 product."""
-    if quantize:
-        return norm_quantize_rows(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
+def add_norm(addend, stream, norm: nn.LayerNorm, impl: str, reader: Linear | None = None):
+    """Return layer_norm(addend + stream) and the sum. The norm is in float8 if its `reader` multiplies in float8."""
+    if reader is not None and reader.quantizes:
+        return norm_quantize(addend, stream, norm.weight, norm.bias, norm.eps, reader.scaling, impl=impl)
     return add_layer_norm(addend, stream, norm.weight, norm.bias, norm.eps, impl=impl)
 
 

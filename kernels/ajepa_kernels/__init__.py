@@ -5,7 +5,16 @@ from ajepa_kernels.attention import masked_attention, masked_attention_reference
 from ajepa_kernels.augment_mel import MelViews, augment_mel, augment_mel_reference
 from ajepa_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
-from ajepa_kernels.fp8 import Quantized, fp8_linear, norm_quantize_rows, quantize_rows, quantize_rows_reference
+from ajepa_kernels.fp8 import (
+    Quantized,
+    Scaling,
+    advance_scales_,
+    fp8_linear,
+    norm_quantize,
+    norm_quantize_reference,
+    quantize,
+    quantize_reference,
+)
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
@@ -22,8 +31,10 @@ __all__ = [
     "MelViews",
     "Quantized",
     "Resampler",
+    "Scaling",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "advance_scales_",
     "augment_mel",
     "augment_mel_reference",
     "bias_gelu",
@@ -40,9 +51,10 @@ __all__ = [
     "log_mel_reference",
     "masked_attention",
     "masked_attention_reference",
-    "norm_quantize_rows",
-    "quantize_rows",
-    "quantize_rows_reference",
+    "norm_quantize",
+    "norm_quantize_reference",
+    "quantize",
+    "quantize_reference",
     "resample",
     "resample_reference",
     "resampled_length",
