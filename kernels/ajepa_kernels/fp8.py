@@ -386,6 +386,7 @@ def fp8_linear(
             values, weight.T, scale, weight_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     else:
-        y = values.float() @ weight.float().T * (scale * weight_scale)
+        with torch.autocast(values.device.type, enabled=False):  # it would round the sums to its dtype
+            y = values.float() @ weight.float().T * (scale * weight_scale)
         y = (y if bias_N is None else y + bias_N.detach().to(torch.bfloat16)).to(torch.bfloat16)
     return y.view(*shape[:-1], N)
