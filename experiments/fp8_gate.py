@@ -57,7 +57,7 @@ class Arguments:
     batch_size: int | None = None
     """Clips of a step; by default the preset's."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of both runs. bf16 is slow on a CPU without instructions for it."""
+    """Of everything but the targets. bf16 is slow on a CPU without instructions for it."""
     data: str | None = None
     """Recordings; by default the synthetic set."""
     every: int = 50
@@ -190,6 +190,7 @@ def main() -> int:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         settings["batch_size"] = configuration(args, 0, "same").optim.batch_size
         result = {"settings": settings, "device": name, "limits": LIMITS, "judged": judge(runs), "runs": runs}
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(result) + "\n").encode())
     draw(result, path.with_suffix(".png"))
     print(json.dumps({"limits": result["limits"], "judged": result["judged"]}, indent=2))

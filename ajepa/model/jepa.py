@@ -274,8 +274,12 @@ class JEPA(nn.Module):
         return pairs + (self.clip.ema_pairs() if self.objective.clips else [])
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Make every linear layer compute with copies of its parameters. Returns the pairs (parameter, copy)."""
-        pairs = [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
+        """Make every linear layer compute with copies of its parameters. Returns the pairs (parameter, copy).
+
+        In float32 only layers that multiply in float8 need copies.
+        """
+        layers = [m for m in self.modules() if isinstance(m, Linear) and (dtype != torch.float32 or m.scalings)]
+        pairs = [pair for layer in layers for pair in layer.add_copies(dtype)]
         averages = {average for _, average in self.ema_pairs()}  # the optimiser writes no float8 copy of a given teacher
         return [(p, copy) for p, copy in pairs if copy.dtype != torch.float8_e4m3fn or p in averages]
 

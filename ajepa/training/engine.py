@@ -101,8 +101,8 @@ class Engine:
         self.net = self.ranks.wrap(self.model)
         if not self.plain:
             self.model.configure(self.cfg.step, self.bf16)
-        has_copies = self.bf16 and not self.plain and self.ranks.replicated
-        self.copies = self.model.add_copies(torch.bfloat16) if has_copies else []
+        has_copies = not self.plain and self.ranks.replicated
+        self.copies = self.model.add_copies(torch.bfloat16 if self.bf16 else torch.float32) if has_copies else []
 
     def _make_optimizer(self) -> None:
         optim, local = self.cfg.optim, self.ranks.local
@@ -127,7 +127,7 @@ class Engine:
             self.front_end = FrontEnd(self.cfg.front_end, impl)
         else:
             # Layers that read bf16 copies would round the patches at every reading; the front end rounds them once.
-            self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if self.copies else torch.float32)
+            self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if self.copies and self.bf16 else torch.float32)
         impl, dtype = ("reference" if self.plain else "auto"), self.front_end.dtype
         self.views = ViewFrontEnd(self.cfg, impl, dtype) if self.cfg.objective.clips else None
 
