@@ -87,7 +87,8 @@ def train(cfg: config.Config, corpus: Corpus, every: int) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     device = choose_device(cfg.device)
     engine, sampler = Engine(cfg, device), MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
-    pcm, lengths = (x[: 2 * cfg.optim.batch_size].to(device) for x in (corpus.evaluation.pcm, corpus.evaluation.lengths))
+    clips, held_out = 2 * cfg.optim.batch_size, corpus.evaluation
+    pcm, lengths = held_out.pcm[:clips].to(device), held_out.lengths[:clips].to(device)
     losses: list[float] = []
     measured: list[dict[str, float]] = []
     clamped = torch.zeros((), device=device)

@@ -280,7 +280,7 @@ class JEPA(nn.Module):
         """
         layers = [m for m in self.modules() if isinstance(m, Linear) and (dtype != torch.float32 or m.scalings)]
         pairs = [pair for layer in layers for pair in layer.add_copies(dtype)]
-        averages = {average for _, average in self.ema_pairs()}  # the optimiser writes no float8 copy of a given teacher
+        averages = {average for _, average in self.ema_pairs()}  # a given teacher's float8 copies are never rewritten
         return [(p, copy) for p, copy in pairs if copy.dtype != torch.float8_e4m3fn or p in averages]
 
     def copy_scalings(self) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -103,11 +103,14 @@ class Linear(nn.Linear):
     @torch.no_grad()
     def write_copies(self) -> None:
         """Refresh the copies after something other than the optimiser has set the parameters."""
+        weight: torch.Tensor = self.weight
         if self.scalings is not None:
             self.scalings[0].loaded()
-            self.scalings[1].loaded(self.weight)
-        for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
-            copy.copy_(quantize(parameter, self.scalings[1]).values if copy.dtype == torch.float8_e4m3fn else parameter)
+            if self.copies is not None:
+                self.scalings[1].loaded(weight)
+                weight = quantize(weight, self.scalings[1]).values
+        for copy, value in zip(self.copies or (), (weight, self.bias), strict=False):
+            copy.copy_(value)
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)

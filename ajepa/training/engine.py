@@ -127,7 +127,8 @@ class Engine:
             self.front_end = FrontEnd(self.cfg.front_end, impl)
         else:
             # Layers that read bf16 copies would round the patches at every reading; the front end rounds them once.
-            self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if self.copies and self.bf16 else torch.float32)
+            rounds = self.copies and self.bf16
+            self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if rounds else torch.float32)
         impl, dtype = ("reference" if self.plain else "auto"), self.front_end.dtype
         self.views = ViewFrontEnd(self.cfg, impl, dtype) if self.cfg.objective.clips else None
 

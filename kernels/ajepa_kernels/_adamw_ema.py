@@ -72,7 +72,7 @@ def _adamw_ema_kernel(
         root_correction = tl.sqrt(1.0 - tl.exp(step * tl.load(hyper_ptr + 3))).to(tl.float32)
         shrink = 1.0 - lr * _rate(row_ptr + 10, hyper_ptr + 6)
     lerp1, keep2, lerp2 = (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32)
-    if EMA_COPY == tl.float8e4nv:
+    if tl.float8e4nv == EMA_COPY:
         inverse = 1.0 / tl.load(load_pointer(row_ptr, 12, tl.float32, False))
         largest = tl.zeros([BLOCK], tl.float32)
 
@@ -108,13 +108,13 @@ def _adamw_ema_kernel(
         tl.store(copy_ptr + offsets, param.to(COPY), mask=mask & has_copy)
         ema = param + decay * (ema - param)
         tl.store(ema_ptr + offsets, ema.to(EMA), mask=mask & has_ema)
-        if EMA_COPY == tl.float8e4nv:
+        if tl.float8e4nv == EMA_COPY:
             largest = tl.maximum(largest, tl.where(mask, tl.abs(ema), 0.0))
             tl.store(ema_copy_ptr + offsets, to_e4m3(ema, inverse), mask=mask)
         else:
             tl.store(ema_copy_ptr + offsets, ema.to(EMA_COPY), mask=mask & has_ema_copy)
 
-    if EMA_COPY == tl.float8e4nv:
+    if tl.float8e4nv == EMA_COPY:
         row_ptr = table_ptr + tl.load(chunk_row_ptr + pid) * COLUMNS
         note_largest(load_pointer(row_ptr, 12, tl.float32, False), tl.max(largest, 0))
 
@@ -167,7 +167,7 @@ def launch_rows(together: list[tuple], steps, scalings, rates, places, groups) -
     address = lambda x: 0 if x is None else x.data_ptr()  # noqa: E731
     rate = [0 if i < 0 else rates[i].data_ptr() for i in groups]
     kinds: dict[tuple, list[tuple]] = {}
-    for i, ((param, grad, *others), scaling, group) in enumerate(
+    for i, ((param, grad, *others), group, scaling) in enumerate(
         zip(together, places[4::6], places[5::6], strict=True)
     ):
         has_grad = i < len(steps)
@@ -208,8 +208,8 @@ def launch_adamw_ema(
 @register(
     "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] steps, Tensor(e!)[] remainders, Tensor(f!)[] emas, Tensor(g!)[] copies, Tensor(h!)[] ema_copies, "
-    "Tensor(i!)[] scalings, Tensor[] rates, int[] places, int[] groups, float[] hyper, Tensor? grad_scale, Tensor? found_inf, "
-    "Tensor? decay_tensor, float decay) -> ()",
+    "Tensor(i!)[] scalings, Tensor[] rates, int[] places, int[] groups, float[] hyper, Tensor? grad_scale, "
+    "Tensor? found_inf, Tensor? decay_tensor, float decay) -> ()",
     lambda *args: None,
 )
 def _adamw_ema(

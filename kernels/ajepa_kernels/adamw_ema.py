@@ -118,8 +118,8 @@ class AdamWEMA(torch.optim.AdamW):
         ema: pairs (parameter, its EMA tensor). A parameter without a pair has no average. A pair is averaged even if
             its parameter has no gradient.
         copies: pairs (parameter or EMA tensor, low-precision tensor of its shape). Each step writes the second tensor.
-        scalings: pairs (float8_e4m3fn copy of an EMA tensor, state of its `Scaling`). Each step that updates the average
-            writes the copy with the state's scale and notes the largest magnitude; see `quantize`.
+        scalings: pairs (float8_e4m3fn copy of an EMA tensor, state of its `Scaling`). Each step that updates the
+            average writes the copy with the state's scale and notes the largest magnitude; see `quantize`.
         remainder: keep bfloat16 parameters in float32 precision, with 16 more bits in the state ("remainder") and
             moments in float32. AdamW, and AdamWEMA without this option, load such a state dict rounded. A state dict of
             AdamW is loaded with remainders of zero.
@@ -145,8 +145,9 @@ class AdamWEMA(torch.optim.AdamW):
     _plan: _Plan | None = None  # the plan of the last step, without its tensors
 
     def __init__(
-        self, params, ema: Pairs = (), copies: Pairs = (), scalings: Pairs = (), *, remainder=False, impl="auto", **kwargs
-    ):
+        self, params, ema: Pairs = (), copies: Pairs = (), scalings: Pairs = (),
+        *, remainder=False, impl="auto", **kwargs,
+    ):  # fmt: skip
         check_impl("AdamWEMA", impl)
         super().__init__(params, **{"fused": True, **kwargs})
         self.ema_sources: list[torch.Tensor] = []
@@ -339,8 +340,13 @@ class AdamWEMA(torch.optim.AdamW):
         written = list(t.copies)
         for ema, copy, scaling in zip(t.places[1::6], t.places[3::6], t.places[5::6], strict=True):
             if scaling >= 0:
-                note_largest_(t.scalings[scaling], t.emas[ema].float())
-                t.ema_copies[copy].copy_(round_e4m3(t.emas[ema].float(), t.scalings[scaling][0]))
+                value, state, small = t.emas[ema].float(), t.scalings[scaling], t.ema_copies[copy]
+                rounded = round_e4m3(value, state[0])
+                if found_inf is not None:  # torch.where takes no float8
+                    kept = torch.where(found_inf > 0, small.view(torch.uint8), rounded.view(torch.uint8))
+                    rounded, value = kept.view(small.dtype), torch.where(found_inf > 0, 0.0, value)
+                small.copy_(rounded)
+                note_largest_(state, value)
             elif copy >= 0:
                 written.append(t.ema_copies[copy])
                 sources.append(t.emas[ema])

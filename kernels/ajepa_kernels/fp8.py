@@ -323,7 +323,7 @@ def norm_quantize(
         raise ValueError("norm_quantize: all tensors must be floating point and on one device")
     unsupported = "" if 1 <= x.shape[1] <= MAX_WIDTH else f"no kernel for width {x.shape[1]}, only up to {MAX_WIDTH}"
     if not use_triton("norm_quantize", impl, x, unsupported or _unsupported(*tensors)):
-        return norm_quantize_reference(*tensors, eps, scaling)
+        return norm_quantize_reference(x, residual, weight, bias, eps, scaling)
     if scaling is None or not scaling.calibrated:
         total = x + residual
         normed = F.layer_norm(total.float(), total.shape[-1:], weight.float(), bias.float(), eps)
