@@ -36,11 +36,12 @@ from ajepa.training.engine import Engine
 from ajepa.training.graph import StepGraphs
 from ajepa_kernels import (
     AdamWEMA,
+    Scaling,
     add_layer_norm,
     bias_gelu,
     latent_l2_loss,
-    norm_quantize_rows,
-    quantize_rows,
+    norm_quantize,
+    quantize,
     segment_pool,
     sigreg,
     warmup,
@@ -242,11 +243,11 @@ def _operations() -> Iterator[Callable[[], object]]:
         yield lambda gelu=gelu, C=C, dtype=dtype: _both_ways(gelu, _leaf(16, C), _leaf(C, dtype=dtype))
     rows = [(768, BF16), (3072, BF16), (768, FP32), (768, torch.float16), (64, FP32)]
     for (K, dtype), gelu in itertools.product(rows, (None, "none", "tanh")):
-        yield lambda K=K, dtype=dtype, gelu=gelu: quantize_rows(_leaf(16, K, dtype=dtype), gelu=gelu)
+        yield lambda K=K, dtype=dtype, gelu=gelu: _both_scales(_leaf(16, K, dtype=dtype), gelu)
     affine = _leaf(768, dtype=FP32)
     for dtype, stream in ((BF16, BF16), (BF16, FP32), (torch.float16, FP32), (FP32, FP32)):
         pair = _leaf(16, 768, dtype=dtype), _leaf(16, 768, dtype=stream)
-        yield lambda pair=pair: norm_quantize_rows(*pair, affine, affine)
+        yield lambda pair=pair: norm_quantize(*pair, affine, affine, 1e-6, _calibrated())
     offsets = torch.tensor([0, 9, 16], dtype=torch.int32)
     for C, dtype in itertools.product((768, 128), (BF16, FP32)):
         pool = lambda x: segment_pool(x, offsets)  # noqa: E731
@@ -255,6 +256,17 @@ def _operations() -> Iterator[Callable[[], object]]:
     for (V, D, S), dtype in itertools.product(((1, 768, 1024), (2, 128, 256)), (BF16, FP32)):
         spread = lambda z, S=S: sigreg(z, key, directions=S)  # noqa: E731
         yield lambda spread=spread, V=V, D=D, dtype=dtype: _both_ways(spread, _leaf(V, 16, D, dtype=dtype))
+
+
+def _calibrated() -> Scaling:
+    scaling = Scaling(torch.ones(8))
+    scaling.loaded()
+    return scaling
+
+
+def _both_scales(x: torch.Tensor, gelu: str | None) -> None:
+    quantize(x, gelu=gelu)
+    quantize(x, _calibrated(), gelu=gelu)
 
 
 def _update(remainder: bool) -> None:

@@ -212,16 +212,17 @@ def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
     _bias_gelu_bwd(_bias_gelu_fwd(x, bias, approximate == "tanh", dtype), x, bias, approximate == "tanh")
 
 
-def optimizer(remainder: bool) -> None:
+def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16) -> None:
     from ajepa_kernels._adamw_ema import _adamw_ema
     from ajepa_kernels.ema_update import _ema_update
 
     draw = lambda dtype: [torch.empty(768, 768, dtype=dtype, **META)]  # noqa: E731
     weights, scalar = torch.bfloat16 if remainder else torch.float32, torch.empty((), **META)
     params, emas, remainders = draw(weights), draw(torch.float32), draw(torch.int16) if remainder else []
+    scalings = [torch.empty(8, **META)] if ema_copy == torch.float8_e4m3fn else []
     _adamw_ema(
         params, draw(weights), draw(torch.float32), draw(torch.float32), [scalar], remainders, emas, [],
-        draw(torch.bfloat16), [scalar], [0 if remainder else -1, 0, -1, 0, 0], [0, -1],
+        draw(ema_copy), scalings, [scalar], [0 if remainder else -1, 0, -1, 0, 0, len(scalings) - 1], [0, -1],
         [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0,
     )  # fmt: skip
     _ema_update(emas, params, scalar, 0.0)

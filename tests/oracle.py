@@ -12,6 +12,7 @@ needs_kernel = pytest.mark.skipif(
     not CAN_LAUNCH, reason="kernels need a GPU or Triton's interpreter (see test_interpreted.py)"
 )
 IMPLS = ["reference", pytest.param("triton", marks=needs_kernel)]
+E4M3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()  # all finite values >= 0, in order
 # bfloat16 is tested on a GPU only: Triton's interpreter computes it wrongly, and CPUs are slow at it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
@@ -22,6 +23,16 @@ def poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """float64 x, clamped to +-448 and rounded to the nearest value of e4m3, ties to the even code."""
+    size = x.abs().clamp(max=448.0)
+    above = torch.searchsorted(E4M3, size).clamp(max=len(E4M3) - 1)
+    below = (above - 1).clamp(min=0)
+    up, down = E4M3[above] - size, size - E4M3[below]
+    code = torch.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return E4M3[code] * x.sign()
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -29,6 +29,7 @@ from ajepa.model.layers import (
 )
 from ajepa.model.masks import Masks
 from ajepa_kernels import LogMelSpec, ResidualStream
+from ajepa_kernels.fp8 import STATE
 
 
 class Transformer(nn.Module):
@@ -198,6 +199,7 @@ class JEPA(nn.Module):
     predictor: Predictor
     target_encoder: Encoder
     clip: ClipObjective
+    scales: torch.Tensor | None  # float32 [layers, 2, 8]: the state of each `Scaling` of a float8 target encoder
 
     def __init__(self, cfg: Config, impl: str = "auto"):
         super().__init__()
@@ -209,6 +211,7 @@ class JEPA(nn.Module):
             self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         if self.objective.clips:
             self.clip = ClipObjective(cfg, impl)
+        self.register_buffer("scales", None)
         self.parallel = False  # run the target and the context encoder on two CUDA streams
 
     @property
@@ -280,8 +283,21 @@ class JEPA(nn.Module):
         return pairs + (self.clip.ema_pairs() if self.objective.clips else [])
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Make every linear layer compute with copies of its parameters. Returns the pairs (parameter, copy)."""
-        return [pair for m in self.modules() if isinstance(m, Linear) for pair in m.add_copies(dtype)]
+        """Make every linear layer compute with copies of its parameters. Returns the pairs (parameter, copy).
+
+        In float32 only layers that multiply in float8 need copies.
+        """
+        layers = [m for m in self.modules() if isinstance(m, Linear) and (dtype != torch.float32 or m.scalings)]
+        pairs = [pair for layer in layers for pair in layer.add_copies(dtype)]
+        averages = {average for _, average in self.ema_pairs()}  # a given teacher's float8 copies are never rewritten
+        return [(p, copy) for p, copy in pairs if copy.dtype != torch.float8_e4m3fn or p in averages]
+
+    def copy_scalings(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs (float8 copy, state of its scaling) for the optimiser, after `add_copies`."""
+        if self.scales is None or self.objective.teacher is not None:
+            return []
+        layers = [m for m in self.target_encoder.blocks.modules() if isinstance(m, Linear)]
+        return [(m.copies[0], m.scalings[1].state) for m in layers if m.copies and m.scalings]
 
     def write_copies(self) -> None:
         """Refresh the copies after something other than the optimiser has set the parameters."""
@@ -302,6 +318,16 @@ class JEPA(nn.Module):
                 if isinstance(block, Block):
                     block.adds_in_product = bf16 and step.residual == "in-product"
                     block.mlp = ("bias-gelu" if on_gpu else "plain") if step.mlp == "auto" else step.mlp
-        for module in self.target_encoder.blocks.modules() if self.objective.taught else ():
-            if isinstance(module, Linear):
-                module.fp8 = step.target_precision == "fp8"
+        if self.objective.taught and step.target_precision == "fp8":
+            layers = [m for m in self.target_encoder.blocks.modules() if isinstance(m, Linear)]
+            self.scales = torch.zeros(len(layers), 2, STATE, device=next(self.parameters()).device)
+            for layer, states in zip(layers, self.scales, strict=True):
+                layer.use_fp8(states)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Weights move between models with and without float8; without saved scales, they are computed anew."""
+        if self.scales is None:
+            state_dict.pop(f"{prefix}scales", None)
+        else:
+            state_dict.setdefault(f"{prefix}scales", torch.zeros_like(self.scales))
+        super()._load_from_state_dict(state_dict, prefix, *args)

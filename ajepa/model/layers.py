@@ -11,14 +11,16 @@ from torch import nn
 from ajepa_kernels import (
     Quantized,
     ResidualStream,
+    Scaling,
     add_layer_norm,
     bias_gelu,
     fp8_linear,
+    fp8_linear_gelu,
     gelu_mlp,
     linear_residual,
     masked_attention,
-    norm_quantize_rows,
-    quantize_rows,
+    norm_quantize,
+    quantize,
 )
 
 
@@ -94,26 +96,51 @@ class Table(NamedTuple):
 class Linear(nn.Linear):
     """`nn.Linear` that computes with copies of its parameters in a lower precision after `add_copies`.
 
-    The copies replace the casts of autocast. Code that updates the parameters must also write the copies.
+    The copies replace the casts of autocast. Code that updates the parameters must also write the copies. After
+    `use_fp8` the layer multiplies in float8 when no gradient is needed, and the copy of its weight is in float8.
     """
 
     copies: tuple[torch.Tensor, torch.Tensor] | None = None
-    fp8 = False  # multiply in float8 when no gradient is needed
+    scalings: tuple[Scaling, Scaling] | None = None  # of the input and of the weight's copy, in float8
+
+    def use_fp8(self, states: torch.Tensor) -> None:
+        """states `[2, 8]`: those of the scalings of input and weight."""
+        self.scalings = (Scaling(states[0]), Scaling(states[1]))
 
     def add_copies(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Create the copies. Returns the pairs (parameter, copy)."""
-        self.copies = (self.weight.detach().to(dtype), self.bias.detach().to(dtype))
+        small = dtype if self.scalings is None else torch.float8_e4m3fn
+        self.copies = (torch.empty_like(self.weight, dtype=small), torch.empty_like(self.bias, dtype=dtype))
+        self.write_copies()
         return list(zip((self.weight, self.bias), self.copies, strict=True))
 
     @property
     def quantizes(self) -> bool:
-        return self.fp8 and not torch.is_grad_enabled()
+        return self.scalings is not None and not torch.is_grad_enabled()
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Of the input. Evaluation takes the scale of the present values, and so leaves the training's as it is."""
+        return self.scalings[0] if self.scalings is not None and self.training else None
+
+    @property
+    def quantized_weight(self) -> Quantized | None:
+        """The copy of the weight, if it is in float8."""
+        if self.copies is None or self.scalings is None:
+            return None
+        return Quantized(self.copies[0], self.scalings[1].scale)
 
     @torch.no_grad()
     def write_copies(self) -> None:
         """Refresh the copies after something other than the optimiser has set the parameters."""
-        for copy, parameter in zip(self.copies or (), (self.weight, self.bias), strict=False):
-            copy.copy_(parameter)
+        weight: torch.Tensor = self.weight
+        if self.scalings is not None:
+            self.scalings[0].loaded()
+            if self.copies is not None:
+                self.scalings[1].loaded(weight)
+                weight = quantize(weight, self.scalings[1]).values
+        for copy, value in zip(self.copies or (), (weight, self.bias), strict=False):
+            copy.copy_(value)
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
@@ -126,11 +153,13 @@ class Linear(nn.Linear):
             parameters = tuple(p[outputs] for p in parameters)
         if not biased:
             parameters = tuple(p if p.dim() == 2 else None for p in parameters)
-        if self.quantizes:
-            return fp8_linear(x, *parameters[-2:])
+        if self.scalings is not None and self.quantizes:
+            *_, weight, bias = parameters
+            x = x if isinstance(x, Quantized) else quantize(x, self.scaling)
+            return fp8_linear(x, weight if self.copies is None else Quantized(weight, self.scalings[1].scale), bias)
         assert isinstance(x, torch.Tensor)
-        if self.copies is None:
-            return nn.functional.linear(x, *parameters)
+        if self.copies is None or self.scalings is not None:
+            return nn.functional.linear(x, *parameters[:2])
         return _CopyLinear.apply(x.to(self.copies[0].dtype), *parameters)
 
     def split_bias(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -139,7 +168,7 @@ class Linear(nn.Linear):
         That op reads the gradient of the output anyway, so that no pass over it remains. Without copies of the weights
         the layer computes the gradient itself: sharded weights must not be read outside their own block.
         """
-        if self.copies is None or not torch.is_grad_enabled():
+        if self.copies is None or self.scalings is not None or not torch.is_grad_enabled():
             return self.bias, None
         return self.bias.detach(), self.bias
 
@@ -210,14 +239,14 @@ class Block(nn.Module):
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, addend: Addend, stream, sequences: Sequences, rotary, impl: str, wanted: Wanted | None = None):
-        normed, stream = add_norm(addend, stream, self.norm1, impl, self.qkv.quantizes)
+        normed, stream = add_norm(addend, stream, self.norm1, impl, self.qkv)
         if wanted is None:
             attended = self.attend(normed, sequences, rotary, impl)
         else:
             attended = self.attend_wanted(normed, sequences, rotary, impl, wanted)
             stream = select_rows(stream, wanted.rows)
         addend, stream = self.add(self.proj, attended.flatten(1), stream, impl)
-        normed, stream = add_norm(addend, stream, self.norm2, impl, self.fc1.quantizes)
+        normed, stream = add_norm(addend, stream, self.norm2, impl, self.fc1)
         return self.transform(normed, stream, impl)
 
     def add(self, layer: Linear, x, stream, impl: str):
@@ -230,7 +259,7 @@ class Block(nn.Module):
         """The pair (addend, stream) after the MLP."""
         fc1, fc2 = self.fc1, self.fc2
         if fc2.quantizes:
-            return Addend(fc2(quantize_rows(fc1(normed), gelu="none", impl=impl))), stream
+            return Addend(fc2(self.quantized_gelu(normed, impl))), stream
         if self.mlp == "bias-gelu":
             return self.add(fc2, bias_gelu(fc1(normed, biased=False), fc1.bias, impl=impl), stream, impl)
         if self.mlp == "plain":
@@ -240,6 +269,12 @@ class Block(nn.Module):
         residual = stream if self.adds_in_product else None
         y = gelu_mlp(normed, fc1.weight, fc1.bias, fc2.weight, bias, residual=residual, copies=copies, impl=impl)
         return Addend(y, left), stream if residual is None else None
+
+    def quantized_gelu(self, normed, impl: str) -> Quantized:
+        """The input of a float8 fc2."""
+        if self.mlp == "epilogue" and isinstance(normed, Quantized) and (weight := self.fc1.quantized_weight):
+            return fp8_linear_gelu(normed, weight, self.fc1.bias, self.fc2.scaling, impl=impl)
+        return quantize(self.fc1(normed), self.fc2.scaling, gelu="none", impl=impl)
 
     def attend(self, normed, sequences: Sequences, rotary, impl: str):
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))
@@ -272,15 +307,15 @@ def select_rows(stream, rows: torch.Tensor):
     return stream.select(rows) if isinstance(stream, ResidualStream) else unique_rows(stream, rows)
 
 
-def add_norm(addend: Addend, stream, norm: nn.LayerNorm, impl: str, quantize: bool = False):
-    """Return layer_norm(addend + stream) and the sum. `quantize` returns the norm in float8, for a float8 product."""
+def add_norm(addend: Addend, stream, norm: nn.LayerNorm, impl: str, reader: Linear | None = None):
+    """Return layer_norm(addend + stream) and the sum. The norm is in float8 if its `reader` multiplies in float8."""
     rows = None
     if isinstance(stream, Table):
         stream, rows = stream
-    if quantize:
+    if reader is not None and reader.quantizes:
         stream = stream if rows is None else stream[rows]
         assert isinstance(addend.x, torch.Tensor)
-        return norm_quantize_rows(addend.x, stream, norm.weight, norm.bias, norm.eps, impl=impl)
+        return norm_quantize(addend.x, stream, norm.weight, norm.bias, norm.eps, reader.scaling, impl=impl)
     return add_layer_norm(addend.x, stream, norm.weight, norm.bias, norm.eps, x_bias=addend.bias, rows=rows, impl=impl)
 
 

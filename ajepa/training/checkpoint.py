@@ -120,7 +120,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
         found = state.get("format") if isinstance(state, dict) else None
         raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}")
-    own = dict(trainer.model.named_parameters())  # buffers are constants and are not saved
+    own = trainer.model.state_dict()
     wrong = [k for k in own.keys() | model.keys() if k not in own or k not in model or own[k].shape != model[k].shape]
     random = {name: optimizer.pop(name) for name in list(optimizer) if name.startswith("rng/")}
     for name, value in optimizer.items():

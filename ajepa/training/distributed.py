@@ -172,6 +172,12 @@ class Ranks:
             loss /= self.world_size
         return loss
 
+    def maximum(self, x: torch.Tensor) -> torch.Tensor:
+        """Set the elements of x to their maxima over the ranks, and return x."""
+        if not self.alone:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
     def whole(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The full tensor whose part on this rank is `value`, shaped as `local(parameter)`. All ranks must call it."""
         return value
@@ -210,6 +216,10 @@ class ShardedRanks(Ranks):
     def load(self, model, tensors):
         for name, p in model.named_parameters():
             self.local(p).copy_(self.part(p, tensors[name]))
+        for name, buffer in model.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name])
+        model.write_copies()
 
     def local(self, parameter: torch.Tensor) -> torch.Tensor:
         return self._locals[parameter]

@@ -21,7 +21,7 @@ from ajepa.training.flops import step_flops
 from ajepa.training.graph import StepGraphs
 from ajepa.training.schedules import ema_decay, learning_rate, parameter_groups, weight_decay
 from ajepa.utils.devices import trains_in_bf16
-from ajepa_kernels import AdamWEMA, ema_update_reference_, latent_l2_loss
+from ajepa_kernels import AdamWEMA, advance_scales_, ema_update_reference_, latent_l2_loss
 
 
 class StepResult(NamedTuple):
@@ -99,10 +99,10 @@ class Engine:
         if self.cfg.objective.clips:
             self.model.clip.group = self.ranks.group
         self.net = self.ranks.wrap(self.model)
-        has_copies = self.bf16 and not self.plain and self.ranks.replicated
-        self.copies = self.model.add_copies(torch.bfloat16) if has_copies else []
         if not self.plain:
             self.model.configure(self.cfg.step, self.bf16)
+        has_copies = not self.plain and self.ranks.replicated
+        self.copies = self.model.add_copies(torch.bfloat16 if self.bf16 else torch.float32) if has_copies else []
 
     def _make_optimizer(self) -> None:
         optim, local = self.cfg.optim, self.ranks.local
@@ -116,7 +116,9 @@ class Engine:
         if self.plain:
             self.optimizer = torch.optim.AdamW(groups, **options)
         else:
-            self.optimizer = AdamWEMA(groups, ema=self.pairs, copies=self.copies, **options)
+            self.optimizer = AdamWEMA(
+                groups, ema=self.pairs, copies=self.copies, scalings=self.model.copy_scalings(), **options
+            )
 
     def _make_front_end(self) -> None:
         if self.plain:
@@ -125,7 +127,8 @@ class Engine:
             self.front_end = FrontEnd(self.cfg.front_end, impl)
         else:
             # Layers that read bf16 copies would round the patches at every reading; the front end rounds them once.
-            self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if self.copies else torch.float32)
+            rounds = self.copies and self.bf16
+            self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if rounds else torch.float32)
         impl, dtype = ("reference" if self.plain else "auto"), self.front_end.dtype
         self.views = ViewFrontEnd(self.cfg, impl, dtype) if self.cfg.objective.clips else None
 
@@ -219,6 +222,8 @@ class Engine:
         # torch's fused AdamW divides gradients by grad_scale, and changes nothing where found_inf is 1.
         limit = self.cfg.optim.clip_norm
         clip = torch.ones_like(norm) if limit is None else (norm / limit).clamp(min=1.0)
+        if self.model.scales is not None:
+            advance_scales_(self.ranks.maximum(self.model.scales).flatten(0, 1), bad)
         if isinstance(self.optimizer, AdamWEMA):
             self.optimizer.step(ema_decay=values.ema_decay, grad_scale=clip, found_inf=bad)
         else:

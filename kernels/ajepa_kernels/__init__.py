@@ -5,7 +5,17 @@ from ajepa_kernels.attention import masked_attention, masked_attention_reference
 from ajepa_kernels.augment_mel import MelViews, augment_mel, augment_mel_reference
 from ajepa_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
-from ajepa_kernels.fp8 import Quantized, fp8_linear, norm_quantize_rows, quantize_rows, quantize_rows_reference
+from ajepa_kernels.fp8 import (
+    Quantized,
+    Scaling,
+    advance_scales_,
+    fp8_linear,
+    fp8_linear_gelu,
+    norm_quantize,
+    norm_quantize_reference,
+    quantize,
+    quantize_reference,
+)
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import ResidualStream, add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.linear_residual import linear_residual, linear_residual_reference
@@ -24,8 +34,10 @@ __all__ = [
     "Quantized",
     "Resampler",
     "ResidualStream",
+    "Scaling",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "advance_scales_",
     "augment_mel",
     "augment_mel_reference",
     "bias_gelu",
@@ -33,6 +45,7 @@ __all__ = [
     "ema_update_",
     "ema_update_reference_",
     "fp8_linear",
+    "fp8_linear_gelu",
     "gelu_mlp",
     "gelu_mlp_reference",
     "input_span",
@@ -44,9 +57,10 @@ __all__ = [
     "log_mel_reference",
     "masked_attention",
     "masked_attention_reference",
-    "norm_quantize_rows",
-    "quantize_rows",
-    "quantize_rows_reference",
+    "norm_quantize",
+    "norm_quantize_reference",
+    "quantize",
+    "quantize_reference",
     "resample",
     "resample_reference",
     "resampled_length",

@@ -10,9 +10,10 @@ import torch
 
 from ajepa_kernels._tables import BLOCK, CHUNK, cached, is_aligned, load_pointer, load_size, table, tl_dtype, to_device
 from ajepa_kernels._triton import jit, launch, register, tl
+from ajepa_kernels.fp8 import note_largest, to_e4m3
 
 # Columns of a table row: 0 first chunk, 1 param, 2 exp_avg, 3 exp_avg_sq, 4 remainder, 5 ema, 6 copy, 7 ema copy,
-# 8 step, 9 lr, 10 weight decay, 11 group, 12 size.
+# 8 step, 9 lr, 10 weight decay, 11 group, 12 state of the ema copy's scaling, 13 size.
 # Numbers of a group: 0 beta1, 1 beta2, 2 and 3 their logarithms, 4 eps, 5 lr and 6 weight decay (used if the row has no
 # pointers to them), 7 factor of the gradients (-1 to maximise).
 # Gradients are new tensors at each step. Their addresses have a separate table, so that the rows can be reused.
@@ -51,7 +52,7 @@ def _adamw_ema_kernel(
     has_ema_copy = tl.load(row_ptr + 7) != 0
     ema_copy_ptr = load_pointer(row_ptr, 7, EMA_COPY, ALIGNED)
     has_grad = tl.load(row_ptr + 8) != 0
-    size = load_size(row_ptr + 12, ALIGNED)
+    size = load_size(row_ptr + 13, ALIGNED)
     start = (pid - tl.load(row_ptr)) * CHUNK
 
     if decay_ptr is not None:
@@ -71,6 +72,9 @@ def _adamw_ema_kernel(
         root_correction = tl.sqrt(1.0 - tl.exp(step * tl.load(hyper_ptr + 3))).to(tl.float32)
         shrink = 1.0 - lr * _rate(row_ptr + 10, hyper_ptr + 6)
     lerp1, keep2, lerp2 = (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32)
+    if tl.float8e4nv == EMA_COPY:
+        inverse = 1.0 / tl.load(load_pointer(row_ptr, 12, tl.float32, False))
+        largest = tl.zeros([BLOCK], tl.float32)
 
     for i in range(0, CHUNK, BLOCK):
         offsets = start + i + tl.arange(0, BLOCK)
@@ -104,13 +108,21 @@ def _adamw_ema_kernel(
         tl.store(copy_ptr + offsets, param.to(COPY), mask=mask & has_copy)
         ema = param + decay * (ema - param)
         tl.store(ema_ptr + offsets, ema.to(EMA), mask=mask & has_ema)
-        tl.store(ema_copy_ptr + offsets, ema.to(EMA_COPY), mask=mask & has_ema_copy)
+        if tl.float8e4nv == EMA_COPY:
+            largest = tl.maximum(largest, tl.where(mask, tl.abs(ema), 0.0))
+            tl.store(ema_copy_ptr + offsets, to_e4m3(ema, inverse), mask=mask)
+        else:
+            tl.store(ema_copy_ptr + offsets, ema.to(EMA_COPY), mask=mask & has_ema_copy)
+
+    if tl.float8e4nv == EMA_COPY:
+        row_ptr = table_ptr + tl.load(chunk_row_ptr + pid) * COLUMNS
+        note_largest(load_pointer(row_ptr, 12, tl.float32, False), tl.max(largest, 0))
 
     # All threads must have read the step before this program counts as done; the row's last program increments it.
     tl.debug_barrier()
     if has_grad:
         row = tl.load(chunk_row_ptr + pid)  # loaded again, so that it occupies no register during the loop
-        chunks = tl.maximum(tl.cdiv(tl.load(table_ptr + row * COLUMNS + 12), CHUNK), 1)
+        chunks = tl.maximum(tl.cdiv(tl.load(table_ptr + row * COLUMNS + 13), CHUNK), 1)
         if tl.atomic_add(done_ptr + row, 1) == chunks - 1:
             step_ptr = load_pointer(table_ptr + row * COLUMNS, 8, tl.float32, False)
             tl.store(step_ptr, tl.load(step_ptr) + 1.0)
@@ -138,7 +150,7 @@ def updated_together(
             of(remainders, remainder), of(emas, ema), of(copies, copy), of(ema_copies, ema_copy),
         )
         for i, (param, remainder, ema, copy, ema_copy) in enumerate(
-            zip(params, places[0::5], places[1::5], places[2::5], places[3::5], strict=True)
+            zip(params, places[0::6], places[1::6], places[2::6], places[3::6], strict=True)
         )
     ]  # fmt: skip
 
@@ -150,15 +162,18 @@ class Rows(NamedTuple):
     grads: tuple[int, ...]  # the index of each row's gradient, -1 if it has none
 
 
-def launch_rows(together: list[tuple], steps, rates, places, groups) -> dict[tuple, Rows]:
+def launch_rows(together: list[tuple], steps, scalings, rates, places, groups) -> dict[tuple, Rows]:
     """The rows of each kind of launch. `together` is the result of `updated_together`."""
     address = lambda x: 0 if x is None else x.data_ptr()  # noqa: E731
     rate = [0 if i < 0 else rates[i].data_ptr() for i in groups]
     kinds: dict[tuple, list[tuple]] = {}
-    for i, ((param, grad, *others), group) in enumerate(zip(together, places[4::5], strict=True)):
+    for i, ((param, grad, *others), group, scaling) in enumerate(
+        zip(together, places[4::6], places[5::6], strict=True)
+    ):
         has_grad = i < len(steps)
         step = steps[i].data_ptr() if has_grad else 0
-        numbers = (rate[2 * group], rate[2 * group + 1], group, param.numel())
+        state = 0 if scaling < 0 else scalings[scaling].data_ptr()
+        numbers = (rate[2 * group], rate[2 * group + 1], group, state, param.numel())
         row = (param.data_ptr(), *map(address, others), step, *numbers)
         kinds.setdefault(_kind((param, grad, *others)), []).append((row, i if has_grad else -1))
     return {kind: Rows(*zip(*pairs, strict=True)) for kind, pairs in kinds.items()}
@@ -193,23 +208,25 @@ def launch_adamw_ema(
 @register(
     "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] steps, Tensor(e!)[] remainders, Tensor(f!)[] emas, Tensor(g!)[] copies, Tensor(h!)[] ema_copies, "
-    "Tensor[] rates, int[] places, int[] groups, float[] hyper, Tensor? grad_scale, Tensor? found_inf, "
-    "Tensor? decay_tensor, float decay) -> ()",
+    "Tensor(i!)[] scalings, Tensor[] rates, int[] places, int[] groups, float[] hyper, Tensor? grad_scale, "
+    "Tensor? found_inf, Tensor? decay_tensor, float decay) -> ()",
     lambda *args: None,
 )
 def _adamw_ema(
-    params, grads, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies,
+    params, grads, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies, scalings,
     rates, places, groups, hyper, grad_scale, found_inf, decay_tensor, decay,
 ):  # fmt: skip
     """The first `len(grads)` parameters have a gradient and moments; of the rest, only average and copies are updated.
 
-    places: for each parameter, its index in remainders, emas, copies, ema_copies (-1 if it has none) and its group.
+    places: for each parameter, its index in remainders, emas, copies, ema_copies and scalings (-1 if it has none) and
+        its group.
+    scalings: states of the `Scaling` of float8 copies.
     groups: for each group, the indices in `rates` of its learning rate and weight decay (-1: a number in `hyper`).
     hyper: for each group, beta1, beta2, eps, learning rate, weight decay, and 1, or -1 to maximise.
     """
     together = updated_together(params, grads, exp_avgs, exp_avg_sqs, remainders, emas, copies, ema_copies, places)
-    kinds = launch_rows(together, steps, rates, places, groups)
+    kinds = launch_rows(together, steps, scalings, rates, places, groups)
     addresses = [grad.data_ptr() for grad in grads]
     launch_adamw_ema(kinds, addresses, params[0], hyper, grad_scale, found_inf, decay_tensor, decay)
-    for mutated in (params, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies):
+    for mutated in (params, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies, scalings):
         torch.autograd.graph.increment_version(mutated)

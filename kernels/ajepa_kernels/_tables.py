@@ -15,7 +15,8 @@ from ajepa_kernels._triton import jit, tl
 
 BLOCK = 1024  # elements that a program updates at a time
 CHUNK = 4 * BLOCK  # elements that a program updates in all
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16)  # int16: the remainder of a bfloat16
+# int16: the remainder of a bfloat16. float8: a copy with a scale.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.float8_e4m3fn)
 
 
 class Table(NamedTuple):
@@ -145,7 +146,7 @@ def unsupported(rows: Iterable[Sequence[torch.Tensor | None]]) -> str:
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:
-    return getattr(tl, str(dtype).removeprefix("torch."))
+    return tl.float8e4nv if dtype == torch.float8_e4m3fn else getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @jit

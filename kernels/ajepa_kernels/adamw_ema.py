@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ajepa_kernels._adamw_ema import Rows, launch_adamw_ema, launch_rows, updated_together
 from ajepa_kernels._tables import unsupported
-from ajepa_kernels._triton import check_impl, register, use_triton
+from ajepa_kernels._triton import arch, check_impl, register, use_triton
 from ajepa_kernels.ema_update import checked_decay, ema_update_reference_, scalar
+from ajepa_kernels.fp8 import STATE, note_largest_, round_e4m3
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 HOW = ("fused", "foreach", "capturable", "differentiable")  # how a group's step is computed, not its result
@@ -52,7 +53,8 @@ class _Tensors(NamedTuple):
     emas: list
     copies: list
     ema_copies: list
-    places: list  # five numbers for each parameter, see `_adamw_ema`
+    scalings: list
+    places: list  # six numbers for each parameter, see `_adamw_ema`
 
 
 def join_remainder(param: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
@@ -116,6 +118,8 @@ class AdamWEMA(torch.optim.AdamW):
         ema: pairs (parameter, its EMA tensor). A parameter without a pair has no average. A pair is averaged even if
             its parameter has no gradient.
         copies: pairs (parameter or EMA tensor, low-precision tensor of its shape). Each step writes the second tensor.
+        scalings: pairs (float8_e4m3fn copy of an EMA tensor, state of its `Scaling`). Each step that updates the
+            average writes the copy with the state's scale and notes the largest magnitude; see `quantize`.
         remainder: keep bfloat16 parameters in float32 precision, with 16 more bits in the state ("remainder") and
             moments in float32. AdamW, and AdamWEMA without this option, load such a state dict rounded. A state dict of
             AdamW is loaded with remainders of zero.
@@ -140,18 +144,23 @@ class AdamWEMA(torch.optim.AdamW):
 
     _plan: _Plan | None = None  # the plan of the last step, without its tensors
 
-    def __init__(self, params, ema: Pairs = (), copies: Pairs = (), *, remainder=False, impl="auto", **kwargs):
+    def __init__(
+        self, params, ema: Pairs = (), copies: Pairs = (), scalings: Pairs = (),
+        *, remainder=False, impl="auto", **kwargs,
+    ):  # fmt: skip
         check_impl("AdamWEMA", impl)
         super().__init__(params, **{"fused": True, **kwargs})
         self.ema_sources: list[torch.Tensor] = []
         self.ema_targets: list[torch.Tensor] = []
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.scalings: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.remainder, self.impl = remainder, impl
-        self.add_pairs(ema, copies)
+        self.add_pairs(ema, copies, scalings)
 
-    def add_pairs(self, ema: Pairs = (), copies: Pairs = ()) -> None:
+    def add_pairs(self, ema: Pairs = (), copies: Pairs = (), scalings: Pairs = ()) -> None:
         """Adds averages and copies, for example those of a new param group. Raises the errors of `AdamWEMA`."""
         ema, copies = [*zip(self.ema_sources, self.ema_targets, strict=True), *ema], [*self.copies, *copies]
+        scalings = [*self.scalings, *scalings]
         for source, target in ema + copies:
             if source.shape != target.shape or source.device != target.device:
                 raise ValueError("AdamWEMA: the tensors of a pair must have equal shapes and devices")
@@ -162,8 +171,14 @@ class AdamWEMA(torch.optim.AdamW):
                 raise ValueError("AdamWEMA: a tensor has two averages or two copies; give each tensor one of each")
         if len({target for _, target in ema + copies}) < len(ema + copies):
             raise ValueError("AdamWEMA: two pairs write one tensor; give each pair a target of its own")
+        scaled, averages = {copy for copy, _ in scalings}, {average for _, average in ema}
+        small = {copy: source for source, copy in copies if copy.dtype == torch.float8_e4m3fn}
+        if scaled != small.keys() or len(scaled) < len(scalings) or not averages.issuperset(small.values()):
+            raise ValueError("AdamWEMA: a float8_e4m3fn copy, and no other, has a scaling, and copies an average")
+        if any(s.shape != (STATE,) or s.dtype != torch.float32 or s.device != copy.device for copy, s in scalings):
+            raise ValueError(f"AdamWEMA: the state of a scaling must be float32 [{STATE}] on the copy's device")
         self.ema_sources, self.ema_targets = [p for p, _ in ema], [t for _, t in ema]
-        self.copies = copies
+        self.copies, self.scalings = copies, scalings
 
     @torch.no_grad()
     def step(
@@ -202,7 +217,8 @@ class AdamWEMA(torch.optim.AdamW):
                 self._step_operation(tensors, ema_decay, grad_scale, found_inf)
                 return loss
             rates, groups, _ = self._rates()
-            plan = _Plan(launch_rows(together, tensors.steps, rates, tensors.places, groups), *self._inspect(with_ema))
+            kinds = launch_rows(together, tensors.steps, tensors.scalings, rates, tensors.places, groups)
+            plan = _Plan(kinds, *self._inspect(with_ema))
             self._plan = plan._replace(grads=[], written=[])
         decay = _tensor_or_number(ema_decay)
         launch_adamw_ema(plan.kinds, plan.grads, plan.written[0], self._rates()[2], grad_scale, found_inf, *decay)
@@ -249,7 +265,7 @@ class AdamWEMA(torch.optim.AdamW):
                     )
             super()._init_group(group, t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.max_exp_avg_sqs, t.steps)
         ema = dict(zip(self.ema_sources, self.ema_targets, strict=True)) if with_ema else {}
-        copies, averages = dict(self.copies), set(self.ema_targets)
+        copies, averages, scalings = dict(self.copies), set(self.ema_targets), dict(self.scalings)
         with_gradient = set(t.params)
         others = dict.fromkeys([*ema, *(source for source in copies if source not in averages)])
         t.params.extend(p for p in others if p not in with_gradient)
@@ -262,12 +278,14 @@ class AdamWEMA(torch.optim.AdamW):
 
         for p in t.params:
             average = ema.get(p)
+            ema_copy = None if average is None else copies.get(average)
             t.places.extend([
                 place(t.remainders, self.state.get(p, {}).get("remainder")),
                 place(t.emas, average),
                 place(t.copies, copies.get(p)),
-                place(t.ema_copies, None if average is None else copies.get(average)),
+                place(t.ema_copies, ema_copy),
                 groups.get(p, 0),
+                place(t.scalings, None if ema_copy is None else scalings.get(ema_copy)),
             ])  # fmt: skip
 
     # --- plain definition ---
@@ -276,9 +294,9 @@ class AdamWEMA(torch.optim.AdamW):
         if not (grad_scale is None and found_inf is None) and not all(group["fused"] for group in self.param_groups):
             raise ValueError("AdamWEMA: grad_scale and found_inf need fused=True")
         # float32 values of the parameters that have a remainder
-        remainders = [t.remainders[i] if i >= 0 else None for i in t.places[0::5]]
+        remainders = [t.remainders[i] if i >= 0 else None for i in t.places[0::6]]
         values = [p if r is None else join_remainder(p, r) for p, r in zip(t.params, remainders, strict=True)]
-        groups, end, end_max = t.places[4::5][: len(t.grads)], 0, 0
+        groups, end, end_max = t.places[4::6][: len(t.grads)], 0, 0
         for i, group in enumerate(self.param_groups):
             start, end = end, end + groups.count(i)
             start_max, end_max = end_max, end_max + group["amsgrad"] * groups.count(i)
@@ -317,11 +335,23 @@ class AdamWEMA(torch.optim.AdamW):
         if t.emas:
             if found_inf is not None:
                 ema_decay = torch.where(found_inf > 0, 1.0, ema_decay)
-            ema_update_reference_(t.emas, [p for p, i in zip(values, t.places[1::5], strict=True) if i >= 0], ema_decay)
-        sources = [p for p, i in zip(values, t.places[2::5], strict=True) if i >= 0]
-        sources += [t.emas[i] for i, copy in zip(t.places[1::5], t.places[3::5], strict=True) if copy >= 0]
+            ema_update_reference_(t.emas, [p for p, i in zip(values, t.places[1::6], strict=True) if i >= 0], ema_decay)
+        sources = [p for p, i in zip(values, t.places[2::6], strict=True) if i >= 0]
+        written = list(t.copies)
+        for ema, copy, scaling in zip(t.places[1::6], t.places[3::6], t.places[5::6], strict=True):
+            if scaling >= 0:
+                value, state, small = t.emas[ema].float(), t.scalings[scaling], t.ema_copies[copy]
+                rounded = round_e4m3(value, state[0])
+                if found_inf is not None:  # torch.where takes no float8
+                    kept = torch.where(found_inf > 0, small.view(torch.uint8), rounded.view(torch.uint8))
+                    rounded, value = kept.view(small.dtype), torch.where(found_inf > 0, 0.0, value)
+                small.copy_(rounded)
+                note_largest_(state, value)
+            elif copy >= 0:
+                written.append(t.ema_copies[copy])
+                sources.append(t.emas[ema])
         if sources:
-            torch._foreach_copy_([*t.copies, *t.ema_copies], sources)
+            torch._foreach_copy_(written, sources)
 
     # --- one launch ---
 
@@ -336,6 +366,8 @@ class AdamWEMA(torch.optim.AdamW):
                     return "learning rates and weight decays that are tensors must be float32 on the parameters' device"
         if any((step.dtype, step.device) != (torch.float32, t.params[0].device) for step in t.steps):
             return "step counts must be float32 on the parameters' device"
+        if t.scalings and t.params[0].is_cuda and arch(t.params[0]) < 89:
+            return "float8 needs compute capability 8.9"
         return unsupported(together)
 
     def _rates(self) -> tuple[list[torch.Tensor], list[int], list[float]]:
@@ -358,7 +390,7 @@ class AdamWEMA(torch.optim.AdamW):
         rates, groups, hyper = self._rates()
         torch.ops.ajepa.adamw_ema_(
             t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.steps, t.remainders, t.emas, t.copies, t.ema_copies,
-            rates, t.places, groups, hyper, grad_scale, found_inf, *_tensor_or_number(ema_decay),
+            t.scalings, rates, t.places, groups, hyper, grad_scale, found_inf, *_tensor_or_number(ema_decay),
         )  # fmt: skip
 
     # --- repeating the last step's launch, which takes a quarter of the host's time ---
@@ -391,6 +423,7 @@ class AdamWEMA(torch.optim.AdamW):
             read += [rate for rate in rates if isinstance(rate, torch.Tensor)]
             facts += [len(params), *map(type, (*rates, *group["betas"])), *map(group.get, (*HOW, "amsgrad"))]
         written += [*(self.ema_targets if with_ema else ()), *(target for _, target in self.copies)]
+        written += [state for _, state in self.scalings]
         lasting = written + read
         facts += map(torch.Tensor.data_ptr, lasting)
         for tensors in (lasting, grads):
@@ -404,7 +437,7 @@ class AdamWEMA(torch.optim.AdamW):
     # --- state ---
 
     def __getstate__(self) -> dict:
-        own = ("ema_sources", "ema_targets", "copies", "remainder", "impl", "_step_supports_amp_scaling")
+        own = ("ema_sources", "ema_targets", "copies", "scalings", "remainder", "impl", "_step_supports_amp_scaling")
         return super().__getstate__() | {name: self.__dict__[name] for name in own if name in self.__dict__}
 
     def load_state_dict(self, state_dict) -> None:

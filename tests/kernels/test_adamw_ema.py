@@ -5,13 +5,14 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from oracle import CAN_LAUNCH, DEVICE, IMPLS, INTERPRET, needs_kernel
+from oracle import CAN_LAUNCH, DEVICE, IMPLS, INTERPRET, needs_kernel, round_to_e4m3
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ajepa_kernels
-from ajepa_kernels import AdamWEMA, _tables, adamw_ema, ema_update_
+from ajepa_kernels import AdamWEMA, _tables, adamw_ema, advance_scales_, ema_update_
 from ajepa_kernels._tables import CHUNK
 from ajepa_kernels.adamw_ema import join_remainder, split_remainder
+from ajepa_kernels.fp8 import STATE
 
 SHAPES = [(3, 5), (CHUNK + 17,), (1,), (0,), (64, 32)]  # odd, more than one chunk, one element, empty, aligned
 
@@ -72,6 +73,69 @@ def test_against_float64(tensors, impl):
         torch.testing.assert_close(emas[i].double().cpu(), averages[i], rtol=2e-6, atol=1e-6)
         assert torch.equal(halves[i], p.detach().half()) and torch.equal(ema_halves[i], emas[i].half())
         assert optimizer.state[p]["step"].item() == state[i][0]
+
+
+def float8_copies(emas):
+    """Copies of averages, and the states of their scalings after a step in which the largest magnitude was 1."""
+    small = [torch.zeros_like(e, dtype=torch.float8_e4m3fn) for e in emas]
+    states = torch.zeros(len(emas), STATE, device=DEVICE)
+    states[:, 1] = 1.0
+    advance_scales_(states)
+    return small, list(states)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float8_copies_of_averages(impl):
+    """Against float64, beside copies in float16. A value of 2 is beyond the scale of the first step, and is clamped."""
+    params = parameters()
+    emas = [p.detach().double().clamp(-2, 2).to(p.dtype) for p in params]
+    small, states = float8_copies(emas[1:])
+    half = torch.zeros_like(emas[0], dtype=torch.float16)
+    optimizer = AdamWEMA(
+        params, zip(params, emas, strict=True), zip(emas, [half, *small], strict=True),
+        zip(small, states, strict=True), lr=1e-3, impl=impl,
+    )  # fmt: skip
+    for step in range(3):
+        set_gradients(params, step)
+        scales = [state[0].item() for state in states]
+        optimizer.step(ema_decay=torch.tensor(0.9, device=DEVICE))
+        assert torch.equal(half, emas[0].half())
+        for ema, copied, state, scale in zip(emas[1:], small, states, scales, strict=True):
+            inverse = 1.0 / torch.tensor(scale)
+            want = round_to_e4m3((ema.cpu() * inverse).double())
+            wrong = copied.cpu().double() != want
+            assert not wrong.any() if not INTERPRET else wrong.sum() <= 1 + 0.04 * want.numel()
+            assert state[0].item() == scale and state[1].item() == (ema.abs().max().item() if ema.numel() else 0.0)
+            assert step or ema.numel() < 99 or (want.abs() == 448.0).any(), "nothing was clamped"
+            advance_scales_(state[None])
+            assert step != 1 or not ema.numel() or state[0] > 1.01 * ema.abs().max() / 448
+    before = [x.clone() for x in (*states, *map(bits, small))]
+    one = torch.ones((), device=DEVICE)
+    for options in ({}, {"ema_decay": 0.5, "grad_scale": one, "found_inf": one}):  # without an average, none is written
+        optimizer.step(**options)
+        assert all(torch.equal(x, y) for x, y in zip(before, (*states, *map(bits, small)), strict=True))
+
+
+def bits(x):
+    return x.view(torch.uint8)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_copies_of_the_optimizer_write_float8_copies(impl):  # torch cannot pickle float8 tensors
+    params = parameters()[1:3]
+    emas = [p.detach().clone() for p in params]
+    small, states = float8_copies(emas)
+    pairs = [zip(x, y, strict=True) for x, y in ((params, emas), (emas, small), (small, states))]
+    optimizer = AdamWEMA(params, *pairs, lr=0.1, impl=impl)
+    set_gradients(params, 1)
+    optimizer.step(ema_decay=0.5)
+    copied, other = copy.deepcopy(((params, emas, small, states), optimizer))
+    for p, q in zip(params, copied[0], strict=True):
+        q.grad = p.grad.clone()
+    for made in (optimizer, other):
+        made.step(ema_decay=0.5)
+    for a, b in zip((*small, *states), (*copied[2], *copied[3]), strict=True):
+        assert torch.equal(bits(a), bits(b)) and a.data_ptr() != b.data_ptr()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -232,12 +296,18 @@ def pair(p):
     return p, torch.ones_like(p.detach())
 
 
+def add_float8_copy(optimizer, ema):
+    (small,), states = float8_copies([ema])
+    optimizer.add_pairs(copies=[(ema, small)], scalings=[(small, states[0])])
+
+
 CHANGES = {
     "gradient gone": lambda o, p, e: setattr(p, "grad", None),
     "gradient elsewhere": lambda o, p, e: setattr(p, "grad", p.grad.clone() * 2),
     "gradient not aligned": lambda o, p, e: setattr(p, "grad", misaligned_gradient(p)),
     "group added": lambda o, p, e: o.add_param_group({"params": [torch.nn.Parameter(p.detach().clone())], "lr": 0.3}),
     "pairs added": lambda o, p, e: o.add_pairs(ema=[pair(o.param_groups[0]["params"][4])]),
+    "float8 copy added": lambda o, p, e: add_float8_copy(o, e),
     "copy added": lambda o, p, e: o.add_pairs(copies=[(p, torch.zeros_like(e, dtype=torch.float16))]),
     "state loaded": lambda o, p, e: o.load_state_dict(copy.deepcopy(o.state_dict())),
     "parameter swapped": lambda o, p, e: setattr(p, "data", p.data * 2),
@@ -272,7 +342,13 @@ def test_a_reused_plan_notices_changes(change):
             optimizer.step(ema_decay=decay)
         updated = [p for group in optimizer.param_groups for p in group["params"]]
         states = [x for p in updated for x in optimizer.state[p].values()]
-        assert all(torch.equal(target, source.to(target.dtype)) for source, target in optimizer.copies)
+        for source, target in optimizer.copies:
+            if target.dtype == torch.float8_e4m3fn:
+                (_, state), *_ = optimizer.scalings
+                source = (source / state[0]).clamp(-448, 448)
+                assert state[1] == optimizer.copies[0][0].abs().max() or source.abs().max() == 448
+            error = (target.float() - source.to(target.dtype).float()).abs()
+            assert error.max() == 0 or (INTERPRET and target.dtype == torch.float8_e4m3fn and error.median() == 0)
         made.append([*params, *updated, *states, *optimizer.ema_targets])
     for got, want in zip(*made, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
@@ -533,10 +609,11 @@ def test_step_compiles_whole(impl, remainder):
     for compiled in (False, True):
         params = parameters(torch.bfloat16 if remainder else torch.float32)
         emas, copies = [p.detach().float() for p in params], [torch.zeros_like(p, dtype=torch.float16) for p in params]
+        copies[4:], states = float8_copies(emas[4:])
         lr, decay, scale = (torch.tensor(x, device=DEVICE) for x in (1e-2, 0.5, 2.0))
         optimizer = AdamWEMA(
             groups(params, lr), zip(params, emas, strict=True), zip(emas, copies, strict=True),
-            remainder=remainder, lr=lr, impl=impl,
+            zip(copies[4:], states, strict=True), remainder=remainder, lr=lr, impl=impl,
         )  # fmt: skip
         step = lambda optimizer=optimizer, decay=decay, scale=scale: (  # noqa: E731
             optimizer.step(ema_decay=decay, grad_scale=scale, found_inf=scale - scale)
@@ -551,7 +628,8 @@ def test_step_compiles_whole(impl, remainder):
             step()
             assert compiled or params[0]._version > version  # autograd can detect the in-place update
         states = [optimizer.state[p] for p in params if p.grad is not None]
-        made.append([*params, *emas, *copies, *(x for state in states for x in state.values())])
+        copies[4] = copies[4].float()
+        made.append([*params, *emas, *copies, *optimizer.scalings[0][1:], *(x for s in states for x in s.values())])
     for eager, got in zip(*made, strict=True):
         torch.testing.assert_close(got, eager, rtol=1e-6, atol=1e-6)
 
@@ -580,12 +658,15 @@ def test_opcheck():
     draw = lambda n=2: [torch.rand(20, device=DEVICE) for _ in range(n)]  # noqa: E731
     params, grads, steps = draw(3), draw(), [torch.zeros((), device=DEVICE) for _ in range(2)]
     scalar = torch.tensor(0.5, device=DEVICE)
-    places = [-1, 0, -1, -1, 0, -1, 1, 0, -1, 0, -1, 2, -1, 0, 0]  # the third parameter has no gradient
-    torch.library.opcheck(
-        torch.ops.ajepa.adamw_ema_.default,
-        (params, grads, draw(), draw(), steps, [], draw(3), draw(1), draw(1), [scalar], places, [0, -1],
-         [0.9, 0.99, 1e-8, 0.0, 0.1, 1.0], scalar, scalar - scalar, scalar, 0.0),
-    )  # fmt: skip
+    places = [-1, 0, -1, -1, 0, -1, -1, 1, 0, -1, 0, -1, -1, 2, -1, 0, 0, 0]  # the third parameter has no gradient
+    small, states = [torch.zeros(20, device=DEVICE, dtype=torch.float8_e4m3fn)], [torch.ones(STATE, device=DEVICE)]
+    for ema_copies, checks in ((draw(1), "ALL"), (small, "test_faketensor")):  # the schema's check multiplies them
+        torch.library.opcheck(
+            torch.ops.ajepa.adamw_ema_.default,
+            (params, grads, draw(), draw(), steps, [], draw(3), draw(1), ema_copies, states, [scalar], places, [0, -1],
+             [0.9, 0.99, 1e-8, 0.0, 0.1, 1.0], scalar, scalar - scalar, scalar, 0.0),
+            test_utils=checks,
+        )  # fmt: skip
 
 
 def test_opcheck_plain():
@@ -688,6 +769,17 @@ def test_errors():
         AdamWEMA([p], ema=[(p, p)])
     with pytest.raises(ValueError, match="floating-point"):
         AdamWEMA([p], copies=[(p, torch.zeros(3, dtype=torch.int32))])
+    small, state = torch.zeros(3, dtype=torch.float8_e4m3fn), torch.zeros(STATE)
+    for copies, scalings in (
+        ([(q3 := torch.zeros(3), small)], [(small, state)]),  # copies no average
+        ([(q3, small)], []),
+        ([], [(small, state)]),
+        ([(q3, torch.zeros(3, dtype=torch.float16))], [(small, state)]),
+    ):
+        with pytest.raises(ValueError, match="has a scaling, and copies an average"):
+            AdamWEMA([p], ema=[(p, q3)] if not scalings else [], copies=copies, scalings=scalings)
+    with pytest.raises(ValueError, match="state of a scaling must be float32"):
+        AdamWEMA([p], ema=[(p, q3)], copies=[(q3, small)], scalings=[(small, state[1:])])
     target, other = torch.zeros(3), torch.nn.Parameter(torch.zeros(3))
     for pairs in ({"ema": [(p, target), (other, target)]}, {"ema": [(p, target)], "copies": [(other, target)]}):
         with pytest.raises(ValueError, match="two pairs write one tensor"):

@@ -1,0 +1,202 @@
+"""`python experiments/fp8_gate.py --seeds 2`: do targets in float8 train as well as targets in the run's precision?
+
+Runs that differ only in --target-precision take the same recordings and masks. The gate is passed if, at the end of
+every run with targets in float8:
+
+- the targets point where those of the same weights without float8 do (cosine over tokens),
+- the targets' variance over tokens and their effective rank are those of the other run, and
+- the loss over the last tenth of the steps is that of the other run,
+
+each within a limit below. The result is `results/fp8-<preset>-<precision>.json` with every curve, and a plot of it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import torch
+import tyro
+
+from ajepa import config
+from ajepa.evaluation.features import effective_rank
+from ajepa.model.masks import MaskSampler
+from ajepa.train import score
+from ajepa.training.corpus import Corpus, open_corpus, to_device
+from ajepa.training.engine import Engine
+from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.devices import choose_device
+from ajepa_kernels.fp8 import E4M3_MAX
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PRECISIONS: tuple[Literal["same", "fp8"], ...] = ("same", "fp8")
+COLOURS = {"same": "tab:blue", "fp8": "tab:orange"}
+# Written before the first run. Cosine: the mean over tokens and its lowest value at a measurement; else the ratio of
+# both runs, minus one.
+LIMITS = {"cosine": 0.99, "variance": 0.05, "effective_rank": 0.05, "loss": 0.02}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train with targets in float8 and without, and compare."""
+
+    preset: Literal["tiny", "audio-jepa", "a-jepa"] = "tiny"
+    """The recipe, with the masked objective."""
+    steps: int = 2_000
+    """Training steps of each run."""
+    seeds: int = 1
+    """Pairs of runs. The difference between two seeds shows how much of a difference is chance."""
+    batch_size: int | None = None
+    """Clips of a step; by default the preset's."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of everything but the targets. bf16 is slow on a CPU without instructions for it."""
+    data: str | None = None
+    """Recordings; by default the synthetic set."""
+    every: int = 50
+    """Steps between two measurements of the targets."""
+    report: bool = False
+    """Run nothing, and draw the plot of the existing result again."""
+    results: str = str(Path(__file__).parent / "results")
+    """Folder for the result and its plot."""
+
+
+def configuration(args: Arguments, seed: int, precision: Literal["same", "fp8"]) -> config.Config:
+    cfg = config.PRESETS[args.preset]
+    optim = dataclasses.replace(
+        cfg.optim, steps=args.steps, warmup_steps=args.steps // 10, batch_size=args.batch_size or cfg.optim.batch_size
+    )
+    cfg = dataclasses.replace(
+        cfg, optim=optim, seed=seed, precision=args.precision, data=dataclasses.replace(cfg.data, data=args.data),
+        objective=dataclasses.replace(cfg.objective, objective="masked"),
+        step=dataclasses.replace(cfg.step, target_precision=precision),
+    )  # fmt: skip
+    config.validate(cfg)
+    return cfg
+
+
+def train(cfg: config.Config, corpus: Corpus, every: int) -> dict[str, Any]:
+    """Train one run, and return its curves."""
+    torch.manual_seed(cfg.seed)
+    device = choose_device(cfg.device)
+    engine, sampler = Engine(cfg, device), MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
+    clips, held_out = 2 * cfg.optim.batch_size, corpus.evaluation
+    pcm, lengths = held_out.pcm[:clips].to(device), held_out.lengths[:clips].to(device)
+    losses: list[float] = []
+    measured: list[dict[str, float]] = []
+    clamped = torch.zeros((), device=device)
+    tick = time.perf_counter()
+    with contextlib.closing(corpus.loader(cfg, None, device=device)) as loader:
+        for step in range(cfg.optim.steps):
+            batch = to_device(next(loader), device)
+            scales = engine.model.scales
+            before = None if scales is None else scales[:, 0, 0].clone()
+            losses.append(engine.step(*batch, engine.masks(sampler, step, len(batch[0])), step).loss)
+            if before is not None and step > 0:  # the first use has no scale before it
+                clamped += (scales[:, 0, 2] > E4M3_MAX * before).sum()
+            if (step + 1) % every == 0 or step + 1 == cfg.optim.steps:
+                measured.append({"step": step + 1, **measure(engine, pcm, lengths)})
+                print(f"seed {cfg.seed}, {cfg.step.target_precision:4}: step {step + 1}, "
+                      f"loss {torch.stack(losses[-every:]).mean().item():.4f}, {measured[-1]}", flush=True)  # fmt: skip
+    return {
+        "seed": cfg.seed,
+        "target_precision": cfg.step.target_precision,
+        "losses": torch.stack(losses).tolist(),
+        "measured": measured,
+        "clamped": clamped.item(),  # how often a tensor of activations had values beyond its delayed scale
+        "seconds": time.perf_counter() - tick,
+        "features": score(cfg, engine, corpus),
+    }
+
+
+@torch.no_grad()
+def measure(engine: Engine, pcm: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
+    """Describe the targets of clips as in training, and compare them with those of the same weights without float8."""
+    encoder, patches = engine.model.target_encoder, engine.patches(pcm, lengths, 0)
+    scales = engine.model.scales
+    saved = None if scales is None else scales.clone()
+    with engine.autocast():
+        targets = encoder.targets(patches).float()
+        with torch.enable_grad():  # float8 is for networks without gradients
+            exact = encoder.targets(patches).float().detach()
+    if saved is not None:
+        scales.copy_(saved)  # the measurement leaves no trace in the run
+    normed = torch.nn.functional.layer_norm(targets, targets.shape[-1:])
+    cosine = torch.cosine_similarity(targets, exact, dim=-1)
+    return {
+        "cosine": cosine.mean().item(),
+        "lowest_cosine": cosine.min().item(),
+        "variance": normed.var(0).mean().item(),
+        "effective_rank": effective_rank(normed),
+    }
+
+
+def end(run: dict[str, Any]) -> dict[str, float]:
+    """The numbers that the gate compares: the loss over the last tenth of the steps, and the last measurement."""
+    losses = run["losses"]
+    return {**run["measured"][-1], "loss": statistics.mean(losses[-max(1, len(losses) // 10) :])}
+
+
+def judge(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare each run in float8 with the other of its seed."""
+    ends = {(run["seed"], run["target_precision"]): end(run) for run in runs}
+    found: dict[str, Any] = {"cosine": min(m["cosine"] for run in runs for m in run["measured"])}
+    pairs = [(ends[seed, "same"], ends[seed, "fp8"]) for seed, precision in ends if precision == "fp8"]
+    for name in ("variance", "effective_rank", "loss"):
+        found[name] = max(abs(low[name] / same[name] - 1) for same, low in pairs)
+        others = [same[name] for same, _ in pairs]
+        found[f"{name}_between_seeds"] = max(others) / min(others) - 1
+    passed = found["cosine"] >= LIMITS["cosine"]
+    return {**found, "passed": passed and all(found[name] <= limit for name, limit in list(LIMITS.items())[1:])}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Plot the curves of every run; the loss as the mean of neighbouring steps."""
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    for run in result["runs"]:
+        losses, colour = torch.tensor(run["losses"]), COLOURS[run["target_precision"]]
+        width = max(1, len(losses) // 100)
+        means = losses[: len(losses) // width * width].view(-1, width).mean(1)
+        label = f"{run['target_precision']}, seed {run['seed']}"
+        style = "-" if run["seed"] == 0 else "--"
+        axes[0].plot(width * torch.arange(1, len(means) + 1), means, style, color=colour, label=label)
+        steps = [m["step"] for m in run["measured"]]
+        for axis, name in zip(axes[1:], ("cosine", "variance", "effective_rank"), strict=True):
+            if name != "cosine" or run["target_precision"] == "fp8":
+                axis.plot(steps, [m[name] for m in run["measured"]], style, color=colour, label=label)
+    titles = ("loss", "cosine to targets without float8", "variance of the targets", "effective rank of the targets")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    args = tyro.cli(Arguments)
+    path = Path(args.results) / f"fp8-{args.preset}-{args.precision}.json"
+    if args.report:
+        result = json.loads(path.read_text())
+    else:
+        corpus = open_corpus(configuration(args, 0, "same"))
+        runs = [train(configuration(args, s, p), corpus, args.every) for s in range(args.seeds) for p in PRECISIONS]
+        settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("report", "results")}
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        settings["batch_size"] = configuration(args, 0, "same").optim.batch_size
+        result = {"settings": settings, "device": name, "limits": LIMITS, "judged": judge(runs), "runs": runs}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(result) + "\n").encode())
+    draw(result, path.with_suffix(".png"))
+    print(json.dumps({"limits": result["limits"], "judged": result["judged"]}, indent=2))
+    return 0 if result["judged"]["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
