@@ -14,6 +14,7 @@ from ajepa_kernels import (
     add_layer_norm_reference,
     advance_scales_,
     fp8_linear,
+    fp8_linear_gelu,
     norm_quantize,
     quantize,
 )
@@ -285,3 +286,24 @@ def test_ahead_of_time(arch):
         assert report.blocks * report.threads >= 896, report
     update = reports((optimizer, False, torch.float8_e4m3fn), arch)[0]
     assert update.spills == update.stack == 0 and update.wide and update.blocks * update.threads >= 512, update
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_linear_gelu(fused, monkeypatch):
+    """The product with its epilogue is `quantize` after `fp8_linear`, but for the rounding of z to bfloat16."""
+    x, weight, bias = torch.randn(40, 32, device=DEVICE), torch.randn(48, 32, device=DEVICE), torch.randn(48)
+    quantized, bias = (quantize(x), quantize(weight)), bias.to(DEVICE)
+    plain, ours = (Scaling(torch.zeros(8, device=DEVICE)) for _ in range(2))
+    z = quantized[0].values.double() @ quantized[1].values.double().T * quantized[0].scale * quantized[1].scale
+    want = torch.nn.functional.gelu(z + bias.bfloat16())
+    with monkeypatch.context() as patch:
+        if fused and DEVICE == "cpu":  # the op runs its plain definition there
+            patch.setattr("ajepa_kernels.products.why_not", lambda *_: "")
+        for step in range(2):  # the first use sets the scale
+            expected = quantize(fp8_linear(*quantized, bias), plain, gelu="none")
+            got = fp8_linear_gelu(*quantized, bias, ours)
+            assert got.values.dtype == torch.float8_e4m3fn and got.values.shape == (40, 48)
+            for y, scaling in ((expected, plain), (got, ours)):
+                assert (y.values.double() * y.scale - want).norm() < 0.04 * want.norm(), step
+                assert scaling.state[1] == pytest.approx(want.abs().max().item(), rel=1e-2)
+            advance_scales_(plain.state[None]), advance_scales_(ours.state[None])

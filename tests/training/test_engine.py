@@ -235,10 +235,11 @@ def test_flops_count_each_micro_batch_and_the_published_model():
     assert engine.flops(sampler.parts(0, 1, [4, 2])) == pytest.approx(whole)
 
 
-def test_fp8_targets_point_where_the_others_do():
+@pytest.mark.parametrize("switches", [{}, {"mlp": "epilogue", "residual": "in-product"}], ids=["", "in-product"])
+def test_fp8_targets_point_where_the_others_do(switches):
     """The acceptance test of fp8 targets: each has a high cosine similarity to its bf16 target, and losses agree."""
     full, engine = run(make(precision="bf16", model={"target_layers": 1}), steps=6)
-    cfg = make(step={"target_precision": "fp8"}, precision="bf16", model={"target_layers": 1})
+    cfg = make(step={"target_precision": "fp8", **switches}, precision="bf16", model={"target_layers": 1})
     low, other = run(cfg, steps=6)
     assert low == pytest.approx(full, rel=0.03)
     other.model.load_state_dict(engine.model.state_dict())
