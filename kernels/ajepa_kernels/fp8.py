@@ -421,8 +421,9 @@ def fp8_linear_gelu(
 
     Example::
 
-        hidden = fp8_linear_gelu(normed, quantize(fc1.weight), fc1.bias, scaling)
-        y = fp8_linear(hidden, fc2.weight, fc2.bias)
+        fc1, scaling = torch.nn.Linear(768, 3072, device="cuda"), Scaling(torch.zeros(8, device="cuda"))
+        x = torch.randn(512, 768, device="cuda", dtype=torch.bfloat16)
+        hidden = fp8_linear_gelu(quantize(x), quantize(fc1.weight), fc1.bias, scaling)
     """
     ready = impl == "auto" and scaling is not None and scaling.calibrated
     if ready and not products.why_not(x.values, (products.FP8,), *weight_NK.values.shape):
