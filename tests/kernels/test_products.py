@@ -321,11 +321,21 @@ def test_unfused_is_said_once(monkeypatch):
         products._linear_residual_cuda(x, weight, bias, residual)
 
 
-def test_residual_of_another_dtype_is_refused(monkeypatch):
-    monkeypatch.setattr(_hopper, "why_not", lambda *_, **__: "")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": torch.zeros(24)}, r"bias must be torch\.bfloat16 \[24\], got torch\.float32"),
+        ({"weight": torch.zeros(16, 24).bfloat16()}, r"weight must be torch\.bfloat16 \[24, 16\], got .* \[16, 24\]"),
+        ({"source": torch.zeros(9, 24).bfloat16()}, r"source must be torch\.float32 \[9, 24\], got torch\.bfloat16"),
+        ({"partial": torch.zeros(3, 24)}, r"partial must be torch\.float32 \[4, 24\], got .* \[3, 24\]"),
+        ({"largest": torch.zeros(2)}, r"largest must be torch\.float32 \[\], got .* \[2\]"),
+    ],
+)
+def test_tensors_that_a_kernel_would_misread(on_host, change, message):
     x, weight, bias, residual, *_ = make(9, 16, 24, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"residual must be float32, got torch\.bfloat16"):
-        products._linear_residual_cuda(x, weight, bias, residual.bfloat16())
+    tensors = {"x": x, "weight": weight, "bias": bias, "source": residual, "result": torch.empty_like(residual)}
+    with pytest.raises(ValueError, match=f"linear_residual: {message}"):
+        _hopper.launch("linear_residual", 24, **{**tensors, **change})
 
 
 # --- compiled for Hopper ----------------------------------------------------------------------------------------------
