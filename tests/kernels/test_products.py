@@ -384,10 +384,12 @@ def test_compiled_for_hopper(toolchain, name):
         and count("UTMASTG")
         and count("USETMAXREG") == 2
     )
-    assert not count("LDL") and not count("STL") and not count("REDG") and not count("ATOMG")
-    # 128 values a thread: one exponential for gelu, two with its slope, and none for a saved slope or a residual
+    assert not count("LDL") and not count("STL")
+    assert count("REDG") + count("ATOMG") == (name == products.FP8)  # of the largest magnitude
+    # 128 values a thread: an exponential for gelu, two for the slope or both, none for a saved slope or a residual
     slopes = {"linear_gelu_slope": 2, "linear_dgelu": 2, "linear_dslope": 0, "linear_residual": 0}
-    assert count("MUFU") == 128 * slopes.get(name, 1) + (name == products.FP8)  # and the inverse of the scale
+    others = count("MUFU") - 128 * slopes.get(name, 1)
+    assert 0 < others < 8 if name == products.FP8 else others == 0  # the inverse of the scale
     assert bool(count("STG")) == (name in products.BACKWARD.values())  # of the column sums; the rest is the TMA's
     assert ctypes.CDLL(str(library)).ajepa_product  # it loads without a GPU and without its driver
 
