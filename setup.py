@@ -274,6 +274,8 @@ build = choice("AJEPA_EXTENSION") != "0"
 if build and not (shutil.which(CXX[0]) and os.name == "posix"):
     leave_out("AJEPA_EXTENSION", "kernels, the ops run in plain PyTorch", f"there is no C++ compiler ({CXX[0]})")
     build = False
+if not build and choice("AJEPA_HOPPER") == "1":
+    leave_out("AJEPA_HOPPER", "the fused products for Hopper", "the extension is not built")
 
 setup(
     packages=[

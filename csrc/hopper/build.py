@@ -78,7 +78,7 @@ def _download(home: Path) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent) as folder:
         wheels, part = Path(folder, "wheels"), Path(folder, "part")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=1"]
         run([*command, "-r", str(HERE / "requirements.txt"), "-d", str(wheels)], env=environment)
         (wheel,) = wheels.glob("*.whl")
         prefix = "cutlass_library/source/"

@@ -18,6 +18,7 @@ from ajepa_kernels._triton import arch, constant, multiprocessors
 
 FOLDER = Path(__file__).parent / "_hopper"
 TILE = 128  # rows of a tile; each of its four warps writes a row of partial column sums
+NEXT_WEIGHT = ("linear_dgelu", "linear_dslope")  # the products with the next layer's weight, `[K, n]`
 _ALIGNMENT = 16  # bytes, of a row and of where a matrix starts
 _ROWS = 2**31 - TILE  # the kernels count rows in 32 bits
 
@@ -91,29 +92,39 @@ def launch(name: str, n: int, x: torch.Tensor, weight: torch.Tensor, **others: t
         name: of the library.
         n: width of the result.
         x: `[M, K]`, M > 0.
-        weight: `[n, K]` or `[K, n]`, as the library expects.
-        others: `bias` `[n]`, `source`, `result` and `kept` `[M, n]`, `partial` as from `partial_sums`, and the scalars
-            of `linear_gelu_fp8`.
+        weight: `[n, K]`, or `[K, n]` of the next layer, in x's dtype.
+        others: `bias` `[n]` in bfloat16, `source`, `result` and `kept` `[M, n]`, `partial` as from `partial_sums`, and
+            the scalars of `linear_gelu_fp8` in float32.
 
     Raises:
-        ValueError: a matrix is not contiguous, not on x's device, or does not start at a multiple of 16 bytes; or there
-            are too many rows.
+        ValueError: a tensor has another shape or dtype, is not contiguous or not on x's device, or a matrix does not
+            start at a multiple of 16 bytes; or there are too many rows.
         RuntimeError: CUTLASS refuses the shape or the launch fails.
     """
     tensors = {"x": x, "weight": weight, **others}
+    (m, k), source = x.shape, torch.float32 if name == "linear_residual" else torch.bfloat16
+    expected = {
+        "x": ((m, k), x.dtype), "weight": ((k, n) if name in NEXT_WEIGHT else (n, k), x.dtype),
+        "bias": ((n,), torch.bfloat16), "source": ((m, n), source), "kept": ((m, n), torch.bfloat16),
+        "result": ((m, n), source if name == "linear_residual" else x.dtype),
+        "partial": ((4 * -(-m // TILE), n), torch.float32),
+    }  # fmt: skip
     for which, t in tensors.items():
+        shape, dtype = expected.get(which, ((), torch.float32))
+        if t.shape != shape or t.dtype != dtype:
+            raise ValueError(f"{name}: {which} must be {dtype} {list(shape)}, got {t.dtype} {list(t.shape)}")
         if t.device != x.device or not t.is_contiguous():
             raise ValueError(f"{name}: {which} must be contiguous and on {x.device}")
         if t.data_ptr() % _ALIGNMENT and t.dim() == 2:  # others are read element by element
             raise ValueError(f"{name}: {which} must start at a multiple of 16 bytes, for the tensor memory accelerator")
-    if len(x) > _ROWS:
-        raise ValueError(f"{name}: at most {_ROWS} rows are supported, got {len(x)}")
+    if m > _ROWS:
+        raise ValueError(f"{name}: at most {_ROWS} rows are supported, got {m}")
     function, reason = _load(name)
     if function is None:
         raise RuntimeError(f"{name} cannot be launched: {reason}")
-    call = _Call(m=len(x), n=n, k=x.shape[1], **{which: t.data_ptr() for which, t in tensors.items()})
+    call = _Call(m=m, n=n, k=k, **{which: t.data_ptr() for which, t in tensors.items()})
     with torch.cuda.device_of(x):  # CUTLASS launches on the current device
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None  # the tests call it on the host
         error = function(ctypes.byref(call), multiprocessors(x), stream)
     if error is not None:
-        raise RuntimeError(f"{name}: {error.decode()} for {len(x)} rows of {x.shape[1]} to {n}")
+        raise RuntimeError(f"{name}: {error.decode()} for {m} rows of {k} to {n}")

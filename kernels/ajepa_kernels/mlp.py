@@ -33,8 +33,10 @@ class _GeluMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, keep, residual, carrier, x, w1, b1, w2, b2, *copies):
         ctx.how, ctx.dtypes = how, [p.dtype for p in (w1, b1, w2, b2)]
+        own_b1 = b1
         w1, b1, w2, b2 = copies or (w1, b1, w2, b2)
         if how == "triton":
+            b1 = own_b1  # the kernel rounds the gradient to the dtype of the bias that it is given
             kept = F.linear(x, w1)
             hidden = torch.ops.ajepa.bias_gelu_fwd(kept, b1, False, x.dtype)
         else:

@@ -164,10 +164,7 @@ def _linear_residual_fused(x, weight, bias, residual):
 
 @torch.library.impl(library, "linear_residual", "CUDA")
 def _linear_residual_cuda(x, weight, bias, residual):
-    """Raises ValueError if the residual is not float32 and a kernel would compute the sum."""
     fused = _fused("linear_residual", RESIDUAL, x, *weight.shape)
-    if fused and residual.dtype != torch.float32:
-        raise ValueError(f"linear_residual: the residual must be float32, got {residual.dtype}")
     return (_linear_residual_fused if fused else linear_residual_plain)(x, weight, bias, residual)
 
 

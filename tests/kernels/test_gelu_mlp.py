@@ -77,6 +77,7 @@ def test_gradients_belong_to_the_parameters_when_copies_compute(impl):
     assert y.shape == (5, 6, 16) and y.dtype == dtype
     got = torch.autograd.grad(y, [x, *leaves], torch.ones_like(y))
     assert {g.dtype for g in got} == {torch.float32}
+    assert (got[2].to(dtype) != got[2]).any()  # the sum for b1 is not rounded to the copies' dtype on its way
     rounded = [t.double().requires_grad_() for t in (x.detach().flatten(0, 1), *copies)]
     z = oracle(*rounded)
     want = torch.autograd.grad(z, rounded, torch.ones_like(z))

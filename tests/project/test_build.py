@@ -97,6 +97,7 @@ def test_no_compiler_and_no_nvcc(checkout):
     works, errors, _ = build(checkout, CXX="no-such-compiler", BROKEN="")
     assert works and "there is no C++ compiler (no-such-compiler)" in errors
     assert not build(checkout, CXX="no-such-compiler", AJEPA_EXTENSION="1")[0]
+    assert not build(checkout, CXX="no-such-compiler", AJEPA_HOPPER="1")[0]
     works, errors, _ = build(checkout, AJEPA_NVCC="/no/nvcc", AJEPA_CUDA="1")
     assert not works and "AJEPA_NVCC=/no/nvcc" in errors
 
