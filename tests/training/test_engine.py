@@ -7,10 +7,12 @@ import torch
 
 from ajepa.config import PRESETS, Config, ObjectiveConfig
 from ajepa.model.frontend import FrontEnd
+from ajepa.model.layers import Linear
 from ajepa.model.masks import MaskSampler
 from ajepa.training.checkpoint import load_checkpoint, save_checkpoint
 from ajepa.training.engine import Engine
 from ajepa.training.graph import StepGraphs, round_bound
+from ajepa_kernels.fp8 import round_e4m3
 
 CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
@@ -197,15 +199,20 @@ def test_products_that_add_to_the_stream_leave_the_gradients(monkeypatch):
             assert (grad - want[name]).norm() < 0.03 * scale, f"{residual}: {name}"
 
 
-def test_a_checkpoint_restores_the_copies_too(tmp_path):
-    cfg = make(precision="bf16")
+@pytest.mark.parametrize(("precision", "targets"), [("bf16", "same"), ("bf16", "fp8")])
+def test_a_checkpoint_restores_the_copies_too(tmp_path, precision, targets):
+    """With their scales: after two steps, the second of which quantises with scales that follow from the first."""
+    cfg = make({"target_precision": targets}, precision=precision)
     _, engine = run(cfg)
     path = save_checkpoint(tmp_path, 4, engine, {}, keep=1)
     other = Engine(replace(cfg, seed=7), CPU)
     load_checkpoint(path, other)
     masks = MaskSampler(cfg.mask, cfg.front_end.grid)(4, 100, 3)
     pcm, lengths = torch.randint(-9999, 9999, (3, 32_000), dtype=torch.int16), torch.full((3,), 32_000)
-    assert engine.step(pcm, lengths, masks, 4).loss == other.step(pcm, lengths, masks, 4).loss
+    for step in (4, 5):
+        assert engine.step(pcm, lengths, masks, step).loss == other.step(pcm, lengths, masks, step).loss
+    assert_same_weights(engine, other, rtol=0, atol=0)
+    assert (engine.model.scales is not None) == ("scales" in engine.model.state_dict()) == (targets == "fp8")
 
 
 def test_copies_give_gradients_of_the_masters_in_float32():
@@ -247,3 +254,56 @@ def test_fp8_targets_point_where_the_others_do(switches):
     with torch.no_grad(), engine.autocast():
         a, b = (e.model.target_encoder.targets(patches).float() for e in (engine, other))
     assert not torch.equal(a, b) and torch.cosine_similarity(a, b, dim=-1).min() > 0.98
+
+
+def quantized_layers(engine: Engine) -> list[Linear]:
+    return [m for m in engine.model.target_encoder.blocks.modules() if isinstance(m, Linear)]
+
+
+def assert_fp8_copies(engine: Engine) -> None:
+    """The optimiser writes the average in float8; no value is beyond a scale that may be a step old."""
+    layers = quantized_layers(engine)
+    assert layers
+    for layer in layers:
+        scale = layer.scalings[1].scale
+        assert torch.equal(layer.copies[0].float(), round_e4m3(layer.weight, scale).float())
+        assert layer.weight.abs().max() <= 448 * scale < 2 * layer.weight.abs().max()
+
+
+def test_fp8_scales_follow_the_steps():
+    """Over micro-batches, and when graphs are replayed. Evaluation and a step that is not finite change no scale."""
+    step, mask = {"micro_batch": 3}, {"fixed_token_budget": True}
+    cfg = make({**step, "target_precision": "fp8"}, mask)
+    losses, engine = run(cfg, steps=5, graphs=True)
+    assert losses == pytest.approx(run(make(step, mask), steps=5)[0], rel=0.01)
+    assert_fp8_copies(engine)
+    scales = engine.model.scales
+    assert (scales[..., 2:7] > 0).all() and not (scales[:, 0, 7] > 0).any() and not scales[:, 0, 1].any()
+    torch.testing.assert_close(scales[:, 0, 0], scales[:, 0, 2:].amax(-1) * 1.5 / 448)
+    assert (scales[:, 0, 2].diff() != 0).any()
+    before = scales.clone()
+    masks = MaskSampler(cfg.mask, cfg.front_end.grid).parts(9, 100, [3, 2])
+    pcm, lengths = torch.randint(-9999, 9999, (5, 32_000), dtype=torch.int16), torch.full((5,), 32_000)
+    assert engine.inspect(pcm, lengths, masks)["target_variance"] > 0 and torch.equal(scales, before)
+    with torch.no_grad():
+        engine.model.context_encoder.embed.weight[0, 0] = torch.nan
+    assert engine.step(pcm, lengths, masks, 9).bad
+    assert torch.equal(scales[:, :, 2:], before[:, :, 2:]) and torch.equal(scales[:, :, 0], before[:, :, 0])
+    assert_fp8_copies(engine)
+
+
+def test_weights_move_into_fp8_targets():
+    """From an engine without float8 and back, and from a teacher, whose copies the optimiser leaves as they are."""
+    _, plain = run(make(), 2)
+    _, engine = run(make({"target_precision": "fp8"}), 2)
+    with torch.no_grad():
+        for p in plain.model.target_encoder.parameters():
+            p.mul_(4)
+    engine.model.load_state_dict(plain.model.state_dict())
+    assert not any(layer.scalings[0].calibrated for layer in quantized_layers(engine))
+    assert_fp8_copies(engine)
+    plain.model.load_state_dict(engine.model.state_dict())
+    taught = Engine(make({"target_precision": "fp8"}, objective=ObjectiveConfig(teacher="given")), CPU)
+    taught.model.target_encoder.load_state_dict(plain.model.target_encoder.state_dict())
+    assert not taught.optimizer.scalings and not any(c.dtype == torch.float8_e4m3fn for _, c in taught.copies)
+    assert_fp8_copies(taught)
