@@ -230,6 +230,9 @@ class StepConfig:
     """Replay the step as a CUDA graph wherever its shapes recur."""
     parallel_encoders: bool = False
     """Run target and context encoder on two CUDA streams."""
+    overlap_front_end: bool = False
+    """Load a batch and compute its patches on a CUDA stream of lower priority, while the step before it still runs.
+    Takes memory for one more batch of patches."""
     residual: Literal["fp32", "bf16-gradient", "in-product", "bf16"] = "fp32"
     """Precision of the residual stream if the step computes in bf16. bf16-gradient: a float32 stream, whose gradient is
     rounded to bf16 in each layer. in-product: the same, and the matrix products add to the stream instead of the layer
@@ -449,7 +452,7 @@ PRESETS["tiny-clip"] = dataclasses.replace(
 _MAY_CHANGE = {
     "resume", "device", "log_every", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
-    "resident_gb", "compare_steps",
+    "resident_gb", "compare_steps", "overlap_front_end",
 }  # fmt: skip
 
 

@@ -66,11 +66,13 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
     with catch_signals() as stop, closing(log, loader, profile):  # a signal must not cut the closing short
         while step < cfg.optim.steps and not ranks.stopping(stop):
             tick = time.perf_counter()
-            pcm, lengths = to_device(next(loader), device)
-            waited = time.perf_counter() - tick
+            with engine.ahead():  # on a GPU, earlier steps may still be running
+                pcm, lengths = to_device(next(loader), device)
+                waited = time.perf_counter() - tick
+                patches = engine.patches(pcm, lengths, step)
             masks = engine.masks(sampler, step, len(pcm))
             share = ranks.share(sum(len(part.target) for part in masks), bool(stop))
-            result = engine.step(pcm, lengths, masks, step, share)
+            result = engine.train(patches, masks, step, share)
             step += 1
             flops = partial(engine.flops, masks)
             log.add(result, len(pcm) * per_recording, time.perf_counter() - tick, waited, flops)

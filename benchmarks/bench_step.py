@@ -59,6 +59,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "residual=in-product": {"residual": "in-product"},
     "residual=bf16": {"residual": "bf16"},
     "target_precision=fp8": {"target_precision": "fp8"},
+    "overlap_front_end": {"overlap_front_end": True},
     "products fused": {"mlp": "epilogue", "residual": "in-product"},
     "products fused, fp8": {"mlp": "epilogue", "residual": "in-product", "target_precision": "fp8"},
 }
@@ -105,8 +106,13 @@ def with_masks(engine: Engine, audio: list[tuple[torch.Tensor, torch.Tensor]], m
 
 
 def run(engine: Engine, batches: list[Batch], first: int) -> list[StepResult]:
-    """Queue a step on each batch, with the schedule values of steps `first`, `first + 1`..."""
-    return [engine.step(*batch, step) for step, batch in enumerate(batches, first)]
+    """Queue a step on each batch, with the schedule values of steps `first`, `first + 1`..., as the trainer does."""
+    results = []
+    for step, (pcm, lengths, masks) in enumerate(batches, first):
+        with engine.ahead():
+            patches = engine.patches(pcm, lengths, step)
+        results.append(engine.train(patches, masks, step))
+    return results
 
 
 def losses(results: list[StepResult]) -> list[float]:

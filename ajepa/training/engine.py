@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,14 +51,24 @@ class StepsInFlight:
     def __init__(self, device: torch.device):
         self.device = device
         self.events: deque[torch.cuda.Event] = deque()
+        self.inputs: torch.Tensor | None = None
 
-    def wait_for_room(self) -> None:
-        """Block until the step before the previous one has finished."""
+    def wait_for_room(self, inputs: torch.Tensor | None = None) -> None:
+        """Block until the step before the previous one has finished.
+
+        `inputs` are those of the step to be queued, if another stream allocated them.
+        """
         if self.device.type != "cuda":
             return
         self.events.append(torch.cuda.current_stream(self.device).record_event())
+        self.inputs = inputs  # `wait_for_inputs` covers the inputs of earlier steps, so those may be freed
         if len(self.events) > 2:
             self.events.popleft().synchronize()
+
+    def wait_for_inputs(self, stream: torch.cuda.Stream) -> None:
+        """Make `stream` wait until no step but the one queued last reads inputs, so that it may reuse their memory."""
+        if self.events:
+            stream.wait_event(self.events[-1])
 
 
 class Engine:
@@ -85,8 +96,12 @@ class Engine:
         self.forward = torch.compile(self._forward) if cfg.impl == "compile" else self._forward
         on_gpu = device.type == "cuda"
         graphs = on_gpu and not self.plain and cfg.step.cuda_graph and self.ranks.alone
-        self.graphs = StepGraphs(self._train, device) if graphs else None
-        self.mask_stream = torch.cuda.Stream(device, priority=-1) if on_gpu else None
+        # The device prefers streams with lower numbers: the masks, for which the host waits, then the step.
+        overlaps = on_gpu and cfg.step.overlap_front_end
+        self.front_end_stream = torch.cuda.Stream(device, priority=0) if overlaps else None
+        graph_stream = torch.cuda.Stream(device, priority=-1) if graphs and overlaps else None
+        self.mask_stream = torch.cuda.Stream(device, priority=-2 if overlaps else -1) if on_gpu else None
+        self.graphs = StepGraphs(self._train, device, graph_stream) if graphs else None
         self.in_flight = StepsInFlight(device)
 
     # --- the parts ------------------------------------------------------------------------------------------------
@@ -151,17 +166,36 @@ class Engine:
             tensor.record_stream(training_stream)
         return parts
 
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Queue the enclosed work, which loads a batch and computes its `patches` for `train`.
+
+        With `overlap_front_end` the work gets a stream of its own, where it does not wait for the step queued last. It
+        does wait for the step before that one, whose patches it may overwrite.
+        """
+        if self.front_end_stream is None:
+            yield
+            return
+        training_stream = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.front_end_stream):
+            self.in_flight.wait_for_inputs(self.front_end_stream)
+            yield
+        training_stream.wait_stream(self.front_end_stream)
+
     def step(
         self, pcm: torch.Tensor, lengths: torch.Tensor, masks: Masks | list[Masks], step: int, share: float = 1.0
     ) -> StepResult:
-        """Train on `pcm` int16 `[B, S]` with the schedules' values at `step`.
+        """Train on `pcm` int16 `[B, S]`: `patches` and `train` in one."""
+        return self.train(self.patches(pcm, lengths, step), masks, step, share)
+
+    def train(self, patches: torch.Tensor, masks: Masks | list[Masks], step: int, share: float = 1.0) -> StepResult:
+        """Train on `patches` `[B, N, P]` with the schedules' values at `step`.
 
         `masks` are those of the batch, or a list with those of each micro-batch; for `share` see `Ranks.share`. Blocks
         only on the step before the previous one, so at most two steps are in flight.
         """
-        self.in_flight.wait_for_room()
+        self.in_flight.wait_for_room(patches if self.front_end_stream else None)
         parts = [masks] if isinstance(masks, Masks) else masks
-        patches = self.patches(pcm, lengths, step)
         if self.cfg.objective.clips:
             self.key.fill_(self.cfg.seed * 1_000_003 + step)
         optim = self.cfg.optim

@@ -23,11 +23,11 @@ class StepGraphs:
     replayed. Inputs are copied into tensors at fixed addresses. Schedule values are always scalars on the device, so an
     eager step launches the same kernels as a replay. Steps that cannot be captured, and shapes beyond the first
     `MAX_GRAPHS`, run eagerly, and the reason is printed once. All graphs share one memory pool, so only the copied
-    result outlives a replay.
+    result outlives a replay. Captures use `stream`, whose priority the kernels of a graph keep.
     """
 
-    def __init__(self, train: Callable, device: torch.device):
-        self.train, self.device = train, device
+    def __init__(self, train: Callable, device: torch.device, stream: torch.cuda.Stream | None = None):
+        self.train, self.device, self.stream = train, device, stream
         self.seen: dict[tuple, _Captured | None] = {}
         self.failed = False
         self.reported: set[str] = set()
@@ -77,7 +77,9 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with (
             _no_collection(),
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),  # loader threads may call CUDA
+            torch.cuda.graph(  # loader threads may call CUDA
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ),
         ):
             captured.result = body()
         captured.replay = graph.replay

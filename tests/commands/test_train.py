@@ -1,5 +1,7 @@
 """The program as a user meets it: a run to its end, interruption and exact resume, wrong input."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -428,3 +430,67 @@ def test_the_published_recipes_run(preset, tones, tmp_path):
     assert main(argv) == 0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["preset"] == preset and np.isfinite(summary["final_loss"])
+
+
+class FakeStream:
+    """A CUDA stream that knows which work has finished before anything queued on it from now on starts."""
+
+    current: "FakeStream"
+    Event = type("Event", (frozenset,), {"synchronize": lambda event: None})
+
+    def __init__(self):
+        self.finished: set[str] = set()
+
+    def record_event(self):
+        return self.Event(self.finished)
+
+    def wait_event(self, event):
+        self.finished |= event
+
+    def wait_stream(self, other):
+        self.finished |= other.finished
+
+
+def test_the_front_end_runs_beside_the_step_before_and_changes_no_bit(finished, small_run, monkeypatch):
+    """The patches of a step wait for the step before the previous one alone, and their step waits for them."""
+    argv, folder = small_run
+    training, side = FakeStream(), FakeStream()
+    FakeStream.current = training
+    before, made = {}, []  # the work that must have finished before each piece of work starts; all patches
+
+    @contextlib.contextmanager
+    def on(stream):
+        FakeStream.current = stream
+        yield
+        FakeStream.current = training
+
+    def build(engine, *arguments, init=Engine.__init__):
+        init(engine, *arguments)
+        engine.front_end_stream = side
+        engine.in_flight.device = torch.device("cuda")  # so that it records events
+        engine._train = functools.partial(work, "step", engine._train)
+
+    def work(kind, function, *arguments):
+        number = len(made) if kind == "patches" else len(made) - 1
+        before[f"{kind} {number}"] = set(FakeStream.current.finished)
+        result = function(*arguments)
+        FakeStream.current.finished.add(f"{kind} {number}")
+        return result
+
+    def patches(engine, pcm, lengths, step, function=Engine.patches):
+        if FakeStream.current is training:  # an evaluation reads its own patches
+            return function(engine, pcm, lengths, step)
+        assert engine.in_flight.inputs is (made[-1] if made else None), "the patches of a queued step may be freed"
+        made.append(work("patches", function, engine, pcm, lengths, step))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream.current)
+    monkeypatch.setattr(Engine, "__init__", build)
+    monkeypatch.setattr(Engine, "patches", patches)
+    assert main([*argv, "--compare-steps", "0"]) == 0
+    for step in range(8):
+        assert f"patches {step}" in before[f"step {step}"]
+        assert f"step {step - 1}" not in before[f"patches {step}"]
+        assert step < 2 or f"step {step - 2}" in before[f"patches {step}"]
+    assert_same_bits(weights(folder), weights(finished))
