@@ -402,7 +402,7 @@ def fp8_linear(
     values, scale = x if isinstance(x, Quantized) else quantize(x, impl=impl)
     weight, weight_scale = weight_NK if isinstance(weight_NK, Quantized) else quantize(weight_NK, impl=impl)
     values = values.reshape(-1, K)
-    if values.is_cuda:
+    if values.is_cuda and len(values):
         bias = None if bias_N is None else bias_N.detach().to(torch.bfloat16)
         y = torch._scaled_mm(
             values, weight.T, scale, weight_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
