@@ -208,7 +208,10 @@ def _train(preset: str, size: str, switches: dict, mask_ratios: Iterable[float],
         config.SIZES[size] = shape
     samples = round(cfg.source_seconds * cfg.front_end.sample_rate)
     pcm, lengths = torch.zeros(2, samples, dtype=torch.int16), torch.full((2,), samples, dtype=torch.int32)
-    for ratio in mask_ratios:
+    ratios = [*mask_ratios]
+    if step.target_precision == "fp8":
+        ratios.append(ratios[-1])  # the first step takes the scales of present values, with other kernels
+    for ratio in ratios:
         mask = dataclasses.replace(cfg.mask, mask_ratio=(ratio, ratio))
         masks = MaskSampler(mask, cfg.front_end.grid)(0, cfg.optim.steps, 2 * aim.count)
         engine.step(pcm, lengths, masks, 1)

@@ -63,7 +63,7 @@ class Arguments:
     every: int = 50
     """Steps between two measurements of the targets."""
     report: bool = False
-    """Run nothing, and draw the plot of the existing result again."""
+    """Run nothing, but judge the existing result and draw its plot again."""
     results: str = str(Path(__file__).parent / "results")
     """Folder for the result and its plot."""
 
@@ -108,7 +108,7 @@ def train(cfg: config.Config, corpus: Corpus, every: int) -> dict[str, Any]:
     return {
         "seed": cfg.seed,
         "target_precision": cfg.step.target_precision,
-        "losses": torch.stack(losses).tolist(),
+        "losses": [round(loss, 5) for loss in torch.stack(losses).tolist()],
         "measured": measured,
         "clamped": clamped.item(),  # how often a tensor of activations had values beyond its delayed scale
         "seconds": time.perf_counter() - tick,
@@ -184,6 +184,7 @@ def main() -> int:
     path = Path(args.results) / f"fp8-{args.preset}-{args.precision}.json"
     if args.report:
         result = json.loads(path.read_text())
+        result |= {"limits": LIMITS, "judged": judge(result["runs"])}
     else:
         corpus = open_corpus(configuration(args, 0, "same"))
         runs = [train(configuration(args, s, p), corpus, args.every) for s in range(args.seeds) for p in PRECISIONS]
@@ -191,8 +192,8 @@ def main() -> int:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         settings["batch_size"] = configuration(args, 0, "same").optim.batch_size
         result = {"settings": settings, "device": name, "limits": LIMITS, "judged": judge(runs), "runs": runs}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(result) + "\n").encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(result) + "\n").encode())
     draw(result, path.with_suffix(".png"))
     print(json.dumps({"limits": result["limits"], "judged": result["judged"]}, indent=2))
     return 0 if result["judged"]["passed"] else 1

@@ -15,8 +15,7 @@ from ajepa_kernels._triton import jit, tl
 
 BLOCK = 1024  # elements that a program updates at a time
 CHUNK = 4 * BLOCK  # elements that a program updates in all
-# int16: the remainder of a bfloat16. float8: a copy with a scale.
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.float8_e4m3fn)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int16)  # int16: the remainder of a bfloat16
 
 
 class Table(NamedTuple):
@@ -121,7 +120,7 @@ def _is_dense(x: torch.Tensor) -> bool:
     return True
 
 
-def unsupported(rows: Iterable[Sequence[torch.Tensor | None]]) -> str:
+def unsupported(rows: Iterable[Sequence[torch.Tensor | None]], dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> str:
     """The reason why no kernel can update the tensors of each row element by element; empty if one can."""
     device = None
     for row in rows:
@@ -130,7 +129,7 @@ def unsupported(rows: Iterable[Sequence[torch.Tensor | None]]) -> str:
             if x is None:
                 continue
             device = x.device if device is None else device
-            if x.dtype not in KERNEL_DTYPES:
+            if x.dtype not in dtypes:
                 return f"no kernel for {x.dtype}"
             if x.device != device:
                 return "the tensors are on several devices"

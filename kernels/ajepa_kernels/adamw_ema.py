@@ -10,7 +10,7 @@ from torch.optim.adam import adam
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ajepa_kernels._adamw_ema import Rows, launch_adamw_ema, launch_rows, updated_together
-from ajepa_kernels._tables import unsupported
+from ajepa_kernels._tables import KERNEL_DTYPES, unsupported
 from ajepa_kernels._triton import arch, check_impl, register, use_triton
 from ajepa_kernels.ema_update import checked_decay, ema_update_reference_, scalar
 from ajepa_kernels.fp8 import STATE, note_largest_, round_e4m3
@@ -172,9 +172,9 @@ class AdamWEMA(torch.optim.AdamW):
         if len({target for _, target in ema + copies}) < len(ema + copies):
             raise ValueError("AdamWEMA: two pairs write one tensor; give each pair a target of its own")
         scaled, averages = {copy for copy, _ in scalings}, {average for _, average in ema}
-        small = {copy: source for source, copy in copies if copy.dtype == torch.float8_e4m3fn}
+        small = {target: source for source, target in ema + copies if target.dtype == torch.float8_e4m3fn}
         if scaled != small.keys() or len(scaled) < len(scalings) or not averages.issuperset(small.values()):
-            raise ValueError("AdamWEMA: a float8_e4m3fn copy, and no other, has a scaling, and copies an average")
+            raise ValueError("AdamWEMA: float8_e4m3fn is for copies of averages, and each has one scaling")
         if any(s.shape != (STATE,) or s.dtype != torch.float32 or s.device != copy.device for copy, s in scalings):
             raise ValueError(f"AdamWEMA: the state of a scaling must be float32 [{STATE}] on the copy's device")
         self.ema_sources, self.ema_targets = [p for p, _ in ema], [t for _, t in ema]
@@ -368,7 +368,7 @@ class AdamWEMA(torch.optim.AdamW):
             return "step counts must be float32 on the parameters' device"
         if t.scalings and t.params[0].is_cuda and arch(t.params[0]) < 89:
             return "float8 needs compute capability 8.9"
-        return unsupported(together)
+        return unsupported(together, (*KERNEL_DTYPES, torch.float8_e4m3fn))
 
     def _rates(self) -> tuple[list[torch.Tensor], list[int], list[float]]:
         """Returns the arguments rates, groups and hyper of the operation."""

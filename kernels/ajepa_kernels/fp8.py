@@ -56,6 +56,16 @@ class Scaling:
 
     Raises:
         ValueError: the shape or the dtype of the state is another.
+
+    Example::
+
+        states = torch.zeros(2, 8, device="cuda")  # of two tensors
+        first, second = map(Scaling, states)
+        for _ in range(3):
+            x = torch.randn(512, 768, device="cuda")
+            y = fp8_linear(quantize(x, first), weight)
+            z = fp8_linear(quantize(y, second, gelu="none"), next_weight)
+            advance_scales_(states)
     """
 
     def __init__(self, state: torch.Tensor):
@@ -206,7 +216,19 @@ def advance_scales_(states: torch.Tensor, skip: torch.Tensor | None = None) -> N
     A row keeps its scale and history if `skip` (a scalar on the device) is not 0, or if its tensor did not occur in
     this step or was zero or not finite. In training it is called before the optimiser's step, so that a weight that
     the optimiser quantises keeps its scale until the optimiser quantises it again.
+
+    Raises:
+        ValueError: the shape or the dtype of the states is another.
+
+    Example::
+
+        states = torch.zeros(1, 8, device="cuda")
+        scaling = Scaling(states[0])
+        quantize(torch.randn(512, 768, device="cuda"), scaling)
+        advance_scales_(states)
     """
+    if states.dim() != 2 or states.shape[1] != STATE or states.dtype != torch.float32:
+        raise ValueError(f"advance_scales_: states must be float32 [n, {STATE}], got {states.dtype} {[*states.shape]}")
     amax, history = states[:, 1], states[:, 2:]
     counts = (amax > 0) & amax.isfinite()
     if skip is not None:
@@ -381,7 +403,7 @@ def fp8_linear(
     values, scale = x if isinstance(x, Quantized) else quantize(x, impl=impl)
     weight, weight_scale = weight_NK if isinstance(weight_NK, Quantized) else quantize(weight_NK, impl=impl)
     values = values.reshape(-1, K)
-    if values.is_cuda:
+    if values.is_cuda and len(values):
         bias = None if bias_N is None else bias_N.detach().to(torch.bfloat16)
         y = torch._scaled_mm(
             values, weight.T, scale, weight_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True

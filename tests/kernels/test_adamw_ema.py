@@ -776,8 +776,10 @@ def test_errors():
         ([], [(small, state)]),
         ([(q3, torch.zeros(3, dtype=torch.float16))], [(small, state)]),
     ):
-        with pytest.raises(ValueError, match="has a scaling, and copies an average"):
+        with pytest.raises(ValueError, match="each has one scaling"):
             AdamWEMA([p], ema=[(p, q3)] if not scalings else [], copies=copies, scalings=scalings)
+    with pytest.raises(ValueError, match="is for copies of averages"):
+        AdamWEMA([p], ema=[(p, small)])
     with pytest.raises(ValueError, match="state of a scaling must be float32"):
         AdamWEMA([p], ema=[(p, q3)], copies=[(q3, small)], scalings=[(small, state[1:])])
     target, other = torch.zeros(3), torch.nn.Parameter(torch.zeros(3))

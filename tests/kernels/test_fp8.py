@@ -220,6 +220,8 @@ def test_wrong_arguments():
     for state in (torch.zeros(STATE + 1), torch.zeros(STATE, dtype=torch.float64)):
         with pytest.raises(ValueError, match="float32"):
             Scaling(state)
+        with pytest.raises(ValueError, match="float32"):
+            advance_scales_(state[None])
 
 
 @needs_kernel

@@ -39,6 +39,9 @@ SETUP = {
         mlp.fc1, mlp.fc2 = torch.nn.Linear(32, 128), torch.nn.Linear(128, 32)
         x = torch.randn(5, 32)
         """,
+    "Scaling": """
+        weight, next_weight = torch.randn(128, 768), torch.randn(64, 128)
+        """,
     "fp8_linear": """
         layer, next_layer = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
         x = torch.randn(5, 32)
