@@ -33,7 +33,8 @@ def warmup(
 
     Compiled kernels do not depend on the number of tokens or parameters, and depend on sequence lengths only through
     the tile size that they round up to. A few runs therefore cover a training run, eager or in CUDA graphs. Triton
-    caches compiled kernels on disk. The kernels for `key_mask` and for `fp8_linear` are not compiled here.
+    caches compiled kernels on disk. The kernels for `key_mask`, for `fp8_linear` and for the bias gradients, the rows
+    and the `ResidualStream` of `add_layer_norm` are not compiled here.
 
     Args:
         device: device that the model runs on.
