@@ -423,7 +423,7 @@ def test_matrices_that_the_compiled_kernels_describe(toolchain, capfd, name):
         )
     }
     assert got == want
-    assert b"Error Internal" not in (run(m, n + 4, k), run(m, n, k + 4))  # widths off the alignment
+    assert b"Error Internal" not in (run(m, n + 2, k), run(m, n, k + 2))  # widths off the alignment
 
 
 def test_fragments_lie_where_the_column_sums_expect_them(toolchain):
