@@ -4,19 +4,22 @@ A time is milliseconds per call: forward without a gradient, as in the target en
 the gradients of x and of the four parameters. The floor is the FLOPs of the two or six products divided by the rate of
 a large product measured in the same run. `ajepa bias_gelu` has the same GELU in passes of its own, which is also how
 `gelu_mlp` runs where the fused products are missing.
+
+`linear_residual` is the product that ends each half of a block, here beside a float32 residual stream. Its floor is the
+larger of its FLOPs at that rate and its bytes at the copy rate.
 """
 
 import functools
 
 import pytest
 import torch
-from ceilings import SECONDS, rotating
+from ceilings import SECONDS, copy_bytes_per_ms, rotating
 from conftest import left_out
 from records import DEVICE, QUICK
 
 from ajepa.training.roofline import product_flops_per_ms
 from ajepa_kernels import bias_gelu, gelu_mlp, gelu_mlp_reference
-from ajepa_kernels.products import BACKWARD, FORWARD, why_not
+from ajepa_kernels.products import BACKWARD, FORWARD, RESIDUAL, linear_residual_plain, why_not
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # (tokens, width) of the context encoder, of the target encoder and of the predictor at 1,024 clips, with half of the
@@ -79,3 +82,31 @@ def test_gelu_mlp(M, C, direction, interleave, record):
     names = (*FORWARD.values(), *BACKWARD.values())
     if reason := why_not(upstream, names, C):
         left_out({"the epilogues": f"{reason}; gelu_mlp runs unfused"})
+
+
+# (tokens, K, N) of the context encoder's and of the predictor's products at 1,024 clips
+RESIDUAL_SIZES = [(65536, 768, 768), (65536, 3072, 768), (131072, 384, 384), (131072, 1536, 384)]
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N"), RESIDUAL_SIZES[: 1 if QUICK else None] if DEVICE == "cuda" else [(64, 64, 64)]
+)
+def test_linear_residual(M, K, N, interleave, record):
+    def make(rows=M):
+        shapes = [((rows, K), 1.0), ((N, K), K**-0.5), ((N,), 1.0)]
+        operands = [(s * torch.randn(shape, device=DEVICE)).to(DTYPE) for shape, s in shapes]
+        return *operands, torch.randn(rows, N, device=DEVICE)
+
+    functions = {"ajepa linear_residual": torch.ops.ajepa.linear_residual, "plain PyTorch": linear_residual_plain}
+    operands = make(min(M, 4096))
+    want = linear_residual_plain(*(t.double() for t in operands))
+    for name, function in functions.items():
+        assert (function(*operands) - want).norm() < 2 * torch.finfo(DTYPE).eps * want.norm(), name
+    if reason := why_not(operands[0], (RESIDUAL,), N, K):
+        left_out({"linear_residual": reason})
+        return
+    size = operands[0].element_size()
+    bytes_each = M * (K * size + 2 * N * 4)
+    timed = {name: rotating(function, make, bytes_each) for name, function in functions.items()}
+    floor = max(2 * M * N * K / product_flops_per_ms(DTYPE, DEVICE), bytes_each / copy_bytes_per_ms())
+    record("linear_residual", f"{M} x {K} to {N}", interleave(timed, SECONDS), plain="plain PyTorch", floor_ms=floor)

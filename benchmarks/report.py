@@ -34,7 +34,7 @@ OPS = {
     "AdamWEMA": ("adamw_ema",),
     "add_layer_norm": ("add_layer_norm",),
     "bias_gelu": ("bias_gelu",),
-    "gelu_mlp": ("gelu_mlp",),
+    "gelu_mlp": ("gelu_mlp", "linear_residual"),
     "fp8_linear": ("fp8_linear", "fp8_mlp"),
     "log_mel": ("log_mel",),
     "augment_mel": ("augment_mel",),
