@@ -19,13 +19,14 @@ class _LinearResidual(Function):
     """Returns the sum and, where the residual has a carrier, that of the sum: see `ResidualStream`."""
 
     @staticmethod
-    def forward(x, values, carrier, weight, bias, *copies):
-        total = torch.ops.ajepa.linear_residual(x, *(copies or (weight, bias)), values)
+    def forward(plain, x, values, carrier, weight, bias, *copies):
+        add = products.linear_residual_plain if plain else torch.ops.ajepa.linear_residual
+        total = add(x, *(copies or (weight, bias)), values)
         return total if carrier is None else (total, carrier.view_as(carrier))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, carrier, weight, bias, *copies = inputs
+        _, x, _, carrier, weight, bias, *copies = inputs
         ctx.set_materialize_grads(False)
         ctx.carried = carrier is not None
         if ctx.carried:
@@ -38,10 +39,11 @@ class _LinearResidual(Function):
     def backward(ctx, saved, *totals):
         total = totals[-1]
         if total is None:
-            return (None,) * (5 + ctx.copies)
-        (x, weight), need = saved, ctx.needs_input_grad
+            return (None,) * (6 + ctx.copies)
+        (x, weight), need = saved, ctx.needs_input_grad[1:]
         dy = total.to(x.dtype)
         return (
+            None,
             dy @ weight if need[0] else None,
             *((None, total) if ctx.carried else (total, None)),
             products.weight_gradient(dy, x, ctx.dtypes[0]) if need[3] else None,
@@ -135,7 +137,7 @@ def linear_residual(
     if impl == "reference" and copies is None and carrier is None:
         return linear_residual_reference(x, weight, bias, values)
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, values, carrier)]
-    done = _LinearResidual.apply(*flat, weight, bias, *(copies or ()))
+    done = _LinearResidual.apply(impl == "reference", *flat, weight, bias, *(copies or ()))
     if carrier is None:
         return done.view(values.shape)
     return ResidualStream(*(t.view(values.shape) for t in done))

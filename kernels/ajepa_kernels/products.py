@@ -168,25 +168,6 @@ def _linear_residual_cuda(x, weight, bias, residual):
     return (_linear_residual_fused if fused else linear_residual_plain)(x, weight, bias, residual)
 
 
-def linear_residual(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, impl: str = "auto"
-) -> torch.Tensor:
-    """residual + x weight^T + bias, without a gradient of its own; the caller's autograd function gives one.
-
-    Args:
-        x, weight, bias, residual: as in `linear_residual_plain`.
-        impl: "auto" is the kernel on a Hopper GPU, or warns once why it cannot be and is plain PyTorch; on a CPU it is
-            plain PyTorch. "reference" is plain PyTorch.
-
-    Returns:
-        `[M, N]`, float32.
-    """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"linear_residual: impl must be auto or reference, got {impl!r}")
-    compute = torch.ops.ajepa.linear_residual if impl == "auto" else linear_residual_plain
-    return compute(x, weight, bias, residual)
-
-
 # --- bias and GELU in float8 ------------------------------------------------------------------------------------------
 
 library.define(

@@ -106,16 +106,6 @@ def test_opcheck(rows):
     torch.library.opcheck(torch.ops.ajepa.linear_residual.default, (x, weight, bias, residual))
 
 
-def test_linear_residual_chooses():
-    x, weight, bias, residual, *_ = make(9, 16, 24, torch.bfloat16, DEVICE)
-    want = residual + F.linear(x, weight, bias)
-    for impl in ("auto", "reference"):
-        got = products.linear_residual(x, weight, bias, residual, impl=impl)
-        assert got.dtype == torch.float32 and relative_error(got, want) < torch.finfo(torch.bfloat16).eps
-    with pytest.raises(ValueError, match="impl must be auto or reference"):
-        products.linear_residual(x, weight, bias, residual, impl="fused")
-
-
 def test_float64_stays_float64():
     x, weight, bias, _, dy, w2, z = (t.double() for t in make(5, 16, 24))
     slope = products.linear_gelu_plain(x, weight, bias, SLOPE)[1]
