@@ -27,6 +27,30 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+class BiasGradient(Function):
+    """The identity of `x`, to which the layer before has already added `bias`; the bias gets its gradient here.
+
+    The layer before must add a detached copy. The gradient is that of `x`, summed over the axes that precede those of
+    `bias`, in the dtype of `bias`.
+    """
+
+    @staticmethod
+    def forward(x, bias):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, bias = inputs
+        ctx.axes, ctx.dtype = bias.dim(), bias.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None or not ctx.needs_input_grad[1]:
+            return dy, None
+        return dy, dy.sum(tuple(range(dy.dim() - ctx.axes)), dtype=ctx.dtype)
+
+
 class _NotTwice(torch.autograd.Function):
     @staticmethod
     def forward(*tensors):
