@@ -167,7 +167,7 @@ def attention(S: int, D: int, dtype: torch.dtype, tf32: bool = False, cross: boo
     inputs = Inputs(operands[0], *operands[1:], cu_seqlens=cu, max_seqlen=S, **keys)
     arguments = (*make_layout(inputs), 0.125, tf32)
     out, lse = _masked_attention_fwd(*operands, *arguments)
-    _masked_attention_bwd(out, *operands, out, lse, *arguments)
+    _masked_attention_bwd(out, *operands, out, lse, not cross, *arguments)
 
 
 def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
@@ -178,7 +178,7 @@ def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
     start = torch.empty(4, dtype=torch.int64, **META)
     arguments = (*Layout(start, start, rows, None, None, None, S, S, 4 * S, True), 0.125, False)
     out, lse = _masked_attention_fwd(qkv, None, None, *arguments)
-    _masked_attention_bwd(out, qkv, None, None, out, lse, *arguments)
+    _masked_attention_bwd(out, qkv, None, None, out, lse, False, *arguments)
 
 
 def loss(C: int, kind: str, dtype: torch.dtype) -> None:
@@ -258,7 +258,7 @@ def gaussian(D: int, S: int, dtype: torch.dtype) -> None:
 
 
 B, F = torch.bfloat16, torch.float32
-SIZES = ((16, 32), (64, 64), (96, 64), (128, 64), (128, 128), (300, 64))
+SIZES = ((16, 32), (64, 64), (77, 64), (96, 64), (128, 32), (128, 64), (128, 128), (300, 64))
 # head dim 96 is compiled as 128, float16 as bfloat16
 CORE = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S, D in SIZES},
@@ -278,7 +278,7 @@ CORE = {
     "sigreg 128 fp32": (gaussian, 128, 256, F),
 }
 REST = {
-    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 96, 128, 300) for D in (32, 64, 96, 128)},
+    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 77, 96, 128, 300) for D in (32, 64, 96, 128)},
     **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 32, 64, 300) for D in (32, 64, 128)},
     **{f"attention {S} x {D} tf32": (attention, S, D, F, True) for S in (16, 64, 300) for D in (32, 64)},
     **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (96, 128, 300) for D in (64, 96, 128)},

@@ -31,7 +31,7 @@ class BiasGradient(Function):
     """Returns x, to which a bias was added without a gradient. Its backward gives the bias the sum of x's gradient.
 
     This is the plain definition of what an op does whose backward also computes the gradient of the bias of the layer
-    before it.
+    before it. The sum runs over the axes that precede those of the bias, and has its dtype.
     """
 
     @staticmethod
@@ -42,9 +42,12 @@ class BiasGradient(Function):
     def setup_context(ctx, inputs, output):
         _, bias = inputs
         ctx.axes, ctx.dtype = bias.dim(), bias.dtype
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dx):
+        if dx is None or not ctx.needs_input_grad[1]:
+            return dx, None
         rows = dx.reshape(-1, *dx.shape[dx.dim() - ctx.axes :])
         # a CPU would first convert all rows to float32
         return dx, rows.sum(0, dtype=ctx.dtype) if dx.is_cuda else rows.sum(0).to(ctx.dtype)

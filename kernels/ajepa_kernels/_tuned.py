@@ -18,13 +18,15 @@ from ajepa_kernels._triton import arch
 
 
 class Tiles(NamedTuple):
-    """Tile sizes of attention. A program with fewer queries than keys goes through the queries tile by tile."""
+    """Tile sizes of attention. Programs with fewer queries than keys go through the queries tile by tile."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int = 1
     max_registers: int | None = None  # per thread; given any bound, ptxas issues all loads before it waits for one
+    tail: int = 0  # keys of a second tile beside the first, because the edges of a tile are powers of two
+    heads: int = 1  # most heads that a program takes one after the other
 
 
 class Rows(NamedTuple):
@@ -39,7 +41,8 @@ class Rows(NamedTuple):
 LONG = 0  # the length in the key of sequences that are too long for one tile
 
 # Keys of attention: (operation, bits of the dtype, length, head dim). Lengths and head dims are rounded up to powers of
-# two, and lengths to 96 where the table has an entry for 96. None means that this length does not fit in one tile.
+# two, and lengths to 80 or 96 where the table has an entry for that. None means that this length does not fit in one
+# tile.
 # Keys of row-wise operations: (operation, channels of a program).
 _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "any": {
@@ -48,14 +51,20 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
             for (S, D), both in {
                 (16, 32): (1, 1), (16, 64): (1, 1), (16, 128): (2, 2),
                 (32, 32): (2, 2), (32, 64): (2, 4), (32, 128): (4, 4),
-                (64, 32): (4, 4), (64, 64): (4, 4), (64, 128): (8, 8),
-                (128, 32): (8, 8), (128, 64): (8, 8), (128, 128): (8, 8),
             }.items()
             for op, warps in zip(("attention_fwd", "attention_bwd"), both, strict=True)
         },
+        # two stages: the tiles of a program's next head arrive while those of this head are multiplied
+        **{(op, 16, 64, D): Tiles(64, 64, warps, stages, None, 0, 12)
+           for op, stages in (("attention_fwd", 2), ("attention_bwd", 1)) for D, warps in ((32, 4), (64, 4), (128, 8))},
+        **{("attention_fwd", 16, 64 + tail, D): Tiles(128, 64, 8, 2, None, tail, 12)
+           for tail in (16, 32) for D in (32, 64, 128)},
+        **{("attention_fwd", 16, 128, D): Tiles(128, 128, 8, 2, None, 0, 12) for D in (32, 64, 128)},
+        **{("attention_bwd", 16, 128, D): Tiles(128, 128, 8, 2, None, 0, 12) for D in (32, 64)},
+        ("attention_bwd", 16, 128, 128): Tiles(32, 128, 8),
         **{(op, 32, S, D): Tiles(S, S, 4) for op in ("attention_fwd", "attention_bwd")
            for S, D in ((16, 32), (16, 64), (16, 128), (32, 32), (32, 64))},
-        ("attention_bwd", 32, 16, 64): Tiles(16, 16, 4, 1, 80),  # unbounded, the tf32 kernel spills
+        ("attention_bwd", 32, 16, 64): Tiles(16, 16, 4, 1, 112),  # unbounded, the tf32 kernel spills
         **{("attention_fwd", 32, 64, D): Tiles(16, 64, 4) for D in (32, 64)},
         **{("attention_bwd", 32, 64, D): Tiles(16, 64, warps) for D, warps in ((32, 4), (64, 8))},
         **{("attention_fwd", 16, LONG, D): Tiles(64, 64, 4, 2) for D in (32, 64, 128)},
@@ -63,10 +72,9 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         **{(op, 32, LONG, D): Tiles(32, 32, 8) for op in ("attention_fwd", "attention_bwd") for D in (32, 64, 128)},
     },
     "sm_80": {  # products take their operands from registers, which leaves no room for 128 x 128 scores
-        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 112),
-        ("attention_fwd", 16, 96, 64): Tiles(32, 128, 4, 1, 96),
-        ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4),
-        ("attention_fwd", 16, 128, 128): Tiles(64, 128, 4),
+        ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4, 2, None, 0, 12),
+        ("attention_fwd", 16, 128, 128): Tiles(64, 128, 8, 2, None, 0, 12),
+        ("attention_bwd", 16, 128, 32): Tiles(16, 128, 4),
         ("attention_bwd", 16, 128, 64): Tiles(32, 128, 8),
         ("attention_bwd", 16, 128, 128): Tiles(16, 128, 8),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
@@ -75,25 +83,17 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, 128, 128): None,
     },
     "sm_90": {
-        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 80),
-        ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 80),
-        ("attention_fwd", 16, 96, 64): Tiles(64, 128, 4),
-        ("attention_fwd", 16, 96, 128): Tiles(64, 128, 8, 1, 112),
         ("attention_fwd", 16, 32, 128): Tiles(32, 32, 2),
         ("attention_fwd", 16, LONG, 32): Tiles(128, 64, 8, 2),
         ("attention_fwd", 16, LONG, 64): Tiles(128, 64, 8, 2),
-        ("attention_bwd", 16, 96, 64): Tiles(32, 128, 4),
+        **{("attention_bwd", 16, 64 + tail, D): Tiles(128, 64, 8, 2, None, tail, 12)
+           for tail in (16, 32) for D in (32, 64)},
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
     },
     "sm_100": {
-        ("attention_fwd", 16, 64, 64): Tiles(64, 64, 4, 1, 72),
-        ("attention_fwd", 16, 64, 128): Tiles(64, 64, 8, 1, 72),
-        ("attention_fwd", 16, 128, 128): Tiles(128, 128, 8, 1, 128),
-        ("attention_fwd", 16, 128, 64): Tiles(128, 128, 4),
         ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 128),
-        ("attention_bwd", 16, 32, 32): Tiles(32, 32, 2, 1, 80),
-        ("attention_bwd", 16, 64, 64): Tiles(64, 64, 4, 1, 120),
+        **{(op, 16, 32, 32): Tiles(32, 32, 2, 1, 128) for op in ("attention_fwd", "attention_bwd")},
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),

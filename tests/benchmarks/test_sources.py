@@ -59,7 +59,7 @@ def test_comments_docstrings_and_imports_do_not_change_the_hash(path, old, new):
 
 def test_a_tuned_entry_affects_only_its_operation():
     """Of these items, only the step runs attention."""
-    entry = '("attention_fwd", 16, 96, 64): Tiles('
+    entry = '("attention_fwd", 16, 128, 64): Tiles('
     assert changed(KERNELS + "_tuned.py", entry, entry + "16 + ") == {STEP}
     assert changed(KERNELS + "_tuned.py", "class Rows", "class Rows_") >= {NORM, LOSS, STEP}, "its code affects all"
 

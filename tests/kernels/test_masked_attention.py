@@ -16,6 +16,7 @@ from oracle import (
 )
 
 from ajepa_kernels import _triton, masked_attention, masked_attention_reference
+from ajepa_kernels.attention import ops
 from ajepa_kernels.attention.inputs import Inputs
 from ajepa_kernels.attention.layout import make_layout
 from ajepa_kernels.attention.ops import _masked_attention_bwd, _masked_attention_fwd
@@ -75,34 +76,96 @@ def test_packed(lengths, head_dim, dtype, impl):
     )  # fmt: skip
 
 
-# forward, backward: the number of queries in a tile, by architecture. For sequences of up to 128 tokens each pass is
-# one launch, and no log-sum-exp is saved.
+# forward, backward: the queries and keys of a tile, by architecture, with the keys of a second tile beside it. For
+# sequences of up to 128 tokens each pass is one launch, and no log-sum-exp is saved.
 @needs_kernel
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU, its own architecture decides the tiles")
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("arch", "head_dim", "lengths", "forward", "backward"),
     [
-        (80, 64, [70, 0, 128, 1], 64, 32), (80, 128, [70, 0, 128, 1], 64, 16), (80, 64, [65, 96, 3], 32, 32),
-        (90, 64, [65, 0, 96, 33], 64, 32), (90, 64, [97, 5], 128, 128), (100, 64, [90, 128], 128, 128),
+        (80, 64, [70, 0, 128, 1], (64, 128, 0), (32, 128, 0)), (80, 128, [70, 0, 128, 1], (64, 128, 0), (16, 128, 0)),
+        (80, 64, [65, 96, 3, 0], (128, 64, 32), (32, 128, 0)), (90, 64, [65, 0, 77, 3], (128, 64, 16), (128, 64, 16)),
+        (90, 32, [65, 0, 96, 33], (128, 64, 32), (128, 64, 32)), (90, 64, [97, 5, 0, 1], (128, 128, 0), (128, 128, 0)),
+        (100, 64, [90, 80, 0, 1], (128, 64, 32), (128, 128, 0)),
     ],
 )  # fmt: skip
-def test_tiles_of_queries(arch, head_dim, lengths, forward, backward, monkeypatch):
+def test_tiles(arch, head_dim, lengths, forward, backward, monkeypatch):
+    """Three heads, of which a program takes two and the other program the last."""
     monkeypatch.setattr(_triton, "_recorded_arch", arch)
+    monkeypatch.setattr(ops, "multiprocessors", lambda x: 1)  # eight programs
     (spans, cu), T, S = packed_spans(lengths), sum(lengths), max(lengths)
     check(
-        lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="triton"),
-        lambda x: masked_attention_reference(x, cu, S),
-        lambda x: oracle(*x.unbind(1), spans),
-        [torch.randn(T, 3, 1, head_dim)], torch.randn(T, 1, head_dim), torch.float16,
+        lambda x, b: masked_attention(x, cu_seqlens=cu, max_seqlen=S, qkv_bias=b, impl="triton"),
+        lambda x, b: masked_attention(x, cu_seqlens=cu, max_seqlen=S, qkv_bias=b, impl="reference"),
+        lambda x, b: oracle(*(x + b - b.detach()).unbind(1), spans),
+        [torch.randn(T, 3, 3, head_dim), torch.randn(3, 3, head_dim)], torch.randn(T, 3, head_dim), torch.float16,
     )  # fmt: skip
-    arguments = (torch.empty(T, 3, 1, head_dim, dtype=torch.float16, device="meta"), None, None)
+    arguments = (torch.empty(T, 3, 3, head_dim, dtype=torch.float16, device="meta"), None, None)
     layout = make_layout(Inputs(arguments[0], cu_seqlens=cu.to("meta"), max_seqlen=S))
     with _triton.record_launches(arch) as launches:
         out, lse = _masked_attention_fwd(*arguments, *layout, 0.1, False)
-        _masked_attention_bwd(out, *arguments, out, lse, *layout, 0.1, False)
-    tiles = [dict(zip(kernel.arg_names, args, strict=True))["BLOCK_Q"] for kernel, args, _ in launches]
+        _masked_attention_bwd(out, *arguments, out, lse, False, *layout, 0.1, False)
+    named = [dict(zip(kernel.arg_names, args, strict=True)) for kernel, args, _ in launches]
+    tiles = [(x["BLOCK_Q"], x["BLOCK_K"], x.get("TAIL", 0)) for x in named]
     assert tiles == [forward, backward] and not lse.numel()
+    assert all(x["heads"] == 2 for x in named if "TAIL" in x and x["BLOCK_Q"] > 64)
+
+
+# One tile, tiles of queries, several tiles of keys, no sequence, and layouts that gather rows or keys.
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("case", ["packed", "64", "long", "empty", "dense", "visible", "key_mask", "separate"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_qkv_bias(case, impl):
+    """The result does not change, and the bias gets the sum over the tokens of the gradient of qkv."""
+    lengths = {"packed": [5, 0, 1, 13], "64": [40, 64], "long": [70, 3], "empty": [0]}.get(case, [9, 9])
+    (spans, cu), T = packed_spans(lengths), sum(lengths)
+    kwargs, dense = {"cu_seqlens": cu.to(DEVICE), "max_seqlen": max(lengths)}, case in ("dense", "visible")
+    if case == "dense":
+        kwargs = {}
+    elif case == "visible":
+        index = torch.tensor([[8, 0, 3], [2, 1, 7]])
+        spans = [(r, r) for r in (index + 9 * torch.arange(2)[:, None]).tolist()]
+        kwargs = {"visible": index.to(DEVICE), "output": "scattered"}
+    elif case == "key_mask":
+        keep = torch.arange(T) % 3 == 1
+        keep[9:] = False  # the second sequence has no keys
+        spans = [(rows, [i for i in rows if keep[i]]) for rows, _ in spans]
+        kwargs["key_mask"] = keep.to(DEVICE)
+
+    def function(impl):
+        def attend(x, bias):
+            operands = x.unbind(1) if case == "separate" else (x.unflatten(0, (2, 9)) if dense else x,)
+            return masked_attention(*operands, **kwargs, qkv_bias=bias, impl=impl).reshape(T, 2, 32)
+
+        return attend
+
+    wanted = lambda x, b: oracle(*(x + (b - b.detach()).view(3, 2, 32)).unbind(1), spans)  # noqa: E731
+    shape = (3, 2, 32) if case in ("packed", "separate") else (192,)
+    leaves = [torch.randn(T, 3, 2, 32), torch.randn(shape)]
+    check(function(impl), function("reference"), wanted, leaves, torch.randn(T, 2, 32), torch.float32)
+    plain = masked_attention(leaves[0], cu_seqlens=cu, max_seqlen=max(lengths))
+    biased = masked_attention(leaves[0], cu_seqlens=cu, max_seqlen=max(lengths), qkv_bias=leaves[1])
+    assert torch.equal(plain, biased)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_qkv_bias_under_autocast(impl):
+    """qkv has autocast's dtype; the gradient of a float32 bias is float32. A bias may come without a gradient."""
+    qkv, bias = torch.randn(20, 3, 2, 32, device=DEVICE), torch.randn(192, device=DEVICE, requires_grad=True)
+    kwargs = {"cu_seqlens": torch.tensor([0, 13, 20], device=DEVICE), "max_seqlen": 13, "impl": impl}
+    upstream = torch.randn(20, 2, 32, device=DEVICE)
+    (want,) = torch.autograd.grad(masked_attention(qkv, qkv_bias=bias, **kwargs), bias, upstream)
+    with torch.autocast(DEVICE, torch.float16):
+        out = masked_attention(qkv, qkv_bias=bias, **kwargs)
+    (got,) = torch.autograd.grad(out, bias, upstream.half())
+    assert out.dtype == torch.float16 and got.dtype == torch.float32 and relative_error(got, want) < 2e-3
+    leaf = qkv.requires_grad_()
+    with_bias, without = (
+        torch.autograd.grad(masked_attention(leaf, qkv_bias=b, **kwargs), leaf, upstream)[0]
+        for b in (bias.detach(), None)
+    )
+    assert torch.equal(with_bias, without)
 
 
 @pytest.mark.usefixtures("poison")
@@ -262,14 +325,16 @@ def test_compiles_whole(impl):
     qkv, cu = torch.randn(9, 3, 2, 32, device=DEVICE, requires_grad=True), torch.tensor([0, 4, 9], device=DEVICE)
     mask = torch.rand(3, 3, device=DEVICE) < 0.7
 
-    def both(x):
-        packed = masked_attention(x, cu_seqlens=cu, max_seqlen=5, impl=impl)
+    bias = torch.randn(192, device=DEVICE, requires_grad=True)
+
+    def both(x, bias):
+        packed = masked_attention(x, cu_seqlens=cu, max_seqlen=5, qkv_bias=bias, impl=impl)
         return packed, masked_attention(x.unflatten(0, (3, 3)), visible=mask, output="scattered", impl=impl)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    got, want = compiled(qkv), both(qkv)
+    got, want = compiled(qkv, bias), both(qkv, bias)
     torch.testing.assert_close(got, want)
-    got, want = ([torch.autograd.grad(sum(x.square().sum() for x in out), qkv)] for out in (got, want))
+    got, want = ([torch.autograd.grad(sum(x.square().sum() for x in out), (qkv, bias))] for out in (got, want))
     torch.testing.assert_close(got, want)
 
 
@@ -298,10 +363,11 @@ def test_opcheck(S):
         arguments = (qkv, None, None, *make_layout(inputs), 0.2, False)
         torch.library.opcheck(torch.ops.ajepa.masked_attention_fwd.default, arguments)
         out, lse = torch.ops.ajepa.masked_attention_fwd(*arguments)
-        torch.library.opcheck(
-            torch.ops.ajepa.masked_attention_bwd.default,
-            (torch.randn_like(out), qkv, None, None, out, lse, *arguments[3:]),
-        )
+        for bias in (False, True):
+            torch.library.opcheck(
+                torch.ops.ajepa.masked_attention_bwd.default,
+                (torch.randn_like(out), qkv, None, None, out, lse, bias, *arguments[3:]),
+            )
 
 
 @needs_kernel
@@ -310,6 +376,9 @@ def test_first_order(S):
     cu = torch.tensor([0, 2, S], device=DEVICE)
     function = lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="triton")  # noqa: E731
     assert_first_order(function, torch.randn(S, 3, 2, 96, device=DEVICE))
+    qkv = torch.randn(S, 3, 2, 96, device=DEVICE)
+    of_bias = lambda b: masked_attention(qkv * b.sum(), cu_seqlens=cu, max_seqlen=S, qkv_bias=b, impl="triton")  # noqa: E731
+    assert_first_order(of_bias, torch.randn(3, 2, 96, device=DEVICE))
 
 
 @needs_kernel
@@ -367,6 +436,8 @@ def test_autocast(impl):
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "output": "sparse"}, "output must be"),
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "impl": "cuda"}, "impl must be"),
         ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "key_mask": [True]}, "key_mask must be boolean"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "qkv_bias": [0.0]}, r"qkv_bias must be \[3, 2, 32\] or flat"),
+        ((4, 3, 2, 32), {"cu_seqlens": [0, 4], "qkv_bias": [0]}, "qkv_bias must be a floating-point tensor"),
         ((2, 4, 3, 2, 32), {"visible": [[0, 4], [1, 2]]}, "out of range"),
         ((2, 4, 3, 2, 32), {"visible": [[0, 3], [1, -1]]}, "out of range"),
         ((2, 4, 3, 2, 32), {"visible": [[0, 3], [1, 1]]}, "twice"),

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from ajepa_kernels._autograd import autocast_dtype
+from ajepa_kernels._autograd import BiasGradient, autocast_dtype
 from ajepa_kernels._triton import use_triton
-from ajepa_kernels.attention.inputs import Inputs, can_be_checked_at_once, check_arguments, check_contents
+from ajepa_kernels.attention.inputs import Inputs, can_be_checked_at_once, check_arguments, check_bias, check_contents
 from ajepa_kernels.attention.layout import attention_reference, cast, make_layout, rows, shape_of_result
 from ajepa_kernels.attention.ops import MaskedAttention, why_no_kernel
 
@@ -36,6 +36,7 @@ def masked_attention(
     max_seqlen: int | None = None,
     visible: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    qkv_bias: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_k: int | None = None,
     output: str = "packed",
@@ -63,6 +64,10 @@ def masked_attention(
             Each call sorts a boolean mask, so a model of many layers should pass indices.
         key_mask: boolean `[T]` or `[B, N]`. All patches are queries, but only those marked True are keys (A-JEPA's
             regularised masking, arXiv 2311.15830). A query without any key gives zero.
+        qkv_bias: `[3, H, D]` or `[3 * H * D]`, the bias that the layer before has already added to q, k and v. It does
+            not change the result. Its gradient is the sum of the gradients of q, k and v over their rows, which
+            backward computes while it has them on chip, instead of the layer before (up to 128 tokens of joint qkv;
+            elsewhere in a pass of its own). float32 partial sums, one for each sequence, are added up in a set order.
         cu_seqlens_k, max_seqlen_k: packed keys of other lengths than the queries (cross-attention).
         output: where `visible` is given, "packed" returns visible patches only, `[B, V, H, D]` or `[T, H, D]`;
             "scattered" returns `[B, N, H, D]`, zero where not visible. A boolean `visible` with "packed" reads T from
@@ -99,14 +104,26 @@ def masked_attention(
     """
     inputs = Inputs(qkv, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, visible, key_mask, output)
     check_arguments(inputs)
+    check_bias(qkv_bias, inputs)
     if check or can_be_checked_at_once(inputs):
         check_contents(inputs)
     inputs = cast(inputs, autocast_dtype(qkv))
     layout, shape = make_layout(inputs), shape_of_result(inputs)
     q, k, v = rows(inputs)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if use_triton("masked_attention", impl, q, why_no_kernel(q)):
-        out, _ = MaskedAttention.apply(q, k, v, float(scale), tf32, *layout)
+    kernel, bias = use_triton("masked_attention", impl, q, why_no_kernel(q)), qkv_bias
+    if bias is not None and not (kernel and k is None):
+        q, k, v = _with_bias_gradient(q, k, v, bias)
+        bias = None
+    if kernel:
+        out, _ = MaskedAttention.apply(q, k, v, bias, float(scale), tf32, *layout)
     else:
         out = attention_reference(q, k, v, layout, scale)
     return out.unflatten(0, shape) if shape else out
+
+
+def _with_bias_gradient(q, k, v, bias: torch.Tensor):
+    if k is None:
+        return BiasGradient.apply(q, bias.reshape(q.shape[1:])), None, None
+    biases = bias.reshape(3, *q.shape[1:]).unbind(0)
+    return tuple(BiasGradient.apply(x, b) for x, b in zip((q, k, v), biases, strict=True))

@@ -50,6 +50,16 @@ def check_arguments(x: Inputs) -> None:
     _check_masks(x)
 
 
+def check_bias(bias: torch.Tensor | None, x: Inputs) -> None:
+    if bias is None:
+        return
+    _require(isinstance(bias, torch.Tensor) and bias.is_floating_point(), "qkv_bias must be a floating-point tensor")
+    H, D = x.qkv.shape[-2:]
+    shapes = ((3, H, D), (3 * H * D,))
+    _require(tuple(bias.shape) in shapes, f"qkv_bias must be {list(shapes[0])} or flat, got {list(bias.shape)}")
+    _require(bias.device == x.qkv.device, f"qkv_bias must be on {x.qkv.device}")
+
+
 def _check_operands(x: Inputs) -> None:
     q, k, v = x.qkv, x.k, x.v
     lead, heads = (1, "T") if is_packed(x) else (2, "B, N")

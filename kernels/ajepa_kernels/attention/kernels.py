@@ -34,29 +34,141 @@ def _store(ptr, x, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @jit
-def _softmax(s):
-    """Row softmax in base 2; rows without any key give zeros."""
-    m = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
-    total = tl.sum(p, 1)
-    return p / tl.where(total == 0.0, 1.0, total)[:, None]
+def _store_sum(ptr, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    tl.store(ptr + d, x, mask=d < D)
+
+
+@jit
+def _scores(q, k, mask, scale, PRECISION: tl.constexpr):
+    """Scores in base 2. mask: 0 for a key and -inf for none, because adding it costs no instruction of its own."""
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + mask[None, :]
+
+
+@jit
+def _mask(valid):
+    return tl.where(valid, 0.0, float("-inf"))
+
+
+@jit
+def _finite(m):
+    """The largest scores of each row; 0 for a row without any key, whose probabilities are then 0 and not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@jit
+def _inverse(total):
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
+
+
+@jit
+def _head_group(H, heads):
+    """The programs of one sequence run side by side, because their heads are neighbours in memory. Returns this
+    program's first head, the head after its last, and the number of the sequence or of the tile of queries."""
+    groups = tl.cdiv(H, heads)
+    first = tl.program_id(0) % groups * heads
+    return first, tl.minimum(first + heads, H), tl.program_id(0) // groups
+
+
+@jit
+def _tile(rows_ptr, first, start, end, BLOCK: tl.constexpr):
+    """Slots `start:start + BLOCK` of a sequence whose first slot is `first`: which of them hold a token, and its row.
+
+    Rows that are not gathered count from `first`, see `_origin`: the compiler then knows their distances, and all rows
+    of a thread share one address.
+    """
+    i = tl.arange(0, BLOCK)
+    valid = i < end - start
+    if rows_ptr is None:
+        rows = i.to(tl.int64) + (start - first)
+    else:
+        rows = tl.load(rows_ptr + start + i, mask=valid, other=0).to(tl.int64)
+    return valid, rows
+
+
+@jit
+def _origin(rows_ptr, first, stride: tl.constexpr):
+    """The offset of the row from which the rows of `_tile` count."""
+    if rows_ptr is None:  # noqa: SIM108 (decided at compile time)
+        origin = first.to(tl.int64) * stride
+    else:
+        origin = 0
+    return origin
 
 
 @jit
 def _masked_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
-    stride_q, stride_k, stride_v, slots, scale, H, tiles,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCATTER: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    scale, heads, tiles,
+    H: tl.constexpr, stride_q: tl.constexpr, stride_k: tl.constexpr, stride_v: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # the heads of one sequence run side by side, because their rows are neighbours in memory
-    WHOLE: tl.constexpr = ONE_TILE and BLOCK_Q == BLOCK_K
-    h, r = tl.program_id(0) % H, tl.program_id(0) // H
+    """All keys of a sequence at once: BLOCK_K of them, and TAIL more, as tiles have powers of two as edges.
+
+    A program takes `heads` heads one after the other. With several stages, the tiles of the next head arrive while
+    those of this head are multiplied.
+    """
+    WHOLE: tl.constexpr = BLOCK_Q >= BLOCK_K + TAIL
+    first, last, r = _head_group(H, heads)
     tile = 0 if WHOLE else r % tiles
     r = r if WHOLE else r // tiles
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
     k_start, k_end = (q_start, q_end) if k_start_ptr is None else _span(k_start_ptr, k_end_ptr, r)
+    q_first = q_start + tile * BLOCK_Q
+    if q_first >= q_end:
+        return
+    q_valid, q_rows = _tile(q_rows_ptr, q_first, q_first, q_end, BLOCK_Q)
+    _, out_rows = _tile(q_rows_ptr if SCATTER else None, q_first, q_first, q_end, BLOCK_Q)
+    q_ptr += _origin(q_rows_ptr, q_first, stride_q)
+    out_ptr += _origin(q_rows_ptr if SCATTER else None, q_first, H * D)
+    k_valid, k_rows = q_valid, q_rows
+    if k_start_ptr is not None or BLOCK_Q != BLOCK_K:
+        k_valid, k_rows = _tile(k_rows_ptr, k_start, k_start, k_end, BLOCK_K)
+    k_ptr += _origin(k_rows_ptr, k_start, stride_k)
+    v_ptr += _origin(k_rows_ptr, k_start, stride_v)
+    if TAIL:
+        tail_valid, tail_rows = _tile(k_rows_ptr, k_start, k_start + BLOCK_K, k_end, TAIL)
+    mask = _mask(k_valid)
+    if TAIL:
+        tail_mask = _mask(tail_valid)
+    scale = scale * 1.4426950408889634  # GPUs have an instruction for exp2, but none for exp
+    for h in range(first, last):
+        q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
+        k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+        v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
+        s = _scores(q, k, mask, scale, PRECISION)
+        if TAIL:
+            k_tail = _load(k_ptr + h * D, tail_rows, tail_valid, stride_k, D, BLOCK_D)
+            v_tail = _load(v_ptr + h * D, tail_rows, tail_valid, stride_v, D, BLOCK_D)
+            s_tail = _scores(q, k_tail, tail_mask, scale, PRECISION)
+            m = _finite(tl.maximum(tl.max(s, 1), tl.max(s_tail, 1)))
+            p, p_tail = tl.exp2(s - m[:, None]), tl.exp2(s_tail - m[:, None])
+            total = tl.sum(p, 1) + tl.sum(p_tail, 1)
+            out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            out = tl.dot(p_tail.to(v.dtype), v_tail, out, input_precision=PRECISION)
+        else:
+            p = tl.exp2(s - _finite(tl.max(s, 1))[:, None])
+            total = tl.sum(p, 1)
+            out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        out = out * _inverse(total)[:, None]
+        _store(out_ptr + h * D, out, out_rows, q_valid, H * D, D, BLOCK_D)
+
+
+@jit
+def _masked_attention_long_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
+    stride_q, stride_k, stride_v, slots, scale, H, tiles,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys tile by tile, with a running maximum and sum. lse `[H, slots]` is in base 2."""
+    pid = tl.program_id(0)  # the heads of one sequence run side by side, because their rows are neighbours in memory
+    h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
+    q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
+    k_start, k_end = _span(k_start_ptr, k_end_ptr, r)
     q_slot = q_start + tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q_valid = q_slot < q_end
     if q_start + tile * BLOCK_Q >= q_end:
@@ -64,36 +176,25 @@ def _masked_attention_fwd_kernel(
     q_rows = _rows(q_rows_ptr, q_slot, q_valid)
     q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
     scale = scale * 1.4426950408889634  # GPUs have an instruction for exp2, but none for exp
-    if ONE_TILE:
-        k_valid, k_rows = q_valid, q_rows
-        if not WHOLE or k_start_ptr is not None:
-            k_slot = k_start + tl.arange(0, BLOCK_K)
-            k_valid = k_slot < k_end
-            k_rows = _rows(k_rows_ptr, k_slot, k_valid)
+    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(k_start, k_end, BLOCK_K):
+        k_slot = start + tl.arange(0, BLOCK_K)
+        k_valid = k_slot < k_end
+        k_rows = _rows(k_rows_ptr, k_slot, k_valid)
         k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+        s = _scores(q, k, _mask(k_valid), scale, PRECISION)
+        m_new = tl.maximum(m, tl.max(s, 1))  # finite, because every tile holds a key
+        p = tl.exp2(s - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + tl.sum(p, 1)
         v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
-        s = tl.where(k_valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
-        out = tl.dot(_softmax(s).to(v.dtype), v, input_precision=PRECISION)
-    else:
-        m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        for start in range(k_start, k_end, BLOCK_K):
-            k_slot = start + tl.arange(0, BLOCK_K)
-            k_valid = k_slot < k_end
-            k_rows = _rows(k_rows_ptr, k_slot, k_valid)
-            k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
-            s = tl.where(k_valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))  # finite, because every tile holds a key
-            p = tl.exp2(s - m_new[:, None])
-            shrink = tl.exp2(m - m_new)
-            total = total * shrink + tl.sum(p, 1)
-            v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
-            out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-            m = m_new
-        total = tl.where(total == 0.0, 1.0, total)
-        out = out / total[:, None]
-        tl.store(lse_ptr + h.to(tl.int64) * slots + q_slot, m + tl.log2(total), mask=q_valid)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        m = m_new
+    total = tl.where(total == 0.0, 1.0, total)
+    out = out / total[:, None]
+    tl.store(lse_ptr + h.to(tl.int64) * slots + q_slot, m + tl.log2(total), mask=q_valid)
     out_rows = q_rows if SCATTER else q_slot.to(tl.int64)
     _store(out_ptr + h * D, out, out_rows, q_valid, H * D, D, BLOCK_D)
 
@@ -102,48 +203,108 @@ def _masked_attention_fwd_kernel(
 
 
 @jit
+def _sum_rows(x, dtype: tl.constexpr):
+    """The sum of x, rounded to dtype, over its rows: a product, because shuffles would take longer."""
+    ones = tl.full([x.shape[0], 16], 1.0, dtype)
+    return tl.sum(tl.dot(tl.trans(x.to(dtype)), ones), 1) * (1 / 16)
+
+
+@jit
 def _masked_attention_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
-    stride_q, stride_k, stride_v, stride_dq, stride_dk, stride_dv, scale, H,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    scale, heads, H: tl.constexpr,
+    stride_q: tl.constexpr, stride_k: tl.constexpr, stride_v: tl.constexpr,
+    stride_dq: tl.constexpr, stride_dk: tl.constexpr, stride_dv: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and head per program. It recomputes the probabilities, without the output and log-sum-exp."""
-    pid = tl.program_id(0)
-    h, r = pid % H, pid // H
+    """All queries and keys of a sequence at once; keys and heads as in the forward pass. The probabilities are computed
+    again, without the output and log-sum-exp.
+
+    sums `[R, 2, H, D]`, if it is given, gets the sums of dq and dv over the tokens of each sequence, where rows without
+    a token are zero. The sum of dk is zero: a vector added to all keys does not change the probabilities.
+    """
+    first, last, r = _head_group(H, heads)
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
     k_start, k_end = (q_start, q_end) if k_start_ptr is None else _span(k_start_ptr, k_end_ptr, r)
-    q_slot = q_start + tl.arange(0, BLOCK_Q)
-    q_valid = q_slot < q_end
-    q_rows = _rows(q_rows_ptr, q_slot, q_valid)
+    q_ptr += _origin(q_rows_ptr, q_start, stride_q)
+    dq_ptr += _origin(q_rows_ptr, q_start, stride_dq)
+    do_ptr += _origin(q_rows_ptr if SCATTER else None, q_start, H * D)
+    k_ptr += _origin(k_rows_ptr, k_start, stride_k)
+    v_ptr += _origin(k_rows_ptr, k_start, stride_v)
+    dk_ptr += _origin(k_rows_ptr, k_start, stride_dk)
+    dv_ptr += _origin(k_rows_ptr, k_start, stride_dv)
+    q_valid, q_rows = _tile(q_rows_ptr, q_start, q_start, q_end, BLOCK_Q)
+    _, do_rows = _tile(q_rows_ptr if SCATTER else None, q_start, q_start, q_end, BLOCK_Q)
     k_valid, k_rows = q_valid, q_rows
-    if k_start_ptr is not None:
-        k_slot = k_start + tl.arange(0, BLOCK_K)
-        k_valid = k_slot < k_end
-        k_rows = _rows(k_rows_ptr, k_slot, k_valid)
-    q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
-    k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
-    v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
-    do_rows = q_rows if SCATTER else q_slot.to(tl.int64)
-    do = _load(do_ptr + h * D, do_rows, q_valid, H * D, D, BLOCK_D)
-
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
-    p = _softmax(tl.where(k_valid[None, :], s, float("-inf")))
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)  # do is zero for padded queries
-    _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    # sum(p dp) over the keys equals sum(do out) over the channels
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
-    dq = tl.dot(ds, k, input_precision=PRECISION)
-    _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
-    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-    _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
+    if k_start_ptr is not None or BLOCK_Q != BLOCK_K:
+        k_valid, k_rows = _tile(k_rows_ptr, k_start, k_start, k_end, BLOCK_K)
+    if TAIL:
+        tail_valid, tail_rows = _tile(k_rows_ptr, k_start, k_start + BLOCK_K, k_end, TAIL)
+    mask = _mask(k_valid)
+    if TAIL:
+        tail_mask = _mask(tail_valid)
+    log2e_scale = scale * 1.4426950408889634
+    for h in range(first, last):
+        q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
+        k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+        v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
+        do = _load(do_ptr + h * D, do_rows, q_valid, H * D, D, BLOCK_D)  # zero for padded queries
+        s = _scores(q, k, mask, log2e_scale, PRECISION)
+        if TAIL:
+            k_tail = _load(k_ptr + h * D, tail_rows, tail_valid, stride_k, D, BLOCK_D)
+            v_tail = _load(v_ptr + h * D, tail_rows, tail_valid, stride_v, D, BLOCK_D)
+            s_tail = _scores(q, k_tail, tail_mask, log2e_scale, PRECISION)
+            m = _finite(tl.maximum(tl.max(s, 1), tl.max(s_tail, 1)))
+            p, p_tail = tl.exp2(s - m[:, None]), tl.exp2(s_tail - m[:, None])
+            inverse = _inverse(tl.sum(p, 1) + tl.sum(p_tail, 1))
+        else:
+            p = tl.exp2(s - _finite(tl.max(s, 1))[:, None])
+            inverse = _inverse(tl.sum(p, 1))
+        dv = tl.dot(tl.trans((p * inverse[:, None]).to(do.dtype)), do, input_precision=PRECISION)
+        _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
+        if sums_ptr is not None:
+            # a query spreads its do over the keys, if there are any
+            if SUM_BY_PRODUCT:  # noqa: SIM108 (decided at compile time)
+                dv_sum = tl.where(k_start < k_end, _sum_rows(do, do.dtype), 0.0)
+            else:
+                dv_sum = tl.sum(dv, 0)
+        if TAIL:
+            p_tail_rounded = (p_tail * inverse[:, None]).to(do.dtype)
+            dv_tail = tl.trans(tl.dot(tl.trans(do), p_tail_rounded, input_precision=PRECISION))
+            _store(dv_ptr + h * D, dv_tail, tail_rows, tail_valid, stride_dv, D, BLOCK_D)
+            if sums_ptr is not None and not SUM_BY_PRODUCT:
+                dv_sum += tl.sum(dv_tail, 0)
+        if sums_ptr is not None:
+            _store_sum(sums_ptr + ((2 * r.to(tl.int64) + 1) * H + h) * D, dv_sum, D, BLOCK_D)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        delta = tl.sum(p * dp, 1)  # with the division that follows it equals sum(do out) over the channels
+        factor = inverse * scale
+        if TAIL:
+            dp_tail = tl.dot(do, tl.trans(v_tail), input_precision=PRECISION)
+            delta = (delta + tl.sum(p_tail * dp_tail, 1)) * inverse * factor
+            ds_tail = (p_tail * (dp_tail * factor[:, None] - delta[:, None])).to(q.dtype)
+        else:
+            delta = delta * inverse * factor
+        ds = (p * (dp * factor[:, None] - delta[:, None])).to(q.dtype)
+        dq = tl.dot(ds, k, input_precision=PRECISION)
+        if TAIL:
+            dq = tl.dot(ds_tail, k_tail, dq, input_precision=PRECISION)
+        _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
+        if sums_ptr is not None:
+            dq_sum = _sum_rows(dq, q.dtype) if SUM_BY_PRODUCT else tl.sum(dq, 0)
+            _store_sum(sums_ptr + (2 * r.to(tl.int64) * H + h) * D, dq_sum, D, BLOCK_D)
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
+        if TAIL:
+            dk_tail = tl.trans(tl.dot(tl.trans(q), ds_tail, input_precision=PRECISION))
+            _store(dk_ptr + h * D, dk_tail, tail_rows, tail_valid, stride_dk, D, BLOCK_D)
 
 
 @jit
 def _masked_attention_tiled_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
     stride_q, stride_k, stride_v, stride_dq, stride_dk, stride_dv, scale, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -161,23 +322,31 @@ def _masked_attention_tiled_bwd_kernel(
     v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dq_sum = tl.zeros([BLOCK_D], tl.float32)
     for start in range(q_start, q_end, BLOCK_Q):
         q_slot = start + tl.arange(0, BLOCK_Q)
         q_valid = q_slot < q_end
         q_rows = _rows(q_rows_ptr, q_slot, q_valid)
         q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
         do = _load(do_ptr + h * D, q_rows if SCATTER else q_slot.to(tl.int64), q_valid, H * D, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        p = _softmax(tl.where(k_valid[None, :], s, float("-inf")))
+        s = _scores(q, k, _mask(k_valid), scale * 1.4426950408889634, PRECISION)
+        p = tl.exp2(s - _finite(tl.max(s, 1))[:, None])
+        p = p * _inverse(tl.sum(p, 1))[:, None]
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION)
         _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
+        if sums_ptr is not None:
+            dq_sum += tl.sum(dq, 0)
     k_rows = _rows(k_rows_ptr, k_slot, k_valid)  # loaded again, so that they occupy no registers during the products
     _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
     _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
+    if sums_ptr is not None:
+        sums_ptr += (r.to(tl.int64) * 2 * H + h) * D
+        _store_sum(sums_ptr, dq_sum, D, BLOCK_D)
+        _store_sum(sums_ptr + H * D, tl.sum(dv, 0), D, BLOCK_D)
 
 
 @jit

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from ajepa_kernels._autograd import Function, first_order
-from ajepa_kernels._triton import launch, power_of_2, register
+from ajepa_kernels._triton import arch, launch, multiprocessors, power_of_2, register
 from ajepa_kernels._tuned import LONG, Tiles, tuned
 from ajepa_kernels.attention.kernels import (
     _masked_attention_bwd_kernel,
     _masked_attention_delta_kernel,
     _masked_attention_fwd_kernel,
     _masked_attention_long_bwd_kernel,
+    _masked_attention_long_fwd_kernel,
     _masked_attention_tiled_bwd_kernel,
 )
 from ajepa_kernels.attention.layout import Layout
@@ -41,12 +42,21 @@ def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Til
     tile = max(power_of_2(longest), 16)
     if tile > _longest_tile(q):
         return False, tuned(q, op, bits, LONG, D)
-    config_96 = tuned(q, op, bits, 96, D) if 64 < longest <= 96 else None
-    return True, config_96 or tuned(q, op, bits, tile, D)
+    between = (tuned(q, op, bits, S, D) for S in (80, 96) if 64 < longest <= S)
+    return True, next(filter(None, between), None) or tuned(q, op, bits, tile, D)
 
 
 def _options(config: Tiles) -> dict[str, int | None]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
+
+
+def _heads(q: torch.Tensor, config: Tiles, sequences: int) -> tuple[int, int]:
+    """How many heads a program takes one after the other, and the programs of a sequence: as many heads as the
+    configuration allows while every multiprocessor has eight programs."""
+    H = q.shape[-2]
+    groups = max(-(-H // config.heads), min(H, -(-8 * multiprocessors(q) // max(sequences, 1))))
+    heads = -(-H // groups)
+    return heads, -(-H // heads)
 
 
 def _keys(one_tile: bool, q_start, q_end, q_rows, k_start, k_end, k_rows):
@@ -95,34 +105,44 @@ def _masked_attention_fwd(
     out = allocate(q.shape[0] if scatter else slots, H, D, dtype=q.dtype, device=q.device)
     lse = allocate(0 if one_tile else H, slots, dtype=torch.float32, device=q.device)
     q, k, v = _operands(q, k, v)
-    tiles = -(-max_q // config.block_q)
-    launch(
-        _masked_attention_fwd_kernel, q_start.shape[0] * tiles * H, q,
-        q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows,
-        q.stride(0), k.stride(0), v.stride(0), slots, scale, H, tiles,
-        D, power_of_2(D), config.block_q, config.block_k, scatter, one_tile, "tf32" if tf32 else "ieee",
-        **_options(config),
-    )  # fmt: skip
+    R, tiles, strides = q_start.shape[0], -(-max_q // config.block_q), [x.stride(0) for x in (q, k, v)]
+    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows)
+    sizes, consts = (D, power_of_2(D), config.block_q, config.block_k), (scatter, "tf32" if tf32 else "ieee")
+    if one_tile:
+        heads, groups = _heads(q, config, R * tiles)
+        launch(
+            _masked_attention_fwd_kernel, R * tiles * groups, q,
+            q, k, v, out, *layout, scale, heads, tiles, H, *strides, *sizes, config.tail, *consts, **_options(config),
+        )  # fmt: skip
+    else:
+        launch(
+            _masked_attention_long_fwd_kernel, R * tiles * H, q,
+            q, k, v, out, lse, *layout, *strides, slots, scale, H, tiles, *sizes, *consts, **_options(config),
+        )  # fmt: skip
     return out, lse
 
 
 def _masked_attention_bwd_fake(
-    do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+    do, q, k, v, out, lse, bias,
+    q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32,
 ):  # fmt: skip
+    dbias = q.new_empty(q.shape[1:] if bias else 0, dtype=torch.float32)
     if k is None:
-        return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(0), q.new_empty(0)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(0), q.new_empty(0), dbias
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dbias
 
 
 @register(
-    "masked_attention_bwd(Tensor do, Tensor q, Tensor? k, Tensor? v, Tensor? out, Tensor? lse, "
-    f"{_LAYOUT}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "masked_attention_bwd(Tensor do, Tensor q, Tensor? k, Tensor? v, Tensor? out, Tensor? lse, bool bias, "
+    f"{_LAYOUT}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     _masked_attention_bwd_fake,
 )
 def _masked_attention_bwd(
-    do, q, k, v, out, lse, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+    do, q, k, v, out, lse, bias,
+    q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32,
 ):  # fmt: skip
-    """If k is None, dq holds all three gradients. out and lse are read only for long sequences."""
+    """If k is None, dq holds all three gradients. out and lse are read only for long sequences. `bias` asks for dbias,
+    the sum of dq over its rows in float32, where k is None."""
     one_tile, config = _config(q, max_q, max_k, "attention_bwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     # where rows are gathered, a row that no sequence owns has zero gradient
@@ -134,13 +154,22 @@ def _masked_attention_bwd(
     do = do.contiguous()
     strides = [x.stride(0) for x in (q_, k_, v_, dq, dk, dv)]
     R, layout = q_start.shape[0], (q_start, q_end, q_rows, k_start, k_end, k_rows)
-    consts = (D, power_of_2(D), config.block_q, config.block_k, scatter, "tf32" if tf32 else "ieee")
+    sizes, consts = (D, power_of_2(D), config.block_q, config.block_k), (scatter, "tf32" if tf32 else "ieee")
     options = _options(config)
-    if one_tile:
-        whole = config.block_q == config.block_k
+    # for each sequence, a row of sums for the queries and one for the values
+    sums = torch.empty(R, 2, H, D, dtype=torch.float32, device=q.device) if bias and one_tile else None
+    if one_tile and config.block_q < config.block_k + config.tail:
         launch(
-            _masked_attention_bwd_kernel if whole else _masked_attention_tiled_bwd_kernel, R * H, q_,
-            q_, k_, v_, do, dq, dk, dv, *layout, *strides, scale, H, *consts, **options,
+            _masked_attention_tiled_bwd_kernel, R * H, q_,
+            q_, k_, v_, do, dq, dk, dv, sums, *layout, *strides, scale, H, *sizes, *consts, **options,
+        )  # fmt: skip
+    elif one_tile:
+        heads, groups = _heads(q, config, R)
+        warp_groups = arch(q) // 10 == 9 and q.element_size() == 2 and D >= 64  # a product's rows are channels
+        launch(
+            _masked_attention_bwd_kernel, R * groups, q_,
+            q_, k_, v_, do, dq, dk, dv, sums, *layout, scale, heads, H, *strides, *sizes, config.tail, *consts,
+            warp_groups, **options,
         )  # fmt: skip
     else:
         delta = torch.empty_like(lse)
@@ -152,21 +181,28 @@ def _masked_attention_bwd(
         tiles = -(-max(max_q, max_k) // config.block_k)
         launch(
             _masked_attention_long_bwd_kernel, R * tiles * H, q_,
-            q_, k_, v_, do, lse, delta, dq, dk, dv, *layout, *strides, slots, scale, H, tiles, *consts, **options,
+            q_, k_, v_, do, lse, delta, dq, dk, dv, *layout, *strides, slots, scale, H, tiles, *sizes, *consts,
+            **options,
         )  # fmt: skip
-    return (*grads, q.new_empty(0), q.new_empty(0)) if k is None else tuple(grads)
+    dbias = torch.zeros(q.shape[1:] if bias else 0, dtype=torch.float32, device=q.device)
+    if sums is not None:
+        dbias[::2] = sums.sum(0)
+    elif bias:
+        dbias = grads[0].sum(0, dtype=torch.float32)
+    return (*grads, q.new_empty(0), q.new_empty(0), dbias) if k is None else (*grads, dbias)
 
 
 class MaskedAttention(Function):
-    """Returns the output, and the log-sum-exps that its backward may need."""
+    """Returns the output, and the log-sum-exps that its backward may need. `bias` goes with joint qkv, see qkv_bias."""
 
     @staticmethod
-    def forward(q, k, v, scale, tf32, *layout):
+    def forward(q, k, v, bias, scale, tf32, *layout):
         return torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, ctx.scale, ctx.tf32, *layout = inputs
+        q, k, v, bias, ctx.scale, ctx.tf32, *layout = inputs
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -177,7 +213,12 @@ class MaskedAttention(Function):
     @staticmethod
     @first_order
     def backward(ctx, saved, do, _):
-        grads = (None, None, None)
+        dq = dk = dv = dbias = None
         if do is not None:
-            grads = torch.ops.ajepa.masked_attention_bwd(do, *saved, *ctx.numbers, ctx.scale, ctx.tf32)
-        return grads[0], *((None, None) if saved[1] is None else grads[1:]), *[None] * (2 + len(Layout._fields))
+            sums = ctx.bias is not None and ctx.needs_input_grad[3]
+            dq, dk, dv, dbias = torch.ops.ajepa.masked_attention_bwd(
+                do, *saved[:5], sums, *saved[5:], *ctx.numbers, ctx.scale, ctx.tf32
+            )
+            dk, dv = (None, None) if saved[1] is None else (dk, dv)
+            dbias = dbias.view(ctx.bias[0]).to(ctx.bias[1]) if sums else None
+        return dq, dk, dv, dbias, *[None] * (2 + len(Layout._fields))
