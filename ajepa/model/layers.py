@@ -277,13 +277,19 @@ class Block(nn.Module):
         return quantize(self.fc1(normed), self.fc2.scaling, gelu="none", impl=impl)
 
     def attend(self, normed, sequences: Sequences, rotary, impl: str):
-        qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))
+        if rotary is None:
+            qkv, bias = self.qkv.addend(normed)
+        else:  # attention reads other values than those to which the bias was added
+            qkv, bias = self.qkv(normed), None
+        assert isinstance(qkv, torch.Tensor)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
         if rotary is not None:
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([rotate(q, rotary), rotate(k, rotary), v], dim=1)
         return masked_attention(
-            qkv, cu_seqlens=sequences.cu, max_seqlen=sequences.longest, key_mask=sequences.keys, impl=impl
-        )
+            qkv, cu_seqlens=sequences.cu, max_seqlen=sequences.longest, key_mask=sequences.keys, qkv_bias=bias,
+            impl=impl,
+        )  # fmt: skip
 
     def attend_wanted(self, normed, sequences: Sequences, rotary, impl: str, wanted: Wanted):
         """All tokens are keys; only the wanted tokens are queries."""

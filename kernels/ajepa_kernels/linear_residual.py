@@ -20,7 +20,7 @@ class _LinearResidual(Function):
 
     @staticmethod
     def forward(plain, x, values, carrier, weight, bias, *copies):
-        add = products.linear_residual_plain if plain else torch.ops.ajepa.linear_residual
+        add: Any = products.linear_residual_plain if plain else torch.ops.ajepa.linear_residual
         total = add(x, *(copies or (weight, bias)), values)
         return total if carrier is None else (total, carrier.view_as(carrier))
 
