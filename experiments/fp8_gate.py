@@ -7,7 +7,8 @@ every run with targets in float8:
 - the targets' variance over tokens and their effective rank are those of the other run, and
 - the loss over the last tenth of the steps is that of the other run,
 
-each within a limit below. The result is `results/fp8-<preset>-<precision>.json` with every curve, and a plot of it.
+each within a limit below. The result is `results/fp8-<preset>-<precision>.json` with every curve, and a plot of it;
+with --target-layers the number is part of the name.
 """
 
 import contextlib
@@ -56,6 +57,9 @@ class Arguments:
     """Pairs of runs. The difference between two seeds shows how much of a difference is chance."""
     batch_size: int | None = None
     """Clips of a step; by default the preset's."""
+    target_layers: int | None = None
+    """Top layers that give the targets; by default the preset's. The average of several, each normalised, varies more
+    than the last layer alone, which may collapse."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of everything but the targets. bf16 is slow on a CPU without instructions for it."""
     data: str | None = None
@@ -75,6 +79,7 @@ def configuration(args: Arguments, seed: int, precision: Literal["same", "fp8"])
     )
     cfg = dataclasses.replace(
         cfg, optim=optim, seed=seed, precision=args.precision, data=dataclasses.replace(cfg.data, data=args.data),
+        model=dataclasses.replace(cfg.model, target_layers=args.target_layers or cfg.model.target_layers),
         objective=dataclasses.replace(cfg.objective, objective="masked"),
         step=dataclasses.replace(cfg.step, target_precision=precision),
     )  # fmt: skip
@@ -181,7 +186,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     args = tyro.cli(Arguments)
-    path = Path(args.results) / f"fp8-{args.preset}-{args.precision}.json"
+    layers = f"-{args.target_layers}layers" if args.target_layers else ""
+    path = Path(args.results) / f"fp8-{args.preset}-{args.precision}{layers}.json"
     if args.report:
         result = json.loads(path.read_text())
         result |= {"limits": LIMITS, "judged": judge(result["runs"])}

@@ -140,7 +140,7 @@ class Ranks:
         """Return the module for the forward pass, after which `backward` leaves the mean gradient on every rank."""
         if self.alone:
             return model
-        # The only buffers are the positions. They are constant and need not be sent at each step.
+        # The buffers need not be sent at each step: positions are constant, and `maximum` makes float8 scales alike.
         options = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # torch < 2.13
         chosen: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}

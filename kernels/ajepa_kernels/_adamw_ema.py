@@ -73,7 +73,7 @@ def _adamw_ema_kernel(
         shrink = 1.0 - lr * _rate(row_ptr + 10, hyper_ptr + 6)
     lerp1, keep2, lerp2 = (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32)
     if tl.float8e4nv == EMA_COPY:
-        inverse = 1.0 / tl.load(load_pointer(row_ptr, 12, tl.float32, False))
+        inverse = tl.div_rn(1.0, tl.load(load_pointer(row_ptr, 12, tl.float32, False)))
         largest = tl.zeros([BLOCK], tl.float32)
 
     for i in range(0, CHUNK, BLOCK):

@@ -111,7 +111,10 @@ def note_largest_(state: torch.Tensor, x: torch.Tensor) -> None:
 
 @jit
 def to_e4m3(x, inverse):
-    """x times the inverse of the scale, clamped and rounded. NaN stays NaN."""
+    """x times the inverse of the scale, clamped and rounded. NaN stays NaN.
+
+    Callers invert the scale by `div_rn`, so that kernels and plain definitions agree to the bit.
+    """
     x = tl.clamp(x * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(tl.float8e4nv)
 
@@ -134,7 +137,7 @@ def _quantize_kernel(
     if GELU:
         cdf, _ = _gelu(x, GELU == 2)
         x = x * cdf
-    tl.store(out_ptr + offsets, to_e4m3(x, 1.0 / tl.load(state_ptr)), mask=mask)
+    tl.store(out_ptr + offsets, to_e4m3(x, tl.div_rn(1.0, tl.load(state_ptr))), mask=mask)
     if NOTE:
         note_largest(state_ptr, tl.max(tl.abs(x), 0))
 
@@ -166,7 +169,7 @@ def _norm_quantize_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
-    inverse = 1.0 / tl.load(state_ptr)
+    inverse = tl.div_rn(1.0, tl.load(state_ptr))
     sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, row, valid, K, WIDTH, COUNT, VECTOR)
     centred, _, rstd = centre(sums, eps, K, WIDTH, COUNT, VECTOR)
     largest = tl.zeros([ROWS, WIDTH], tl.float32)
