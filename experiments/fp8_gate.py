@@ -7,8 +7,8 @@ every run with targets in float8:
 - the targets' variance over tokens and their effective rank are those of the other run, and
 - the loss over the last tenth of the steps is that of the other run,
 
-each within a limit below. The result is `results/fp8-<preset>-<precision>.json` with every curve, and a plot of it;
-with --target-layers the number is part of the name.
+each within a limit below. The result is `results/fp8-<preset>-<precision>.json` with every curve, and a plot of it.
+With --target-layers the number is part of the name.
 """
 
 import contextlib
