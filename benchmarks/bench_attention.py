@@ -1,9 +1,10 @@
 """Benchmark masked_attention on packed visible patches against varlen attention, SDPA, FlexAttention and jagged SDPA.
 
-A time is milliseconds per call with 12 heads, in bfloat16 on a GPU and in float32 on a CPU. Three ways are timed: the
-forward pass, the backward pass of a graph that was built beforehand, and both together. The floor is the bytes that
-must move, divided by the copy rate measured in the same run. The forward pass moves q, k, v and out; the backward pass
-moves q, k, v, dO, dq, dk and dv.
+A time is milliseconds per call with 12 heads, in bfloat16 on a GPU and in float32 on a CPU. Four ways are timed: the
+forward pass, the backward pass of a graph that was built beforehand, both together, and the backward pass that also
+computes the gradient of qkv's bias, which every variant but `qkv_bias` sums in a pass of its own. The floor is the
+bytes that must move, divided by the copy rate measured in the same run. The forward pass moves q, k, v and out; the
+backward pass moves q, k, v, dO, dq, dk and dv.
 
 The first cases are those of a step of `audio-jepa`. The context encoder attends over 51 to 77 visible patches per clip
 and the target encoder over all 128, both with head dim 64. The predictor attends over all 128 with head dim 32.
@@ -21,13 +22,18 @@ from conftest import left_out
 from records import DEVICE, QUICK
 
 from ajepa_kernels import masked_attention
+from ajepa_kernels._autograd import BiasGradient
 
 H = 12
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 STEP_BATCH = 1024 if DEVICE == "cuda" else 2 if QUICK else 16
-STEP = [("64", 64), ("128", 32), ("128", 64), ("51-77", 64), ("77", 64), ("96", 64), ("64", 32), ("77", 32), ("96", 32)]
-CASES = [(STEP_BATCH, tokens, D, way) for tokens, D in STEP for way in ("forward", "backward")]
+STEP = [("64", 64), ("128", 32), ("128", 64), ("51-77", 64), ("77", 64), ("51", 64)]
+BIASED = "backward with the bias"
+CASES = [(STEP_BATCH, tokens, D, way) for tokens, D in STEP for way in ("forward", "backward", BIASED)]
 if not QUICK:
+    CASES += [(STEP_BATCH // 4, tokens, D, way) for tokens, D in STEP for way in ("forward", "backward", BIASED)]
+    others = [("96", 64), ("64", 32), ("77", 32), ("96", 32)]
+    CASES += [(STEP_BATCH, tokens, D, way) for tokens, D in others for way in ("forward", "backward")]
     batches, ways = [64, 256, 1024] if DEVICE == "cuda" else [16], ["forward", "backward", "forward + backward"]
     CASES += [(batch, tokens, 64, way) for batch in batches for tokens in ("64", "32-96") for way in ways]
 FLEX = {("64", 64), ("32-96", 64)}  # tokens and head dim of the cases that FlexAttention is compiled for
@@ -130,10 +136,21 @@ def variants(n: torch.Tensor, backward: bool, flexible: bool) -> tuple[dict[str,
     return functions, missing
 
 
+def biased(functions: dict[str, tuple[Callable, int]], cu: torch.Tensor, S: int) -> dict[str, tuple[Callable, int]]:
+    """Return the functions of qkv as functions of qkv and its bias, which the layer before has added to qkv."""
+    separate = {
+        name: (lambda x, bias, function=function: function(BiasGradient.apply(x, bias)), rows)
+        for name, (function, rows) in functions.items()
+    }
+    ours = lambda x, bias: masked_attention(x, cu_seqlens=cu, max_seqlen=S, qkv_bias=bias)  # noqa: E731
+    first = "ajepa masked_attention"
+    return {first: (ours, separate[first][1]), f"{first}, separate sum": separate.pop(first), **separate}
+
+
 def checker(n: torch.Tensor, D: int, backward: bool) -> Callable[[Callable, int], None]:
     """Return check(function, rows). It compares the output and gradient of `function` with plain PyTorch in float64.
 
-    The tokens of `function` are packed (`rows` is their number) or padded.
+    The tokens of `function` are packed (`rows` is their number) or padded. `function` takes qkv, and a bias or not.
     """
     T, S = int(n.sum()), int(n.max())
     cu = F.pad(n.cumsum(0), (1, 0)).to(DEVICE)
@@ -141,23 +158,25 @@ def checker(n: torch.Tensor, D: int, backward: bool) -> Callable[[Callable, int]
     places = (torch.arange(S) < n[:, None]).flatten().nonzero().squeeze(1).to(DEVICE)
     qkv, upstream = (torch.randn(T, *shape, H, D, device=DEVICE, dtype=DTYPE) for shape in ((3,), ()))
 
-    def run(attend, x):
+    def run(attend, x, bias=None):
         x = x.detach().requires_grad_(backward)
-        out = attend(x)
-        return (out, *torch.autograd.grad(out, x, upstream.to(out.dtype))) if backward else (out,)
+        leaves = (x,) if bias is None else (x, bias)
+        out = attend(*leaves)
+        return (out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))) if backward else (out,)
 
     plain = lambda x: masked_attention(x, cu_seqlens=cu, max_seqlen=S, impl="reference")  # noqa: E731
     want = run(plain, qkv.double())
 
-    def check(function: Callable, rows: int) -> None:
-        def packed(x):
-            out = function(x)
+    def check(function: Callable, rows: int, bias: torch.Tensor | None = None) -> None:
+        def packed(*leaves):
+            out = function(*leaves)
             out = out.transpose(1, 2).flatten(0, 1) if out.dim() == 4 else out
             return out if rows == T else out[places]
 
         given = qkv if rows == T else qkv.new_zeros(rows, 3, H, D).index_copy(0, places, qkv)
-        for got, right in zip(run(packed, given), want, strict=True):
-            got = got if len(got) == T else got[places]
+        right_bias = () if bias is None else (want[1].sum(0),)
+        for got, right in zip(run(packed, given, bias), (*want, *right_bias), strict=True):
+            got = got[places] if len(got) == rows != T else got
             assert (got.double() - right).norm() < 4 * torch.finfo(DTYPE).eps * right.norm()
 
     return check
@@ -173,11 +192,14 @@ def test_attention(batch, tokens, D, way, interleave, record):
     n, backward = lengths(batch, tokens), way != "forward"
     T, size = int(n.sum()), torch.finfo(DTYPE).bits // 8
     functions, missing = variants(n, backward, flexible=(tokens, D) in FLEX)
+    bias = torch.zeros(3, H, D, device=DEVICE, requires_grad=True) if way == BIASED else None
+    if way == BIASED:
+        functions = biased(functions, F.pad(n.cumsum(0), (1, 0)).to(DEVICE, torch.int32), int(n.max()))
     check = checker(n, D, backward)
     timed = {}
     for name, (function, rows) in functions.items():
         try:
-            check(function, rows)
+            check(function, rows, bias)
         except RuntimeError as error:
             if name.startswith("ajepa"):
                 raise
@@ -188,19 +210,19 @@ def test_attention(batch, tokens, D, way, interleave, record):
             return (torch.randn(rows, 3, H, D, device=DEVICE, dtype=DTYPE).requires_grad_(backward),)
 
         def build(function=function, make=make):
-            (x,) = make()
-            out = function(x)
-            return out, x, torch.randn_like(out)
+            leaves = (*make(), *(() if bias is None else (bias,)))
+            out = function(*leaves)
+            return out, leaves, torch.randn_like(out)
 
-        if way == "backward":
+        if way in ("backward", BIASED):
             timed[name] = backward_only(build, 2 * rows * 4 * H * D * size)
         else:
             call = functools.partial(both_ways, function) if backward else function
             timed[name] = rotating(call, make, rows * 3 * H * D * size)
-    tensors = {"forward": 4, "backward": 7, "forward + backward": 11}[way]
+    tensors = {"forward": 4, "backward": 7, BIASED: 7, "forward + backward": 11}[way]
     floor = T * H * D * size * tensors / copy_bytes_per_ms()
     plain = "plain PyTorch" if "plain PyTorch" in timed else "ajepa masked_attention"
     shape = f"{batch} x {tokens} tokens, head dim {D}, {way}"
-    peers = [name for name in timed if name not in (plain, "ajepa masked_attention")]
+    peers = [name for name in timed if name != plain and not name.startswith("ajepa masked_attention")]
     record("masked_attention", shape, interleave(timed, SECONDS), plain=plain, peers=peers, floor_ms=floor)
     left_out(missing)

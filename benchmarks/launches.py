@@ -231,7 +231,11 @@ def _both_ways(function: Callable, *leaves: torch.Tensor) -> None:
 
 def _operations() -> Iterator[Callable[[], object]]:
     """Call the operations as the benchmarks do, but on a few rows, because their number is not compiled in."""
-    sizes: dict[str, Any] = {"heads": [(12, 64), (12, 32)], "max_seqlens": [16, 32, 64, 96, 128], "widths": [768, 384]}
+    sizes: dict[str, Any] = {
+        "heads": [(12, 64), (12, 32)],
+        "max_seqlens": [16, 32, 64, 80, 96, 128],
+        "widths": [768, 384],
+    }
     yield lambda: warmup(device="cpu", projection=(128, 256, 17), **sizes)
     for C, stream, affine in itertools.product((768, 384, 1024, 4096), (BF16, FP32), (BF16, FP32)):
         leaves = _leaf(16, C), _leaf(16, C, dtype=stream), _leaf(C, dtype=affine), _leaf(C, dtype=affine)

@@ -45,26 +45,36 @@ def tiles(op: str, bits: int, S: int, D: int, shared: int) -> list[Tiles]:
     """
     back, size = op == "attention_bwd", bits // 8
     least = 2 if bits == 32 else 4 if S == 16 else 8  # the fewest scores of a thread
-    keys = (32, 64, 128) if S == LONG else (128,) if S == 96 else (S,)
+    tail = S - 64 if 64 < S < 128 else 0
+    if tail and bits == 32:
+        return []
+    keys = (32, 64, 128) if S == LONG else (64,) if tail else (S,)
     queries = (32, 64, 128) if S == LONG and bits == 16 else (16, 32, 64, 128)  # with few queries, keys are read often
     found = []
     for q, k, warps in ((q, k, w) for k in keys for q in queries for w in (1, 2, 4, 8)):
         threads = 32 * warps
-        if q > k and S != LONG:
+        if q > k and S != LONG and not tail:
             continue
+        if bits == 16 and S >= 64 and q < (64 if not back else 128 if tail else 16):
+            continue  # keys would be read often; backward, the queries of tiles with a tail are one tile
+        k += tail
         # The float32 registers of a thread hold scores (two kinds in the backward pass) and sums: out in the forward
         # pass; dk and dv, and dq in turn, in the backward pass.
         scores = q * k / threads
         sums = (2 * k + q if q < k or S == LONG else k) * D / threads if back else q * D / threads
         if not (least <= scores <= 128 and (1 + back) * scores + sums < 0.9 * REGISTERS):
             continue
-        for stages in (1, 2, 3) if S == LONG and bits == 16 else (1,):
-            held = (2 * (q + k) if back else q + 2 * k * stages) * D + (q * k if back else 0)
-            if held * size > shared:
+        loops = bits == 16 and S >= 64 and not (back and q < k)  # over heads
+        for stages in (1, 2, 3) if S == LONG and bits == 16 else (1, 2, 3)[: 2 + (D == 32)] if loops else (1,):
+            tiles = 2 * (q + k) if back else q + 2 * k
+            held = tiles * stages if loops else tiles if back else q + 2 * k * stages
+            if (held * D + (q * k if back else 0)) * size > shared:
                 continue
-            found.append(Tiles(q, k, warps, stages))
-            if S in (64, 96, 128):  # a bound on the registers changes the order of the loads
-                found.append(Tiles(q, k, warps, stages, min(REGISTERS, 65536 // threads)))
+            heads = HEADS if loops else 1
+            found.append(Tiles(q, k - tail, warps, stages, None, tail, heads))
+            if S >= 64:  # a bound on the registers changes the order of the loads, or makes room for two programs
+                bound = 128 if stages > 1 and warps == 8 else min(REGISTERS, 65536 // threads)
+                found.append(Tiles(q, k - tail, warps, stages, bound, tail, heads))
     return found
 
 
@@ -81,8 +91,8 @@ def rows(op: str, block: int) -> list[Rows]:
 
 def cases() -> Iterator[Case]:
     """Yield the recipe's cases before others. A backward pass is timed with its forward pass, which is tuned first."""
-    recipe = [(16, S, D) for S in (64, 96, 128) for D in (64, 32)]
-    every = [(bits, S, D) for bits in (16, 32) for D in (32, 64, 128) for S in (16, 32, 64, 96, 128, LONG)]
+    recipe = [(16, S, D) for S in (64, 80, 128) for D in (64, 32)]
+    every = [(bits, S, D) for bits in (16, 32) for D in (32, 64, 128) for S in (16, 32, 64, 80, 96, 128, LONG)]
     for size in recipe:
         yield from attention(*size)
     for C in (768, 384):
@@ -100,7 +110,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def attention(bits: int, S: int, D: int) -> Iterator[Case]:
     x = torch.empty(0, device="cuda")
     length, shared = S or 512, torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    if any(_tuned.tuned(x, op, bits, 128 if S == 96 else S, D) is None for op in ("attention_fwd", "attention_bwd")):
+    tile = 128 if S in (80, 96) else S
+    if any(_tuned.tuned(x, op, bits, tile, D) is None for op in ("attention_fwd", "attention_bwd")):
         return  # this size does not run in one launch
     sequences = TOKENS // length
     cu = length * torch.arange(sequences + 1, device="cuda", dtype=torch.int32)

@@ -37,6 +37,7 @@ class Report:
     warp_group: int  # those of Hopper's and Blackwell's own units
     wide: int  # 16-byte loads
     order: str  # of these loads, "L", or "a" where asynchronous, and of what waits for one, "w"
+    stages: int  # of the loops' software pipelines
 
     @property
     def blocks(self) -> int:
@@ -128,7 +129,7 @@ def compile_launch(kernel, args, options, arch: int) -> Report:
         kernel.__name__, arch, 32 * compiled.metadata.num_warps, int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"STACK:(\d+)", usage)[1]), count("STL", "LDL"), compiled.metadata.shared, count(*TENSOR_CORE),
         count(*TENSOR_CORE[1:]), len(re.findall(r"\bLDG\S*\.128", code)),
-        _order(code),
+        _order(code), compiled.metadata.num_stages,
     )  # fmt: skip
 
 
@@ -258,7 +259,7 @@ def gaussian(D: int, S: int, dtype: torch.dtype) -> None:
 
 
 B, F = torch.bfloat16, torch.float32
-SIZES = ((16, 32), (64, 64), (77, 64), (96, 64), (128, 32), (128, 64), (128, 128), (300, 64))
+SIZES = ((16, 32), (64, 64), (77, 64), (128, 32), (128, 64), (128, 128), (300, 64))
 # head dim 96 is compiled as 128, float16 as bfloat16
 CORE = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S, D in SIZES},
@@ -299,7 +300,7 @@ REST = {name: case for name, case in REST.items() if name not in CORE}
 
 
 # GPUs with an A100's products and less shared memory: RTX, L4, L40
-SMALL = {name: CORE[name] for name in ("attention 64 x 64", "attention 96 x 64", "attention 128 x 128", "loss 768")}
+SMALL = {name: CORE[name] for name in ("attention 64 x 64", "attention 77 x 64", "attention 128 x 128", "loss 768")}
 SMALL |= {"layer norm 4096 fp32": REST["layer norm 4096 fp32"]}
 
 

@@ -12,7 +12,7 @@ import torch
 from ajepa.model.masks import Masks
 
 MAX_GRAPHS = 48  # Audio-JEPA draws its ratio per batch, which gives 27 numbers of masked patches
-TILES = (16, 32, 64, 96, 128)  # tile lengths of attention, which treats all length bounds within one tile alike
+TILES = (16, 32, 64, 80, 96, 128)  # tile lengths of attention, which treats all length bounds within one tile alike
 
 
 class StepGraphs:

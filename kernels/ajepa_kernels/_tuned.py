@@ -92,6 +92,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
     },
     "sm_100": {
+        ("attention_fwd", 16, 128, 32): Tiles(128, 128, 8, 3, None, 0, 12),
         ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 128),
         **{(op, 16, 32, 32): Tiles(32, 32, 2, 1, 128) for op in ("attention_fwd", "attention_bwd")},
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),

@@ -70,7 +70,9 @@ def warmup(
         for offset in offsets:
             cu_seqlens = torch.tensor([0, S, 2 * S], dtype=offset, device=device)
             qkv = leaf(2 * S, 3, H, D)
-            masked_attention(qkv, cu_seqlens=cu_seqlens, max_seqlen=S, impl="triton").sum().backward()
+            for bias in (None, ones(3, H, D, requires_grad=True)):
+                out = masked_attention(qkv, cu_seqlens=cu_seqlens, max_seqlen=S, qkv_bias=bias, impl="triton")
+                out.sum().backward()
         for output in ("packed", "scattered") if gathered else ():
             visible = torch.arange(S, device=device).expand(2, S)
             masked_attention(leaf(2, S, 3, H, D), visible=visible, output=output, impl="triton").sum().backward()

@@ -40,7 +40,8 @@ def check(name: str, arch: int, reports: list, share: float = 1.0) -> None:
             assert r.tensor_core, f"{name}: no tensor-core instruction on sm_{arch}: {r}"
         assert r.blocks >= 1, f"{name}: a block does not fit on sm_{arch}: {r}"
         if re.match("attention (16|32|64|77|96|128) x", name) and not name.endswith(("fp32", "tf32")):
-            loads = r.together or r.order.count("a") // 2  # asynchronous ones stand before the loop and in it
+            # asynchronous loads stand in the loop and, for all stages but the last, before it
+            loads = r.together or r.order.count("a") * (r.stages - 1) // r.stages
             in_flight = r.blocks * r.threads * 16 * loads
             assert in_flight >= share * BYTES_IN_FLIGHT[arch], f"{name}: {in_flight} bytes in flight, sm_{arch}: {r}"
         elif r.kernel == "_augment_mel_fwd_kernel":

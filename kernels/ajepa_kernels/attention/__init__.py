@@ -68,6 +68,7 @@ def masked_attention(
             not change the result. Its gradient is the sum of the gradients of q, k and v over their rows, which
             backward computes while it has them on chip, instead of the layer before (up to 128 tokens of joint qkv;
             elsewhere in a pass of its own). float32 partial sums, one for each sequence, are added up in a set order.
+            The keys' part is zero, because a vector that is added to all keys does not change the probabilities.
         cu_seqlens_k, max_seqlen_k: packed keys of other lengths than the queries (cross-attention).
         output: where `visible` is given, "packed" returns visible patches only, `[B, V, H, D]` or `[T, H, D]`;
             "scattered" returns `[B, N, H, D]`, zero where not visible. A boolean `visible` with "packed" reads T from
