@@ -1,14 +1,14 @@
-"""`python experiments/fp8_gate.py --seeds 2`: do targets in float8 train as well as targets in the run's precision?
+"""`python experiments/gate.py --switch residual=bf16-gradient`: does a run with a switch of the step train as well as
+one without it?
 
-Runs that differ only in --target-precision take the same recordings and masks. The gate is passed if, at the end of
-every run with targets in float8:
+Both runs of a seed take the same recordings and masks. The gate is passed if, at the end of every run with the switch:
 
-- the targets point where those of the same weights without float8 do (cosine over tokens),
+- the targets point where those of the same weights without the switch do (cosine over tokens),
 - the targets' variance over tokens and their effective rank are those of the other run, and
 - the loss over the last tenth of the steps is that of the other run,
 
-each within a limit below. The result is `results/fp8-<preset>-<precision>.json` with every curve, and a plot of it.
-With --target-layers the number is part of the name.
+each within a limit below. The result is `results/gate-<switch>-<preset>-<precision>.json` with every curve, and a plot
+of it. With --target-layers the number is part of the name.
 """
 
 import contextlib
@@ -38,8 +38,7 @@ from ajepa_kernels.fp8 import E4M3_MAX
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PRECISIONS: tuple[Literal["same", "fp8"], ...] = ("same", "fp8")
-COLOURS = {"same": "tab:blue", "fp8": "tab:orange"}
+COLOURS = {False: "tab:blue", True: "tab:orange"}  # without the switch, with it
 # Written before the first run. Cosine: the mean over tokens and its lowest value at a measurement; else the ratio of
 # both runs, minus one.
 LIMITS = {"cosine": 0.99, "variance": 0.05, "effective_rank": 0.05, "loss": 0.02}
@@ -47,8 +46,10 @@ LIMITS = {"cosine": 0.99, "variance": 0.05, "effective_rank": 0.05, "loss": 0.02
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train with targets in float8 and without, and compare."""
+    """Train with a switch of the step and without it, and compare."""
 
+    switch: str = "target_precision=fp8"
+    """A setting of the step, and its value."""
     preset: Literal["tiny", "audio-jepa", "a-jepa"] = "tiny"
     """The recipe, with the masked objective."""
     steps: int = 2_000
@@ -61,7 +62,7 @@ class Arguments:
     """Top layers that give the targets; by default the preset's. The average of several, each normalised, varies more
     than the last layer alone, which may collapse."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of everything but the targets. bf16 is slow on a CPU without instructions for it."""
+    """Of the step. bf16 is slow on a CPU without instructions for it."""
     data: str | None = None
     """Recordings; by default the synthetic set."""
     every: int = 50
@@ -72,8 +73,9 @@ class Arguments:
     """Folder for the result and its plot."""
 
 
-def configuration(args: Arguments, seed: int, precision: Literal["same", "fp8"]) -> config.Config:
+def configuration(args: Arguments, seed: int, switched: bool) -> config.Config:
     cfg = config.PRESETS[args.preset]
+    name, _, value = args.switch.partition("=")
     optim = dataclasses.replace(
         cfg.optim, steps=args.steps, warmup_steps=args.steps // 10, batch_size=args.batch_size or cfg.optim.batch_size
     )
@@ -81,17 +83,19 @@ def configuration(args: Arguments, seed: int, precision: Literal["same", "fp8"])
         cfg, optim=optim, seed=seed, precision=args.precision, data=dataclasses.replace(cfg.data, data=args.data),
         model=dataclasses.replace(cfg.model, target_layers=args.target_layers or cfg.model.target_layers),
         objective=dataclasses.replace(cfg.objective, objective="masked"),
-        step=dataclasses.replace(cfg.step, target_precision=precision),
+        step=dataclasses.replace(cfg.step, **({name: value} if switched else {})),
     )  # fmt: skip
     config.validate(cfg)
     return cfg
 
 
-def train(cfg: config.Config, corpus: Corpus, every: int) -> dict[str, Any]:
+def train(args: Arguments, seed: int, switched: bool, corpus: Corpus) -> dict[str, Any]:
     """Train one run, and return its curves."""
+    cfg, every = configuration(args, seed, switched), args.every
     torch.manual_seed(cfg.seed)
     device = choose_device(cfg.device)
     engine, sampler = Engine(cfg, device), MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed)
+    without = Engine(configuration(args, seed, False), device)  # takes the weights of `engine` at each measurement
     clips, held_out = 2 * cfg.optim.batch_size, corpus.evaluation
     pcm, lengths = held_out.pcm[:clips].to(device), held_out.lengths[:clips].to(device)
     losses: list[float] = []
@@ -107,30 +111,30 @@ def train(cfg: config.Config, corpus: Corpus, every: int) -> dict[str, Any]:
             if before is not None and step > 0:  # the first use has no scale before it
                 clamped += (scales[:, 0, 2] > E4M3_MAX * before).sum()
             if (step + 1) % every == 0 or step + 1 == cfg.optim.steps:
-                measured.append({"step": step + 1, **measure(engine, pcm, lengths)})
-                print(f"seed {cfg.seed}, {cfg.step.target_precision:4}: step {step + 1}, "
+                measured.append({"step": step + 1, **measure(engine, without, pcm, lengths)})
+                print(f"seed {seed}, {args.switch if switched else 'without'}: step {step + 1}, "
                       f"loss {torch.stack(losses[-every:]).mean().item():.4f}, {measured[-1]}", flush=True)  # fmt: skip
     return {
-        "seed": cfg.seed,
-        "target_precision": cfg.step.target_precision,
+        "seed": seed,
+        "switched": switched,
         "losses": [round(loss, 5) for loss in torch.stack(losses).tolist()],
         "measured": measured,
-        "clamped": clamped.item(),  # how often a tensor of activations had values beyond its delayed scale
+        "clamped": clamped.item(),  # in float8: how often a tensor of activations had values beyond its delayed scale
         "seconds": time.perf_counter() - tick,
         "features": score(cfg, engine, corpus),
     }
 
 
 @torch.no_grad()
-def measure(engine: Engine, pcm: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    """Describe the targets of clips as in training, and compare them with those of the same weights without float8."""
-    encoder, patches = engine.model.target_encoder, engine.patches(pcm, lengths, 0)
+def measure(engine: Engine, without: Engine, pcm: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
+    """Describe the targets of clips as in training, and compare them with those that `without` gives by the same
+    weights."""
+    weights, patches = engine.model.state_dict(), engine.patches(pcm, lengths, 0)
+    without.model.load_state_dict(weights)
     scales = engine.model.scales
     saved = None if scales is None else scales.clone()
     with engine.autocast():
-        targets = encoder.targets(patches).float()
-        with torch.enable_grad():  # float8 is for networks without gradients
-            exact = encoder.targets(patches).float().detach()
+        targets, exact = (e.model.target_encoder.targets(patches).float() for e in (engine, without))
     if saved is not None:
         scales.copy_(saved)  # the measurement leaves no trace in the run
     normed = torch.nn.functional.layer_norm(targets, targets.shape[-1:])
@@ -150,13 +154,13 @@ def end(run: dict[str, Any]) -> dict[str, float]:
 
 
 def judge(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compare each run in float8 with the other of its seed."""
-    ends = {(run["seed"], run["target_precision"]): end(run) for run in runs}
+    """Compare each run with the switch with the other of its seed."""
+    ends = {(run["seed"], run["switched"]): end(run) for run in runs}
     found: dict[str, Any] = {"cosine": min(m["cosine"] for run in runs for m in run["measured"])}
-    pairs = [(ends[seed, "same"], ends[seed, "fp8"]) for seed, precision in ends if precision == "fp8"]
+    pairs = [(ends[seed, False], ends[seed, True]) for seed, switched in ends if switched]
     for name in ("variance", "effective_rank", "loss"):
-        found[name] = max(abs(low[name] / same[name] - 1) for same, low in pairs)
-        others = [same[name] for same, _ in pairs]
+        found[name] = max(abs(switched[name] / without[name] - 1) for without, switched in pairs)
+        others = [without[name] for without, _ in pairs]
         found[f"{name}_between_seeds"] = max(others) / min(others) - 1
     passed = found["cosine"] >= LIMITS["cosine"]
     return {**found, "passed": passed and all(found[name] <= limit for name, limit in list(LIMITS.items())[1:])}
@@ -166,17 +170,22 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Plot the curves of every run; the loss as the mean of neighbouring steps."""
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
     for run in result["runs"]:
-        losses, colour = torch.tensor(run["losses"]), COLOURS[run["target_precision"]]
+        losses, colour = torch.tensor(run["losses"]), COLOURS[run["switched"]]
         width = max(1, len(losses) // 100)
         means = losses[: len(losses) // width * width].view(-1, width).mean(1)
-        label = f"{run['target_precision']}, seed {run['seed']}"
+        label = f"{result['settings']['switch'] if run['switched'] else 'without'}, seed {run['seed']}"
         style = "-" if run["seed"] == 0 else "--"
         axes[0].plot(width * torch.arange(1, len(means) + 1), means, style, color=colour, label=label)
         steps = [m["step"] for m in run["measured"]]
         for axis, name in zip(axes[1:], ("cosine", "variance", "effective_rank"), strict=True):
-            if name != "cosine" or run["target_precision"] == "fp8":
+            if name != "cosine" or run["switched"]:
                 axis.plot(steps, [m[name] for m in run["measured"]], style, color=colour, label=label)
-    titles = ("loss", "cosine to targets without float8", "variance of the targets", "effective rank of the targets")
+    titles = (
+        "loss",
+        "cosine to targets without the switch",
+        "variance of the targets",
+        "effective rank of the targets",
+    )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
         axis.legend()
@@ -187,17 +196,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     args = tyro.cli(Arguments)
     layers = f"-{args.target_layers}layers" if args.target_layers else ""
-    path = Path(args.results) / f"fp8-{args.preset}-{args.precision}{layers}.json"
+    name = f"gate-{args.switch.replace('=', '-')}-{args.preset}-{args.precision}{layers}"
+    path = Path(args.results) / f"{name}.json"
     if args.report:
         result = json.loads(path.read_text())
         result |= {"limits": LIMITS, "judged": judge(result["runs"])}
     else:
-        corpus = open_corpus(configuration(args, 0, "same"))
-        runs = [train(configuration(args, s, p), corpus, args.every) for s in range(args.seeds) for p in PRECISIONS]
+        cfg = configuration(args, 0, False)
+        corpus = open_corpus(cfg)
+        runs = [train(args, seed, switched, corpus) for seed in range(args.seeds) for switched in (False, True)]
         settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("report", "results")}
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        settings["batch_size"] = configuration(args, 0, "same").optim.batch_size
-        result = {"settings": settings, "device": name, "limits": LIMITS, "judged": judge(runs), "runs": runs}
+        settings["batch_size"] = cfg.optim.batch_size
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        result = {"settings": settings, "device": device, "limits": LIMITS, "judged": judge(runs), "runs": runs}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(result) + "\n").encode())
     draw(result, path.with_suffix(".png"))
