@@ -70,7 +70,7 @@ def tiles(op: str, bits: int, S: int, D: int, shared: int) -> list[Tiles]:
             held = tiles * stages if loops else tiles if back else q + 2 * k * stages
             if (held * D + (q * k if back else 0)) * size > shared:
                 continue
-            heads = HEADS if loops else 1
+            heads = HEADS if loops and stages > 1 else 1
             found.append(Tiles(q, k - tail, warps, stages, None, tail, heads))
             if S >= 64:  # a bound on the registers changes the order of the loads, or makes room for two programs
                 bound = 128 if stages > 1 and warps == 8 else min(REGISTERS, 65536 // threads)

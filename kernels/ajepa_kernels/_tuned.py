@@ -55,8 +55,9 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
             for op, warps in zip(("attention_fwd", "attention_bwd"), both, strict=True)
         },
         # two stages: the tiles of a program's next head arrive while those of this head are multiplied
-        **{(op, 16, 64, D): Tiles(64, 64, warps, stages, None, 0, 12)
-           for op, stages in (("attention_fwd", 2), ("attention_bwd", 1)) for D, warps in ((32, 4), (64, 4), (128, 8))},
+        **{("attention_fwd", 16, 64, D): Tiles(64, 64, warps, 2, None, 0, 12)
+           for D, warps in ((32, 4), (64, 4), (128, 8))},
+        **{("attention_bwd", 16, 64, D): Tiles(64, 64, warps) for D, warps in ((32, 4), (64, 4), (128, 8))},
         **{("attention_fwd", 16, 64 + tail, D): Tiles(128, 64, 8, 2, None, tail, 12)
            for tail in (16, 32) for D in (32, 64, 128)},
         **{("attention_fwd", 16, 128, D): Tiles(128, 128, 8, 2, None, 0, 12) for D in (32, 64, 128)},
@@ -94,6 +95,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "sm_100": {
         ("attention_fwd", 16, 128, 32): Tiles(128, 128, 8, 3, None, 0, 12),
         ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 128),
+        ("attention_bwd", 16, 64, 64): Tiles(64, 64, 4, 1, 208),
         **{(op, 16, 32, 32): Tiles(32, 32, 2, 1, 128) for op in ("attention_fwd", "attention_bwd")},
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
