@@ -28,7 +28,7 @@ SIZE = torch.finfo(DTYPE).bits // 8
 TOKENS = {"context": 64, "targets": 128, "predictor": 128}  # of a clip, with half of the patches visible
 WIDTHS = {"context": 768, "targets": 768, "predictor": 384}
 LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # (inputs, outputs) in widths
-CLIPS = (1024, 256) if DEVICE == "cuda" else (1,) if QUICK else (8,)
+CLIPS = (1,) if DEVICE == "cpu" and QUICK else (8,) if DEVICE == "cpu" else (1024,) if QUICK else (1024, 256)
 NETWORKS = ("context", "targets", "predictor") if DEVICE == "cuda" else ("predictor",)
 CHECKED = 1024  # rows that are compared with float64
 TIME = SECONDS if QUICK or DEVICE == "cpu" else 1.0

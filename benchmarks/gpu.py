@@ -64,10 +64,10 @@ def tests(*names: str) -> tuple[str, ...]:
 # The parts are in the order of their importance. The expected and the longest seconds are those of an H200.
 GPU = (
     Part("device", "versions, clocks and ceilings", benches("device"), 10, 40),
-    Part("step", "our step at 1,024 and 256 clips, its switches and its kernels", benches("step"), 110, 200, "quick"),
+    Part("step", "our step at 1,024 and 256 clips, its switches and its kernels", benches("step"), 130, 220, "quick"),
     Part("correctness", "kernels and the replayed step that no GPU has run yet",
          (*tests(*KERNEL_TESTS), "-k", REBUILT), 60, 100, processes=3),
-    Part("kernels", "every kernel at the shapes of the step", benches(*STEP_KERNELS), 70, 110, "quick"),
+    Part("kernels", "every kernel at the shapes of the step", benches(*STEP_KERNELS), 105, 160, "quick"),
     Part("clip", "the step of the clip objective, beside the masked one",
          (*benches("train_step"), "-k", "clip_step"), 40, 120, "quick"),
     Part("files", "from shards to updated weights", benches("end_to_end"), 50, 100, "quick"),
