@@ -5,13 +5,14 @@
 
 namespace ajepa {
 
-constexpr int kSegment = 16;  // largest number of bins in one mel segment
-// Rows for the passes of radix 16 after the first and for a last pass of smaller radix; 400 is 20 x 20.
+// Rows of the CUDA transform of n_fft / 2 points: for the passes of radix 16 after the first and for a last pass of
+// smaller radix (200 is 20 x 10), and n_fft / 8 rows of two roots each, which make the spectrum of the real samples.
 constexpr int twiddle_rows(int n_fft) {
-  if (n_fft == 400) return 20;
+  const int points = n_fft / 2;
+  if (n_fft == 400) return 10 + n_fft / 8;
   int rows = 0, done = 16;
-  for (; 16 * done <= n_fft; done *= 16) rows += done;
-  return rows + (done < n_fft ? n_fft / 16 : 0);
+  for (; 16 * done <= points; done *= 16) rows += done;
+  return rows + (done < points ? points / 16 : 0) + n_fft / 8;
 }
 
 // kRepeat and kReflect mirror the ends of a clip, with and without repeating the edge sample.
@@ -22,16 +23,15 @@ struct LogMel {
   const void* pcm;          // [batch, samples], int16 or float
   const int64_t* lengths;   // [batch] or null
   const float* window;      // [win_length]
-  const float* weights;     // [kSegment, n_segments, 2]: weight of a segment's bin in its falling and rising band
-  const int32_t* segments;  // [n_segments, 2]: first bin, number of bins
-  const int32_t* offsets;   // [n_mels + 2]: segments of interval i, which lies between mel edges i and i + 1
-  const float* twiddles;    // CUDA: [twiddle_rows(n_fft), 4]: w and w^4 for each pass of the transform
+  const float* weights;     // [any, n_intervals, 2, 4]: weights of four bins in their falling and their rising band
+  const int32_t* intervals;  // [n_intervals, 2]: first bin and number of bins between mel edges i and i + 1
+  const float* twiddles;    // CUDA: [twiddle_rows(n_fft), 4]: w and w^4 for each pass, then exp(-2 pi i k / n_fft)
   float* stats;             // [batch, 2]: mean to subtract and gain of a clip; null without waveform norm
   float* peaks;             // CPU: [items], CUDA: [batch]: largest log value, for top_db; null without it
   void* out;                // [batch, n_mels / patch_mels, patches, patch_mels, patch_frames]
   int64_t batch, samples;
   int n_fft, win_length, hop_length, first_sample, frame_bias, frame_add, min_samples;
-  int n_mels, n_segments, n_frames, patch_mels, patch_frames, patches;  // n_frames kept, patches x patch_frames written
+  int n_mels, n_intervals, n_frames, patch_mels, patch_frames, patches;  // n_frames kept, patches x patch_frames written
   int patch_rows, patch_mels_inverse;  // n_mels / patch_mels; x / patch_mels is x * inverse >> 16 for x < 256
   int power, waveform_norm;
   bool is_int16, remove_dc, take_log;  // take_log off: mel values, neither floored nor scaled

@@ -253,15 +253,15 @@ inline vf ln(vf x) {
   return exponent * 0.693359375f + (f - (0.5f - f * series) * f * f + exponent * -2.12194440e-4f);
 }
 
-// Expands the table of segments to bins; every bin lies in one interval between two mel edges. weights: [bins, 2], the
+// Expands the table of intervals to bins; every bin lies in one interval between two mel edges. weights: [bins, 2], the
 // weight of a bin in its falling and its rising band; starts: [n_mels + 2], the first bin of each interval.
 void spread_weights(const LogMel& p, float* weights, int32_t* starts) {
-  int32_t bin = p.n_segments ? p.segments[0] : 0;
+  int32_t bin = p.intervals[0];
   for (int i = 0; i <= p.n_mels; ++i) {
     starts[i] = bin;
-    for (int s = p.offsets[i]; s < p.offsets[i + 1]; ++s)
-      for (int k = 0; k < p.segments[2 * s + 1]; ++k, ++bin)
-        memcpy(weights + 2 * bin, p.weights + 2 * (int64_t(k) * p.n_segments + s), 2 * sizeof(float));
+    for (int k = 0; k < p.intervals[2 * i + 1]; ++k, ++bin)
+      for (int side = 0; side < 2; ++side)
+        weights[2 * bin + side] = p.weights[((int64_t(k / 4) * p.n_intervals + i) * 2 + side) * 4 + k % 4];
   }
   starts[p.n_mels + 1] = bin;
 }

@@ -1,9 +1,12 @@
 // Log-mel on the GPU: one kernel computes patches from PCM. A waveform norm and top_db need one more tiny kernel each.
-// A block computes kChunk frames of one clip. Two real frames share a complex transform. A thread holds 16 points,
-// passes have radix 16 (both 20 for n_fft 400), and the passes exchange values through shared memory (Stockham, natural
-// order). All arithmetic is fp32, because tf32 or fp16 would cause an error of a nat in quiet bins. Nothing here needs
-// nvcc: the tests run this file on a CPU, with one fiber per CUDA thread.
+// A block computes kChunk frames of one clip. A real frame of N samples is a complex transform of N / 2 points, whose
+// real parts are the even samples. A thread holds 16 points, passes have radix 16 (20 and 10 for n_fft 400), and the
+// passes exchange values through shared memory (Stockham, natural order). All arithmetic is fp32, because tf32 or fp16
+// would cause an error of a nat in quiet bins. Nothing here needs nvcc: the tests run this file on a CPU, with one fiber
+// per CUDA thread.
 #pragma once
+#include <type_traits>
+
 #include "log_mel.h"
 
 #ifndef AJEPA_CUDA_ON_HOST
@@ -21,26 +24,52 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int passes(int n, int radix) { return n < radix ? 0 : 1 + passes(n / radix, radix); }
 constexpr int rest(int n, int radix) { return n < radix ? n : rest(n / radix, radix); }
 
-template <int Points>  // points of the transform
+template <int Points>  // samples of a frame, padded by zeros
 struct Shape {
-  static constexpr int N = Points;
+  static constexpr int N = Points / 2;  // points of the transform
   static constexpr bool kPowerOfTwo = (N & (N - 1)) == 0;
-  static constexpr int kRadix = kPowerOfTwo ? 16 : 20;             // complex values that a thread holds
-  static constexpr int kLanes = N / kRadix;                        // threads of a transform that hold values
-  static constexpr int kThreads = kPowerOfTwo ? kLanes : 32;       // all threads of a transform
-  static constexpr int kTogether = kThreads >= 256 ? 1 : 256 / kThreads < kChunk / 2 ? 256 / kThreads : kChunk / 2;
-  static constexpr int kBlock = kThreads * kTogether, kRounds = kChunk / 2 / kTogether;
+  static constexpr int kRadix = kPowerOfTwo ? 16 : 20;        // complex values that a thread holds
+  static constexpr int kLanes = N / kRadix;                   // threads of a frame that hold values
+  static constexpr int kThreads = kPowerOfTwo ? kLanes : 16;  // all threads of a frame
+  static constexpr int kPair = 2 * kThreads;                  // threads of two frames, whose powers lie side by side
+  static constexpr int kTogether = kPair >= 256 ? 1 : 256 / kPair < kChunk / 2 ? 256 / kPair : kChunk / 2;  // pairs
+  static constexpr int kBlock = kPair * kTogether;
   static constexpr int kResident = (kPowerOfTwo ? 1024 : 768) / kBlock;  // blocks per multiprocessor (64, 80 registers)
   static constexpr int kWide = passes(N, kRadix), kLast = rest(N, kRadix);  // passes of kRadix, then one of radix kLast
-  static constexpr int kValues = N + N / kRadix;  // in shared memory, padded to avoid bank conflicts
-  static_assert(kPowerOfTwo || N == 400);
+  static constexpr int kValues = N + N / kRadix;  // of a frame in shared memory, padded to avoid bank conflicts
+  static constexpr int kPowers = N + 2;           // where the powers of a pair begin among its values
+  static constexpr int kRoots = twiddle_rows(Points) - N / 4;  // where those of `split` begin among the twiddles
+  static constexpr bool kInWarp = kPair <= 32;    // a warp owns its pairs, and no other warp needs to wait for it
+  static_assert((kPowerOfTwo || Points == 400) && 2 * N + 6 <= 2 * kValues);
 
   static __device__ __forceinline__ int padded(int i) { return i + int(unsigned(i) / kRadix); }
   static __device__ __forceinline__ bool holds(int t) { return kLanes == kThreads || t < kLanes; }
+  static __device__ __forceinline__ void sync() {  // the threads of a pair
+    if constexpr (kInWarp) __syncwarp();
+    else __syncthreads();
+  }
 };
 
+// The number of this thread. It is read anew at each call: registers are too few to keep it and what follows from it.
+__device__ __forceinline__ int thread_number() {
+#ifdef __CUDA_ARCH__
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number;
+#else
+  return threadIdx.x;
+#endif
+}
+
+// No memory access moves across this, which bounds the number of loads in flight and so of registers.
+__device__ __forceinline__ void keep_order() {
+#ifdef __CUDA_ARCH__
+  asm volatile("" ::: "memory");
+#endif
+}
+
 inline int64_t shared_bytes(const LogMel& p, int together, int values) {
-  return int64_t(together) * (values * 8 + p.n_segments * 16) + int64_t(p.n_mels) * kStageStride * 4;
+  return int64_t(together) * 2 * values * 8 + int64_t(p.n_mels) * kStageStride * 4;
 }
 
 __device__ __forceinline__ float2 add(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
@@ -49,19 +78,27 @@ __device__ __forceinline__ float2 times_minus_i(float2 a) { return make_float2(a
 __device__ __forceinline__ float2 mul(float2 a, float2 b) {
   return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
 }
-__device__ __forceinline__ float2 sixteenth(int i) {  // exp(-2 pi i / 16)^i, a constant if i is known at compile time
-  constexpr float kCos[16] = {1.0f,  0.92387953251128674f,  0.70710678118654752f,  0.38268343236508977f,
-                              0.0f,  -0.38268343236508977f, -0.70710678118654752f, -0.92387953251128674f,
-                              -1.0f, -0.92387953251128674f, -0.70710678118654752f, -0.38268343236508977f,
-                              0.0f,  0.38268343236508977f,  0.70710678118654752f,  0.92387953251128674f};
-  return make_float2(kCos[i & 15], kCos[(i + 4) & 15]);
+template <int R>
+__device__ __forceinline__ float2 root(int i) {  // exp(-2 pi i / R)^i, a constant if i is known at compile time
+  if constexpr (R == 20) {
+    constexpr float kCos[20] = {1.0f,  0.95105651629515357f,  0.80901699437494742f,  0.58778525229247313f,  0.30901699437494742f,
+                                0.0f,  -0.30901699437494742f, -0.58778525229247313f, -0.80901699437494742f, -0.95105651629515357f,
+                                -1.0f, -0.95105651629515357f, -0.80901699437494742f, -0.58778525229247313f, -0.30901699437494742f,
+                                0.0f,  0.30901699437494742f,  0.58778525229247313f,  0.80901699437494742f,  0.95105651629515357f};
+    return make_float2(kCos[i % 20], kCos[(i + 5) % 20]);
+  } else {
+    static_assert(R == 16);
+    constexpr float kCos[16] = {1.0f,  0.92387953251128674f,  0.70710678118654752f,  0.38268343236508977f,
+                                0.0f,  -0.38268343236508977f, -0.70710678118654752f, -0.92387953251128674f,
+                                -1.0f, -0.92387953251128674f, -0.70710678118654752f, -0.38268343236508977f,
+                                0.0f,  0.38268343236508977f,  0.70710678118654752f,  0.92387953251128674f};
+    return make_float2(kCos[i & 15], kCos[(i + 4) & 15]);
+  }
 }
-__device__ __forceinline__ float2 twentieth(int i) {
-  constexpr float kCos[20] = {1.0f,  0.95105651629515357f,  0.80901699437494742f,  0.58778525229247313f,  0.30901699437494742f,
-                              0.0f,  -0.30901699437494742f, -0.58778525229247313f, -0.80901699437494742f, -0.95105651629515357f,
-                              -1.0f, -0.95105651629515357f, -0.80901699437494742f, -0.58778525229247313f, -0.30901699437494742f,
-                              0.0f,  0.30901699437494742f,  0.58778525229247313f,  0.80901699437494742f,  0.95105651629515357f};
-  return make_float2(kCos[i % 20], kCos[(i + 5) % 20]);
+
+template <int R>
+__device__ __forceinline__ float2 rotate(float2 a, int i) {
+  return 4 * i == R ? times_minus_i(a) : mul(a, root<R>(i));
 }
 
 template <int R>
@@ -79,16 +116,6 @@ __device__ __forceinline__ void dft<4>(float2* a) {
   a[0] = add(s, t), a[1] = add(d, e), a[2] = sub(s, t), a[3] = sub(d, e);
 }
 template <>
-__device__ __forceinline__ void dft<8>(float2* a) {
-  float2 even[4] = {a[0], a[2], a[4], a[6]}, odd[4] = {a[1], a[3], a[5], a[7]};
-  dft<4>(even), dft<4>(odd);
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    const float2 o = q ? mul(odd[q], sixteenth(2 * q)) : odd[0];
-    a[q] = add(even[q], o), a[q + 4] = sub(even[q], o);
-  }
-}
-template <>
 __device__ __forceinline__ void dft<5>(float2* a) {
   constexpr float c1 = 0.30901699437494742f, c2 = -0.80901699437494742f, s1 = 0.95105651629515357f,
                   s2 = 0.58778525229247313f;
@@ -100,44 +127,40 @@ __device__ __forceinline__ void dft<5>(float2* a) {
   a[0] = add(a[0], add(p, q));
   a[1] = add(r, u), a[2] = add(s, v), a[3] = sub(s, v), a[4] = sub(r, u);
 }
-template <>
-__device__ __forceinline__ void dft<20>(float2* a) {
-  float2 column[4][5];
+__device__ __forceinline__ void dft4_of_three(float2* a) {  // a[3] is zero
+  const float2 s = add(a[0], a[2]), d = sub(a[0], a[2]), t = a[1], e = times_minus_i(a[1]);
+  a[0] = add(s, t), a[1] = add(d, e), a[2] = sub(s, t), a[3] = sub(d, e);
+}
+template <int A, int B, int Count = A * B>  // only the first Count values may differ from zero
+__device__ __forceinline__ void dft_of_two_factors(float2* a) {
+  constexpr int Roots = 20 % (A * B) == 0 ? 20 : 16;
+  float2 column[A][B];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < A; ++i) {
 #pragma unroll
-    for (int j = 0; j < 5; ++j) column[i][j] = a[i + 4 * j];
-    dft<5>(column[i]);
+    for (int j = 0; j < B; ++j) column[i][j] = a[i + A * j];
+    if (B == 4 && i + A * 3 >= Count) dft4_of_three(column[i]);
+    else dft<B>(column[i]);
   }
 #pragma unroll
-  for (int q = 0; q < 5; ++q) {
-    float2 row[4];
+  for (int q = 0; q < B; ++q) {
+    float2 row[A];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) row[i] = i && q ? mul(column[i][q], twentieth(i * q)) : column[i][q];
-    dft<4>(row);
+    for (int i = 0; i < A; ++i)
+      row[i] = i && q ? rotate<Roots>(column[i][q], i * q * (Roots / (A * B))) : column[i][q];
+    dft<A>(row);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[q + 5 * i] = row[i];
+    for (int i = 0; i < A; ++i) a[q + B * i] = row[i];
   }
 }
 template <>
-__device__ __forceinline__ void dft<16>(float2* a) {
-  float2 column[4][4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) column[i][j] = a[i + 4 * j];
-    dft<4>(column[i]);
-  }
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    float2 row[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) row[i] = i && q ? mul(column[i][q], sixteenth(i * q)) : column[i][q];
-    dft<4>(row);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[q + 4 * i] = row[i];
-  }
-}
+__device__ __forceinline__ void dft<8>(float2* a) { dft_of_two_factors<2, 4>(a); }
+template <>
+__device__ __forceinline__ void dft<10>(float2* a) { dft_of_two_factors<2, 5>(a); }
+template <>
+__device__ __forceinline__ void dft<16>(float2* a) { dft_of_two_factors<4, 4>(a); }
+template <>
+__device__ __forceinline__ void dft<20>(float2* a) { dft_of_two_factors<4, 5>(a); }
 
 // a[q] *= w^q, from w and w^4. The rounding error of w grows with the power and is the same in all frames. A longer
 // chain of powers would therefore produce an echo 100 dB below a loud bin.
@@ -150,30 +173,29 @@ __device__ __forceinline__ void twist(float2* a, float2 w, float2 w4) {
     a[2] = mul(a[2], w2), a[3] = mul(a[3], w3);
 #pragma unroll
     for (int q = 4; q < R; q += 4) {
-      a[q] = mul(a[q], high);
-      a[q + 1] = mul(a[q + 1], mul(high, w)), a[q + 2] = mul(a[q + 2], mul(high, w2));
-      a[q + 3] = mul(a[q + 3], mul(high, w3));
+      a[q] = mul(a[q], high), a[q + 1] = mul(a[q + 1], mul(high, w));
+      if (q + 2 < R) a[q + 2] = mul(a[q + 2], mul(high, w2)), a[q + 3] = mul(a[q + 3], mul(high, w3));
       high = mul(high, w4);
     }
   }
 }
 
-// The transform of a pair of frames. `a` holds the inputs t + q N / kRadix, and `z` receives the spectrum in natural
-// order. Offsets are split so that one register plus immediate values address all values of a thread. `twiddles` holds
-// w and w^4 for the threads of each pass, one pass after the other.
+// The transform of a frame after its first pass, whose results `a` holds. `a` receives the spectrum at bins t + j kLanes, in the
+// order of `bin_of`. Offsets are split so that one register plus immediate values address all values of a thread.
+// `twiddles` holds w and w^4 for the threads of each pass, one pass after the other. When this returns, the threads of
+// the pair have read all values, so their memory is free.
 template <class S>
 __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int t, const float4* twiddles) {
   constexpr int R = S::kRadix, T = S::kLanes;
   float2* const mine = z + S::padded(t);
   if (S::holds(t)) {
-    dft<R>(a);
 #pragma unroll
     for (int q = 0; q < R; ++q) z[(R + 1) * t + q] = a[q];
   }
-  __syncthreads();
+  S::sync();
 #pragma unroll
   for (int pass = 1, L = R; pass < S::kWide; ++pass, L *= R) {
-    const int k = S::kPowerOfTwo ? t & (L - 1) : t;
+    const int k = t & (L - 1);
     float4 w = make_float4(1, 0, 1, 0);
     if (S::holds(t)) {
       w = twiddles[k];
@@ -181,98 +203,83 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
       for (int q = 0; q < R; ++q) a[q] = mine[S::padded(q * T)];
     }
     twiddles += L;
-    __syncthreads();
+    S::sync();
     if (S::holds(t)) {
       twist<R>(a, make_float2(w.x, w.y), make_float2(w.z, w.w));
       dft<R>(a);
+    }
+    if (L * R == S::N) return;
+    if (S::holds(t)) {
       float2* const to = z + (R + 1) * (t - k) + S::padded(k);
 #pragma unroll
       for (int q = 0; q < R; ++q) to[S::padded(q * L)] = a[q];
     }
-    __syncthreads();
+    S::sync();
   }
   if constexpr (S::kLast > 1) {
-    const float4 first = twiddles[t];
     constexpr int Last = S::kLast, each = R / Last, L = S::N / Last;
+    if (S::holds(t)) {
 #pragma unroll
-    for (int i = 0; i < each; ++i)
+      for (int i = 0; i < each; ++i)
 #pragma unroll
-      for (int q = 0; q < Last; ++q) a[i * Last + q] = mine[S::padded(i * T + q * L)];
-    __syncthreads();
+        for (int q = 0; q < Last; ++q) a[i * Last + q] = mine[S::padded(i * T + q * L)];
+    }
+    S::sync();
+    const float4 first = twiddles[S::holds(t) ? t : 0];  // loaded here to keep registers free
+    const float2 w = make_float2(first.x, first.y), w4 = make_float2(first.z, first.w);
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-      const float2 w = make_float2(first.x, first.y), w4 = make_float2(first.z, first.w);
-      twist<Last>(a + i * Last, i ? mul(w, sixteenth(i)) : w, i ? mul(w4, sixteenth(4 * i)) : w4);
+      twist<Last>(a + i * Last, i ? rotate<R>(w, i) : w, i ? rotate<R>(w4, 4 * i) : w4);
       dft<Last>(a + i * Last);
-#pragma unroll
-      for (int q = 0; q < Last; ++q) mine[S::padded(i * T + q * L)] = a[i * Last + q];
     }
-    __syncthreads();
   }
 }
-
-template <class T>
-struct Range {  // sum, minimum and maximum of a frame's samples
-  T sum, low, high;
-  __device__ __forceinline__ void take(T x) { sum += x, low = min(low, x), high = max(high, x); }
-  __device__ __forceinline__ void take(T x, bool counts);
-};
-// The frame's first sample replaces values outside the frame. For integers, `surplus` removes it from the sum at the
-// end, which costs less.
-template <>
-__device__ __forceinline__ void Range<int>::take(int x, bool) { take(x); }
-template <>
-__device__ __forceinline__ void Range<float>::take(float x, bool counts) {
-  sum += counts ? x : 0.0f, low = min(low, x), high = max(high, x);
+// Where `transform` leaves bin t + j kLanes.
+template <class S>
+__device__ __forceinline__ constexpr int bin_of(int j) {
+  constexpr int Last = S::kLast > 1 ? S::kLast : S::kRadix, each = S::kRadix / Last;
+  return j % each * Last + j / each;
 }
-__device__ __forceinline__ int surplus(int first, int outside) { return first * outside; }
-__device__ __forceinline__ float surplus(float, int) { return 0; }
-template <int Width, class T>
-__device__ __forceinline__ void merge_lanes(Range<T>& r) {
+
+// Computes the powers of a frame's bins from the transform z of its samples, x of the even and y of the odd ones:
+// 2 X[k] = E - i w^k O and 2 conj X[N - k] = E + i w^k O, where E = Z[k] + conj Z[N - k], O = Z[k] - conj Z[N - k] and
+// w = exp(-i pi / N). A thread has the bins Z[k] below N / 2 in registers and gets Z[N - k] from another thread.
+template <class S>
+__device__ __forceinline__ void split(const LogMel& p, const float2 (&a)[S::kRadix], float2* values, const float2* roots) {
+  constexpr int N = S::N, R = S::kRadix, T = S::kLanes;
+  const int number = thread_number(), f = number / S::kThreads % 2, t = number % S::kThreads;
+  float2* const pair = values + number / S::kPair * 2 * S::kValues;
+  float2* const upper = pair + f * (N / 2 + 1);  // Z[N / 2] to Z[N] = Z[0]
+  float* const powers = reinterpret_cast<float*>(pair + S::kPowers) + f;
+  if (S::holds(t)) {
 #pragma unroll
-  for (int m = Width / 2; m > 0; m >>= 1) {
-    r.sum += __shfl_xor_sync(kAllLanes, r.sum, m);
-    r.low = min(r.low, __shfl_xor_sync(kAllLanes, r.low, m));
-    r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, m));
+    for (int j = R / 2; j < R; ++j) upper[t + (j - R / 2) * T] = a[bin_of<S>(j)];
+    if (t == 0) upper[N / 2] = a[0];
   }
-}
-#if defined(AJEPA_CUDA_ON_HOST) || __CUDA_ARCH__ >= 800
-template <>
-__device__ __forceinline__ void merge_lanes<32, int>(Range<int>& r) {
-  r.sum = __reduce_add_sync(kAllLanes, r.sum);
-  r.low = __reduce_min_sync(kAllLanes, r.low);
-  r.high = __reduce_max_sync(kAllLanes, r.high);
-}
-#endif
-template <class T>
-__device__ __forceinline__ T as(int bits);
-template <>
-__device__ __forceinline__ int as<int>(int bits) { return bits; }
-template <>
-__device__ __forceinline__ float as<float>(int bits) { return __int_as_float(bits); }
-__device__ __forceinline__ int bits_of(int x) { return x; }
-__device__ __forceinline__ int bits_of(float x) { return __float_as_int(x); }
-
-// Merges the ranges of both frames over the threads of a transform. Every thread receives the result.
-template <int Threads, class T>
-__device__ __forceinline__ void merge_threads(Range<T> (&both)[2], int (*scratch)[6]) {
-  constexpr int warps = Threads / 32;
+  S::sync();
+  if (S::holds(t)) {
+    const float2* const mirrored = upper + N / 2 - t;
+    float *const up = powers + 2 * t, *const down = powers + 2 * (N - t);
 #pragma unroll
-  for (int f = 0; f < 2; ++f) merge_lanes<(Threads < 32 ? Threads : 32)>(both[f]);
-  if constexpr (warps > 1) {
-    const int warp = threadIdx.x / 32, first = warp / warps * warps;
-    if (threadIdx.x % 32 == 0)
-#pragma unroll
-      for (int f = 0; f < 2; ++f) {
-        int* const to = scratch[warp] + 3 * f;
-        to[0] = bits_of(both[f].sum), to[1] = bits_of(both[f].low), to[2] = bits_of(both[f].high);
+    for (int j = 0; j < R / 2; ++j) {
+      const float2 u = a[bin_of<S>(j)], v = mirrored[-j * T], w = roots[t + j * T];
+      const float2 e = make_float2(u.x + v.x, u.y - v.y), o = times_minus_i(mul(make_float2(u.x - v.x, u.y + v.y), w));
+      const float2 x = add(e, o), y = sub(e, o);
+      up[2 * j * T] = x.x * x.x + x.y * x.y, down[-2 * j * T] = y.x * y.x + y.y * y.y;
+    }
+    if (t < 3) powers[2 * (N + 1 + t)] = 0;  // `add_bands` reads four bins at once
+    if (t == 0) {
+      const float2 u = a[bin_of<S>(R / 2)];
+      powers[N] = 4 * (u.x * u.x + u.y * u.y);
+    }
+    if (p.power == 1) {
+#pragma unroll 1
+      for (int j = 0; j <= R / 2; ++j) {
+        if (j == R / 2 && t) break;
+        float &x = up[2 * j * T], &y = down[-2 * j * T];
+        x = sqrtf(x);
+        if (j < R / 2) y = sqrtf(y);
       }
-    __syncthreads();
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      const int* from = scratch[first + threadIdx.x % warps] + 3 * f;
-      both[f] = {as<T>(from[0]), as<T>(from[1]), as<T>(from[2])};
-      merge_lanes<warps>(both[f]);
     }
   }
 }
@@ -285,100 +292,219 @@ template <>
 struct Total<int16_t> {
   using type = int;  // exact
 };
-__device__ __forceinline__ float mean_of(float sum, int count) { return sum / float(count); }
-__device__ __forceinline__ float mean_of(int sum, int count) {  // rounds only once, although a sum may need 29 bits
-  const float whole = rintf(float(sum) / float(count));
-  return whole + float(sum - int(whole) * count) / float(count);
+__device__ __forceinline__ float held(float x) { return x; }
+__device__ __forceinline__ int held(int x) {  // hides from the compiler that x was widened
+#ifdef __CUDA_ARCH__
+  asm("" : "+r"(x));
+#endif
+  return x;
+}
+// Adds up `sum` over the threads of a frame. Every thread receives the result.
+template <class S, class T>
+__device__ __forceinline__ T sum_of_threads(T sum, T* scratch) {
+  constexpr int width = S::kThreads < 32 ? S::kThreads : 32, warps = S::kThreads / width;
+  if constexpr (width == 32 && std::is_same<T, int>::value) {
+    sum = __reduce_add_sync(kAllLanes, sum);
+  } else {
+#pragma unroll
+    for (int m = width / 2; m > 0; m >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, m);
+  }
+  if constexpr (warps > 1) {
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) scratch[warp] = sum;
+    __syncthreads();
+    const T* const from = scratch + warp / warps * warps;
+    sum = from[0];
+#pragma unroll
+    for (int i = 1; i < warps; ++i) sum += from[i];
+  }
+  return sum;
+}
+__device__ __forceinline__ float mean_of(float sum, int count, float) { return sum / float(count); }
+__device__ __forceinline__ float mean_of(int sum, int count, float inverse) {  // exact for a constant frame
+  const float whole = rintf(float(sum) * inverse);                             // a sum may need 29 bits
+  return whole + float(sum - int(whole) * count) * inverse;
 }
 
 struct Chunk {  // the frames of a block; in shared memory, to save registers
   int clip, length, first, valid;  // `first`: first frame; `valid`: frames of the chunk that the clip has
-  float mean, gain;
+  float mean, unit;                // `unit`: factor of the powers (or magnitudes), which are those of twice the spectrum
+  float log_scale, inverse;        // of log2; 1 / win_length
+  int column;                      // of the first frame in its patch
+  int64_t out;                     // where the clip's patches begin
 };
 
-// Loads two frames of the clip into `a`: (sample - offset), pre-emphasised and windowed. Rounding errors leak from one
-// frame of a transform into the other. The second frame is therefore scaled to the first one's level, by a power of
-// two, which is exact; and a silent frame gets gain 0, which drops the leak. `gains` holds the factors of the frames'
-// powers (or magnitudes), which the transform yields from twice the spectrum.
-template <class S, class Sample>
-__device__ __forceinline__ void load_frames(const LogMel& p, const Chunk& chunk, int frame, int t, float2 (&a)[S::kRadix],
-                                            float* gains, int (*scratch)[6], float2* places) {
+// Loads the samples 2 (t + q kLanes) and the next ones of a frame that lies within its clip, for q < Count, and zeros
+// outside the window. `from` points at the first one. A thread has samples up to `left` after it, but at least those of
+// q < Full.
+template <class S, int Count, int Full, class Sample>
+__device__ __forceinline__ typename Total<Sample>::type load_samples(const Sample* from, int left, float2 (&a)[S::kRadix]) {
   using Sum = typename Total<Sample>::type;
-  const int even = chunk.first + min(frame, chunk.valid - 1), odd = chunk.first + min(frame + 1, chunk.valid - 1);
-  const int x_start = even * p.hop_length + p.first_sample, y_start = odd * p.hop_length + p.first_sample;
-  const int length = chunk.length;
-  const Sample* const clip = static_cast<const Sample*>(p.pcm) + chunk.clip * p.samples;
-  // No barrier may be inside these branches, because the transforms of one block may take different ones.
-  const bool inside = x_start >= 0 && y_start + p.win_length <= length;
-  const Sample *const x_from = clip + x_start + t, *const y_from = clip + y_start + t;
-  const auto mirrored = [&](int i) { return clip[p.mirror(i, length)]; };
-  const int left = S::holds(t) ? p.win_length - t : 0;  // a thread has the samples with q kLanes < left
-
-  const Sum x_any = mirrored(x_start), y_any = mirrored(y_start);
-  Range<Sum> range[2] = {{0, x_any, x_any}, {0, y_any, y_any}};
-  if (inside) {
+  Sum sum = 0;
 #pragma unroll
-    for (int q = 0; q < S::kRadix; ++q) {
-      const bool in = q * S::kLanes < left;
-      const Sum x = in ? Sum(x_from[q * S::kLanes]) : x_any, y = in ? Sum(y_from[q * S::kLanes]) : y_any;
-      range[0].take(x, in), range[1].take(y, in);
-      a[q] = make_float2(float(x), float(y));
+  for (int q = 0; q < Count; ++q) {
+    const int n = 2 * q * S::kLanes;
+    const Sum x = q < Full || n < left ? held(Sum(from[n])) : Sum(0);  // else I2F.S16, at a quarter of the rate
+    const Sum y = q < Full || n + 1 < left ? held(Sum(from[n + 1])) : Sum(0);
+    sum += x + y;
+    a[q] = make_float2(float(x), float(y));
+  }
+#pragma unroll
+  for (int q = Count; q < S::kRadix; ++q) a[q] = make_float2(0, 0);
+  return sum;
+}
+// Subtracts `offset`, applies the pre-emphasis, multiplies by the window and begins the transform.
+template <class S, int Count, int Full, class Sample>
+__device__ __forceinline__ void weigh_samples(const Sample* from, int left, bool is_first, float c, float offset,
+                                              const float* window, float2 (&a)[S::kRadix]) {
+  using Sum = typename Total<Sample>::type;
+  if (c != 0) {
+    const Sample* const before = from - (is_first ? 0 : 1);  // the first sample has none before it and uses itself
+#pragma unroll
+    for (int q = 0; q < Count; ++q) {
+      const int n = 2 * q * S::kLanes;
+      const float last = q < Full || n < left ? float(held(Sum(q ? from[n - 1] : *before))) : 0.0f;
+      const float x = a[q].x - offset;
+      a[q] = make_float2(fmaf(-c, last - offset, x), fmaf(-c, x, a[q].y - offset));
     }
-    const int outside = S::kRadix - min(S::kRadix, (max(left, 0) + S::kLanes - 1) / S::kLanes);
-    range[0].sum -= surplus(x_any, outside), range[1].sum -= surplus(y_any, outside);
+  } else {
+#pragma unroll
+    for (int q = 0; q < Count; ++q) a[q] = make_float2(a[q].x - offset, a[q].y - offset);
+  }
+  keep_order();
+#pragma unroll
+  for (int q = 0; q < Count; ++q) {
+    const int n = 2 * q * S::kLanes;
+    const float2 w = q < Full ? *reinterpret_cast<const float2*>(window + n)
+                              : make_float2(n < left ? window[n] : 0.0f, n + 1 < left ? window[n + 1] : 0.0f);
+    a[q] = make_float2(a[q].x * w.x, a[q].y * w.y);
+  }
+  if constexpr (Count == 13) dft_of_two_factors<4, 4, Count>(a);
+  else dft<S::kRadix>(a);
+}
+
+template <int V>
+struct Constant {
+  static constexpr int value = V;
+};
+// Calls work(Count, Full) with the constants of this window length. A window of 25 ms that is padded to a power of two
+// is often 25/32 of it.
+template <class S, class Work>
+__device__ __forceinline__ void with_window(int win_length, Work work) {
+  constexpr int R = S::kRadix, Short = S::kPowerOfTwo ? 13 : R;
+  const int count = (win_length + 2 * S::kLanes - 1) / (2 * S::kLanes);
+  if (count == R) work(Constant<R>(), Constant<R - 1>());
+  else if (count == Short) work(Constant<Short>(), Constant<Short - 1>());
+  else work(Constant<R>(), Constant<0>());
+}
+
+// Loads a frame of the clip into `a`: (sample - offset), pre-emphasised, windowed, and transformed over q.
+template <class S, class Sample>
+__device__ __forceinline__ void load_frame(const LogMel& p, const Chunk& chunk, int first, float2 (&a)[S::kRadix],
+                                           typename Total<Sample>::type* scratch, float2* values) {
+  using Sum = typename Total<Sample>::type;
+  const int number = thread_number(), frame = first + number / S::kThreads, thread = number % S::kThreads;
+  const int start = (chunk.first + min(frame, chunk.valid - 1)) * p.hop_length + p.first_sample, length = chunk.length;
+  const Sample* const clip = static_cast<const Sample*>(p.pcm) + chunk.clip * p.samples;
+  // No barrier may be inside these branches, because the frames of one block may take different ones.
+  const bool inside = start >= 0 && start + p.win_length <= length;
+  const int t = min(thread, S::kLanes - 1), left = p.win_length - 2 * t;  // idle threads follow the last one
+  const Sample* const from = clip + start + 2 * t;
+  const auto mirrored = [&](int i) { return clip[p.mirror(i, length)]; };
+
+  Sum sum = 0;
+  if (inside) {
+    with_window<S>(p.win_length, [&](auto count, auto full) {
+      sum = load_samples<S, decltype(count)::value, decltype(full)::value>(from, left, a);
+    });
+    if (!S::holds(thread)) sum = 0;
   } else {
 #pragma unroll 1
-    for (int n = t; n < p.win_length; n += S::kThreads)
-      range[0].take(mirrored(x_start + n)), range[1].take(mirrored(y_start + n));
+    for (int n = thread; n < p.win_length; n += S::kThreads) sum += mirrored(start + n);
   }
-  merge_threads<S::kThreads>(range, scratch);
+  float offset = chunk.mean;
+  if (p.remove_dc) offset = mean_of(sum_of_threads<S>(sum, scratch), p.win_length, chunk.inverse);
 
-  const float x_offset = p.remove_dc ? mean_of(range[0].sum, p.win_length) : chunk.mean;
-  const float y_offset = p.remove_dc ? mean_of(range[1].sum, p.win_length) : chunk.mean;
-  const float x_loud = fmaxf(float(range[0].high) - x_offset, x_offset - float(range[0].low));
-  const float y_loud = fmaxf(float(range[1].high) - y_offset, y_offset - float(range[1].low));
-  int level = (__float_as_int(x_loud) >> 23) - (__float_as_int(y_loud) >> 23);
-  level = x_loud > 0 && y_loud > 0 ? max(-60, min(60, level)) : 0;
-  if (t == 0) {
-    const float lower = __int_as_float((127 - level) << 23), x_unit = 0.5f * chunk.gain, y_unit = x_unit * lower;
-    gains[0] = x_loud > 0 ? (p.power == 2 ? x_unit * x_unit : x_unit) : 0.0f;
-    gains[1] = y_loud > 0 ? (p.power == 2 ? y_unit * y_unit : y_unit) : 0.0f;
-  }
-  const float lift = __int_as_float((127 + level) << 23), y_lifted = y_offset * lift, c = p.preemphasis;
+  const float c = p.preemphasis;
   if (inside) {
-    const float* const window = p.window + t;
-    if (c != 0) {
-#pragma unroll
-      for (int q = 0; q < S::kRadix; ++q) {
-        const bool in = q * S::kLanes < left && (q || t);  // the first sample has none before it and uses itself
-        const float x = in ? float(x_from[q * S::kLanes - 1]) : a[q].x, y = in ? float(y_from[q * S::kLanes - 1]) : a[q].y;
-        a[q].x = fmaf(-c, x - x_offset, a[q].x - x_offset);
-        a[q].y = fmaf(-c, fmaf(y, lift, -y_lifted), fmaf(a[q].y, lift, -y_lifted));
-      }
-    } else {
-#pragma unroll
-      for (int q = 0; q < S::kRadix; ++q) a[q] = make_float2(a[q].x - x_offset, fmaf(a[q].y, lift, -y_lifted));
-    }
-#pragma unroll
-    for (int q = 0; q < S::kRadix; ++q) {
-      const float w = q * S::kLanes < left ? window[q * S::kLanes] : 0.0f;
-      a[q] = make_float2(a[q].x * w, a[q].y * w);
-    }
+    with_window<S>(p.win_length, [&](auto count, auto full) {
+      weigh_samples<S, decltype(count)::value, decltype(full)::value>(from, left, t == 0, c, offset, p.window + 2 * t, a);
+    });
   } else {  // rare, so a loop; it uses the shared memory that this thread writes next
-    if (S::holds(t)) {
+    const auto weighed = [&](int n) {
+      if (n >= p.win_length) return 0.0f;
+      const float x = float(mirrored(start + n)) - offset, last = float(mirrored(start + max(n - 1, 0))) - offset;
+      return fmaf(-c, last, x) * p.window[n];
+    };
+    float2* const places = values + number / S::kThreads * S::kValues + (S::kRadix + 1) * thread;
+    if (S::holds(thread)) {
 #pragma unroll 1
-      for (int q = 0; q < S::kRadix; ++q) {
-        const int n = t + q * S::kLanes, before = n ? n - 1 : 0;
-        float2 out = make_float2(0, 0);
-        if (n < p.win_length) {
-          out.x = fmaf(-c, float(mirrored(x_start + before)) - x_offset, float(mirrored(x_start + n)) - x_offset);
-          out.y = fmaf(-c, float(mirrored(y_start + before)) - y_offset, float(mirrored(y_start + n)) - y_offset);
-          out.x *= p.window[n], out.y *= p.window[n] * lift;
-        }
-        places[q] = out;
-      }
+      for (int q = 0; q < 2 * S::kRadix; ++q)
+        reinterpret_cast<float*>(places)[q] = weighed(2 * (t + q / 2 * S::kLanes) + q % 2);
 #pragma unroll
       for (int q = 0; q < S::kRadix; ++q) a[q] = places[q];
+      dft<S::kRadix>(a);
+    }
+  }
+}
+
+// Adds up the bands of the frames of a round from the powers of their bins. Large transforms have two neighbouring
+// lanes for each band, one for its rising and one for its falling side, and these hold all frames. In small ones, a
+// thread computes both sides for half of the frames.
+template <class S>
+__device__ __forceinline__ void add_bands(const LogMel& p, const float2* powers, const Chunk& chunk, int first, float* stage) {
+  constexpr bool kBySides = S::kTogether <= 2;
+  constexpr int kPairs = kBySides ? S::kTogether : S::kTogether / 2;
+  const float unit = chunk.unit, log_scale = chunk.log_scale;
+  const auto finished = [&](float x) {
+    x *= unit;
+    return p.take_log ? __log2f(x < p.floor ? p.floor : x) * log_scale + p.log_shift : x;
+  };
+#pragma unroll 1
+  for (int begin = 0; begin < 2 * p.n_mels; begin += S::kBlock) {
+    const int item = begin + threadIdx.x;
+    const int part = kBySides ? item % 2 : item >= p.n_mels, mel = kBySides ? item / 2 : item - part * p.n_mels;
+    const bool counts = item < 2 * p.n_mels;
+    const float2* const pairs = powers + (kBySides ? 0 : part * kPairs * 2 * S::kValues);
+    float2 sum[kPairs];
+#pragma unroll
+    for (int g = 0; g < kPairs; ++g) sum[g] = make_float2(0, 0);
+    const auto add_side = [&](int side) {                                            // 0: rising, 1: falling
+      const int2 interval = reinterpret_cast<const int2*>(p.intervals)[mel + side];  // first bin, number of bins
+      const float2* at = pairs + interval.x;
+      unsigned place = 2 * mel + 1 + side;
+#pragma unroll 1
+      for (int bins = interval.y; bins > 0; bins -= 4, place += 2 * p.n_intervals, at += 4) {
+        const float4 four = reinterpret_cast<const float4*>(p.weights)[place];
+        const float w[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // the weights of absent bins are zeros, and the powers after the last bin too
+          if (!kBySides && i && i >= bins) break;
+#pragma unroll
+          for (int g = 0; g < kPairs; ++g) {
+            const float2 power = at[i + g * 2 * S::kValues];
+            sum[g].x += w[i] * power.x, sum[g].y += w[i] * power.y;
+          }
+        }
+      }
+    };
+    if (counts) {
+      add_side(kBySides ? part : 0);
+      if constexpr (!kBySides) add_side(1);
+    }
+    float* const to = stage + mel * kStageStride + first;
+    if constexpr (kBySides) {  // each lane finishes one frame of a pair
+#pragma unroll
+      for (int g = 0; g < kPairs; ++g) {
+        const float other = __shfl_xor_sync(kAllLanes, part ? sum[g].x : sum[g].y, 1);
+        if (counts) to[2 * g + part] = finished((part ? sum[g].y : sum[g].x) + other);
+      }
+    } else if (counts) {
+#pragma unroll
+      for (int g = 0; g < kPairs; ++g) {
+        float* const two = to + 2 * (part * kPairs + g);
+        two[0] = finished(sum[g].x), two[1] = finished(sum[g].y);
+      }
     }
   }
 }
@@ -410,7 +536,7 @@ __device__ __forceinline__ uint4 packed(const float* x, __nv_bfloat16) {
 // Stores `Frames` frames of bands mel, mel + bands, mel + 2 bands ..., from `from` to `out`.
 template <int Frames, class Value>
 __device__ __forceinline__ void store_bands(const LogMel& p, int mel, int bands, const float* from, int64_t at) {
-  const int64_t skipped = (p.patches - 1) * int64_t(p.patch_mels) * p.patch_frames;
+  const int64_t skipped = (p.patches - 1) * p.patch_frames * int64_t(p.patch_mels);
 #pragma unroll 1
   for (; mel < p.n_mels; mel += bands, from += bands * kStageStride) {
     Value* const to = static_cast<Value*>(p.out) + at + int64_t(mel) * p.patch_frames +
@@ -419,14 +545,16 @@ __device__ __forceinline__ void store_bands(const LogMel& p, int mel, int bands,
     else *to = rounded<Value>(*from);
   }
 }
-// Stores the chunk that begins at frame `first`, in patch order, with 16-byte stores if the patch width allows it.
+// Stores the chunk in patch order, with 16-byte stores if the patch width allows it.
 template <int Block>
-__device__ __forceinline__ void store_chunk(const LogMel& p, int64_t clip, int first, const float* stage) {
+__device__ __forceinline__ void store_chunk(const LogMel& p, const Chunk& chunk, const float* stage) {
   const int most = p.dtype == Out::kFloat ? 4 : 8;
-  const int frames = p.patch_frames % most == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 ? most : 1;
-  const int place = threadIdx.x * frames, frame = first + place % kChunk, patch = frame / p.patch_frames;
-  if (patch >= p.patches) return;
-  const int64_t at = ((clip * p.patch_rows * p.patches + patch) * p.patch_mels - patch) * p.patch_frames + frame;
+  const int frames = (p.patch_frames & (most - 1)) == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 ? most : 1;
+  const int place = threadIdx.x * frames, column = chunk.column + place % kChunk;  // column of the chunk's first patch
+  const int begin = column < p.patch_frames ? 0 : column / p.patch_frames * p.patch_frames;  // first column of its patch
+  const int frame = chunk.first + place % kChunk, patch_begin = chunk.first - chunk.column + begin;
+  if (frame >= p.patches * p.patch_frames) return;
+  const int64_t at = chunk.out + int64_t(patch_begin) * (p.patch_mels - 1) + frame;
   const int mel = place / kChunk, bands = Block * frames / kChunk;
   const float* const from = stage + mel * kStageStride + place % kChunk;
   if (p.dtype == Out::kFloat) {
@@ -449,79 +577,34 @@ __device__ __forceinline__ int ordered(float x) {  // maps floats to integers in
 template <int Points, class Sample>
 __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResident) log_mel_fwd_kernel(const LogMel p) {
   using S = Shape<Points>;
-  constexpr int N = S::N, T = S::kThreads, R = S::kRadix;
-  AJEPA_DYNAMIC_SHARED(float4, shared);
-  __shared__ int scratch[S::kBlock > 32 ? S::kBlock / 32 : 1][6];
-  const int group = threadIdx.x / T, t = threadIdx.x % T;
-  float4* partials = shared + group * p.n_segments;  // per segment: falling and rising sums of both frames
-  float2* z = reinterpret_cast<float2*>(shared + S::kTogether * p.n_segments) + group * S::kValues;
-  float* stage = reinterpret_cast<float*>(reinterpret_cast<float2*>(shared + S::kTogether * p.n_segments) +
-                                          S::kTogether * S::kValues);
+  AJEPA_DYNAMIC_SHARED(float2, shared);
+  __shared__ typename Total<Sample>::type scratch[(S::kBlock + 31) / 32];
+  float* const stage = reinterpret_cast<float*>(shared + S::kTogether * 2 * S::kValues);
+  const float4* const twiddles = reinterpret_cast<const float4*>(p.twiddles);
 
   __shared__ Chunk chunk;
-  __shared__ float gains[S::kTogether][2];  // for both frames of a pair
   if (threadIdx.x == 0) {
     const int chunks = (p.patches * p.patch_frames + kChunk - 1) / kChunk;
     chunk.clip = blockIdx.x / chunks, chunk.first = int(blockIdx.x % chunks) * kChunk;
     chunk.length = int(p.length(chunk.clip)), chunk.valid = min(p.frames(chunk.length) - chunk.first, kChunk);
     chunk.mean = p.stats ? p.stats[2 * int64_t(chunk.clip)] : 0.0f;
-    chunk.gain = p.stats ? p.stats[2 * int64_t(chunk.clip) + 1] : p.scale;
+    const float half = 0.5f * (p.stats ? p.stats[2 * int64_t(chunk.clip) + 1] : p.scale);
+    chunk.unit = p.power == 2 ? half * half : half, chunk.log_scale = p.log_scale * 0.69314718055994531f;
+    chunk.column = chunk.first % p.patch_frames;
+    chunk.out = int64_t(chunk.clip) * p.patch_rows * p.patch_mels * p.patches * p.patch_frames;
+    chunk.inverse = 1.0f / float(p.win_length);
   }
   __syncthreads();
 
-  for (int round = 0; round < S::kRounds && 2 * S::kTogether * round < chunk.valid; ++round) {
-    const int pair = round * S::kTogether + group;
-    float2 a[R];
-    load_frames<S, Sample>(p, chunk, 2 * pair, t, a, gains[group], scratch, z + (R + 1) * t);
-    transform<S>(a, z, t, reinterpret_cast<const float4*>(p.twiddles));
-
-    // X = (Z[k] + conj Z[N - k]) / 2, Y = (Z[k] - conj Z[N - k]) / 2i. The same thread reads and writes a pair of bins.
-    const auto split = [&](float2* at, float2 v) {
-      const float2 u = *at, x = make_float2(u.x + v.x, u.y - v.y), y = make_float2(u.y + v.y, v.x - u.x);
-      *at = make_float2(x.x * x.x + x.y * x.y, y.x * y.x + y.y * y.y);
-    };
-    if constexpr (S::kPowerOfTwo && T % R == 0) {
-      float2 *const up = z + S::padded(t), *const down = z + S::padded(N - t);
-#pragma unroll
-      for (int j = 0; j < N / 2 / T; ++j) split(up + S::padded(j * T), j || t ? down[-S::padded(j * T)] : z[0]);
-      if (t == 0) split(z + S::padded(N / 2), z[S::padded(N / 2)]);
-    } else {
-      for (int k = t; k <= N / 2; k += T) split(z + S::padded(k), z[S::padded(k ? N - k : 0)]);
-    }
-    if (p.power == 1) {
 #pragma unroll 1
-      for (int k = t; k <= N / 2; k += T) {
-        float2& power = z[S::padded(k)];
-        power = make_float2(sqrtf(power.x), sqrtf(power.y));
-      }
-    }
+  for (int first = 0; first < kChunk && first < chunk.valid; first += 2 * S::kTogether) {
+    float2 a[S::kRadix];
+    load_frame<S, Sample>(p, chunk, first, a, scratch, shared);
+    const int frame = thread_number() / S::kThreads, t = thread_number() % S::kThreads;
+    transform<S>(a, shared + frame * S::kValues, t, twiddles);
+    split<S>(p, a, shared, reinterpret_cast<const float2*>(twiddles + S::kRoots));
     __syncthreads();
-    for (int s = t; s < p.n_segments; s += T) {
-      const int bin = p.segments[2 * s], bins = p.segments[2 * s + 1];
-      float4 sum = make_float4(0, 0, 0, 0);
-      for (int i = 0; i < bins; ++i) {
-        const float2 weight = reinterpret_cast<const float2*>(p.weights)[i * p.n_segments + s], power = z[S::padded(bin + i)];
-        sum.x += weight.x * power.x, sum.y += weight.x * power.y;
-        sum.z += weight.y * power.x, sum.w += weight.y * power.y;
-      }
-      partials[s] = sum;
-    }
-    __syncthreads();
-    const float gain_x = gains[group][0], gain_y = gains[group][1], log_scale = p.log_scale * 0.69314718055994531f;
-    for (int m = t; m < p.n_mels; m += T) {
-      float x = 0, y = 0;
-      const int begin = p.offsets[m], middle = p.offsets[m + 1], end = p.offsets[m + 2];
-#pragma unroll 1
-      for (int s = begin; s < middle; ++s) x += partials[s].z, y += partials[s].w;
-#pragma unroll 1
-      for (int s = middle; s < end; ++s) x += partials[s].x, y += partials[s].y;
-      x *= gain_x, y *= gain_y;  // NaN stays NaN in both frames of the pair
-      if (p.take_log) {
-        x = __log2f(x < p.floor ? p.floor : x) * log_scale + p.log_shift;
-        y = __log2f(y < p.floor ? p.floor : y) * log_scale + p.log_shift;
-      }
-      stage[m * kStageStride + 2 * pair] = x, stage[m * kStageStride + 2 * pair + 1] = y;
-    }
+    add_bands<S>(p, shared + S::kPowers, chunk, first, stage);
     __syncthreads();
   }
 
@@ -531,7 +614,7 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
       if (i % kChunk >= chunk.valid) stage[i / kChunk * kStageStride + i % kChunk] = p.log_shift;
     __syncthreads();
   }
-  store_chunk<S::kBlock>(p, chunk.clip, chunk.first, stage);
+  store_chunk<S::kBlock>(p, chunk, stage);
   if (p.peaks && chunk.valid > 0) {
     float peak = -INFINITY;
 #pragma unroll 1

@@ -55,7 +55,7 @@ void check_table(const Tensor& t, const Tensor& pcm, ScalarType type, int64_t le
 }
 
 LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const Tensor& window, const Tensor& weights,
-                const Tensor& segments, const Tensor& offsets, const Tensor& twiddles, Tensor& out, int64_t n_fft,
+                const Tensor& intervals, const Tensor& twiddles, Tensor& out, int64_t n_fft,
                 int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias, int64_t frame_add, int64_t min_samples,
                 int64_t n_frames, bool remove_dc, double preemphasis, int64_t waveform_norm, int64_t power, double floor,
                 double log_scale, double log_shift, double top, bool take_log) {
@@ -80,15 +80,14 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
   STD_TORCH_CHECK(below(30, {out.size(1), out.size(2), out.size(3), out.size(4)}) && below(30, {out.size(2) * out.size(4)}) &&
                       out.size(3) > 0 && out.size(4) > 0,
                   "log_mel_fwd: out must have patches that are not empty, and fewer than 2^30 frames");
-  const int64_t n_mels = out.size(1) * out.size(3), n_segments = segments.size(0);
+  const int64_t n_mels = out.size(1) * out.size(3), n_intervals = intervals.size(0);
   STD_TORCH_CHECK(n_mels >= 1 && n_mels <= 256, "log_mel_fwd: out must hold 1 to 256 mel bands, got ", n_mels);
   check_table(window, pcm, ScalarType::Float, 2, "window");
-  check_table(weights, pcm, ScalarType::Float, 2 * ajepa::kSegment * n_segments, "weights");
-  check_table(segments, pcm, ScalarType::Int, 2 * n_segments, "segments");
-  check_table(offsets, pcm, ScalarType::Int, n_mels + 2, "offsets");
+  check_table(weights, pcm, ScalarType::Float, 8 * n_intervals, "weights");
+  check_table(intervals, pcm, ScalarType::Int, 2 * (n_mels + 1), "intervals");
   check_table(twiddles, pcm, ScalarType::Float, 4 * ajepa::twiddle_rows(int(n_fft)), "twiddles");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(twiddles.data_ptr()) % 16 == 0,
-                  "log_mel_fwd: twiddles must be aligned to 16 bytes");
+  for (const Tensor* table : {&window, &weights, &intervals, &twiddles})
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(table->data_ptr()) % 16 == 0, "log_mel_fwd: tables must be aligned to 16 bytes");
   STD_TORCH_CHECK(window.numel() <= n_fft, "log_mel_fwd: the window is longer than n_fft");
   if (lengths) check_table(*lengths, pcm, ScalarType::Long, pcm.size(0), "lengths");
   STD_TORCH_CHECK(n_frames >= 0 && n_frames <= out.size(2) * out.size(4),
@@ -97,14 +96,13 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
   LogMel p{};
   p.pcm = pcm.data_ptr(), p.lengths = lengths ? static_cast<const int64_t*>(lengths->data_ptr()) : nullptr;
   p.window = static_cast<const float*>(window.data_ptr()), p.weights = static_cast<const float*>(weights.data_ptr());
-  p.segments = static_cast<const int32_t*>(segments.data_ptr());
-  p.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+  p.intervals = static_cast<const int32_t*>(intervals.data_ptr());
   p.twiddles = static_cast<const float*>(twiddles.data_ptr());
   p.out = out.data_ptr();
   p.batch = pcm.size(0), p.samples = pcm.size(1);
   p.n_fft = int(n_fft), p.win_length = int(window.numel()), p.hop_length = int(hop_length);
   p.first_sample = int(first_sample), p.frame_bias = int(frame_bias), p.frame_add = int(frame_add);
-  p.min_samples = int(min_samples), p.n_mels = int(n_mels), p.n_segments = int(n_segments), p.n_frames = int(n_frames);
+  p.min_samples = int(min_samples), p.n_mels = int(n_mels), p.n_intervals = int(n_intervals), p.n_frames = int(n_frames);
   p.patch_mels = int(out.size(3)), p.patch_frames = int(out.size(4)), p.patches = int(out.size(2));
   p.patch_rows = int(out.size(1)), p.patch_mels_inverse = 65535 / p.patch_mels + 1;
   p.power = int(power), p.waveform_norm = int(waveform_norm);
@@ -184,13 +182,13 @@ void log_mel_cpu(const LogMel& described) {
 }
 
 #define LOG_MEL_ARGS                                                                                                  \
-  Tensor pcm, std::optional<Tensor> lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets,         \
+  Tensor pcm, std::optional<Tensor> lengths, Tensor window, Tensor weights, Tensor intervals,                        \
       Tensor twiddles, Tensor out, int64_t n_fft, int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias,         \
       int64_t frame_add, int64_t min_samples, int64_t n_frames, bool remove_dc, double preemphasis,                  \
       int64_t waveform_norm, int64_t power, double floor, double log_scale, double log_shift, double top, \
       bool take_log
 #define LOG_MEL_DESCRIBE                                                                                              \
-  describe(pcm, lengths, window, weights, segments, offsets, twiddles, out, n_fft, hop_length, first_sample, edge, frame_bias, \
+  describe(pcm, lengths, window, weights, intervals, twiddles, out, n_fft, hop_length, first_sample, edge, frame_bias, \
            frame_add, min_samples, n_frames, remove_dc, preemphasis, waveform_norm, power, floor, log_scale,         \
            log_shift, top, take_log)
 
@@ -355,7 +353,7 @@ bool has_cuda() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
   m.def(
-      "log_mel_fwd(Tensor pcm, Tensor? lengths, Tensor window, Tensor weights, Tensor segments, Tensor offsets, "
+      "log_mel_fwd(Tensor pcm, Tensor? lengths, Tensor window, Tensor weights, Tensor intervals, "
       "Tensor twiddles, Tensor(a!) out, int n_fft, int hop_length, int first_sample, int edge, int frame_bias, int frame_add, "
       "int min_samples, int n_frames, bool remove_dc, float preemphasis, int waveform_norm, int power, float floor, "
       "float log_scale, float log_shift, float top, bool take_log=True) -> ()");

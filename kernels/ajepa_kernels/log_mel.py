@@ -4,7 +4,6 @@ Shapes: B clips, S samples, T frames, K frequency bins, M mel bands, N patches, 
 """
 
 import ast
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from ajepa_kernels import _extension
 from ajepa_kernels._triton import constant
 
 KALDI_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of mel power
-SEGMENT = 16  # most bins that a thread of the CUDA kernel adds up; equal to kSegment in csrc/log_mel.h
 LARGEST = 2**30  # limit of sizes, because the kernels compute them with 32 bits
 PEAK_EPS = 1e-6  # below one step of int16 (3e-5), so that a silent clip stays silent
 Layout = Literal["patches", "spectrogram", "mel"]
@@ -242,10 +240,9 @@ class _KernelTables(NamedTuple):
     """The mel bank by intervals: a bin between mel edges i and i + 1 is in falling band i - 1 and rising band i."""
 
     window: torch.Tensor  # float32 [win_length]
-    weights: torch.Tensor  # float32 [SEGMENT, Q, 2]: weight of a segment's bin in its falling and rising band
-    segments: torch.Tensor  # int32 [Q, 2]: first bin, number of bins (1 to SEGMENT)
-    offsets: torch.Tensor  # int32 [M + 2]: interval i is segments offsets[i]:offsets[i + 1]
-    twiddles: torch.Tensor  # float32 [Q', 4]: w and w^4 as pairs of reals, for the CUDA transform's passes
+    weights: torch.Tensor  # float32 [Q, M + 1, 2, 4]: weights of four bins in their falling and their rising band
+    intervals: torch.Tensor  # int32 [M + 1, 2]: first bin and number of bins
+    twiddles: torch.Tensor  # float32 [Q', 4], each row two complex numbers, for the CUDA kernel; see _twiddles
 
 
 _SLANEY_HZ = 200.0 / 3  # Hz per mel below 1 kHz; the scale is logarithmic above
@@ -318,37 +315,38 @@ def _make_tables(spec: LogMelSpec, dtype: torch.dtype) -> _Tables:
 
 
 def _twiddles(n_fft: int) -> torch.Tensor:
-    """exp(-2 pi i k / N) and its fourth power for each pass after the first, with N points transformed after the pass.
+    """Roots of unity for the CUDA kernel, which transforms a frame as n_fft / 2 complex numbers.
 
-    Passes have radix 16 (20 for n_fft 400); the last one has the radix that remains.
+    First exp(-2 pi i k / N) and its fourth power for each pass after the first, with N points transformed after the
+    pass. Passes have radix 16 (20 for n_fft 400); the last one has the radix that remains. Then exp(-2 pi i k / n_fft)
+    for k < n_fft / 4.
     """
-    radix, done, rows = 20 if n_fft == 400 else 16, 20 if n_fft == 400 else 16, []
-    while done < n_fft:
-        last = done * radix > n_fft
-        k = torch.arange(n_fft // radix if last else done, dtype=torch.float64, device="cpu")
-        done = n_fft if last else done * radix
-        angles = torch.outer(k, torch.tensor([1.0, 4.0], dtype=torch.float64, device="cpu")) * (-2 * math.pi / done)
-        rows.append(torch.stack((angles.cos(), angles.sin()), -1).flatten(1))
-    return torch.cat(rows).to(torch.float32)
+    points, radix, rows = n_fft // 2, 20 if n_fft == 400 else 16, []
+    done = radix
+    while done < points:
+        last = done * radix > points
+        k = torch.arange(points // radix if last else done, dtype=torch.float64, device="cpu")
+        done = points if last else done * radix
+        rows.append(torch.outer(k, torch.tensor([1.0, 4.0], dtype=torch.float64, device="cpu")) / done)
+    rows.append(torch.arange(n_fft // 4, dtype=torch.float64, device="cpu").view(-1, 2) / n_fft)
+    angles = torch.cat(rows) * (-2 * math.pi)
+    return torch.stack((angles.cos(), angles.sin()), -1).flatten(1).to(torch.float32)
 
 
 def _make_kernel_tables(spec: LogMelSpec) -> _KernelTables:
     bank = torch.nn.functional.pad(_mel_bank(spec), (1, 1))
     points, edges = _mel_edges(spec)
     first_bins = torch.searchsorted(points, edges).clamp_max(len(points) - int(spec.convention == "kaldi")).tolist()
-    segments, weights, offsets = [], [], [0]
-    for interval, (start, stop) in enumerate(itertools.pairwise(first_bins)):
-        for first in range(start, stop, SEGMENT):
-            last = min(first + SEGMENT, stop)
-            segments.append((first, last - first))
-            weights.append(torch.zeros(SEGMENT, 2, dtype=torch.float32, device="cpu"))
-            weights[-1][: last - first] = bank[first:last, interval : interval + 2]
-        offsets.append(len(segments))
+    starts = torch.tensor(first_bins, dtype=torch.int32, device="cpu")
+    intervals = torch.stack((starts[:-1], starts.diff()), 1)
+    rows = max(1, -(-int(intervals[:, 1].max()) // 4))
+    weights = torch.zeros(len(intervals), 4 * rows, 2, dtype=torch.float32, device="cpu")
+    for i, (first, bins) in enumerate(intervals.tolist()):
+        weights[i, :bins] = bank[first : first + bins, i : i + 2]
     return _KernelTables(
         _window(spec).to(torch.float32),
-        torch.stack(weights, 1) if weights else bank.new_zeros(SEGMENT, 0, 2),
-        torch.tensor(segments, dtype=torch.int32, device="cpu").view(-1, 2),
-        torch.tensor(offsets, dtype=torch.int32, device="cpu"),
+        weights.unflatten(1, (rows, 4)).permute(1, 0, 3, 2).contiguous(),
+        intervals.contiguous(),
         _twiddles(spec.n_fft),
     )
 

@@ -1,6 +1,7 @@
 // Runs unmodified CUDA kernel source on the CPU, with one fiber per CUDA thread and one block after another. A fiber
-// runs until it reaches a barrier or a warp operation. All threads must reach the same barriers and warp operations,
-// and launch() aborts if they do not. The header is deliberately small: it covers only what the kernels of csrc/ use.
+// runs until it reaches a barrier or a warp operation. A warp runs until its threads reach a barrier of the block, so
+// data that another warp has yet to write are missing. All threads of a warp must reach the same warp operations, and
+// all threads of a block the same barriers; launch() aborts if they do not. The header is deliberately small: it covers only what the kernels of csrc/ use.
 #pragma once
 #define AJEPA_CUDA_ON_HOST
 #include <ucontext.h>
@@ -25,6 +26,9 @@
 struct float2 {
   float x, y;
 };
+struct int2 {
+  int x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -44,7 +48,7 @@ namespace cuda_on_host {
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  bool done;
+  bool done, waits;  // waits: for the block, not only for its warp
   int barriers;
   dim3 thread;
 };
@@ -64,8 +68,8 @@ inline void enter() {
   current->done = true;
   swapcontext(&current->context, &scheduler);
 }
-inline void barrier() {
-  ++current->barriers;
+inline void barrier(bool of_block) {
+  ++current->barriers, current->waits = of_block;
   swapcontext(&current->context, &scheduler);
 }
 
@@ -82,18 +86,25 @@ void launch(dim3 grid, unsigned threads, size_t shared, F kernel) {
       for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
         if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-        fiber.done = false, fiber.barriers = 0, fiber.thread = dim3(i, 0, 0);
+        fiber.done = fiber.waits = false, fiber.barriers = 0, fiber.thread = dim3(i, 0, 0);
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStack;
         makecontext(&fiber.context, enter, 0);
       }
       for (bool running = true; running;) {
         running = false;
-        for (unsigned i = 0; i < threads; ++i) {
-          current = &fibers[i];
-          if (!current->done) swapcontext(&scheduler, &current->context);
-          running |= !current->done;
-          if (i && (current->done != fibers[0].done || current->barriers != fibers[0].barriers)) std::abort();
+        for (unsigned first = 0; first < threads; first += 32) {  // warp after warp
+          const Fiber& leader = fibers[first];
+          do {
+            for (unsigned i = first; i < std::min(first + 32, threads); ++i) {
+              current = &fibers[i];
+              if (!current->done) swapcontext(&scheduler, &current->context);
+              if (current->done != leader.done || current->barriers != leader.barriers || current->waits != leader.waits)
+                std::abort();
+            }
+          } while (!leader.done && !leader.waits);
+          running |= !leader.done;
+          if (leader.done != fibers[0].done) std::abort();
         }
       }
     }
@@ -116,10 +127,10 @@ template <class T, class F>
 T reduce(T mine, F merge) {  // reduces over the warp
   const unsigned me = current->thread.x, first = me / 32 * 32, last = std::min(first + 32, block_size.x);
   lanes[me] = word(mine);
-  barrier();
+  barrier(false);
   T all = value<T>(lanes[first]);
   for (unsigned i = first + 1; i < last; ++i) all = merge(all, value<T>(lanes[i]));
-  barrier();
+  barrier(false);
   return all;
 }
 
@@ -130,15 +141,16 @@ T reduce(T mine, F merge) {  // reduces over the warp
 #define blockDim cuda_on_host::block_size
 #define gridDim cuda_on_host::grid_size
 
-inline void __syncthreads() { cuda_on_host::barrier(); }
+inline void __syncthreads() { cuda_on_host::barrier(true); }
+inline void __syncwarp() { cuda_on_host::barrier(false); }
 template <class T>
 T __shfl_xor_sync(unsigned, T mine, int mask) {
   using namespace cuda_on_host;
   const unsigned me = current->thread.x, other = me ^ unsigned(mask);
   lanes[me] = word(mine);
-  barrier();
+  barrier(false);
   const T theirs = other < block_size.x ? value<T>(lanes[other]) : mine;
-  barrier();
+  barrier(false);
   return theirs;
 }
 inline int __reduce_add_sync(unsigned, int x) { return cuda_on_host::reduce(x, [](int a, int b) { return a + b; }); }

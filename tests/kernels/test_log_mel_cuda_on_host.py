@@ -28,12 +28,12 @@ class LogMel(ctypes.Structure):
     """The struct LogMel of csrc/log_mel.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("pcm", "lengths", "window", "weights", "segments", "offsets")),
+        *((name, ctypes.c_void_p) for name in ("pcm", "lengths", "window", "weights", "intervals")),
         *((name, ctypes.c_void_p) for name in ("twiddles", "stats", "peaks", "out")),
         ("batch", ctypes.c_int64), ("samples", ctypes.c_int64),
         *((name, ctypes.c_int) for name in (
             "n_fft", "win_length", "hop_length", "first_sample", "frame_bias", "frame_add", "min_samples",
-            "n_mels", "n_segments", "n_frames", "patch_mels", "patch_frames", "patches", "patch_rows",
+            "n_mels", "n_intervals", "n_frames", "patch_mels", "patch_frames", "patches", "patch_rows",
             "patch_mels_inverse", "power", "waveform_norm",
         )),
         *((name, ctypes.c_bool) for name in ("is_int16", "remove_dc", "take_log")),
@@ -47,17 +47,17 @@ def kernel(tmp_path_factory):
     """`log_mel` computed by the CUDA source, with the same arguments and result."""
     run = build_on_host("log_mel", tmp_path_factory.mktemp("cuda_on_host")).log_mel_on_host
 
-    def op(pcm, lengths, window, weights, segments, offsets, twiddles, out, **scalars):
+    def op(pcm, lengths, window, weights, intervals, twiddles, out, **scalars):
         batch, patch_rows, patches, patch_mels, patch_frames = out.shape
         out.fill_(torch.nan)  # an element that is not written fails
         stats = torch.empty(batch, 2) if scalars["waveform_norm"] else None
         peaks = torch.empty(batch) if scalars["top"] >= 0 else None
-        tensors = {"pcm": pcm, "lengths": lengths, "window": window, "weights": weights, "segments": segments,
-                   "offsets": offsets, "twiddles": twiddles, "stats": stats, "peaks": peaks, "out": out}  # fmt: skip
+        tensors = {"pcm": pcm, "lengths": lengths, "window": window, "weights": weights, "intervals": intervals,
+                   "twiddles": twiddles, "stats": stats, "peaks": peaks, "out": out}  # fmt: skip
         described = LogMel(
             **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
             **scalars, batch=batch, samples=pcm.shape[1], win_length=len(window), n_mels=patch_rows * patch_mels,
-            n_segments=len(segments), patch_mels=patch_mels, patch_frames=patch_frames, patches=patches,
+            n_intervals=len(intervals), patch_mels=patch_mels, patch_frames=patch_frames, patches=patches,
             patch_rows=patch_rows, patch_mels_inverse=65535 // patch_mels + 1, is_int16=pcm.dtype == torch.int16,
             scale=1 / 32768 if pcm.dtype == torch.int16 else 1.0,
             dtype=[torch.float32, torch.float16, torch.bfloat16].index(out.dtype),
@@ -121,8 +121,26 @@ def test_recordings(kernel, audio_dir, name):
     assert_exact(kernel(pcm, spec), pcm, spec)
 
 
+@pytest.mark.parametrize("n_fft", [128, 400, 512, 4096])
+def test_windows(kernel, n_fft):
+    """A thread's samples depend on the window: all of them, 13 of its 16 pairs, fewer, or an odd number in all."""
+    for win_length in (n_fft, n_fft - 1, 25 * n_fft // 32, n_fft // 2 + 3, 3):
+        spec = LogMelSpec(n_fft=n_fft, win_length=win_length, hop_length=n_fft // 2, n_mels=32, floor=1e-7)
+        pcm = clips(n_fft * 4, batch=1)
+        assert_exact(kernel(pcm, spec), pcm, spec)
+
+
+def test_noise_of_one_step_on_a_large_offset(kernel):
+    """Each frame's mean is subtracted before the pre-emphasis, whose rounding of a large mean would drown the noise."""
+    spec = replace(LOG_MEL_PRESETS["audio-jepa"], n_frames=None, floor=1e-20, waveform_norm="none")
+    pcm = SIGNALS["least noise"](8000).to(torch.int16)[None]
+    quiet, lifted = (kernel(x, spec, layout="spectrogram") for x in (pcm, pcm + 30_000))
+    # The rounding of the mean itself remains in the lowest bands.
+    torch.testing.assert_close(lifted[:, 3:], quiet[:, 3:], rtol=0, atol=2e-4)
+
+
 def test_quiet_frame_beside_a_loud_one(kernel):
-    """One transform handles two frames, here 96 dB apart. The loud frame's rounding must not affect the quiet one."""
+    """Two frames share a warp and their powers lie side by side, here 96 dB apart. Neither may affect the other."""
     spec = LogMelSpec(win_length=512, hop_length=512, n_mels=40, floor=1e-20)
     g = torch.Generator().manual_seed(0)
     loud, quiet = (torch.randn(512, generator=g, dtype=torch.float64) * level for level in (0.3, 1e-5))

@@ -154,6 +154,8 @@ def test_op_refuses_what_it_cannot_take():
         (lambda: op(pcm, None, *tables, out[:1], **good), "out must be"),
         (lambda: op(pcm, torch.tensor([1]), *tables, out, **good), "lengths"),
         (lambda: op(pcm, None, *tables[:-1], tables.twiddles[:-1], out, **good), "twiddles"),
+        (lambda: op(pcm, None, *tables[:-2], tables.intervals[:-1], tables.twiddles, out, **good), "intervals"),
+        (lambda: op(pcm, None, tables.window[1:], *tables[1:], out, **good), "aligned to 16 bytes"),
         (lambda: op(pcm, None, *tables, out, **{**good, "frame_add": 2}), "out of range"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 500}), "n_fft"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 256}), "longer than n_fft"),
