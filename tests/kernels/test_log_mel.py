@@ -250,7 +250,7 @@ def test_tables_ignore_the_default_dtype_and_device():
     torch.testing.assert_close(first[0], first[1], rtol=0, atol=2e-3)  # a logarithm near the floor, in float32
     with torch.device("meta"):
         second = [log_mel(pcm, specs[1], layout="spectrogram", impl=impl) for impl in ("auto", "reference")]
-    torch.testing.assert_close(second[0], second[1], rtol=0, atol=1e-3)
+    torch.testing.assert_close(second[0], second[1], rtol=0, atol=2e-3)
 
 
 def test_tables_outlive_other_specs_on_a_device():
