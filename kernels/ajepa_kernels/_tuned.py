@@ -96,7 +96,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "sm_100": {
         ("attention_fwd", 16, 16, 64): Tiles(16, 16, 1, 1, 128),
         ("attention_fwd", 16, 128, 32): Tiles(128, 128, 8, 3, None, 0, 12),
-        ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 128),
+        ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 168),
         ("attention_bwd", 16, 64, 64): Tiles(64, 64, 4, 1, 208),
         **{(op, 16, 32, 32): Tiles(32, 32, 2, 1, 128) for op in ("attention_fwd", "attention_bwd")},
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),
