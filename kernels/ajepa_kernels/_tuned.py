@@ -75,6 +75,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "sm_80": {  # products take their operands from registers, which leaves no room for 128 x 128 scores
         ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4, 2, None, 0, 12),
         ("attention_fwd", 16, 128, 128): Tiles(64, 128, 8, 2, None, 0, 12),
+        **{("attention_fwd", 16, S, 128): None for S in (80, 96)},  # as 128
         ("attention_bwd", 16, 128, 32): Tiles(16, 128, 4),
         ("attention_bwd", 16, 128, 64): Tiles(32, 128, 8),
         ("attention_bwd", 16, 128, 128): Tiles(16, 128, 8),
@@ -93,8 +94,9 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
     },
     "sm_100": {
+        ("attention_fwd", 16, 16, 64): Tiles(16, 16, 1, 1, 128),
         ("attention_fwd", 16, 128, 32): Tiles(128, 128, 8, 3, None, 0, 12),
-        ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 128),
+        ("attention_fwd", 32, 64, 64): Tiles(16, 64, 4, 1, 168),
         ("attention_bwd", 16, 64, 64): Tiles(64, 64, 4, 1, 208),
         **{(op, 16, 32, 32): Tiles(32, 32, 2, 1, 128) for op in ("attention_fwd", "attention_bwd")},
         ("attention_bwd", 16, LONG, 32): Tiles(64, 64, 4, 2),

@@ -41,8 +41,10 @@ def _store_sum(ptr, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @jit
 def _scores(q, k, mask, scale, PRECISION: tl.constexpr):
-    """Scores in base 2. mask: 0 for a key and -inf for none, because adding it costs no instruction of its own."""
-    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + mask[None, :]
+    """Scores in base 2. mask: which keys are valid; or 0 for a key and -inf for none, because adding that costs no
+    instruction of its own, but registers."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    return tl.where(mask[None, :], s, float("-inf")) if mask.dtype == tl.int1 else s + mask[None, :]
 
 
 @jit
@@ -242,7 +244,7 @@ def _masked_attention_bwd_kernel(
         k_valid, k_rows = _tile(k_rows_ptr, k_start, k_start, k_end, BLOCK_K)
     if TAIL:
         tail_valid, tail_rows = _tile(k_rows_ptr, k_start, k_start + BLOCK_K, k_end, TAIL)
-    mask = _mask(k_valid)
+    mask = _mask(k_valid) if k_start_ptr is None else k_valid  # keys of their own leave fewer registers
     if TAIL:
         tail_mask = _mask(tail_valid)
     log2e_scale = scale * 1.4426950408889634
