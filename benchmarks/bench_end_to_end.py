@@ -165,10 +165,12 @@ def run(
             wait(engine.device)
             begin, waited = time.perf_counter(), 0.0
         tick = time.perf_counter()
-        data, lengths = (t.to(engine.device, non_blocking=True) for t in next(batches))
-        waited += time.perf_counter() - tick
+        with engine.ahead():
+            data, lengths = (t.to(engine.device, non_blocking=True) for t in next(batches))
+            waited += time.perf_counter() - tick
+            patches = engine.patches(data, lengths, step)
         masks = engine.masks(samplers[step % len(samplers)], step, batch)
-        results.append(engine.step(data, lengths, masks, CFG.optim.warmup_steps + step))
+        results.append(engine.train(patches, masks, CFG.optim.warmup_steps + step))
     wait(engine.device)
     return (time.perf_counter() - begin) / steps, waited / steps, results
 
