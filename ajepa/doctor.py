@@ -142,7 +142,7 @@ def cpu_kernel(flags: set[str], most: str) -> str:
 def kernels() -> Iterator[Line]:
     import torch
 
-    from ajepa_kernels import _extension, _triton
+    from ajepa_kernels import _extension, _triton, products
 
     built = "C++ and CUDA" if _extension.CUDA else "C++ only" if _extension.AVAILABLE else ""
     yield "extension (log_mel, resample)", built or f"not active: {_extension.MISSING}"
@@ -150,6 +150,9 @@ def kernels() -> Iterator[Line]:
         yield "log_mel on the CPU", cpu_kernel(cpu_flags(), os.environ.get("AJEPA_CPU_ISA", "avx512"))
     why_not = _triton.cannot_launch(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
     yield "Triton kernels", f"not active, plain PyTorch instead: {why_not}" if why_not else "active"
+    if torch.cuda.is_available():
+        missing = products.why_not(torch.empty(0, device="cuda", dtype=torch.bfloat16), products.ALL)
+        yield "fused products for Hopper", f"not active: {missing}" if missing else "active"
     if "does not load" in _extension.MISSING:
         raise ProblemError(f"the extension: {_extension.MISSING}; build it again with pip install -e .")
     if torch.cuda.is_available() and (why_not or not _extension.CUDA):

@@ -104,8 +104,7 @@ def compare(benchmark, shape, functions, plain, make, M, N, K, nbytes, interleav
 @pytest.fixture
 def fused():
     """Skip a benchmark of the fused products where a GPU has none."""
-    names = (*products.FORWARD.values(), *products.BACKWARD.values(), products.RESIDUAL)
-    if DEVICE == "cuda" and (why_not := products.why_not(torch.empty(0, device=DEVICE, dtype=DTYPE), names)):
+    if DEVICE == "cuda" and (why_not := products.why_not(torch.empty(0, device=DEVICE, dtype=DTYPE), products.ALL)):
         pytest.skip(why_not)
 
 

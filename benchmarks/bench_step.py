@@ -241,10 +241,9 @@ def test_step(batch, masks, switch, record):
     cfg = config(**SWITCHES[switch])
     if QUICK and DEVICE == "cuda" and switch in LEFT_TO_A_FULL_RUN:
         pytest.skip("a quick run times only the switches that the goal needs")
-    if DEVICE == "cuda" and (cfg.step.mlp == "epilogue" or cfg.step.residual == "in-product"):
-        names = (*products.FORWARD.values(), *products.BACKWARD.values(), products.RESIDUAL)
-        if why_not := products.why_not(torch.empty(0, device=DEVICE, dtype=torch.bfloat16), names):
-            pytest.skip(why_not)
+    fused = DEVICE == "cuda" and (cfg.step.mlp == "epilogue" or cfg.step.residual == "in-product")
+    if fused and (why_not := products.why_not(torch.empty(0, device=DEVICE, dtype=torch.bfloat16), products.ALL)):
+        pytest.skip(why_not)
     if cfg.step.target_precision == "fp8" and (DEVICE != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
         pytest.skip("float8 products need a GPU of compute capability 8.9 or later")
     if switch != "shipped" and cfg == config():

@@ -18,6 +18,7 @@ NOTHING, Z, SLOPE = range(3)  # what `linear_gelu` keeps for backward
 FORWARD = {NOTHING: "linear_gelu", Z: "linear_gelu_keep", SLOPE: "linear_gelu_slope"}
 BACKWARD = {Z: "linear_dgelu", SLOPE: "linear_dslope"}
 RESIDUAL = "linear_residual"
+ALL = (*FORWARD.values(), *BACKWARD.values(), RESIDUAL)  # of bfloat16
 FP8 = "linear_gelu_fp8"
 _E4M3_MAX = 448.0
 
