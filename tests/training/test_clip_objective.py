@@ -270,7 +270,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, precision):
     class StopError(Exception):
         pass
 
-    real, count = Engine.step, 0
+    real, count = Engine.train, 0
 
     def step(self, *args, **kwargs):
         nonlocal count
@@ -280,7 +280,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, precision):
         return real(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(Engine, "step", step)
+        patch.setattr(Engine, "train", step)
         train.run(cut)
     train.run(cut)
     for name in ("encoder.safetensors", "projector.safetensors"):
