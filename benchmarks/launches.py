@@ -171,7 +171,8 @@ MODELS = [("audio-jepa", "B"), ("audio-jepa", "S"), ("audio-jepa", "L"), ("a-jep
 MODELS += [("a-jepa", "L"), ("tiny", "tiny"), ("tiny", "S")]
 SWITCHES = [
     {"mlp": "plain"}, {"mlp": "epilogue"}, {"residual": "bf16-gradient"}, {"residual": "bf16"},
-    {"target_precision": "fp8"}, {"mlp": "epilogue", "residual": "bf16-gradient", "target_precision": "fp8"},
+    {"residual": "in-product"}, {"target_precision": "fp8"},
+    {"mlp": "epilogue", "residual": "in-product", "target_precision": "fp8"},
     {"residual": "bf16", "target_precision": "fp8"},
 ]  # fmt: skip
 SWITCHED = [("audio-jepa", "B", 0.4, 0.5), ("tiny", "tiny", 0.7)]
