@@ -65,7 +65,10 @@ def real_latents(encoder, pcm, layers) -> list[torch.Tensor]:
     """Latents of a recording's chunks, float64 `[F, real columns, C]` each, from the real patches alone."""
     found: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []  # of the blocks
-    hooks = [block.register_forward_hook(lambda _, __, pair: outputs.append(pair[0].plus(pair[1]))) for block in encoder.blocks]
+    hooks = [
+        block.register_forward_hook(lambda _, __, pair: outputs.append(pair[0].plus(pair[1])))
+        for block in encoder.blocks
+    ]
     for piece in pcm.split(SAMPLES):
         if len(piece) < SPEC.min_samples and found:
             continue

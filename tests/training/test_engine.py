@@ -104,7 +104,9 @@ def test_a_capture_that_fails_late_leaves_no_gradient_behind(monkeypatch):
     assert_same_weights(failed, right, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("length", "bound"), [(1, 16), (64, 64), (65, 80), (81, 96), (97, 128), (129, 256), (512, 512)])
+@pytest.mark.parametrize(
+    ("length", "bound"), [(1, 16), (64, 64), (65, 80), (81, 96), (97, 128), (129, 256), (512, 512)]
+)
 def test_bounds_are_rounded_to_the_lengths_that_attention_distinguishes(length, bound):
     assert round_bound(length) == bound
 
