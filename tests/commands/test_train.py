@@ -303,7 +303,9 @@ def test_steps_are_deterministic_where_contexts_repeat():
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys):
+def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys, monkeypatch):
+    traced = functools.partial(torch.compile, backend="aot_eager")  # generating code takes a minute
+    monkeypatch.setattr(torch, "compile", traced)
     argv, folder = small_run
     assert main([*argv, "--compare", "--compare-steps", "2", "--impl", "reference"]) == 0
     out = capsys.readouterr().out
