@@ -80,13 +80,13 @@ GPU = (
 # The same parts for a CPU of two cores, with one or two cases of each kind. Cases that need a GPU are skipped there.
 CPU = (
     Part("device", "versions and ceilings", benches("device"), 4, 20),
-    Part("step", "our step, tiny", benches("step"), 14, 60, "quick"),
+    Part("step", "our step, tiny", (*benches("step"), "-k", "shipped or profile or in-product"), 14, 60, "quick"),
     Part("correctness", "a few tests of the kernels", (*tests(*KERNEL_TESTS), "-k", f"{REBUILT} or test_first_order"),
          8, 60),
     Part("kernels", "the kernels' plain definitions at small sizes",
          (*benches(*STEP_KERNELS), "-k", "not (77 or 96) or 51"), 12, 60, "quick"),
     Part("clip", "the step of the clip objective, beside the masked one",
-         (*benches("train_step"), "-k", "clip_step"), 8, 60, "quick"),
+         (*benches("train_step"), "-k", "clip_step and not both"), 8, 60, "quick"),
     Part("files", "from shards to updated weights", (*benches("end_to_end"), "-k", "from_shards"), 8, 60, "quick"),
     Part("training", "the loss curve against plain PyTorch's", (*tests("same_training"), "-k", "rehearsal"), 9, 60),
     Part("peers", "our step, plain PyTorch and torch.compile", benches("train_step"), 14, 90, "quick"),
