@@ -34,8 +34,8 @@ REBUILT = (  # tests of the kernels that were rewritten since a GPU last ran the
     "large_and_repeatable or large_and_graph or graph_and_repeats or (value_and_gradient and dtype2 and 768)"
     " or (where_it_is_made and 768) or test_linear or equals_the_cpu_kernel"
     " or (every_size and (400 or 1024 or 2048 or 4096)) or is_its_definition or bits_of_the_whole"
-    " or (of_the_layer_before and 768) or half_precision or on_a_gpu"
-    " or (replayed and (step0-bf16 or step8 or step10 or step11 or step12 or step13 or step14))"
+    " or (of_the_layer_before and 96) or half_precision or at_full_size or qkv_bias or replays_follow or change_nothing"
+    " or (replayed and (step0-bf16 or step10 or step11 or step12 or step13 or step14 or step15))"
 )
 KERNEL_TESTS = (
     "add_layer_norm", "masked_attention", "products", "gelu_mlp", "latent_l2_loss", "bias_gelu", "fp8", "engine_gpu",
