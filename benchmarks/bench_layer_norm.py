@@ -22,6 +22,7 @@ from conftest import left_out
 from records import DEVICE, QUICK
 
 from ajepa_kernels import ResidualStream, add_layer_norm
+from ajepa_kernels._autograd import BiasGradient
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SIZES = [(65536, 768), (131072, 384)] if DEVICE == "cuda" else [(256, 64)] if QUICK else [(4096, 768), (8192, 384)]
@@ -40,22 +41,11 @@ def norm_with_bias(x, residual, weight, bias, x_bias):
 
 def plain_with_bias(x, residual, weight, bias, x_bias):
     """The bias has been added to x already: only its gradient is computed."""
-    return plain(_Bias.apply(x, x_bias), residual, weight, bias)
+    return plain(BiasGradient.apply(x, x_bias), residual, weight, bias)
 
 
 def sum_apart(x, residual, weight, bias, x_bias):
-    return add_layer_norm(_Bias.apply(x, x_bias), residual, weight, bias)
-
-
-class _Bias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bias):
-        ctx.dtype = bias.dtype
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return dx, dx.sum(0, dtype=ctx.dtype)
+    return add_layer_norm(BiasGradient.apply(x, x_bias), residual, weight, bias)
 
 
 def both_ways(function, leaves, upstream):
