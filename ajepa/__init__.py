@@ -7,6 +7,7 @@ that `import ajepa` stays light.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ajepa.utils import command as _command
 from ajepa.utils.version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ajepa.train import run as train
 
 __all__ = ["Config", "ConfigError", "Encoder", "__version__", "preset", "train"]
+
+if _command.is_command():
+    _command.prepare()
 
 _HOMES = {"Config": "config", "ConfigError": "config", "Encoder": "encoder", "preset": "config"}
 

@@ -15,15 +15,12 @@ import torch
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.cli import flag, leaves
+from ajepa.utils.errors import ConfigError
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]
 Pooling = Literal["mean", "mean+std", "concat", "concat+std", "projection"]
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
-
-
-class ConfigError(ValueError):
-    """An invalid setting, or an invalid combination of settings."""
 
 
 @dataclass(frozen=True)

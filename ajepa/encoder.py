@@ -34,7 +34,8 @@ from ajepa.model.pooling import (
 )
 from ajepa.model.pretrained import load_pretrained, load_weights, read_safetensors
 from ajepa.utils.atomic_files import write_atomic
-from ajepa.utils.run_folder import is_run, run_of
+from ajepa.utils.folders import is_run
+from ajepa.utils.run_folder import run_of
 from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -26,6 +26,7 @@ from ajepa.data.reader import to_int16
 from ajepa.data.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, block_crcs, is_shards, missing_rows
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import atomic_file, write_atomic
+from ajepa.utils.errors import UserError
 
 try:
     import fcntl
@@ -47,7 +48,7 @@ MEGABYTE = 1_000_000
 SAMPLED = 32  # clips that `--dry-run` compresses to estimate the size of FLAC shards
 
 
-class PackError(Exception):
+class PackError(UserError):
     """Packing cannot continue; the message gives the reason and the remedy."""
 
 

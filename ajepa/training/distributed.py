@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ajepa.config import Config, ConfigError
+from ajepa.utils.errors import UserError
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=2)
@@ -37,7 +38,7 @@ class ElsewhereError(Exception):
     """Another rank failed and has reported the reason."""
 
 
-class ReplicaError(RuntimeError):
+class ReplicaError(UserError, RuntimeError):
     """The ranks hold different weights although they must hold the same."""
 
 

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ajepa.config import Config
 from ajepa.training.schedules import ema_decay, learning_rate
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.errors import UserError
 from ajepa.utils.run_folder import read_metrics
 
 # Dense bf16 tensor-core peak in FLOP/s from the vendor's data sheets, by a part of the device's name.
@@ -24,7 +25,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "
 WARM_UP_STEPS = 3  # not counted in the throughput: compilation, allocation and a cold file cache
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """The loss or the gradient was not finite for many steps in a row."""
 
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 import shutil
 import sys
 import textwrap
@@ -39,7 +40,20 @@ def parse(
         print(short_help(arguments, prog, default, first))
         raise SystemExit(0)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(arguments, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **options)
+    return expanded(tyro.cli(arguments, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **options))
+
+
+def expanded(value: Any) -> Any:
+    """`value` with `~` at the start of a text replaced by the home folder, in dataclasses, lists and tuples as well."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(expanded, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        changed = {name: new for name, old in fields.items() if (new := expanded(old)) != old}
+        return dataclasses.replace(value, **changed) if changed else value
+    return value
 
 
 def short_help(arguments: type, prog: str, default: Any, first: Sequence[str]) -> str:

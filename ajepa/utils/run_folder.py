@@ -5,22 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ajepa.utils.errors import UserError
+
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, is damaged, or belongs to another model or program."""
-
-
-def is_run(folder: Path) -> bool:
-    """True for a run folder of `ajepa.train` and for one of its checkpoints."""
-    if is_checkpoint(folder):
-        return True
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(raw, dict) and {"preset", "front_end", "optim"} <= raw.keys()
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that let a loop finish its step, and closing of several things."""
+"""Ctrl-C, SIGTERM and SIGHUP that let a loop finish its step, and closing of several things."""
 
 import contextlib
 import signal
@@ -13,9 +13,9 @@ class Closable(Protocol):
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C or SIGTERM fills. A loop that reads it ends its step and saves.
+    """A list that the first Ctrl-C, SIGTERM or SIGHUP fills. A loop that reads it ends its step and saves.
 
-    The second signal raises KeyboardInterrupt at once.
+    A closed terminal sends SIGHUP. The second signal raises KeyboardInterrupt at once.
     """
     received: list[int] = []
 
@@ -25,7 +25,10 @@ def catch_signals() -> Iterator[list[int]]:
         received.append(number)
         print("\nstopping after this step and saving; press Ctrl-C once more to stop at once", file=sys.stderr)
 
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ajepa.data.columns import fragment
+from ajepa.utils.errors import UserError
 
 LABEL_COLUMNS = ("label", "target", "category", "class", "class_name", "labels")
 MAX_NESTING = 100  # of lists in a label
@@ -23,7 +24,7 @@ _SCALAR = r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*"""
 PYTHON_LIST = re.compile(rf"\[(?:{_SCALAR}(?:,{_SCALAR})*,?)?\s*\]")  # as data frames write lists into CSV
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data set cannot be used. The message names it and the remedy."""
 
 

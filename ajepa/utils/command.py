@@ -1,0 +1,136 @@
+"""What all commands share: their start before torch loads, output that may vanish, errors in one line, Ctrl-C.
+
+`prepare` runs when `ajepa` is imported by a command, so before torch and the other large packages. `command` wraps each
+command's `main`.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from ajepa.utils.errors import UserError
+
+# How OpenMP's threads wait for work. By default they spin, and on busy cores they take the time of those that work.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+SCRIPT = re.compile(r"ajepa(-\w+)?(\.exe)?")
+
+
+def is_command() -> bool:
+    """Whether this process was started as `python -m ajepa...` or as one of the console scripts."""
+    words = getattr(sys, "orig_argv", [])
+    module = next((after for word, after in itertools.pairwise(words) if word == "-m"), "")
+    return module.split(".")[0] == "ajepa" or bool(SCRIPT.fullmatch(os.path.basename(sys.argv[0] if sys.argv else "")))
+
+
+def prepare() -> None:
+    """Let OpenMP's threads wait passively unless the user chose otherwise, and make Ctrl-C end the imports quietly."""
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
+    for descriptor in range(3):  # a file opened later must not get the number of a closed standard stream
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(*_: Any) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Wrap a command's `main(argv)`, which returns the exit status.
+
+    A UserError or OSError becomes one line on stderr and status 2. Ctrl-C becomes one line and status 130: the message
+    of the KeyboardInterrupt, or "stopped"; with an empty message, none. Output that nobody takes any more is dropped.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with lasting_output():
+            try:
+                return main(argv)
+            except KeyboardInterrupt as stop:
+                message = str(stop.args[0]) if stop.args else "stopped"
+                if message:
+                    print(message, file=sys.stderr)
+                return 130
+            except (UserError, OSError, MemoryError) as error:
+                print(f"error: {describe(error)}", file=sys.stderr)
+                return 2
+
+    return run
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line that names the file, if there is one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {' '.join(str(error).split()) or 'an allocation failed'}"
+    return str(error)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within the block, `sys.stdout` and `sys.stderr` drop what a closed pipe, terminal or full device cannot take."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(LastingStream, before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class LastingStream:
+    """A text stream whose writes never fail. Characters that its encoding lacks are written as escapes."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream: Any = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (lives as the process)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _drop(self) -> None:
+        """Send all further output, and what the stream still holds, to the null device."""
+        try:
+            descriptor = self._stream.fileno()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+        except (OSError, ValueError):  # the stream has no descriptor
+            self._stream = open(os.devnull, "w")  # noqa: SIM115 (lives as the process)
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except ValueError:
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,93 @@
+"""What a folder is for, and whether a command may write into it. Every command that writes a folder asks `claim`."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+from ajepa.utils.errors import ConfigError
+
+Kind = Literal["run", "fine-tuning", "checkpoint", "encoder", "shards", "probe", "headless run", "other"]
+WHAT = {
+    "run": "a pretraining run",
+    "fine-tuning": "a fine-tuning",
+    "checkpoint": "a checkpoint",
+    "encoder": "an exported encoder",
+    "shards": "packed shards",
+    "probe": "results of a probe",
+    "headless run": "checkpoints without the config.json of their run",
+    "other": "other files",
+}
+# A probe adds files of its own names to these.
+BESIDE: dict[str, tuple[str, ...]] = {"probe": ("run", "fine-tuning", "encoder")}
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """What a folder is for, judged by the files that only one command writes; None if it is missing or empty.
+
+    Hidden files, such as a lock, are not counted.
+    """
+    try:
+        names = {name for name in os.listdir(folder) if not name.startswith(".")}
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return "other"
+    if not names:
+        return None
+    if names & {"state.json", "checksums.json"}:
+        return "checkpoint"
+    if names & {"arguments.json", "finetune.json", "classifier.safetensors"}:
+        return "fine-tuning"
+    if any(name.endswith(".shard") for name in names) or names == {"left_out.tsv"}:
+        return "shards"
+    config = _config(folder / "config.json")
+    if config.get("model_type") == "ajepa-encoder":
+        return "encoder"
+    if {"preset", "front_end", "optim"} <= config.keys():
+        return "run"
+    if any(folder.glob("checkpoints/step_*")) or names & {"metrics.jsonl", "summary.json", "encoder.safetensors"}:
+        return "headless run"
+    return "probe" if "probe.json" in names else "other"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether an encoder can be read from `folder` as from a run: a run, a fine-tuning or a checkpoint of either."""
+    return kind_of(folder) in ("run", "fine-tuning", "checkpoint")
+
+
+def claim(folder: Path, purpose: Kind, flag: str = "--out") -> bool:
+    """Make `folder` if need be, for a command that writes files of the kind `purpose` into it.
+
+    Returns whether it already holds files of that kind. Raises ConfigError if it holds something else, or cannot be
+    written; `flag` is the setting that names the folder.
+    """
+    try:
+        kind = kind_of(folder)
+        if kind is not None and kind != purpose and kind not in BESIDE.get(purpose, ()):
+            where = f"{flag} {folder}".strip()
+            if kind == "headless run":
+                raise ConfigError(f"{where} holds {WHAT[kind]}: restore that file, or choose another {flag}")
+            raise ConfigError(f"{where} holds {WHAT[kind]}, which this command would damage: choose another {flag}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag} {folder} cannot be written: {error.strerror}; choose another {flag}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{flag} {folder} cannot be written: permission denied; choose another {flag}")
+    return kind == purpose
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename `folder`, so that a new one can take its place. Returns the new path, `<folder>.old-<time>`."""
+    aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.rename(aside)
+    return aside
+
+
+def _config(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
