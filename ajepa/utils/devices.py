@@ -1,7 +1,11 @@
 """The device of a run: its choice and precision, waiting for its work, and its memory."""
 
+import contextlib
 import gc
+import itertools
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -28,6 +32,37 @@ def wait(device: torch.device) -> None:
     """Block until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def available_memory() -> int:
+    """Bytes of the CPU's memory that this process can still take; `sys.maxsize` where the system does not tell.
+
+    The least of what the system has available and what each of the process's control groups leaves.
+    """
+    found = [sys.maxsize]
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for folder in _control_groups():
+        for limit, usage, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                free = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                found.append(max(0, free) + int(stat[cache]))  # the system drops cached files when memory is short
+    return min(found)
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of the memory control groups that hold this process, in both versions of Linux's control groups."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            root = Path("/sys/fs/cgroup/memory" if "memory" in controllers.split(",") else "/sys/fs/cgroup")
+            own = root / name.strip("/")
+            yield from itertools.takewhile(lambda folder: folder != root.parent, (own, *own.parents))  # noqa: B023
 
 
 def peak_memory(device: torch.device) -> int:
