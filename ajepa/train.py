@@ -230,10 +230,11 @@ def open_run(cfg: Config) -> dict[str, Any] | None:
     """Prepare the run folder, which this process has locked, and return the summary of the run in it if `cfg` adds
     nothing to it.
 
-    Raises ConfigError where the folder holds a run that `cfg` does not continue.
+    Raises ConfigError where the folder holds a run that has begun, and that `cfg` does not continue.
     """
     folder, summary, saved = cfg.folder, cfg.folder / "summary.json", cfg.folder / "config.json"
-    if claim(folder, "run"):
+    begun = claim(folder, "run") and bool(checkpoints(folder / "checkpoints") or read_metrics(folder))
+    if begun or (cfg.resume and saved.exists()):  # a run that failed before its first step leaves nothing to lose
         if not cfg.resume:
             raise ConfigError(
                 f"--out {folder} holds a run already: add --resume to continue it, --overwrite to replace it, or "
