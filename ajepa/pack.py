@@ -34,7 +34,8 @@ from ajepa.utils.folders import claim
 from ajepa.utils.lock import locked
 
 LEFT_OUT = "left_out.tsv"
-OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock(\.\w+)?")  # files that packing writes
+# The files that packing writes.
+OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock(\.\w+)?")
 MEGABYTE = 1_000_000
 # What a packing depends on: the parts of its key.
 KINDS = ["other settings", "other recordings", "recordings that changed since", "other labels or columns"]
@@ -342,4 +343,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

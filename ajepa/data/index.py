@@ -330,4 +330,3 @@ def _check(
         if len(todo) > len(fresh):
             cache.save(keys)
     return [cache.verdicts[key] if key in cache.verdicts else fresh[key] for key in keys]
-

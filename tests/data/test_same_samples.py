@@ -222,7 +222,7 @@ del os.sched_getaffinity, os.preadv, os.pread
 import torch
 from loading import once
 from ajepa import embed, finetune, pack, probe, train
-from ajepa.data.index import DataError, build_index
+from ajepa.data.index import build_index
 files, packed, result = sys.argv[1:]
 torch.save(once(build_index(files), clip_samples=16_000, pad="zero").pcm, result)
 sys.exit(pack.main([files, packed, "--rate", "16000"]))
