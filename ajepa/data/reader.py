@@ -306,4 +306,9 @@ def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
 
 def default_threads() -> int:
     """The cores this process may use, divided by the number of ranks on this machine."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // local_ranks())
+
+
+def local_ranks() -> int:
+    """The number of ranks on this machine, which torchrun sets."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

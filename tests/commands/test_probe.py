@@ -24,6 +24,7 @@ from ajepa.evaluation.probes import Embedded, predict, validation_split
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder
 from ajepa.model.layers import Sequences
+from ajepa.model.pooling import statistics
 from ajepa.model.pretrained import load_pretrained
 from ajepa.training.corpus import load_evaluation
 from ajepa.training.engine import Engine
@@ -57,7 +58,7 @@ def features(encoder, pcm, lengths, kind):
     source = EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, "")
     with torch.no_grad():
         x, columns = source(pcm, lengths)
-    return torch.stack(source.pool(x, columns, torch.arange(len(pcm)), len(pcm), kind))
+    return source.pool(statistics(x, columns), torch.arange(len(pcm)), len(pcm), kind)
 
 
 @pytest.mark.parametrize("kind", ["mean", "concat"])
