@@ -149,7 +149,7 @@ def load_evaluation(
     need, free = 4 * len(rows) * options["clip_samples"], available_memory()  # once in batches, and once joined
     if need > free:
         raise DataError(
-            f"the {len(rows):,} evaluation clips of {cfg.data.clip_seconds:,.4g} s need {need / 1e9:,.1f} GB of memory, "
+            f"{len(rows):,} evaluation clips of {cfg.data.clip_seconds:,.4g} s need {need / 1e9:,.1f} GB of memory, "
             f"and {free / 1e9:,.1f} GB are free: lower --eval-clips or --clip-seconds"
         )
     chosen = index.subset(rows)
