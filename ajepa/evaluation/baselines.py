@@ -21,7 +21,7 @@ def kept_scores(evaluation: Evaluation, settings: Any, compute: Callable[[], Sco
     """
     digest = hashlib.sha256(f"{torch.__version__} {settings}".encode())
     for tensor in (evaluation.pcm, evaluation.lengths, evaluation.labels, evaluation.is_test):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     path = cache_root() / "baselines" / f"{digest.hexdigest()[:32]}.json"
     try:
         return read_json(path)

@@ -307,11 +307,13 @@ def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys, monke
     traced = functools.partial(torch.compile, backend="aot_eager")  # generating code takes a minute
     monkeypatch.setattr(torch, "compile", traced)
     argv, folder = small_run
-    warmed = []
-    step = Engine.step
-    monkeypatch.setattr(
-        Engine, "step", lambda self, *batch: warmed.append((self.cfg.impl, batch[-1])) or step(self, *batch)
-    )
+    warmed, step = [], Engine.step
+
+    def noted(self, *batch):
+        warmed.append((self.cfg.impl, batch[-1]))
+        return step(self, *batch)
+
+    monkeypatch.setattr(Engine, "step", noted)
     assert main([*argv, "--compare", "--compare-steps", "2", "--impl", "reference"]) == 0
     out, err = capsys.readouterr()
     assert "reference" in out and "compile" in out and "clips/s" in out
