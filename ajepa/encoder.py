@@ -48,6 +48,7 @@ from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_PATIENCE = 3.0  # seconds in which the hub must answer
+MOST_PATCHES = 2**16  # of a clip; also the largest width, so that no configuration asks for too much memory
 LOWEST = 1_000  # sampling rate in Hz; a smaller number is a rate in kHz
 MOST_CHANNELS = 32  # of a recording; clips of as few samples are not audio
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording needs
@@ -465,10 +466,18 @@ def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
     except (ValidationError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name} is not the configuration of an encoder: {reason}") from error
+    spec, (rows, columns), projector = cfg.front_end, grid, cfg.projector or (1, 1)
     unknown = raw.keys() - dataclasses.asdict(cfg).keys()
-    if unknown or min(grid) < 1 or cfg.clip_samples < cfg.front_end.min_samples:
-        what = f"unknown settings {sorted(unknown)}" if unknown else f"clip_samples {cfg.clip_samples} and grid {grid}"
-        raise ConfigError(f"{name}: this version cannot use {what}")
+    for usable, what in (
+        (not unknown, f"unknown settings {sorted(unknown)}"),
+        (min(grid) >= 1 and rows * columns <= MOST_PATCHES, f"a grid of {rows} x {columns} patches"),
+        (spec.patch_dim <= MOST_PATCHES, f"patches of {spec.patch[0]} x {spec.patch[1]}"),
+        (spec.min_samples <= cfg.clip_samples <= 86_400 * spec.sample_rate, f"clip_samples {cfg.clip_samples}"),
+        (all(1 <= width <= MOST_PATCHES for width in projector), f"a projector of widths {projector}"),
+        (0 < cfg.norm_eps < 1, f"norm_eps {cfg.norm_eps}"),
+    ):
+        if not usable:
+            raise ConfigError(f"{name}: this version cannot use {what}")
     check_pooling(cfg.pooling, has_projector=cfg.projector is not None)
     return cfg
 

@@ -344,10 +344,11 @@ def test_a_run_with_a_clip_objective_gives_encoder_and_projector(tmp_path, loss)
 
 def test_a_hub_id_is_loaded_through_the_hub(tmp_path, monkeypatch):
     encoder().save_pretrained(tmp_path)
-    asked = []
+    asked, cached = [], []
 
-    def download(repo_id, filename, revision=None, **_):
+    def download(repo_id, filename, revision=None, local_files_only=False, **_):
         asked.append((repo_id, filename, revision))
+        cached.append(local_files_only)
         return str(tmp_path / filename)
 
     monkeypatch.setattr("ajepa.encoder.hf_hub_download", download)
@@ -355,6 +356,13 @@ def test_a_hub_id_is_loaded_through_the_hub(tmp_path, monkeypatch):
     one = Encoder.from_pretrained("someone/audio", revision="v1", pooling="concat")
     assert asked == [("someone/audio", name, "v1") for name in ("config.json", "model.safetensors")]
     assert one.output_dim == 1024 and torch.equal(one.vit.norm.weight, encoder().vit.norm.weight)
+
+    def unreachable(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr("ajepa.encoder.get_hf_file_metadata", unreachable)
+    assert Encoder.from_pretrained("someone/audio").fingerprint() == encoder().fingerprint()
+    assert cached == [False, False, True, True]  # without a connection, what the cache holds
     (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
     with pytest.raises(ConfigError, match="wav2vec2"):
         Encoder.from_pretrained("someone/audio")
@@ -403,6 +411,8 @@ def test_folders_that_hold_no_encoder_are_refused(tmp_path):
     refused("no such folder", tmp_path / "no" / "such" / "folder")
     for text, match in [
         ("{", "not written by ajepa"),
+        ("[" * 10**5, "not written by ajepa"),
+        ('{"size": ' + "9" * 5_000 + "}", "not written by ajepa"),
         ("[]", "not written by ajepa"),
         ('{"model_type": "wav2vec2"}', "wav2vec2"),
         ('{"model_type": "ajepa-encoder"}', "front_end"),
@@ -420,6 +430,11 @@ def test_folders_that_hold_no_encoder_are_refused(tmp_path):
         ({"size": "S"}, "does not fit"),
         ({"size": "XXL"}, "size"),
         ({"clip_samples": 3}, "clip_samples"),
+        ({"clip_samples": 10**12}, "clip_samples"),
+        ({"projector": [10**9, 16]}, "projector"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"front_end": {**raw["front_end"], "n_frames": 10**9}}, "grid of"),
+        ({"front_end": {**raw["front_end"], "patch": [16, 10**9]}}, "patches of"),
         ({"colour": "red"}, "colour"),
         ({"front_end": {**raw["front_end"], "n_frames": None}}, "n_frames"),
         ({"front_end": {**raw["front_end"], "window": "none"}}, "window"),
