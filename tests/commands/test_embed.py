@@ -233,9 +233,9 @@ def test_a_failed_write_leaves_the_old_result(encoder, recordings, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def segments(recordings):
-    """A manifest with 60 segments of one recording, each longer than a batch of chunks or as short as one chunk."""
+    """A manifest with 36 segments of one recording, each longer than a batch of chunks or as short as one chunk."""
     path = recordings[0].parent / "segments.csv"
-    rows = [f"long.wav,{i / 50},{8.2 if i % 3 else 0.4}" for i in range(60)]
+    rows = [f"long.wav,{i / 50},{8.2 if i % 3 else 0.4}" for i in range(36)]
     path.write_text("\n".join(["filename,offset,duration", *rows]) + "\n")
     return path
 
@@ -259,10 +259,10 @@ def test_five_kills_lose_nothing(encoder, segments, tmp_path, forks):
             time.sleep(0.002)
         os.kill(pid, number)
         assert forks.wait(pid) == (130 if number == signal.SIGINT else -number)
-        assert before < records(out) < 60 and not out.exists()
+        assert before < records(out) < 36 and not out.exists()
         before = records(out)
     assert forks.run([*argv, str(out)], log, call="ajepa.embed:main") == 0
-    assert out.read_bytes() == whole.read_bytes() and len(read(out)[0]) == 60
+    assert out.read_bytes() == whole.read_bytes() and len(read(out)[0]) == 36
     assert not out.with_name(".e.npz.unfinished").exists()
 
 
@@ -285,14 +285,14 @@ def test_ctrl_c_keeps_what_was_embedded(encoder, recordings, segments, tmp_path,
     sources = [tmp_path / "bad.wav", segments, *recordings]
     assert run(folder, *sources, "--out", whole) == 1
     capsys.readouterr()
-    interrupted(monkeypatch, 30)
+    interrupted(monkeypatch, 20)
     assert run(folder, *sources, "--out", out) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"stopped after {records(out)} of 65 recordings; the same command goes on from there"
-    assert 16 <= records(out) <= 30 and not out.exists()
+    assert last == f"stopped after {records(out)} of 41 recordings; the same command goes on from there"
+    assert 12 <= records(out) <= 20 and not out.exists()
     assert (tmp_path / "e.npz.bad.tsv").read_text() == (tmp_path / "whole.npz.bad.tsv").read_text()
     monkeypatch.undo()
-    interrupted(monkeypatch, 65 - records(out))  # reads no recording twice
+    interrupted(monkeypatch, 41 - records(out))  # reads no recording twice
     assert run(folder, *sources, "--out", out) == 1
     assert out.read_bytes() == whole.read_bytes()
     monkeypatch.undo()
