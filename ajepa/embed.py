@@ -35,7 +35,7 @@ from ajepa.config import ConfigError, Pooling
 from ajepa.data.columns import Entry
 from ajepa.data.formats.audiofile import BadAudio, inspect, reason_of, stat_file
 from ajepa.data.index import DataError, build_index
-from ajepa.data.reader import iterate_entry
+from ajepa.data.reader import iterate_resampled
 from ajepa.data.shards import SUFFIX as SHARD
 from ajepa.data.sources.source import MANIFESTS
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
@@ -46,7 +46,6 @@ from ajepa.utils.command import command
 from ajepa.utils.devices import choose_device
 from ajepa.utils.folders import claim_file
 from ajepa.utils.lock import locked
-from ajepa_kernels import Resampler
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Ite
     clip, stride = encoder.config.clip_samples, encoder.stride
     kept = encoder.chunks(clip + 1)[0].frames
     buffer, held = np.empty(0, np.float32), None
-    for block in _resampled(entry, encoder.sampling_rate, float_scale):
+    for block in iterate_resampled(entry, encoder.sampling_rate, float_scale):
         buffer = np.concatenate([buffer, block])
         while len(buffer) > clip:
             if held is not None:
@@ -279,16 +278,6 @@ def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Ite
         if not len(buffer):
             raise BadAudio("no samples")
         yield Piece(torch.from_numpy(buffer), max(1, frames))
-
-
-def _resampled(entry: Entry, rate: int, float_scale: float) -> Iterator[np.ndarray]:
-    """Blocks of mono float32 at `rate` Hz."""
-    stream = Resampler(entry.sample_rate, rate, downmix=True)
-    for block in iterate_entry(entry, float_scale):
-        if block.dtype != np.int16 and not np.isfinite(block).all():
-            raise BadAudio("samples that are not finite (NaN or infinity)")
-        yield stream.push(torch.from_numpy(block)).numpy()
-    yield stream.finish().numpy()
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

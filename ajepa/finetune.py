@@ -25,7 +25,7 @@ from ajepa.config import Config, ConfigError
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.loader import AudioLoader
 from ajepa.evaluation.classifier import Classifier, mixup, parameter_groups, spec_augment, split_labels
-from ajepa.evaluation.feature_cache import CHUNKS_AT_ONCE, read_chunks, tensors_hash
+from ajepa.evaluation.feature_cache import CHUNKS_AT_ONCE, read_chunks
 from ajepa.evaluation.labelled import labelled, pretrained_on
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.pretrained import load_pretrained, load_weights
@@ -38,6 +38,7 @@ from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.devices import choose_device
 from ajepa.utils.run_folder import CheckpointError
 from ajepa.utils.signals import catch_signals
+from ajepa.utils.tensor_files import tensors_hash
 from ajepa_kernels import AdamWEMA
 
 
@@ -174,16 +175,18 @@ class Tuner:
         """
         spec, samples = self.cfg.front_end, round(self.cfg.data.clip_seconds * self.cfg.front_end.sample_rate)
         reading = {"threads": self.cfg.data.loader_threads, "decoder": self.args.decoder}
-        scores, rows = [], []
+        total, weights = torch.zeros(len(task.test), task.targets.shape[1]), torch.zeros(len(task.test), 1)
+        read = torch.zeros(len(task.test), dtype=torch.bool)
         for batch in read_chunks(task.test, spec, samples, reading, skipped):
             parts = zip(batch.pcm.split(CHUNKS_AT_ONCE), batch.lengths.split(CHUNKS_AT_ONCE), strict=True)
             logits = torch.cat([self.logits(pcm, lengths) for pcm, lengths in parts])
             chances = logits.sigmoid() if self.args.multi_label else logits.softmax(-1)
             weight = batch.lengths[:, None].float()  # a short tail has little weight
-            total = torch.zeros(len(batch.items), chances.shape[1]).index_add(0, batch.owner, chances * weight)
-            scores.append(total / torch.zeros(len(batch.items), 1).index_add(0, batch.owner, weight).clamp(min=1))
-            rows.append(batch.items)
-        chances, labels = torch.cat(scores), torch.from_numpy(task.test.labels)[torch.cat(rows)]
+            rows = batch.items[batch.owner]
+            total.index_add_(0, rows, chances * weight)
+            weights.index_add_(0, rows, weight)
+            read[batch.items] = batch.complete
+        chances, labels = (total / weights.clamp(min=1))[read], torch.from_numpy(task.test.labels)[read]
         targets = task.of(labels)
         if not chances.isfinite().all():
             raise ConfigError("the fine-tuned weights are not finite: lower --lr")

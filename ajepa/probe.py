@@ -23,7 +23,7 @@ from sklearn.metrics import classification_report, confusion_matrix
 from ajepa.config import Config, ConfigError, Pooling, StepConfig
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.evaluation import plots
-from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed, tensors_hash
+from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed
 from ajepa.evaluation.labelled import labelled, pretrained_on
 from ajepa.evaluation.probes import HEADS, Embedded, predict
 from ajepa.model.pooling import Layers, check_pooling
@@ -33,6 +33,7 @@ from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.devices import choose_device
 from ajepa.utils.run_folder import CheckpointError, run_of
+from ajepa.utils.tensor_files import tensors_hash
 from ajepa_kernels import LogMelSpec
 
 TRAINED, UNTRAINED, LOG_MEL = "trained encoder", "untrained encoder", "pooled log-mel"

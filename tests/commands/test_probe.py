@@ -24,9 +24,11 @@ from ajepa.evaluation.probes import Embedded, predict, validation_split
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder
 from ajepa.model.layers import Sequences
+from ajepa.model.pooling import statistics
 from ajepa.model.pretrained import load_pretrained
 from ajepa.training.corpus import load_evaluation
 from ajepa.training.engine import Engine
+from ajepa.utils.tensor_files import tensors_hash
 from ajepa_kernels import LogMelSpec, log_mel
 
 SPEC = LogMelSpec(n_fft=512, win_length=400, hop_length=160, n_mels=32, n_frames=64, patch=(8, 8))  # 4 x 8 patches
@@ -56,7 +58,7 @@ def features(encoder, pcm, lengths, kind):
     source = EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, "")
     with torch.no_grad():
         x, columns = source(pcm, lengths)
-    return torch.stack(source.pool(x, columns, torch.arange(len(pcm)), len(pcm), kind))
+    return source.pool(statistics(x, columns), torch.arange(len(pcm)), len(pcm), kind)
 
 
 @pytest.mark.parametrize("kind", ["mean", "concat"])
@@ -255,9 +257,7 @@ def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp
     hashes = {}
 
     def spy(index, sources, *args, **kwargs):
-        hashes.update(
-            {k: feature_cache.tensors_hash(s.encoder.state_dict()) for k, s in sources.items() if k != probe.LOG_MEL}
-        )
+        hashes.update({k: tensors_hash(s.encoder.state_dict()) for k, s in sources.items() if k != probe.LOG_MEL})
         return embed(index, sources, *args, **kwargs)
 
     monkeypatch.setattr(probe, "embed", spy)
@@ -265,8 +265,8 @@ def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp
     cfg, weights, *_ = load_pretrained(run)
     start = Engine(cfg, CPU).model.context_encoder.state_dict()
     assert hashes == {
-        probe.UNTRAINED: feature_cache.tensors_hash(start),
-        probe.TRAINED: feature_cache.tensors_hash(weights),
+        probe.UNTRAINED: tensors_hash(start),
+        probe.TRAINED: tensors_hash(weights),
     }
     assert len(set(hashes.values())) == 2
 
@@ -296,7 +296,7 @@ def test_baselines_are_pooled_as_the_encoder_is(clip_run, tones, tmp_path, monke
     def spy(index, sources, samples, kinds, **options):
         for name, source in sources.items():
             projector = getattr(source, "projector", None)
-            hashes = projector and feature_cache.tensors_hash(projector.state_dict())
+            hashes = projector and tensors_hash(projector.state_dict())
             seen[name] = kinds, getattr(source, "layers", None), hashes
         return embed(index, sources, samples, kinds, **options)
 
@@ -310,7 +310,7 @@ def test_baselines_are_pooled_as_the_encoder_is(clip_run, tones, tmp_path, monke
     assert result["dimensions"] == {probe.LOG_MEL: mel, probe.UNTRAINED: width, probe.TRAINED: width}
     assert result["settings"]["pooling"] == pooling and result["settings"]["layers"] == "mean"
     start = Engine(load_pretrained(folder).cfg, CPU).projector
-    projected = [feature_cache.tensors_hash(p.state_dict()) for p in (start, trained["projector"])]
+    projected = [tensors_hash(p.state_dict()) for p in (start, trained["projector"])]
     untrained, end = projected if pooling == "projection" else (None, None)
     assert seen == {
         probe.UNTRAINED: ([pooling], "mean", untrained),
