@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from ajepa.config import ConfigError, Pooling
 from ajepa.data.columns import Entry
@@ -46,6 +46,8 @@ from ajepa.utils.command import command
 from ajepa.utils.devices import choose_device
 from ajepa.utils.folders import claim_file
 from ajepa.utils.lock import locked
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _fill(
             check_format(Path(args.out), [_text(entry.name) for entry in entries.values()])
             missing = {key: entry for key, entry in entries.items() if key not in spool.rows}
             task = progress.add_task("embedding", total=len(entries), completed=len(entries) - len(missing))
-            for done in embedded(encoder, progress.track(missing.items(), task_id=task), args.float_scale, bad):
+            for done in embedded(encoder, _counted(missing.items(), progress, task), args.float_scale, bad):
                 check()
                 spool.add(done)
     except KeyboardInterrupt:
@@ -291,6 +293,12 @@ def _text(path: str) -> str:
 def _progress() -> Progress:
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
+
+
+def _counted(items: Iterable[T], progress: Progress, task: TaskID) -> Iterator[T]:
+    for item in items:
+        yield item
+        progress.advance(task)
 
 
 def read_names(data: bytes) -> list[str]:
