@@ -1,7 +1,9 @@
 """The device of a run: its choice and precision, waiting for its work, and its memory."""
 
+import contextlib
 import gc
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,6 +26,17 @@ def trains_in_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def evaluates_in_bf16(device: torch.device, precision: str) -> bool:
+    """Whether encoding and fine-tuning compute in bfloat16: if `precision` is "bf16", or "auto" on a GPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def autocast_of(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context in which encoding and fine-tuning compute in `precision`: "fp32", "bf16" or "auto"."""
+    bf16 = evaluates_in_bf16(device, precision)
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
 def wait(device: torch.device) -> None:
     """Block until the device has finished all queued work."""
     if device.type == "cuda":
@@ -37,6 +50,15 @@ def peak_memory(device: torch.device) -> int:
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory() -> int:
+    """Bytes of a CPU's memory that can still be taken, with what the system would free; `sys.maxsize` if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return sys.maxsize
 
 
 def reserved_memory(device: torch.device) -> int:
