@@ -4,20 +4,22 @@ Shapes: B clips, T samples, T' frames (time patches or chunks), F frequency patc
 """
 
 import dataclasses
+import difflib
 import hashlib
-import json
+import itertools
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save as save_bytes
 from torch import nn
 
-from ajepa.config import SIZES, ConfigError, ModelConfig, Pooling
+from ajepa.config import SIZES, Config, ConfigError, ModelConfig, Pooling
 from ajepa.model.clip import Projector
 from ajepa.model.jepa import Encoder as ViT
 from ajepa.model.layers import mean_of_layers
@@ -32,13 +34,17 @@ from ajepa.model.pooling import (
     pool_recordings,
     statistics,
 )
-from ajepa.model.pretrained import load_pretrained, load_weights, read_safetensors
-from ajepa.utils.atomic_files import write_atomic
-from ajepa.utils.folders import is_run
-from ajepa.utils.run_folder import run_of
+from ajepa.model.pretrained import load_pretrained, load_weights, read_weights
+from ajepa.utils.command import describe
+from ajepa.utils.folders import claim, is_run
+from ajepa.utils.json_files import read_json, write_json
+from ajepa.utils.run_folder import is_checkpoint, run_of
+from ajepa.utils.tensor_files import read_tensors, write_tensors
 from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_PATIENCE = 3.0  # seconds in which the hub must answer
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording needs
 MODEL_CARD = """---
 {{ card_data }}
@@ -118,7 +124,6 @@ class Encoder(
     def __init__(self, config: EncoderConfig | dict):
         super().__init__()
         self.config = config if isinstance(config, EncoderConfig) else parse_config(config)
-        self._hub_mixin_config = self.config  # the mixin writes it as config.json
         spec, projector = self.config.front_end, self.config.projector
         with torch.random.fork_rng(devices=[]):
             self.vit = ViT(ModelConfig(size=self.config.size, positions=self.config.positions), spec)
@@ -282,54 +287,146 @@ class Encoder(
     def from_pretrained(  # type: ignore[override]
         cls, source: str | Path, *, pooling: str | None = None, layers: str | None = None, **hub: Any
     ) -> "Encoder":
-        """Load the encoder in `source`, in evaluation mode. No file of it can run code.
+        """Load the encoder in `source`, in evaluation mode: `open_encoder` without what it says of the run."""
+        return open_encoder(source, pooling=pooling, layers=layers, **hub).encoder
 
-        Args:
-            source: a folder written by `save_pretrained`, an id on the Hugging Face hub, a run folder of
-                `python -m ajepa.train` (its final encoder, or the one in its last checkpoint), or one of its
-                checkpoints.
-            pooling: replaces the configured `EncoderConfig.pooling`.
-            layers: replaces the configured `EncoderConfig.layers`.
-            hub: `revision`, `cache_dir`, `token` and other arguments of huggingface_hub.
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write `config.json`, `model.safetensors` and a model card, with the options of huggingface_hub.
 
-        Raises:
-            ConfigError: nothing is there, files are missing, damaged or from another program, or the pooling is
-                "projection" and the run had no clip objective.
+        Raises ConfigError if the folder holds anything but an exported encoder.
         """
-        folder = Path(source)
-        try:
-            if is_run(folder):
-                encoder = from_run(folder)
-            elif folder.is_dir():
-                if not (folder / CONFIG).is_file():
-                    raise ConfigError(f"{folder} holds no {CONFIG}: neither a run nor an encoder of ajepa")
-                encoder = cls._from_pretrained(model_id=str(folder), config=json.loads((folder / CONFIG).read_text()))
-            else:
-                encoder = super().from_pretrained(str(source), **hub)
-        except (HfHubHTTPError, HFValidationError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{source}: no encoder could be loaded from this folder or hub id: {reason}") from error
-        changes = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
-        if changes:
-            encoder.config = parse_config({**dataclasses.asdict(encoder.config), **changes})
-            encoder._hub_mixin_config = encoder.config
-        return encoder
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **hub: Any) -> "Encoder":
-        """The mixin's loader, restricted to this format and to safetensors."""
-        if config is None:
-            raise ConfigError(f"{model_id} holds no {CONFIG}")
-        encoder = cls(parse_config(config, f"{model_id}/{CONFIG}"))
-        path = Path(model_id) / WEIGHTS
-        if not path.parent.is_dir():
-            path = Path(hf_hub_download(repo_id=model_id, filename=WEIGHTS, **hub))
-        load_weights(encoder, read_safetensors(path.read_bytes(), path), path)
-        return encoder
+        folder = Path(save_directory).expanduser()
+        claim(folder, "encoder", "OUT")
+        return super().save_pretrained(folder, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        write_atomic(save_directory / WEIGHTS, save_bytes(weights, {"format": "pt"}))
+        (save_directory / WEIGHTS).unlink(missing_ok=True)  # so that a kill leaves no configuration of other weights
+        write_json(save_directory / CONFIG, dataclasses.asdict(self.config))
+        write_tensors(save_directory / WEIGHTS, self.state_dict())
+
+
+class Opened(NamedTuple):
+    """An encoder, and where it comes from."""
+
+    encoder: Encoder
+    """With its weights loaded, in evaluation mode."""
+    run: Config | None
+    """Configuration of the run that it comes from; None for an exported or converted encoder and one of the hub."""
+    file: Path
+    """Where the weights were read."""
+
+
+def open_encoder(source: str | Path, *, pooling: str | None = None, layers: str | None = None, **hub: Any) -> Opened:
+    """Open the encoder in `source`. No file of it can run code.
+
+    Args:
+        source: a run folder of `python -m ajepa.train` (its final encoder, or the one in its last checkpoint), one of
+            its checkpoints, a fine-tuning of it, a folder written by `save_pretrained`, `ajepa.export` or
+            `ajepa.convert`, or an id on the Hugging Face hub ("owner/name"). A local folder comes before the hub.
+        pooling: replaces the configured `EncoderConfig.pooling`.
+        layers: replaces the configured `EncoderConfig.layers`.
+        hub: `revision`, `cache_dir`, `token` and other arguments of huggingface_hub.
+
+    Raises:
+        ConfigError: nothing is there, files are missing or from another program, or the pooling is "projection" and
+            the encoder has no projector.
+        DamagedError: a file was changed since it was written.
+    """
+    folder = Path(source).expanduser()
+    try:
+        if folder.is_dir():
+            encoder, run, file = _from_folder(folder)
+        else:
+            encoder, run, file = _from_hub(str(source), **hub)
+    except OSError as error:
+        raise ConfigError(f"{source}: no encoder could be loaded: {describe(error)}") from error
+    changes = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
+    encoder.config = parse_config({**dataclasses.asdict(encoder.config), **changes}, str(source))
+    return Opened(encoder, run, file)
+
+
+def _from_folder(folder: Path) -> Opened:
+    home = run_of(folder)
+    if not (home / CONFIG).is_file():
+        raise ConfigError(f"{folder} holds no {CONFIG}: neither a run nor an encoder of ajepa")
+    raw, weights = read_json(home / CONFIG), folder / WEIGHTS
+    if "model_type" not in raw:
+        return _from_run(folder)
+    if not is_checkpoint(folder) and (weights.is_file() or not is_run(folder)):
+        return _exported(raw, home / CONFIG, weights)
+    encoder = Encoder(parse_config(raw, str(home / CONFIG)))  # the folder is a fine-tuning of an exported encoder
+    found = read_weights(folder)
+    load_weights(encoder.vit, found.weights, found.file)
+    return Opened(encoder, None, found.file)
+
+
+def _from_run(path: Path) -> Opened:
+    """The encoder of a run, or of one of its checkpoints, and its projector. Raises ConfigError."""
+    cfg, weights, file, projector = load_pretrained(path)
+    config = EncoderConfig(
+        front_end=cfg.front_end,
+        size=cfg.model.size,
+        clip_samples=round(cfg.data.clip_seconds * cfg.front_end.sample_rate),
+        positions=cfg.model.positions,
+        pooling=cfg.watch.pooling,
+        projector=(cfg.objective.projector_hidden, cfg.objective.projector_width) if projector else None,
+        pad=cfg.data.pad,
+    )
+    encoder = Encoder(parse_config(dataclasses.asdict(config), str(run_of(path) / CONFIG)))
+    load_weights(encoder.vit, weights, file)
+    if encoder.projector is not None:
+        load_weights(encoder.projector, projector or {}, file)
+    return Opened(encoder, cfg, file)
+
+
+def _exported(raw: dict[str, Any], about: Path, weights: Path) -> Opened:
+    encoder = Encoder(parse_config(raw, str(about)))
+    load_weights(encoder, read_tensors(weights), weights)
+    return Opened(encoder, None, weights)
+
+
+def _from_hub(name: str, **hub: Any) -> Opened:
+    """An encoder of the hub, or of its cache. Raises ConfigError for a name that looks like a local one."""
+    local = Path(name).expanduser()
+    if local.exists():
+        raise ConfigError(f"{name} is a file: name the folder that holds the encoder")
+    near = closest(local)
+    hint = f"; did you mean {near}?" if near else ""
+    if not HUB_ID.fullmatch(name) or local.parent.is_dir():
+        raise ConfigError(f"{name}: no such folder{hint}")
+    answered = True
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG, revision=hub.get("revision")), token=hub.get("token"),
+                             timeout=HUB_PATIENCE)  # fmt: skip
+    except HfHubHTTPError:
+        pass  # the download below says what is wrong
+    except Exception:  # each library that connects has errors of its own
+        answered, hub["local_files_only"] = False, True
+    try:
+        about, weights = (Path(hf_hub_download(repo_id=name, filename=file, **hub)) for file in (CONFIG, WEIGHTS))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split()) if answered else "the hub cannot be reached"
+        raise ConfigError(
+            f"{name}: no local folder has this name, and no encoder of the hub: {reason}{hint}"
+        ) from error
+    return _exported(read_json(about), about, weights)
+
+
+def closest(path: Path) -> Path | None:
+    """The existing path that resembles `path` most, part by part; None if there is none."""
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        if not (found / part).exists():
+            if not found.is_dir():
+                return None
+            with os.scandir(found) as entries:
+                names = [entry.name for entry in itertools.islice(entries, 10_000)]
+            near = difflib.get_close_matches(part, names, 1)
+            if not near:
+                return None
+            part = near[0]
+        found /= part
+    return found
 
 
 def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
@@ -349,25 +446,6 @@ def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
         raise ConfigError(f"{name}: this version cannot use {what}")
     check_pooling(cfg.pooling, has_projector=cfg.projector is not None)
     return cfg
-
-
-def from_run(path: Path) -> Encoder:
-    """The encoder of a run, or of one of its checkpoints, and its projector. Raises ConfigError."""
-    cfg, weights, file, projector = load_pretrained(path)
-    config = EncoderConfig(
-        front_end=cfg.front_end,
-        size=cfg.model.size,
-        clip_samples=round(cfg.data.clip_seconds * cfg.front_end.sample_rate),
-        positions=cfg.model.positions,
-        pooling=cfg.watch.pooling,
-        projector=(cfg.objective.projector_hidden, cfg.objective.projector_width) if projector else None,
-        pad=cfg.data.pad,
-    )
-    encoder = Encoder(parse_config(dataclasses.asdict(config), str(run_of(path) / CONFIG)))
-    load_weights(encoder.vit, weights, file)
-    if encoder.projector is not None:
-        load_weights(encoder.projector, projector or {}, file)
-    return encoder
 
 
 def _fill(chunk: torch.Tensor, samples: int, pad: str) -> torch.Tensor:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_bytes
 
 from ajepa.config import Config
 from ajepa.evaluation import plots
@@ -17,6 +16,7 @@ from ajepa.training.engine import Engine
 from ajepa.training.run_log import RunLog
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.run_folder import read_metrics
+from ajepa.utils.tensor_files import write_tensors
 
 Baselines = dict[str, float | None]
 
@@ -119,8 +119,7 @@ def write_encoder(cfg: Config, folder: Path, encoder: torch.nn.Module, projector
     """Write `encoder.safetensors`, and `projector.safetensors` if the run has a projector."""
     for name, module in (("projector", projector), ("encoder", encoder)):
         if module is not None:
-            weights = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
-            write_atomic(folder / f"{name}.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
+            write_tensors(folder / f"{name}.safetensors", module.state_dict(), preset=cfg.preset)
 
 
 def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines: Baselines) -> None:
