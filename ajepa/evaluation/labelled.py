@@ -56,7 +56,7 @@ class Material(NamedTuple):
     float_scale: float
     left_out: str | None = None
 
-    def index(self) -> Index:
+    def read(self) -> Index:
         """Raises DataError if the source is gone or has changed."""
         index = build_index(self.data, where=self.where, label_column=self.label, float_scale=self.float_scale)
         if self.left_out is None:
@@ -94,7 +94,7 @@ def seen_in_training(index: Index, known: Iterable[Material]) -> np.ndarray | No
     how = None
     for material in known:
         try:
-            trained = material.index()
+            trained = material.read()
         except (DataError, OSError):
             print(f"warning: {material.data} was trained on and cannot be read, so test recordings may be among it",
                   file=sys.stderr)  # fmt: skip

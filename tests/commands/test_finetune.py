@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,14 +14,19 @@ from safetensors.torch import load_file
 from ajepa import finetune, probe
 from ajepa.config import PRESETS
 from ajepa.data.sources.listing import DataError
+from ajepa.encoder import open_encoder
 from ajepa.evaluation import classifier
 from ajepa.evaluation.classifier import Classifier, key_mask, mixup, parameter_groups, spec_augment, split_labels
 from ajepa.finetune import Arguments, Tuner, learning_rate, load_classifier
 from ajepa.model.frontend import FrontEnd
-from ajepa.model.pretrained import load_pretrained
+from ajepa.model.jepa import Encoder as ViT
 from ajepa.utils.run_folder import checkpoints
 
 CFG = PRESETS["tiny"]
+
+
+def classifier_of(classes):
+    return Classifier(ViT(CFG.model, CFG.front_end), CFG.front_end, classes)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def arguments(run, manifest, out, *more):
 
 def test_masked_keys_attend_but_are_not_attended_to():
     torch.manual_seed(0)
-    model = Classifier(CFG, 5).eval()
+    model = classifier_of(5).eval()
     N = CFG.front_end.n_patches
     patches, lengths = torch.randn(2, N, CFG.front_end.patch_dim), torch.tensor([32_000, 9_000])
     real = torch.tensor([N, 24])  # 9,000 samples make 17 frames, or three columns of eight patches
@@ -67,7 +71,7 @@ def test_masked_keys_attend_but_are_not_attended_to():
 
 
 def test_logits_pool_real_tokens_only():
-    model = Classifier(CFG, 3).eval()
+    model = classifier_of(3).eval()
     pcm = torch.randint(-9999, 9999, (1, 32_000), dtype=torch.int16)
     lengths = torch.tensor([9_000])
     loud = pcm.clone()
@@ -78,7 +82,7 @@ def test_logits_pool_real_tokens_only():
 
 
 def test_deeper_layers_have_lower_learning_rates():
-    model = Classifier(CFG, 3)
+    model = classifier_of(3)
     scale = {p: (g["scale"], g["weight_decay"]) for g in parameter_groups(model, 0.5, 0.05) for p in g["params"]}
     assert len(scale) == len(list(model.parameters()))
     assert scale[model.head.weight] == (1, 0.05) and scale[model.head.bias] == (1, 0)
@@ -205,10 +209,9 @@ def test_fine_tuning_starts_from_the_ema_target_encoder(run, manifest, tmp_path,
 
 
 def test_masking_is_off_when_scoring(run, manifest, monkeypatch):
-    cfg = replace(load_pretrained(run)[0])
     args = Arguments(str(run), str(manifest), "fold=3", label="label")
     task, _ = finetune.open_task(args)
-    tuner = Tuner(args, cfg, 2, 10)
+    tuner = Tuner(args, open_encoder(run), 2, 10)
     shares = []
     monkeypatch.setattr(classifier, "key_mask", lambda *a: shares.append(a))
     tuner.score(task, [])
