@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -146,12 +147,10 @@ def probe(args: Arguments) -> dict[str, Any]:
     features: dict[str, Embedded] = {}
     baseline = LogMelFeatures(log_mel_spec(config.front_end, args.log_mel))
     passes: list[dict[str, Any]] = [{UNTRAINED: untrained(opened)}, {TRAINED: opened.encoder, LOG_MEL: baseline}]
-    with autocast_of(device, precision):
-        for sources in passes:
-            sources = {name: source_of(x, device, precision) if isinstance(x, Encoder) else x
-                       for name, x in sources.items()}  # fmt: skip
-            items, made = embed(index, sources, config.clip_samples, kinds, **options)
-            features |= made
+    for encoders in passes:
+        sources = {n: source_of(x, device, precision) if isinstance(x, Encoder) else x for n, x in encoders.items()}
+        items, made = embed(index, sources, config.clip_samples, kinds, **options)
+        features |= made
     if any(len(x.clips) != len(items) for x in features.values()):
         raise DataError(f"{args.data}: its files changed while they were read; run again")
     for name, x in features.items():
@@ -226,7 +225,8 @@ def source_of(encoder: Encoder, device: torch.device, precision: str) -> Encoder
     key = f"{tensors_hash(encoder.vit.state_dict())} {config.positions} {'bf16' if bf16 else 'fp32'} {config.layers}"
     key += f" {config.norm_eps}" + (f" {tensors_hash(projector.state_dict())}" if projector else "")
     front_end = FrontEnd(config.front_end, dtype=torch.bfloat16 if bf16 else torch.float32)
-    return EncoderFeatures(encoder.vit, front_end, config.front_end, key, config.layers, projector)
+    autocast = partial(autocast_of, device, precision)
+    return EncoderFeatures(encoder.vit, front_end, config.front_end, key, config.layers, projector, autocast)
 
 
 def check_memory(index: Index, encoder: Encoder, args: Arguments) -> None:

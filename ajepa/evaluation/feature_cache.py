@@ -4,6 +4,7 @@ A recording is cut into chunks of the encoder's clip length. Each chunk is encod
 real time patches of all chunks. Shapes: R chunks, n recordings, F x T patches per chunk, C channels.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -78,17 +79,20 @@ class EncoderFeatures:
     key: str  # identifies the weights
     layers: str = "last"  # see `encode_real`
     projector: torch.nn.Module | None = None  # in evaluation mode, for the pooling "projection"
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # of its computations
 
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `[R, F, T, C]`, and the number of real columns among the T, `[R]`."""
         columns = real_columns(self.spec, lengths)
-        latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns, self.layers)
+        with self.autocast():
+            latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns, self.layers)
         return latents.float().unflatten(1, self.spec.grid), columns
 
     def pool(self, x_RFTC, columns_R, owner_R, n: int, kind: str) -> list[torch.Tensor]:
         """Return one tensor per recording."""
         if kind != "tokens":
-            return list(pool_recordings(statistics(x_RFTC, columns_R), owner_R, n, kind, self.projector))
+            with self.autocast():
+                return list(pool_recordings(statistics(x_RFTC, columns_R), owner_R, n, kind, self.projector))
         real = torch.arange(x_RFTC.shape[2], device=x_RFTC.device) < columns_R[:, None]
         x = x_RFTC.transpose(1, 2)[real].half()  # [real columns, F, C]
         counts = columns_R.new_zeros(n).index_add(0, owner_R, columns_R) * x.shape[1]
