@@ -5,14 +5,17 @@ Shapes: B clips, T samples, T' frames (time patches or chunks), F frequency patc
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -45,6 +48,9 @@ from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_PATIENCE = 3.0  # seconds in which the hub must answer
+MOST_PATCHES = 2**16  # of a clip; also the largest width, so that no configuration asks for too much memory
+LOWEST = 1_000  # sampling rate in Hz; a smaller number is a rate in kHz
+MOST_CHANNELS = 32  # of a recording; clips of as few samples are not audio
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording needs
 MODEL_CARD = """---
 {{ card_data }}
@@ -94,6 +100,20 @@ class Chunk(NamedTuple):
 
 
 _ADAPTER = TypeAdapter(EncoderConfig)
+Waveform = torch.Tensor | np.ndarray | Sequence  # what `Encoder` takes as audio
+
+
+def _without_graph(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Let a method of the encoder keep what gradients need in training mode only."""
+
+    @functools.wraps(method)
+    def run(self: "Encoder", *arguments: Any, **options: Any) -> torch.Tensor:
+        if torch.compiler.is_exporting():  # an exported program has no modes of gradients
+            return method(self, *arguments, **options)
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return method(self, *arguments, **options)
+
+    return run
 
 
 class Encoder(
@@ -192,20 +212,25 @@ class Encoder(
             plan.append(Chunk(start, samples, max(1, frames)))
         return plan
 
+    @_without_graph
     def forward(
-        self, waveform: torch.Tensor, sampling_rate: int | None = None, lengths: torch.Tensor | None = None
+        self, waveform: Waveform, sampling_rate: int | None = None, lengths: Sequence[int] | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Frame embeddings `[B, T', D]`, float32, on the device of the weights.
 
+        Gradients of the weights are kept only in training mode, `encoder.train()`. The result may in any mode be the
+        input of a network that is trained.
+
         Args:
-            waveform: mono, `[B, T]` or `[T]` (then B = 1); floating point in [-1, 1], or int16.
+            waveform: mono, `[B, T]` or `[T]` (then B = 1), floating point in [-1, 1] or int16: a tensor, a numpy array,
+                a list of samples, or a list of clips, which may differ in length and then need no `lengths`.
             sampling_rate: rate of `waveform` in Hz; a waveform of another rate is resampled. None: the encoder's rate.
             lengths: integers `[B]`, the number of samples of each clip. The rest of its row is ignored, and the result
                 is zero after the clip's own frames (`sum(c.frames for c in encoder.chunks(n))`). None: all T samples.
 
         Raises:
             TypeError: the dtype is neither floating point nor int16.
-            ValueError: invalid shape, rate or lengths, or a clip without samples.
+            ValueError: invalid shape, rate or lengths, a clip without samples, or samples that are NaN or infinite.
         """
         pcm, sizes = self._resampled(waveform, sampling_rate, lengths)
         plan = [(b, chunk) for b, n in enumerate(sizes) for chunk in self.chunks(n)]
@@ -217,8 +242,9 @@ class Encoder(
                 parts[b].append(x[: chunk.frames])
         return nn.utils.rnn.pad_sequence([torch.cat(x) for x in parts], batch_first=True)
 
+    @_without_graph
     def embed(
-        self, waveform: torch.Tensor, sampling_rate: int | None = None, lengths: torch.Tensor | None = None
+        self, waveform: Waveform, sampling_rate: int | None = None, lengths: Sequence[int] | torch.Tensor | None = None
     ) -> torch.Tensor:
         """One embedding per clip, `[B, D]`, float32, pooled over all real time patches of all its chunks.
 
@@ -237,7 +263,7 @@ class Encoder(
 
     def _resampled(self, waveform, sampling_rate, lengths) -> tuple[torch.Tensor, list[int]]:
         """The clips `[B, T]` at the encoder's rate and on its device, and the number of samples of each."""
-        pcm, sizes = _checked(waveform, lengths)
+        pcm, sizes = _checked(waveform, sampling_rate, lengths)
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             ends = torch.tensor(sizes, device=pcm.device)
             pcm = resample(pcm, sampling_rate, self.sampling_rate, lengths=ends, dtype=torch.float32)
@@ -440,10 +466,18 @@ def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
     except (ValidationError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name} is not the configuration of an encoder: {reason}") from error
+    spec, (rows, columns), projector = cfg.front_end, grid, cfg.projector or (1, 1)
     unknown = raw.keys() - dataclasses.asdict(cfg).keys()
-    if unknown or min(grid) < 1 or cfg.clip_samples < cfg.front_end.min_samples:
-        what = f"unknown settings {sorted(unknown)}" if unknown else f"clip_samples {cfg.clip_samples} and grid {grid}"
-        raise ConfigError(f"{name}: this version cannot use {what}")
+    for usable, what in (
+        (not unknown, f"unknown settings {sorted(unknown)}"),
+        (min(grid) >= 1 and rows * columns <= MOST_PATCHES, f"a grid of {rows} x {columns} patches"),
+        (spec.patch_dim <= MOST_PATCHES, f"patches of {spec.patch[0]} x {spec.patch[1]}"),
+        (spec.min_samples <= cfg.clip_samples <= 86_400 * spec.sample_rate, f"clip_samples {cfg.clip_samples}"),
+        (all(1 <= width <= MOST_PATCHES for width in projector), f"a projector of widths {projector}"),
+        (0 < cfg.norm_eps < 1, f"norm_eps {cfg.norm_eps}"),
+    ):
+        if not usable:
+            raise ConfigError(f"{name}: this version cannot use {what}")
     check_pooling(cfg.pooling, has_projector=cfg.projector is not None)
     return cfg
 
@@ -455,20 +489,56 @@ def _fill(chunk: torch.Tensor, samples: int, pad: str) -> torch.Tensor:
     return nn.functional.pad(chunk, (0, samples - len(chunk)))
 
 
-def _checked(waveform: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
+def _checked(
+    waveform: Waveform, rate: int | None, lengths: Sequence[int] | torch.Tensor | None
+) -> tuple[torch.Tensor, list[int]]:
     """The clips `[B, T]`, int16 or float32, and the number of samples of each."""
-    if waveform.dim() not in (1, 2):
-        raise ValueError(f"Encoder: waveform must be [B, T] or [T], got {list(waveform.shape)}; average the channels")
-    if waveform.dtype != torch.int16 and not waveform.is_floating_point():
-        raise TypeError(f"Encoder: waveform must be int16 or floating point, got {waveform.dtype}")
-    pcm = waveform[None] if waveform.dim() == 1 else waveform
+    if rate is not None and (type(rate) is bool or not isinstance(rate, (int, np.integer)) or rate < LOWEST):
+        raise ValueError(f"Encoder: sampling_rate must be whole Hz from {LOWEST} up, such as 44100, got {rate!r}")
+    if isinstance(waveform, (list, tuple)) and waveform and not isinstance(waveform[0], (float, int)):
+        if lengths is not None:
+            raise ValueError("Encoder: a list of clips has lengths of its own: leave out lengths")
+        clips = [_tensor(clip) for clip in waveform]
+        if {clip.dim() for clip in clips} != {1} or len({clip.dtype for clip in clips}) > 1:
+            shapes = ", ".join(f"{clip.dtype} {list(clip.shape)}" for clip in clips[:4])
+            raise ValueError(f"Encoder: the clips of a list must be [T] and of one dtype, got {shapes}")
+        lengths = [len(clip) for clip in clips]
+        pcm = nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    else:
+        pcm = _tensor(waveform)
+    if pcm.dim() not in (1, 2):
+        raise ValueError(f"Encoder: waveform must be [B, T] or [T], got {list(pcm.shape)}; average the channels")
+    if pcm.dim() == 2 and pcm.shape[1] <= MOST_CHANNELS < len(pcm):
+        raise ValueError(
+            f"Encoder: waveform must be [B, T] or [T], and {list(pcm.shape)} looks like [T, channels]; average the "
+            "channels: waveform.mean(1)"
+        )
+    if pcm.dtype != torch.int16 and not pcm.is_floating_point():
+        raise TypeError(f"Encoder: waveform must be int16 or floating point, got {pcm.dtype}")
+    pcm = pcm[None] if pcm.dim() == 1 else pcm
     sizes = [pcm.shape[1]] * len(pcm)
     if lengths is not None:
+        lengths = torch.as_tensor(lengths)
         if lengths.shape != pcm.shape[:1] or lengths.is_floating_point():
             raise ValueError(
                 f"Encoder: lengths must be integers [{len(pcm)}], got {lengths.dtype} {list(lengths.shape)}"
             )
         sizes = [int(n) for n in lengths.tolist()]
     if not sizes or min(sizes) < 1 or max(sizes) > pcm.shape[1]:
-        raise ValueError(f"Encoder: every clip must have 1 to {pcm.shape[1]} samples, got {sizes}")
-    return pcm if pcm.dtype == torch.int16 else pcm.float(), sizes
+        raise ValueError(f"Encoder: every clip must have samples, {pcm.shape[1]} at most, got {sizes[:8]}")
+    pcm = pcm if pcm.dtype == torch.int16 else pcm.float()
+    if not torch.compiler.is_compiling() and not pcm.isfinite().all():  # maybe in what `lengths` leaves out
+        bad = [b for b, n in enumerate(sizes) if not pcm[b, :n].isfinite().all()]
+        if bad:
+            raise ValueError(f"Encoder: clips {bad[:8]} have samples that are NaN or infinite: remove or repair them")
+    return pcm, sizes
+
+
+def _tensor(samples: Waveform) -> torch.Tensor:
+    if isinstance(samples, torch.Tensor):
+        return samples
+    try:
+        array = np.asarray(samples)
+        return torch.tensor(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"Encoder: waveform must be a tensor, an array or a list of numbers: {error}") from None

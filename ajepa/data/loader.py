@@ -59,8 +59,8 @@ class AudioLoader:
         state: `state_dict()` of the loader that this one continues.
 
     Raises:
-        ValueError: an argument is out of range, or `state` is of another stream; the message names the field.
-        DataError: the index is empty, or (from `next`) no usable file is left.
+        DataError: an argument is out of range, `state` is of another stream, the batches do not fit into memory, the
+            index is empty, or (from `next`) no usable file is left. The message names the argument or field.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class AudioLoader:
     ):
         _check_arguments(index, sample_rate, clip_samples, batch_size, pad, crop)
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in 0..world_size - 1 = {world_size - 1}")
+            raise DataError(f"rank {rank} is not in 0..world_size - 1 = {world_size - 1}")
         if gain_db < 0 or prefetch < 1 or seed < 0:
-            raise ValueError(
+            raise DataError(
                 f"gain_db and seed must be 0 or more and prefetch 1 or more, got {gain_db}, {seed} and {prefetch}"
             )
         self.index = index
@@ -139,12 +139,12 @@ class AudioLoader:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continues after the batch at which `state` was saved. Raises ValueError for a state of another stream."""
+        """Continues after the batch at which `state` was saved. Raises DataError for a state of another stream."""
         if state.get("format") != STATE_FORMAT:
-            raise ValueError(f"the data state has format {state.get('format')}, expected format {STATE_FORMAT}")
+            raise DataError(f"the data state has format {state.get('format')}, expected format {STATE_FORMAT}")
         for name in STREAM_FIELDS:
             if state[name] != getattr(self._stream, name):
-                raise ValueError(
+                raise DataError(
                     f"the data state was saved with {name}={state[name]}, this run has {getattr(self._stream, name)}: "
                     f"keep {name} to resume"
                 )
@@ -241,11 +241,11 @@ def _check_arguments(index: Index, sample_rate: int, clip_samples: int, batch_si
         raise DataError(f"{index.source}: the index is empty")
     for name, value in (("sample_rate", sample_rate), ("clip_samples", clip_samples), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+            raise DataError(f"{name} must be 1 or more, got {value}")
     if pad not in ("cyclic", "zero"):
-        raise ValueError(f"pad must be 'cyclic' or 'zero', got {pad!r}")
+        raise DataError(f"pad must be 'cyclic' or 'zero', got {pad!r}")
     if crop not in ("random", "start", "center"):
-        raise ValueError(f"crop must be 'random', 'start' or 'center', got {crop!r}")
+        raise DataError(f"crop must be 'random', 'start' or 'center', got {crop!r}")
 
 
 def _fraction(crop: str) -> float:
