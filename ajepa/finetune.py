@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from sklearn.metrics import average_precision_score
 
 from ajepa.config import ConfigError, ModelConfig
 from ajepa.data.index import DataError, Index, build_index
@@ -209,6 +208,8 @@ class Tuner:
             raise ConfigError("the fine-tuned weights are not finite: lower --lr, and add --overwrite to begin anew")
         if not self.args.multi_label:
             return {"accuracy": (chances.argmax(-1) == targets.argmax(-1)).double().mean().item()}
+        from sklearn.metrics import average_precision_score  # takes a second
+
         present = targets.any(0)
         precisions = average_precision_score(targets[:, present].numpy(), chances[:, present].numpy(), average=None)
         return {"mAP": float(np.mean(precisions))}

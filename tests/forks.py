@@ -67,6 +67,8 @@ def _serve() -> None:
 
     with contextlib.suppress(ImportError):  # DALI is optional: plain PCM is read without it
         from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (DALI is the slowest import)
+    import ajepa.finetune
+    import ajepa.probe  # loads scikit-learn, which is slow
     import ajepa.train  # noqa: F401
 
     for line in sys.stdin:
