@@ -468,7 +468,7 @@ def test_recordings_are_recognised_by_path_content_and_name(tones, tmp_path, mon
     assert recognise(build_index(tmp_path / "copy"), trained).tolist() == [""] + ["content"] * 19
     assert recognise(build_index(tmp_path / "a.tar"), trained).tolist() == ["content", "content", ""]
     assert recognise(build_index(tones / "high"), trained).tolist() == [""] * 20
-    monkeypatch.setattr(labelled, "MOST", 3)  # too many recordings to read: only those of equal names are compared
+    monkeypatch.setattr(labelled, "MOST", 0)  # too many recordings to read: only those of equal names are compared
     assert recognise(build_index(tmp_path / "copy"), trained).tolist() == [""] + ["content"] * 19
     assert recognise(build_index(tmp_path / "a.tar"), trained).tolist() == [""] * 3
 
@@ -498,7 +498,7 @@ def test_recordings_of_a_source_that_is_gone_may_have_been_trained_on(run, tones
 
 
 def test_the_synthetic_set_is_recognised(tmp_path, monkeypatch):
-    made = make_synthetic(tmp_path / "set", n_clips=20, seconds=0.5)
+    made = make_synthetic(tmp_path / "set", n_clips=88, seconds=0.5)
     monkeypatch.setattr(labelled, "default_set", lambda seconds, rate: made)
     how = seen_in_training(build_index(made), materials(PRESETS["tiny"], tmp_path))
     splits = build_index(made).metadata["split"]
@@ -590,6 +590,7 @@ def shrink(patch):
 def main_with_a_micro_model(argv):
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
+        patch.setattr(probes, "EPOCHS", 2)
         return probe.main(argv)
 
 
@@ -598,7 +599,7 @@ def test_killed_at_20_moments_a_probe_repeats_to_the_same_result(manifest, tmp_p
     monkeypatch.setenv("AJEPA_CACHE", str(tmp_path / "cache"))
     spec = dataclasses.replace(PRESETS["tiny"].front_end, n_frames=16)
     ajepa.Encoder(EncoderConfig(spec, "tiny", 8_000)).save_pretrained(tmp_path / "micro")
-    argv = [str(tmp_path / "micro"), "--data", str(manifest), "--label", "kind", "--folds", "fold", "--map", "pca"]
+    argv = [str(tmp_path / "micro"), "--data", str(manifest), "--label", "kind", "--test", "fold=1", "--map", "pca"]
     micro, log = {"call": "test_probe:main_with_a_micro_model"}, tmp_path / "log"
 
     def result(out):
@@ -606,14 +607,17 @@ def test_killed_at_20_moments_a_probe_repeats_to_the_same_result(manifest, tmp_p
         del found["settings"]["out"]
         return {key: value for key, value in found.items() if key not in ("seconds", "sha256")}
 
-    began = time.monotonic()
-    assert forks.run([*argv, "--out", str(tmp_path / "whole")], log, **micro) == 0, log.read_text()
-    seconds, rng, killed = time.monotonic() - began, np.random.default_rng(3), 0
+    for _ in range(2):  # the first one waits until the server has started
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        began = time.monotonic()
+        assert forks.run([*argv, "--out", str(tmp_path / "whole")], log, **micro) == 0, log.read_text()
+        seconds = time.monotonic() - began
+    rng, killed = np.random.default_rng(3), 0
     for kill in range(20):
-        if kill % 4 == 0:  # else the features of before are found
+        if kill % 3 == 0:  # else the features of before are found
             shutil.rmtree(tmp_path / "cache")
         pid = forks.start([*argv, "--out", str(tmp_path / "cut")], log, **micro)
-        time.sleep(rng.uniform(0, 0.8) * seconds)
+        time.sleep(rng.uniform(0, 0.9) * seconds)
         os.kill(pid, signal.SIGKILL)
         status = forks.wait(pid)
         assert status in (-signal.SIGKILL, 0), log.read_text()
