@@ -64,6 +64,7 @@ class Forks:
 
 def _serve() -> None:
     import torch
+    import torch._dynamo  # which every optimiser loads
 
     with contextlib.suppress(ImportError):  # DALI is optional: plain PCM is read without it
         from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (DALI is the slowest import)
