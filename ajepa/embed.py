@@ -33,14 +33,13 @@ from ajepa.config import ConfigError, Pooling
 from ajepa.data.columns import Entry
 from ajepa.data.formats.audiofile import BadAudio, inspect, reason_of, stat_file
 from ajepa.data.index import DataError, build_index
-from ajepa.data.reader import iterate_entry
+from ajepa.data.reader import iterate_resampled
 from ajepa.data.shards import SUFFIX as SHARD
 from ajepa.data.sources.source import MANIFESTS
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
 from ajepa.model.pooling import Layers, Statistics
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
-from ajepa_kernels import Resampler
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")
 
@@ -227,7 +226,7 @@ def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Ite
     name, clip, stride = entry.name, encoder.config.clip_samples, encoder.stride
     kept = encoder.chunks(clip + 1)[0].frames
     buffer, held = np.empty(0, np.float32), None
-    for block in _resampled(entry, encoder.sampling_rate, float_scale):
+    for block in iterate_resampled(entry, encoder.sampling_rate, float_scale):
         buffer = np.concatenate([buffer, block])
         while len(buffer) > clip:
             if held is not None:
@@ -240,16 +239,6 @@ def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Ite
         if not len(buffer):
             raise BadAudio("no samples")
         yield Piece(name, torch.from_numpy(buffer), max(1, frames), True)
-
-
-def _resampled(entry: Entry, rate: int, float_scale: float) -> Iterator[np.ndarray]:
-    """Blocks of mono float32 at `rate` Hz."""
-    stream = Resampler(entry.sample_rate, rate, downmix=True)
-    for block in iterate_entry(entry, float_scale):
-        if block.dtype != np.int16 and not np.isfinite(block).all():
-            raise BadAudio("samples that are not finite (NaN or infinity)")
-        yield stream.push(torch.from_numpy(block)).numpy()
-    yield stream.finish().numpy()
 
 
 # --- output formats -------------------------------------------------------------------------------------------------

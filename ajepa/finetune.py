@@ -192,17 +192,19 @@ class Tuner:
 
         A recording longer than a clip is cut into clips, and their probabilities are averaged.
         """
-        scores, rows = [], []
         samples = self.config.clip_samples
+        total, weights = torch.zeros(len(task.test), task.targets.shape[1]), torch.zeros(len(task.test), 1)
+        read = torch.zeros(len(task.test), dtype=torch.bool)
         for batch in read_chunks(task.test, self.config.front_end, samples, self.reading, skipped):
             parts = zip(batch.pcm.split(CHUNKS_AT_ONCE), batch.lengths.split(CHUNKS_AT_ONCE), strict=True)
             logits = torch.cat([self.logits(pcm, lengths) for pcm, lengths in parts])
             chances = logits.sigmoid() if self.args.multi_label else logits.softmax(-1)
             weight = batch.lengths[:, None].float()  # a short tail has little weight
-            total = torch.zeros(len(batch.items), chances.shape[1]).index_add(0, batch.owner, chances * weight)
-            scores.append(total / torch.zeros(len(batch.items), 1).index_add(0, batch.owner, weight).clamp(min=1))
-            rows.append(batch.items)
-        chances, labels = torch.cat(scores), torch.from_numpy(task.test.labels)[torch.cat(rows)]
+            rows = batch.items[batch.owner]
+            total.index_add_(0, rows, chances * weight)
+            weights.index_add_(0, rows, weight)
+            read[batch.items] = batch.complete
+        chances, labels = (total / weights.clamp(min=1))[read], torch.from_numpy(task.test.labels)[read]
         targets = task.of(labels)
         if not chances.isfinite().all():
             raise ConfigError("the fine-tuned weights are not finite: lower --lr, and add --overwrite to begin anew")

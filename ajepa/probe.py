@@ -237,8 +237,9 @@ def check_memory(index: Index, encoder: Encoder, args: Arguments) -> None:
     samples = float(resampled_lengths(index, config.front_end.sample_rate).sum())
     tokens = 0.0
     if "attentive" in args.heads:  # float16, of all time patches
-        for spec, values in ((config.front_end, 2 * rows * width), (log_mel, 2 * log_mel.n_mels)):
-            tokens += 2 * values * (samples / (spec.hop_length * spec.patch[1]) + len(index))
+        columns, frames = (samples / (x.hop_length * x.patch[1]) + len(index) for x in (config.front_end, log_mel))
+        of_encoder, of_log_mel = 2 * rows * width * columns, 4 * log_mel.n_mels * frames
+        tokens = 2 * of_encoder + of_log_mel + 3 * max(of_encoder, of_log_mel)  # joining and caching one takes copies
     need, free = clips + tokens + 16 * len(np.unique(index.labels)) ** 2, available_memory()
     if need > free:
         remedy = "leave attentive out of --heads, " if tokens > clips else ""

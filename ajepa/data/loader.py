@@ -24,11 +24,13 @@ import torch
 from ajepa.data.batch import Assembler, Batch, Pad, arrive
 from ajepa.data.decode import Decoder, open_reader
 from ajepa.data.index import DataError, Index
-from ajepa.data.reader import Plan, Reader, default_threads
+from ajepa.data.reader import Plan, Reader, default_threads, local_ranks
 from ajepa.utils.counter_rng import hash64
+from ajepa.utils.devices import available_memory
 
 Crop = Literal["random", "start", "center"]
 STATE_FORMAT = 2
+SPARE = 3  # batches besides the `prefetch` that are ready: one is being assembled, the caller holds one, one is spare
 # The order of the samples depends on these fields: a state with other values describes another stream.
 STREAM_FIELDS = ("seed", "global_batch", "shuffle")
 PERMUTATION, CROP, GAIN = range(3)  # purposes of the hash
@@ -97,6 +99,7 @@ class AudioLoader:
         self._device = device
         self._threads, self._prefetch = threads or default_threads(), prefetch
         self._stream = _Stream(len(index), batch_size, seed, rank, world_size, shuffle, crop, gain_db)
+        self._check_memory()
         self._worker: _Worker | None = None
         self._last: dict[str, Any] = {"batches": 0, "first": 0, "dali": None, "skipped": {}}
         if state is not None:
@@ -170,6 +173,18 @@ class AudioLoader:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _check_memory(self) -> None:
+        """Raise DataError if the batches that are held at once, by all ranks of this machine, exceed its memory."""
+        ranks, batches, samples = local_ranks(), self._prefetch + SPARE, self._clip["clip_samples"]
+        need, free = 2 * ranks * batches * self.batch_size * samples, available_memory()
+        if need > free:
+            raise DataError(
+                f"{batches} batches of {self.batch_size:,} clips of {samples / self._clip['sample_rate']:,.4g} s"
+                f"{f' for each of {ranks} ranks' * (ranks > 1)} need {need / 1e9:,.1f} GB of memory, and "
+                f"{free / 1e9:,.1f} GB are free: lower --batch-size, --prefetch, or the length of the clips "
+                "(--clip-seconds, --source-seconds)"
+            )
+
     def _start(self) -> "_Worker":
         last = self._last
         reader = open_reader(
@@ -183,8 +198,7 @@ class AudioLoader:
             skipped=last["skipped"],
             **self._clip,
         )
-        # One batch is being assembled, `prefetch` are ready, the caller holds one, and one is spare.
-        return _Worker(reader, Assembler(reader, self._pad, self._prefetch + 3, self._device), self._prefetch)
+        return _Worker(reader, Assembler(reader, self._pad, self._prefetch + SPARE, self._device), self._prefetch)
 
 
 def iterate_once(

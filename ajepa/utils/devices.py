@@ -12,6 +12,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+GROUPS = Path("/sys/fs/cgroup")
+
 
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" means the GPU if there is one, else the CPU."""
@@ -53,12 +55,42 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of a CPU's memory that can still be taken, with what the system would free; `sys.maxsize` if unknown."""
-    try:
+    """Bytes of a CPU's memory that can still be taken; `sys.maxsize` if the system does not say.
+
+    It is the least of what the machine has and of what the control groups of this process (a container, a batch job)
+    leave. Memory that the system would free, such as caches of files, counts as available.
+    """
+    free = sys.maxsize
+    with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return sys.maxsize
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):
+        own = Path("/proc/self/cgroup").read_text().splitlines()
+        for place in (line.split(":", 2) for line in own):
+            if place[1] in ("", "memory"):
+                free = min(free, _group_memory(place[1], place[2].strip("/")))
+    return free
+
+
+def _group_memory(controller: str, place: str) -> int:
+    """Bytes that a control group and those above it leave: version 2 has the controller "", version 1 "memory"."""
+    root, limit, usage = GROUPS / controller, "memory.limit_in_bytes", "memory.usage_in_bytes"
+    if not controller:
+        limit, usage = "memory.max", "memory.current"
+    free = sys.maxsize
+    for folder in (root / place, *(root / place).parents):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+            caches = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, most - used + int(caches.get("inactive_file", 0)))
+        if folder == root:
+            break
+    return max(0, free)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the memory of `device` that can still be taken."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def reserved_memory(device: torch.device) -> int:

@@ -31,6 +31,7 @@ from ajepa.evaluation.probes import Embedded, predict, validation_split
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder
 from ajepa.model.layers import Sequences
+from ajepa.model.pooling import statistics
 from ajepa.model.pretrained import load_pretrained
 from ajepa.training.corpus import load_evaluation
 from ajepa.training.engine import Engine
@@ -64,7 +65,7 @@ def features(encoder, pcm, lengths, kind):
     source = EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, "")
     with torch.no_grad():
         x, columns = source(pcm, lengths)
-    return torch.stack(source.pool(x, columns, torch.arange(len(pcm)), len(pcm), kind))
+    return source.pool(statistics(x, columns), torch.arange(len(pcm)), len(pcm), kind)
 
 
 @pytest.mark.parametrize("kind", ["mean", "concat"])
@@ -552,14 +553,14 @@ def test_memory_is_estimated_before_it_is_taken(run, tones, tmp_path, capsys, mo
 
 
 def test_the_estimate_of_memory_is_close(run, tones, tmp_path, monkeypatch, spied):
-    """What the features took lies between half of the estimate and the estimate."""
+    """The features take less, but not less than a quarter of it, because they are copied while they are cached."""
     seen = []
     monkeypatch.setattr(probe, "available_memory", lambda: seen.append(0) or 10**9)
     argv = [str(run), "--data", str(tones), "--heads", "attentive", "--map", "none", "--out", str(tmp_path / "out")]
     assert probe.main(argv) == 0
     tensors = [t for _, x in spied.values() for t in (x.clips, x.tokens)]
     took = sum(t.nbytes for t in tensors)
-    for room, fits in ((2 * took, True), (took - 1, False)):
+    for room, fits in ((4 * took, True), (took - 1, False)):
         monkeypatch.setattr(probe, "available_memory", lambda room=room: room)
         assert (probe.main(argv) == 0) == fits
 
