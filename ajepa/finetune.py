@@ -24,7 +24,16 @@ from ajepa.data.loader import AudioLoader
 from ajepa.encoder import CONFIG, WEIGHTS, EncoderConfig, Opened, open_encoder
 from ajepa.evaluation.classifier import Classifier, mixup, parameter_groups, spec_augment, split_labels
 from ajepa.evaluation.feature_cache import CHUNKS_AT_ONCE, read_chunks
-from ajepa.evaluation.labelled import SETTINGS, absent_classes, counts_of, labelled, materials, seen_in_training, ways
+from ajepa.evaluation.labelled import (
+    SETTINGS,
+    Material,
+    absent_classes,
+    counts_of,
+    labelled,
+    materials,
+    seen_in_training,
+    ways,
+)
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder as ViT
 from ajepa.model.pretrained import load_weights
@@ -43,7 +52,8 @@ from ajepa.utils.tensor_files import read_tensors, tensors_hash, write_tensors
 from ajepa_kernels import AdamWEMA
 
 RESULT, CLASSIFIER = "finetune.json", "classifier.safetensors"
-MAY_CHANGE = ("resume", "overwrite", "out", "device", "keep")  # settings that a continued fine-tuning may change
+# Settings that a continued fine-tuning may change. The encoder may have another name, but not other weights.
+MAY_CHANGE = ("run", "resume", "overwrite", "out", "device", "keep")
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,14 @@ class Task(NamedTuple):
 
     def of(self, labels_B: torch.Tensor) -> torch.Tensor:
         return self.targets[labels_B]
+
+
+class Start(NamedTuple):
+    """The encoder that a fine-tuning starts from."""
+
+    file: str
+    sha256: str  # of its weights
+    trained_on: list[Material]
 
 
 class Tuner:
@@ -235,6 +253,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
     """
     check(args)
     opened = open_encoder(args.run)
+    start = Start(str(opened.file), tensors_hash(opened.encoder.vit.state_dict()), materials(opened.run, opened.file))
     folder = out_folder(args)
     began = claim(folder, "fine-tuning")
     if began and args.overwrite:
@@ -242,10 +261,10 @@ def finetune(args: Arguments) -> dict[str, Any]:
         began = claim(folder, "fine-tuning")
     with locked(folder) as lock:
         if began:
-            done = continued(folder, args)
+            done = continued(folder, args, start)
             if done:
                 return done
-        return train(args, opened, folder, lock)
+        return train(args, opened, start, folder, lock)
 
 
 def out_folder(args: Arguments) -> Path:
@@ -256,18 +275,16 @@ def out_folder(args: Arguments) -> Path:
     return run_of(source) / "finetune" if source.is_dir() else Path("finetune", source.name)
 
 
-def train(args: Arguments, opened: Opened, folder: Path, lock: Lock) -> dict[str, Any]:
+def train(args: Arguments, opened: Opened, start: Start, folder: Path, lock: Lock) -> dict[str, Any]:
     """Train from the last checkpoint in `folder`, if there is one, to the last step."""
     run, spec = opened.run, opened.encoder.config.front_end
     pad: Literal["zero", "cyclic"] = "cyclic" if args.pad == "cyclic" else "zero"
     if args.pad == "run" and opened.encoder.config.pad == "cyclic":
         pad = "cyclic"
     encoder_config = fine_tuned(opened.encoder.config, pad)
-    checkpoint = {"file": str(opened.file), "sha256": tensors_hash(opened.encoder.vit.state_dict())}
     check_memory(args, encoder_config)
     task, skipped = open_task(args)
-    known = materials(run, opened.file)
-    begin(folder, args, encoder_config, known)
+    begin(folder, args, encoder_config, start)
     per_epoch = -(-len(task.train) // args.batch_size)
     steps = args.epochs * per_epoch
     tuner = Tuner(args, opened, len(task.classes), steps)
@@ -280,7 +297,7 @@ def train(args: Arguments, opened: Opened, folder: Path, lock: Lock) -> dict[str
         state=state["loader"] if state else None, **tuner.reading,
     )  # fmt: skip
     step, history = (state["step"], state["history"]) if state else (0, [])
-    how = seen_in_training(task.test, known)
+    how = seen_in_training(task.test, start.trained_on)
     seen = None if how is None else counts_of(how)
     if seen:
         print(f"warning: {sum(seen.values())} of the {len(task.test)} test recordings were pretrained on "
@@ -327,7 +344,7 @@ def train(args: Arguments, opened: Opened, folder: Path, lock: Lock) -> dict[str
             save()
             raise KeyboardInterrupt(f"stopped after step {step}; continue with --out {folder} --resume")
     lock.check()
-    return finish(args, encoder_config, folder, tuner, task, history, skipped, checkpoint, seen)
+    return finish(args, folder, tuner, task, history, skipped, start, seen)
 
 
 def fine_tuned(config: EncoderConfig, pad: Literal["zero", "cyclic"]) -> EncoderConfig:
@@ -364,7 +381,7 @@ def check(args: Arguments) -> None:
         raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
 
 
-def continued(folder: Path, args: Arguments) -> dict[str, Any] | None:
+def continued(folder: Path, args: Arguments, start: Start) -> dict[str, Any] | None:
     """Check that `args` continue the fine-tuning in `folder`. Returns its results if it has finished."""
     if not args.resume:
         raise ConfigError(f"{folder} holds a fine-tuning already: add --resume to continue it, --overwrite to begin "
@@ -374,6 +391,8 @@ def continued(folder: Path, args: Arguments) -> dict[str, Any] | None:
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} holds no {SETTINGS}, so it cannot be continued: add --overwrite") from error
     changed = [cli.flag(k) for k in wanted if old.get(k) != wanted[k]]
+    if old.get("sha256_of_encoder", start.sha256) != start.sha256:
+        changed.insert(0, f"the encoder (it was that of {old.get('encoder')})")
     if changed:
         raise ConfigError(f"--resume continues {folder} as it began; leave as they were {', '.join(changed)}")
     return read_json(folder / RESULT) if (folder / RESULT).exists() else None
@@ -383,9 +402,10 @@ def settings_of(args: Arguments) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_CHANGE}
 
 
-def begin(folder: Path, args: Arguments, config: EncoderConfig, known: list) -> None:
+def begin(folder: Path, args: Arguments, config: EncoderConfig, start: Start) -> None:
     """Write what the fine-tuning is. The settings come first, because they tell what the folder is for."""
-    write_json(folder / SETTINGS, {**settings_of(args), "trained_on": known})
+    about = {"encoder": start.file, "sha256_of_encoder": start.sha256, "trained_on": start.trained_on}
+    write_json(folder / SETTINGS, {**settings_of(args), **about})
     write_json(folder / CONFIG, dataclasses.asdict(config))
 
 
@@ -404,7 +424,7 @@ def open_task(args: Arguments) -> tuple[Task, list[tuple[str, str]]]:
     return task, skipped
 
 
-def finish(args, config, folder, tuner, task, history, skipped, checkpoint, seen) -> dict[str, Any]:
+def finish(args, folder, tuner, task, history, skipped, start: Start, seen) -> dict[str, Any]:
     """Write weights and results. `model.safetensors` and `config.json` make the folder readable as an encoder."""
     state = tuner.model.state_dict()
     encoder = {k.replace("encoder.", "vit.", 1): v for k, v in state.items() if k.startswith("encoder.")}
@@ -418,7 +438,7 @@ def finish(args, config, folder, tuner, task, history, skipped, checkpoint, seen
         "test": len(task.test),
         "seen_in_pretraining": None if seen is None else sum(seen.values()),
         "seen_by": seen,
-        "checkpoint": checkpoint,
+        "checkpoint": {"file": start.file, "sha256": start.sha256},
         "history": history,
         "skipped": [list(pair) for pair in skipped],
         "arguments": dataclasses.asdict(args),

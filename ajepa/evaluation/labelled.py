@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ajepa.config import Config
-from ajepa.data.columns import Entry
 from ajepa.data.formats.audiofile import cores
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.synthetic import TRAINING_ROWS, default_set
@@ -112,7 +111,7 @@ def recognise(index: Index, trained: Index) -> np.ndarray:
     same length. Segments are recognised by their whole recording, except in shards.
     """
     how = np.full(len(index), "", dtype=object)
-    origins, theirs = list(map(_origin, index.entries)), list(map(_origin, trained.entries))
+    origins, theirs = _origins(index), _origins(trained)
     known = set(theirs)
     how[[origin in known for origin in origins]] = "path"
     # Only recordings of equal size are read, which are few unless all are of one length.
@@ -125,13 +124,11 @@ def recognise(index: Index, trained: Index) -> np.ndarray:
     contents = set(_digests(trained, candidates)) - {None}
     how[[row for row, digest in zip(rows, _digests(index, rows), strict=True) if digest in contents]] = "content"
     if _shards(index) or _shards(trained):
-        lengths = defaultdict(list)
-        for origin, entry in zip(theirs, trained.entries, strict=True):
-            lengths[_tail(origin, 2)].append(entry.frames / entry.sample_rate)
+        seconds, lengths = _seconds(index), defaultdict(list)
+        for origin, length in zip(theirs, _seconds(trained), strict=True):
+            lengths[_tail(origin, 2)].append(length)
         for row in np.flatnonzero(how == "").tolist():
-            entry = index.entries[row]
-            seconds = entry.frames / entry.sample_rate
-            if any(abs(seconds - other) < TOLERANCE for other in lengths.get(_tail(origins[row], 2), ())):
+            if any(abs(seconds[row] - other) < TOLERANCE for other in lengths.get(_tail(origins[row], 2), ())):
                 how[row] = "name"
     return how
 
@@ -149,13 +146,21 @@ def _shards(index: Index) -> bool:
     return bool(len(index)) and index.entries[0].format.startswith("SHARD/")
 
 
-def _origin(entry: Entry) -> tuple[str, str]:
-    """File and member of a recording; for one in a shard, those that it was packed from."""
-    path, member = entry.path, entry.member
-    if entry.format.startswith("SHARD/"):
-        path, _, member = member.partition("#t=")[0].partition("!")
-    folder, name = os.path.split(path)
-    return os.path.join(_real(folder), name), member
+def _seconds(index: Index) -> list[float]:
+    numbers = index.entries.numbers
+    return (numbers["frames"] / numbers["sample_rate"]).tolist()
+
+
+def _origins(index: Index) -> list[tuple[str, str]]:
+    """File and member of each recording; for one in a shard, those that it was packed from."""
+    origins = []
+    packed = _shards(index)
+    for path, member in zip(index.entries.path, index.entries.member, strict=True):
+        if packed:
+            path, _, member = member.partition("#t=")[0].partition("!")
+        folder, name = os.path.split(path)
+        origins.append((os.path.join(_real(folder), name), member))
+    return origins
 
 
 @cache

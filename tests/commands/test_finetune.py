@@ -302,6 +302,9 @@ def test_overwrite_begins_anew_and_keeps_the_old_folder(run, manifest, tmp_path,
     assert "--resume to continue it, --overwrite to begin anew" in capsys.readouterr().err
     assert finetune.main(arguments(run, manifest, out, "--epochs", "1", "--lr", "1e-3", "--resume")) == 2
     assert "leave as they were --lr" in capsys.readouterr().err
+    first_checkpoint = sorted((run / "checkpoints").iterdir())[0]
+    assert finetune.main(arguments(first_checkpoint, manifest, out, "--epochs", "1", "--resume")) == 2
+    assert f"leave as they were the encoder (it was that of {run / 'encoder.safetensors'})" in capsys.readouterr().err
     assert finetune.main(arguments(run, manifest, out, "--epochs", "1", "--lr", "1e-3", "--overwrite")) == 0
     (old,) = tmp_path.glob("out.old-*")
     assert contents(old) == first
@@ -361,7 +364,7 @@ def test_killed_at_20_moments_a_fine_tuning_resumes_to_the_same_bits(manifest, t
     assert forks.run(again, log, **micro) == 0, log.read_text()
     ours, theirs = contents(broken), contents(whole)
     for name in ("finetune.json", "arguments.json"):
-        assert json.loads(ours.pop(Path(name)))["classes" if name == "finetune.json" else "run"]
+        assert json.loads(ours.pop(Path(name)))["classes" if name == "finetune.json" else "data"]
         theirs.pop(Path(name))
     assert ours == theirs and len(checkpoints(broken / "checkpoints")) == 24
     ours, theirs = (json.loads((folder / "finetune.json").read_text()) for folder in (broken, whole))
