@@ -82,7 +82,7 @@ def _group_memory(controller: str, place: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
             most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
             caches = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free = min(free, most - used + int(caches.get("inactive_file", 0)))
+            free = min(free, most - used + int(caches.get("total_inactive_file", caches.get("inactive_file", 0))))
         if folder == root:
             break
     return max(0, free)
