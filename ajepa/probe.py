@@ -402,4 +402,4 @@ def main(argv: list[str] | None = None) -> int:
 assert set(HEADS) == set(Head.__args__)  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
-    sys.exit(main(None))
+    sys.exit(main())

@@ -53,7 +53,7 @@ def _leave(*_: Any) -> None:
     os._exit(130)
 
 
-def command(main: Callable[..., int]) -> Callable[..., int]:
+def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`, which returns the exit status.
 
     A UserError or OSError becomes one line on stderr and status 2. Ctrl-C becomes one line and status 130: the message
