@@ -377,8 +377,7 @@ def check(args: Arguments) -> None:
             raise ConfigError(f"{cli.flag(name)} {getattr(args, name)}: must not be negative")
     if not 0 < args.layer_decay <= 1:
         raise ConfigError(f"--layer-decay {args.layer_decay}: must be above 0 and at most 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
+    choose_device(args.device)
 
 
 def continued(folder: Path, args: Arguments, start: Start) -> dict[str, Any] | None:

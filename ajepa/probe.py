@@ -121,6 +121,7 @@ def probe(args: Arguments) -> dict[str, Any]:
         raise ConfigError("--seeds must be 1 or more, and --heads must name at least one")
     if args.test and args.folds:
         raise ConfigError("--test and --folds are two ways to divide the recordings: give one")
+    device = choose_device(args.device)
     asked = {name: None if value == "run" else value for name, value in (("pooling", args.pooling),
                                                                          ("layers", args.layers))}  # fmt: skip
     opened = open_encoder(args.run, **asked)
@@ -137,7 +138,6 @@ def probe(args: Arguments) -> dict[str, Any]:
     divide(index, torch.arange(len(index)), args)  # report a wrong division before any work
     check_memory(index, opened.encoder, args)
     seen = seen_in_training(index, materials(run, opened.file))
-    device = choose_device(args.device)
     precision = run.precision if run else "auto"
     skipped = list(index.skipped)
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from ajepa.config import Config
-from ajepa.data.formats.audiofile import cores
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.synthetic import TRAINING_ROWS, default_set
+from ajepa.utils.cores import cores
 from ajepa.utils.json_files import read_json
 from ajepa.utils.run_folder import run_of
 

@@ -466,6 +466,8 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tmp_path, capsys):
 
     assert "--epochs" in refused("--epochs", "0")
     assert "--masked-keys" in refused("--masked-keys", "1")
+    if not torch.cuda.is_available():
+        assert "no CUDA device is here" in refused("--device", "cuda")
     assert "--lr nan: must be a finite number" in refused("--lr", "nan")
     assert "no such folder" in refused(start=tmp_path / "nothing")
     assert "config.json" in refused(start=tmp_path)
