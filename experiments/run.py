@@ -30,8 +30,8 @@ from questions import PRESETS_AS_THEY_ARE, QUESTIONS, SCALES, TEACHER
 
 from ajepa import config, probe, train
 from ajepa.config import Config, ConfigError
-from ajepa.data.index import DataError, Index, build_index, cache_root
-from ajepa.data.synthetic import make_synthetic
+from ajepa.data.index import DataError, Index, build_index
+from ajepa.data.synthetic import default_set
 from ajepa.model.masks import MaskSampler
 from ajepa.training import flops
 from ajepa.utils.atomic_files import write_atomic
@@ -317,9 +317,7 @@ def mean(records: list[dict[str, Any]], scored: list[tuple[str, str]]) -> dict[s
 
 def synthetic(cfg: Config) -> str:
     """Return the synthetic set that the run was trained on. `open_corpus` makes the same set."""
-    seconds = cfg.data.clip_seconds
-    return str(make_synthetic(cache_root() / "synthetic", n_clips=max(220, round(4_000 / seconds)),
-                              seconds=max(0.5, seconds), sample_rate=cfg.front_end.sample_rate))  # fmt: skip
+    return str(default_set(cfg.data.clip_seconds, cfg.front_end.sample_rate))
 
 
 def commit() -> str:
