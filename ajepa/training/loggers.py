@@ -1,0 +1,70 @@
+"""Where a run's scalars go besides `metrics.jsonl` (`--log`): one class for each library, which is imported with it."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from ajepa.config import Config, ConfigError
+from ajepa.utils.json_files import read_json, write_json
+
+
+class Logger(Protocol):
+    def add(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`. A resumed run hides what a killed one wrote after step `start`."""
+
+    def __init__(self, folder: Path, cfg: Config, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, named after the run folder. Its id stays in `wandb.json`, so that it can be resumed.
+
+    Its own variables apply, such as WANDB_MODE=offline and WANDB_PROJECT. It ignores the steps that a killed run logged
+    already; a resumed run repeats them with the same values.
+    """
+
+    def __init__(self, folder: Path, cfg: Config, start: int):
+        import wandb
+
+        file = folder / "wandb.json"
+        if not file.exists():
+            write_json(file, {"id": wandb.util.generate_id()})
+        try:
+            self.run: Any = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "ajepa"),
+                id=read_json(file)["id"],
+                name=folder.resolve().name,
+                config=dataclasses.asdict(cfg),
+                dir=folder,
+                resume="allow",
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--log wandb: {reason} (WANDB_MODE=offline logs without an account)") from None
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        self.run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_loggers(folder: Path, cfg: Config, start: int) -> list[Logger]:
+    """The loggers that `--log` names, for a run that continues after step `start`."""
+    classes = {"tensorboard": TensorBoard, "wandb": Wandb}
+    return [classes[name](folder, cfg, start) for name in cfg.watch.loggers]
