@@ -256,7 +256,7 @@ class WatchConfig:
 
     log_every: int = 10
     """Steps between two log lines."""
-    log: str = "tensorboard"
+    log_to: str = "tensorboard"
     """Where the metrics go besides metrics.jsonl, separated by commas: tensorboard, wandb. none: nowhere else."""
     watch_every: int = 1_000
     """Steps between two evaluations of the features: variance, effective rank and kNN."""
@@ -282,8 +282,8 @@ class WatchConfig:
 
     @property
     def loggers(self) -> tuple[str, ...]:
-        """The names in `log`, each once."""
-        names = (name.strip() for name in self.log.split(","))
+        """The names in `log_to`, each once."""
+        names = (name.strip() for name in self.log_to.split(","))
         return tuple(dict.fromkeys(name for name in names if name and name != "none"))
 
 
@@ -457,7 +457,7 @@ PRESETS["tiny-clip"] = dataclasses.replace(
 )
 
 _MAY_CHANGE = {
-    "resume", "device", "log_every", "log", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
+    "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
     "resident_gb", "compare_steps", "overlap_front_end",
 }  # fmt: skip
@@ -567,10 +567,10 @@ def validate(cfg: Config) -> None:
             elif isinstance(number, int) and name != "seed":
                 need(abs(number) < 2**31, f"{flag(name)} {number}: too large")
     for name in watch.loggers:
-        need(name in LOGGERS, f"--log {watch.log}: choose of {', '.join(LOGGERS)}, or none")
+        need(name in LOGGERS, f"--log-to {watch.log_to}: choose of {', '.join(LOGGERS)}, or none")
         found = importlib.util.find_spec(name)  # without an origin, it is only a folder of that name
         need(found is not None and found.origin is not None,
-             f"--log {name}: the package {name} is not installed: pip install {name}")  # fmt: skip
+             f"--log-to {name}: the package {name} is not installed: pip install {name}")  # fmt: skip
     need(0 <= cfg.seed < 2**62, f"--seed {cfg.seed}: must be 0 or more, and below 2^62")
     for name, value in {"loader_threads": data.loader_threads, "warmup_steps": optim.warmup_steps,
                         "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip

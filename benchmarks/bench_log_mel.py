@@ -1,8 +1,8 @@
 """Benchmark log_mel against torchaudio, librosa, kaldi-native-fbank, DALI and a bare rfft of the same frames.
 
-A time is milliseconds per batch. A CPU is timed with one thread and with all its threads. On a CPU the
-measure is the bare rfft (MKL), which does less work: no framing, window, mel filters or logarithm. The floor on a GPU is
-the larger of the least times that the memory and the fp32 units need.
+A time is milliseconds per batch. A CPU is timed with one thread and with all its threads. On a CPU it
+is compared with the bare rfft (MKL), which does less work: no framing, window, mel filters or logarithm. The floor on a
+GPU is the larger of the least times that the memory and the fp32 units need.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Draws the plots of `report.py`: share of a measured rate, throughput, phases of a step, and cost as the work grows."""
+"""Draws the plots of `report.py`: shares of measured rates, throughput, phases of a step, cost as the work grows."""
 
 import math
 from pathlib import Path

@@ -79,17 +79,17 @@ def whole_rows(records: list[dict]) -> list[list[str]]:
 
 
 ON_A_CPU = (
-    "On a CPU, `log_mel` and `resample` have kernels of their own. `log_mel` is compared with the rate of a bare rfft of "
-    "its frames, which does less work. Every other op runs its plain definition there, and "
-    "torch.compile may beat that. An op that updates its inputs in place may move more bytes a second than a copy, which "
-    "also has to fetch the lines that it overwrites."
+    "On a CPU, `log_mel` and `resample` have kernels of their own. `log_mel` is compared with the rate of a bare rfft "
+    "of its frames, which does less work. Every other op runs its plain definition there, and torch.compile may beat "
+    "that. An op that updates its inputs in place may move more bytes a second than a copy, which also has to fetch "
+    "the lines that it overwrites."
 )
 RESULTS_INTRODUCTION = (
     "`benchmarks/report.py` writes this page from the JSON files beside it. A ratio above 1 means faster than plain "
     "PyTorch, or than the best peer, in the same run. *Of the measured rate* is the time that the least memory "
     "traffic of an op takes at the copy rate measured in that run, or its products at the product rate, divided by the "
-    "op's time. It may exceed 100 % on a CPU. MFU is the share of the matrix product rate measured in that run. A figure "
-    "*before a rebuild* was measured on code that has changed since."
+    "op's time. It may exceed 100 % on a CPU. MFU is the share of the matrix product rate measured in that run. A "
+    "figure *before a rebuild* was measured on code that has changed since."
 )
 WHOLE_HEAD = (
     "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | of the step alone"

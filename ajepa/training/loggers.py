@@ -1,7 +1,8 @@
-"""Where a run's scalars go besides `metrics.jsonl` (`--log`): one class for each library, which is imported with it."""
+"""Where a run's scalars go besides `metrics.jsonl` (`--log-to`): one class for each library, which is imported with it."""
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class Wandb:
             )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"--log wandb: {reason} (WANDB_MODE=offline logs without an account)") from None
+            raise ConfigError(f"--log-to wandb: {reason} (WANDB_MODE=offline logs without an account)") from None
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         self.run.log(scalars, step=step)
@@ -65,6 +66,6 @@ class Wandb:
 
 
 def open_loggers(folder: Path, cfg: Config, start: int) -> list[Logger]:
-    """The loggers that `--log` names, for a run that continues after step `start`."""
-    classes = {"tensorboard": TensorBoard, "wandb": Wandb}
+    """The loggers that `--log-to` names, for a run that continues after step `start`."""
+    classes: dict[str, Callable[[Path, Config, int], Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb}
     return [classes[name](folder, cfg, start) for name in cfg.watch.loggers]

@@ -23,9 +23,8 @@ from ajepa.utils.run_folder import read_metrics
 # Dense bf16 tensor-core peak in FLOP/s from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 WARM_UP_STEPS = 3  # not counted in the throughput: compilation, allocation and a cold file cache
-# The collapse warning. Before the end of the warm-up, and in the first steps of any run, features still look like those
-# of an untrained encoder. The embeddings of n clips have an effective rank of n - 1 at most, and a few clips may well be
-# alike, so fewer clips than these do not show a collapse.
+# When the collapse warning judges. In the warm-up and in the first steps of any run, features still look like those of
+# an untrained encoder. The embeddings of n clips have an effective rank of n - 1 at most, and may well be alike.
 COLLAPSE_STEPS, COLLAPSE_CLIPS = 100, 32
 
 
