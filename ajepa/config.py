@@ -457,7 +457,8 @@ PRESETS["tiny-clip"] = dataclasses.replace(
 )
 
 _MAY_CHANGE = {
-    "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
+    "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep",
+    "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
     "resident_gb", "compare_steps", "overlap_front_end",
 }  # fmt: skip

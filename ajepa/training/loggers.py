@@ -1,4 +1,4 @@
-"""Where a run's scalars go besides `metrics.jsonl` (`--log-to`): one class for each library, which is imported with it."""
+"""Where the scalars of a run go besides `metrics.jsonl` (`--log-to`): a class for each library, which imports it."""
 
 import dataclasses
 import os
@@ -43,12 +43,10 @@ class Wandb:
         import wandb
 
         file = folder / "wandb.json"
-        if not file.exists():
-            write_json(file, {"id": wandb.util.generate_id()})
         try:
             self.run: Any = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "ajepa"),
-                id=read_json(file)["id"],
+                id=read_json(file)["id"] if file.exists() else None,
                 name=folder.resolve().name,
                 config=dataclasses.asdict(cfg),
                 dir=folder,
@@ -57,6 +55,7 @@ class Wandb:
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"--log-to wandb: {reason} (WANDB_MODE=offline logs without an account)") from None
+        write_json(file, {"id": self.run.id})
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         self.run.log(scalars, step=step)
