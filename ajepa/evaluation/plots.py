@@ -72,7 +72,8 @@ def plot_curves(records: list[dict[str, Any]], baselines: dict[str, float | None
 def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: Path) -> None:
     """One clip and its masks (a batch of one): log-mel, patches that the context encoder sees, patches to predict."""
     rows, columns = spec.grid
-    image = patches_NP.cpu().view(rows, columns, *spec.patch).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    image: Any = patches_NP.cpu().view(rows, columns, *spec.patch).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    image = image.float().numpy()
 
     def cells(index: torch.Tensor) -> torch.Tensor:
         grid = torch.zeros(rows * columns, dtype=torch.bool)
@@ -80,7 +81,7 @@ def plot_masks(patches_NP: torch.Tensor, masks: Masks, spec: LogMelSpec, path: P
         grid = grid.view(rows, columns)
         return grid.repeat_interleave(spec.patch[0], 0).repeat_interleave(spec.patch[1], 1)
 
-    low, high = image.float().quantile(torch.tensor([0.01, 0.99])).tolist()  # zero padding must not set the scale
+    low, high = np.quantile(image, (0.01, 0.99))  # zero padding must not set the scale
     panels = (("log-mel", None), ("visible to the context encoder", masks.context), ("to be predicted", masks.target))
     seconds = image.shape[1] * spec.hop_length / spec.sample_rate
     place: dict[str, Any] = {"origin": "lower", "aspect": "auto", "extent": (0, seconds, 0, spec.n_mels)}

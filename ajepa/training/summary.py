@@ -31,15 +31,15 @@ def describe_run(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str
     )
     views = f"{cfg.objective.views} views of each recording, " if cfg.objective.clips else ""
     whole = f"{cfg.optim.steps} steps of {cfg.optim.batch_size} recordings"
-    threads = f"{cfg.data.loader_threads or default_threads()} threads that decode"
+    threads = f"decoding threads: {cfg.data.loader_threads or default_threads()}"
     if engine.device.type == "cpu":
-        threads = f"{torch.get_num_threads()} threads and {threads}"
+        threads = f"threads: {torch.get_num_threads()}, {threads}"
     given = f"\nthe targets are those of {cfg.objective.teacher}" if cfg.objective.teacher else ""
     return (
         f"{corpus.description}\n"
         f"{cfg.preset}: {sizes}, objective {cfg.objective.objective}, {views}"
         f"{cfg.front_end.n_patches} patches a clip, {describe_masks(cfg.mask, cfg.front_end.grid)}, "
-        f"engine {cfg.impl} on {engine.device}, {threads}; {f'continuing after step {start}' if start else whole}"
+        f"engine {cfg.impl} on {engine.device} ({threads}); {f'continuing after step {start}' if start else whole}"
         f"{given}"
     )
 

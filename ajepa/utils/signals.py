@@ -15,14 +15,16 @@ class Closable(Protocol):
 def catch_signals() -> Iterator[list[int]]:
     """A list that the first Ctrl-C, SIGTERM or SIGHUP fills. A loop that reads it ends its step and saves.
 
-    A closed terminal sends SIGHUP. The second signal raises KeyboardInterrupt at once.
+    A closed terminal sends SIGHUP, and often twice. A Ctrl-C after any of them raises KeyboardInterrupt at once.
     """
     received: list[int] = []
 
     def note(number, _frame) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
+        if len(received) > 1:
+            return
         print("\nstopping after this step and saving; press Ctrl-C once more to stop at once", file=sys.stderr)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
