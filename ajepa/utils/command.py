@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
+from ajepa.utils.cores import cores, quota
 from ajepa.utils.errors import UserError
 
 # How OpenMP's threads wait for work. By default they spin, and on busy cores they take the time of those that work.
@@ -30,9 +32,14 @@ def is_command() -> bool:
 
 
 def prepare() -> None:
-    """Let OpenMP's threads wait passively unless the user chose otherwise, and make Ctrl-C end the imports quietly."""
+    """Choose how many threads OpenMP has and how they wait, unless the user did; make Ctrl-C end the imports quietly.
+
+    Left alone, torch takes every core, also where a container may use fewer.
+    """
     if not WAITING.keys() & os.environ.keys():
         os.environ.update(WAITING)
+    if quota() < math.inf:
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     for descriptor in range(3):  # a file opened later must not get the number of a closed standard stream
         try:
             os.fstat(descriptor)
@@ -48,7 +55,7 @@ def _leave(*_: Any) -> None:
     os._exit(130)
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+def command(main: Callable[..., int]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`, which returns the exit status.
 
     A UserError or OSError becomes one line on stderr and status 2. Ctrl-C becomes one line and status 130: the message
