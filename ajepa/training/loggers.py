@@ -22,7 +22,13 @@ class TensorBoard:
     def __init__(self, folder: Path, cfg: Config, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        try:
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"--log-to tensorboard: {str(folder)!a} is no UTF-8, which TensorBoard needs: choose another --out, or "
+                "--log-to none"
+            ) from None
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -17,6 +17,7 @@ from ajepa.config import SIZES, Config
 from ajepa.training.loggers import open_loggers
 from ajepa.training.schedules import ema_decay, learning_rate
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.command import LastingStream
 from ajepa.utils.errors import UserError
 from ajepa.utils.run_folder import read_metrics
 
@@ -59,12 +60,14 @@ class RunLog:
         self.loggers = [] if quiet else open_loggers(folder, cfg, start)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self.output = LastingStream(sys.stdout)  # a run that a script started goes on without output, too
         # In a notebook rich would write HTML, and would take the notebook for a terminal.
         self.console = Console(
+            file=cast(TextIO, self.output),
             highlight=False,
             soft_wrap=True,
             quiet=quiet,
-            force_terminal=sys.stdout is not None and sys.stdout.isatty(),
+            force_terminal=self.output.isatty(),
             force_jupyter=False,
         )
         self.progress = Progress(
@@ -193,6 +196,7 @@ class RunLog:
 
     def close(self) -> None:
         self.progress.stop()
+        self.output.finish()
         self.file.close()
         for logger in self.loggers:
             logger.close()

@@ -9,8 +9,9 @@ import sys
 import time
 
 import pytest
+from conftest import SMALL
 
-from ajepa import train
+from ajepa import config, train
 from ajepa.training.run_log import RunLog
 from ajepa.utils.command import LastingStream, command, lasting_output
 from ajepa.utils.run_folder import checkpoints
@@ -68,6 +69,15 @@ def test_a_run_without_anyone_to_read_it_finishes(small_run, monkeypatch, kind):
     assert kind != "closed terminal" or streams[0].failed
     if hasattr(streams[0], "fileno") and not streams[0].closed and kind != "closed terminal":
         streams[0].close()  # what it still holds goes to the null device, as it does when Python ends
+
+
+def test_a_run_that_a_script_starts_goes_on_without_output(tones, tmp_path, monkeypatch):
+    cfg = config.parse(["--data", str(tones), "--out", str(tmp_path / "run"), *SMALL, "--compare-steps", "0"])
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    train.run(cfg)
+    failed = sys.stdout.failed
+    monkeypatch.undo()
+    assert failed and (tmp_path / "run" / "summary.json").exists()
 
 
 def test_names_that_are_not_ascii_are_escaped_on_an_ascii_terminal(tones, small_run, monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
@@ -129,6 +130,14 @@ def test_a_missing_or_misspelt_logger_is_told_before_anything_is_written(small_r
         assert main([*argv, "--log-to", "wandb"]) == 2
         assert "pip install wandb" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_folder_name_that_tensorboard_cannot_take_is_one_line(small_run, tmp_path, capsys):
+    argv, out = [*small_run[0], "--compare-steps", "0", "--steps", "3"], os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    assert main([*argv, "--out", out]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and "--log-to tensorboard" in errors[0] and "caf\\udce9" in errors[0]
+    assert main([*argv, "--out", out, "--resume", "--log-to", "none"]) == 0
 
 
 def test_tensorboard_shows_each_step_of_a_resumed_run_once(small_run):
