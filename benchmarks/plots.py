@@ -152,8 +152,8 @@ def scaling(result: dict):
         others = next((r["shape"].split("; ", 1)[1] for r in records if r["grows"] == grows), "not measured")
         axes.set_title(others, fontsize=9)
         axes.grid(alpha=0.3)
-        if ticks:
-            axes.legend(fontsize=8)
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=9)
     model = records[0]["model"]
     _title(figure, f"Step time as the work grows: {model}", result, ("scaling",))
     return figure
