@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]
 Pooling = Literal["mean", "mean+std", "concat", "concat+std", "projection"]
+LOGGERS = ("tensorboard", "wandb")
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 
 
@@ -254,6 +256,8 @@ class WatchConfig:
 
     log_every: int = 10
     """Steps between two log lines."""
+    log_to: str = "tensorboard"
+    """Where the metrics go besides metrics.jsonl, separated by commas: tensorboard, wandb. none: nowhere else."""
     watch_every: int = 1_000
     """Steps between two evaluations of the features: variance, effective rank and kNN."""
     eval_data: str | None = None
@@ -275,6 +279,12 @@ class WatchConfig:
     """Number of checkpoints kept."""
     compare_steps: int = 5
     """Steps of each engine in the comparison with plain PyTorch after the training. 0: no comparison."""
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The names in `log_to`, each once."""
+        names = (name.strip() for name in self.log_to.split(","))
+        return tuple(dict.fromkeys(name for name in names if name and name != "none"))
 
 
 @dataclass(frozen=True)
@@ -447,7 +457,8 @@ PRESETS["tiny-clip"] = dataclasses.replace(
 )
 
 _MAY_CHANGE = {
-    "resume", "device", "log_every", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
+    "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep",
+    "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
     "resident_gb", "compare_steps", "overlap_front_end",
 }  # fmt: skip
@@ -556,6 +567,11 @@ def validate(cfg: Config) -> None:
                 need(math.isfinite(number), f"{flag(name)} {number}: must be a finite number")
             elif isinstance(number, int) and name != "seed":
                 need(abs(number) < 2**31, f"{flag(name)} {number}: too large")
+    for name in watch.loggers:
+        need(name in LOGGERS, f"--log-to {watch.log_to}: choose of {', '.join(LOGGERS)}, or none")
+        found = importlib.util.find_spec(name)  # without an origin, it is only a folder of that name
+        need(found is not None and found.origin is not None,
+             f"--log-to {name}: the package {name} is not installed: pip install {name}")  # fmt: skip
     need(0 <= cfg.seed < 2**62, f"--seed {cfg.seed}: must be 0 or more, and below 2^62")
     for name, value in {"loader_threads": data.loader_threads, "warmup_steps": optim.warmup_steps,
                         "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip

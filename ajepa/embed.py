@@ -43,7 +43,7 @@ from ajepa.evaluation.embeddings import Embedded, Result, Spool, check_format, i
 from ajepa.model.pooling import Layers, Statistics
 from ajepa.utils import cli
 from ajepa.utils.command import command
-from ajepa.utils.devices import choose_device
+from ajepa.utils.devices import autocast_of, choose_device, evaluates_in_bf16
 from ajepa.utils.folders import claim_file
 from ajepa.utils.lock import locked
 
@@ -108,11 +108,8 @@ def embed(args: Arguments, paths: list[str]) -> tuple[int, dict[str, str]]:
     out = Path(args.out)
     check_format(out)
     device = choose_device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
     encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling, layers=args.layers).to(device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    bf16, autocast = evaluates_in_bf16(device, args.precision), autocast_of(device, args.precision)
     fingerprint = encoder.fingerprint()
 
     claim_file(out, is_result)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ajepa.data.decode import Decoder, read_whole, resampled_lengths
-from ajepa.data.formats.audiofile import cores, reason_of
+from ajepa.data.formats.audiofile import reason_of
 from ajepa.data.formats.containers import open_fd, read_at
 from ajepa.data.index import Index, build_index
 from ajepa.data.reader import to_int16
@@ -29,6 +29,7 @@ from ajepa.data.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWri
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import atomic_file, write_atomic
 from ajepa.utils.command import command
+from ajepa.utils.cores import cores
 from ajepa.utils.errors import UserError
 from ajepa.utils.folders import claim
 from ajepa.utils.lock import locked

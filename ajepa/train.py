@@ -86,7 +86,7 @@ def train(cfg: Config, folder: Path, device: torch.device, ranks: Ranks) -> dict
                 values = {**engine.inspect(pcm, lengths, masks, step), **score(cfg, engine, corpus)}
                 log.write({"step": step, **values})
                 log.say(describe_evaluation(step, values, baselines, cfg.watch.pooling))
-                log.warn_collapse(values)
+                log.warn_collapse(step, values, len(corpus.evaluation.items))
             if last or step % cfg.watch.checkpoint_every == 0:
                 save()
             if step == start + 1:

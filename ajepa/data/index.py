@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from ajepa.data.columns import Entries, Entry, Strings
-from ajepa.data.formats.audiofile import AudioInfo, BadAudio, cores, inspect, reason_of, stat_file
+from ajepa.data.formats.audiofile import AudioInfo, BadAudio, inspect, reason_of, stat_file
 from ajepa.data.shards import is_shards, read_shards
 from ajepa.data.sources.listing import DataError, Listed, Listing, cache_root, decode_label
 from ajepa.data.sources.segments import SegmentError, place
 from ajepa.data.sources.source import list_source
+from ajepa.utils.cores import cores
 from ajepa.utils.progress import Progress
 
 __all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]

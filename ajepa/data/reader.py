@@ -15,9 +15,10 @@ import soundfile as sf
 import torch
 
 from ajepa.data.columns import Entry
-from ajepa.data.formats.audiofile import BadAudio, cores, inspect, iterate_samples, read_samples, reason_of, stat_file
+from ajepa.data.formats.audiofile import BadAudio, inspect, iterate_samples, read_samples, reason_of, stat_file
 from ajepa.data.index import DataError, Index
 from ajepa.data.shards import FORMATS, OpenShards, Shard
+from ajepa.utils.cores import cores
 from ajepa_kernels import Resampler, input_span, resample, resampled_length
 
 # The values of `Entry.format` that need no decoder.

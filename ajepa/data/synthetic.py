@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ajepa.data.sources.listing import DataError
+from ajepa.data.sources.listing import DataError, cache_root
 from ajepa.utils.progress import Progress
 
 VERSION = 2  # increase it with any change to the sounds: the folder name depends on it
 TABLE = 2048  # samples of one period in a wavetable
 FORMANTS_HZ = {"a": (730, 1090, 2440), "i": (270, 2290, 3010), "u": (300, 870, 2240)}  # Peterson & Barney, men
+TRAINING_ROWS = "split=train"
 Generator = np.random.Generator
 
 
@@ -238,6 +239,13 @@ def make_synthetic(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return home / "manifest.csv"
+
+
+def default_set(clip_seconds: float, sample_rate: int) -> Path:
+    """The manifest of the set that a run without --data trains on, for the length and rate of its clips."""
+    n_clips = max(220, round(4_000 / clip_seconds))  # about an hour for any clip length
+    seconds = max(0.5, clip_seconds)
+    return make_synthetic(cache_root() / "synthetic", n_clips=n_clips, seconds=seconds, sample_rate=sample_rate)
 
 
 def _move(aside: Path, home: Path, n_clips: int, samples: int) -> None:

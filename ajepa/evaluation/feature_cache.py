@@ -4,6 +4,7 @@ A recording is cut into chunks of the encoder's clip length. Each chunk is encod
 real time patches of all chunks. Shapes: R chunks, n recordings, F x T patches per chunk, C channels.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -105,7 +106,7 @@ def _cut(pcm_nS, lengths_n, items: torch.Tensor, spec: LogMelSpec, clip_samples:
 
 @dataclass(frozen=True)
 class EncoderFeatures:
-    """Latents of a frozen encoder. `kind` is a pooling (`pool_recordings`), or "tokens" for every latent."""
+    """Latents of a frozen encoder, and what is made of them."""
 
     encoder: Encoder
     front_end: Callable
@@ -113,11 +114,13 @@ class EncoderFeatures:
     key: str  # identifies the weights
     layers: str = "last"  # see `encode_real`
     projector: torch.nn.Module | None = None  # in evaluation mode, for the pooling "projection"
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # of its computations
 
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `[R, F, T, C]`, and the number of real columns among the T, `[R]`."""
         columns = real_columns(self.spec, lengths)
-        latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns, self.layers)
+        with self.autocast():
+            latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns, self.layers)
         return latents.float().unflatten(1, self.spec.grid), columns
 
     def tokens(self, x_RFTC, columns_R) -> list[torch.Tensor]:
@@ -127,8 +130,9 @@ class EncoderFeatures:
         return list(x.flatten(0, 1).split((columns_R * x.shape[1]).tolist()))
 
     def pool(self, chunks: Statistics, owner_R, n: int, kind: str) -> torch.Tensor:
-        """Features `[n, D]` of the recordings that own the chunks."""
-        return pool_recordings(chunks, owner_R, n, kind, self.projector)
+        """Features `[n, D]` of the recordings that own the chunks; `kind` is a pooling of `pool_recordings`."""
+        with self.autocast():
+            return pool_recordings(chunks, owner_R, n, kind, self.projector)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from ajepa.config import Config
 from ajepa.data.batch import Batch
 from ajepa.data.decode import resampled_lengths
-from ajepa.data.index import DataError, Index, build_index, cache_root
+from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.loader import AudioLoader, iterate_once
 from ajepa.data.reader import all_stored
 from ajepa.data.resident import ResidentLoader, fits
 from ajepa.data.shards import is_shards
-from ajepa.data.synthetic import make_synthetic
+from ajepa.data.synthetic import TRAINING_ROWS, default_set
 from ajepa.evaluation.features import Evaluation
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.devices import available_memory
@@ -105,15 +105,7 @@ def open_corpus(cfg: Config) -> Corpus:
     data, watch = cfg.data, cfg.watch
     source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
     if source is None:
-        source = str(
-            make_synthetic(
-                cache_root() / "synthetic",
-                n_clips=max(220, round(4_000 / data.clip_seconds)),  # about an hour for any clip length
-                seconds=max(0.5, data.clip_seconds),
-                sample_rate=cfg.front_end.sample_rate,
-            )
-        )
-        where = "split=train"
+        source, where = str(default_set(data.clip_seconds, cfg.front_end.sample_rate)), TRAINING_ROWS
         if eval_source is None:
             eval_source, eval_test = source, "split=test"
     scale = data.float_scale

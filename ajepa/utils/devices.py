@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ajepa.utils.errors import ConfigError
+
 try:
     import resource
 except ImportError:  # Windows
@@ -16,7 +18,12 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" means the GPU if there is one, else the CPU."""
+    """The device called `name`; "auto" means the GPU if there is one, else the CPU.
+
+    Raises ConfigError for "cuda" without a GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -26,6 +33,17 @@ def trains_in_bf16(device: torch.device) -> bool:
         return True
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 lacks it
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def evaluates_in_bf16(device: torch.device, precision: str) -> bool:
+    """Whether encoding and fine-tuning compute in bfloat16: if `precision` is "bf16", or "auto" on a GPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def autocast_of(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context in which encoding and fine-tuning compute in `precision`: "fp32", "bf16" or "auto"."""
+    bf16 = evaluates_in_bf16(device, precision)
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def wait(device: torch.device) -> None:
@@ -71,7 +89,7 @@ def _group_memory(controller: str, place: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
             most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
             caches = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free = min(free, most - used + int(caches.get("inactive_file", 0)))
+            free = min(free, most - used + int(caches.get("total_inactive_file", caches.get("inactive_file", 0))))
         if folder == root:
             break
     return max(0, free)

@@ -1,13 +1,16 @@
 """What a folder is for, and whether a command may write into it. Every command that writes a folder asks `claim`."""
 
+import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from ajepa.utils.errors import ConfigError
+from ajepa.utils.lock import locked
 
 Kind = Literal["run", "fine-tuning", "checkpoint", "encoder", "shards", "probe", "headless run", "other"]
 WHAT = {
@@ -68,6 +71,8 @@ def claim(folder: Path, purpose: Kind, flag: str = "--out") -> bool:
         kind = kind_of(folder)
         if kind is not None and kind != purpose and kind not in BESIDE.get(purpose, ()):
             where = f"{flag} {folder}".strip()
+            if not folder.is_dir():
+                raise ConfigError(f"{where} is a file: choose another {flag}")
             if kind == "headless run":
                 raise ConfigError(f"{where} holds {WHAT[kind]}: restore that file, or choose another {flag}")
             raise ConfigError(f"{where} holds {WHAT[kind]}, which this command would damage: choose another {flag}")
@@ -77,6 +82,31 @@ def claim(folder: Path, purpose: Kind, flag: str = "--out") -> bool:
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{flag} {folder} cannot be written: permission denied; choose another {flag}")
     return kind == purpose
+
+
+def overwrite(folder: Path, purpose: Kind, description: str, flag: str = "--out") -> None:
+    """Make way in `folder`, if it holds files of the kind `purpose`: they are kept beside it, see `set_aside`.
+
+    On a terminal the user is asked first; `description` says what would be replaced. Raises ConfigError if the user
+    declines, or if a living process writes into the folder.
+    """
+    if kind_of(folder) != purpose:
+        return
+    with locked(folder, flag):
+        if (
+            sys.stdin
+            and sys.stdin.isatty()
+            and not _agrees(f"{folder} holds {WHAT[purpose]} ({description}). Replace it? [y/N] ")
+        ):
+            raise ConfigError(f"{flag} {folder} is left as it is: choose another {flag}")
+    print(f"{folder} held {WHAT[purpose]} ({description}), which is kept as {set_aside(folder)}")
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def claim_file(path: Path, own: Callable[[Path], bool], flag: str = "--out") -> None:
@@ -98,8 +128,15 @@ def claim_file(path: Path, own: Callable[[Path], bool], flag: str = "--out") -> 
 
 def set_aside(folder: Path) -> Path:
     """Rename `folder`, so that a new one can take its place. Returns the new path, `<folder>.old-<time>`."""
-    aside = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.rename(aside)
+    if folder.name in ("", ".."):
+        raise ConfigError(f"{folder} cannot be set aside under this name: give its path from another folder")
+    name = f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be set aside as {aside}: {error.strerror}") from error
     return aside
 
 

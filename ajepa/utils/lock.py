@@ -1,8 +1,9 @@
 """One process at a time in a folder, on one machine or over a shared file system.
 
 The lock is the file `.lock`, which names its holder and counts the holder's heartbeats. A lock is stale if its process
-has ended, or, where the process runs elsewhere, if its heart does not beat for `PATIENCE` seconds. Clocks are not
-compared, because those of two machines may differ.
+has ended, or, where the process runs elsewhere, if its heart does not beat for `PATIENCE` heartbeats. Clocks are not
+compared, because those of two machines may differ. A holder that was suspended for longer than that may lose its lock,
+and calls `Lock.check` before it writes what others must not overwrite.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ NAME = ".lock"
 BEAT = 10.0  # seconds between two heartbeats
 PATIENCE = 3.5  # heartbeats that a living process of another machine cannot miss
 
+Holder = dict[str, Any]  # the contents of a lock; empty if they cannot be read, as while they are written
+
 
 class Lock:
     """A lock that this process holds."""
@@ -31,29 +34,40 @@ class Lock:
         self.path, self.token, self.beats = folder / NAME, uuid.uuid4().hex, 0
         self.since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._ended = threading.Event()
+        self._writes = threading.Lock()  # held by the one of two threads that writes the file
 
     def check(self) -> None:
         """Raise ConfigError if another process took the lock, because this one was suspended for long."""
-        holder = _read(self.path)
-        if holder.get("token") != self.token:
-            raise ConfigError(f"{self.path.parent} was taken over by {_name(holder)} while this process was suspended")
+        with self._writes:
+            if not self._holds() and not self._create():
+                name = _name(_read(self.path) or {})
+                raise ConfigError(f"{self.path.parent} was taken over by {name} while this process was suspended")
 
     def take(self, flag: str) -> None:
-        warned = False
         while not self._create():
             holder = _read(self.path)
-            if not holder or _ended(holder) or (not _here(holder) and not self._beats(holder, warned)):
+            if holder is None:  # released in the meantime
+                time.sleep(0.01)
+            elif _ended(holder) or (not _here(holder) and not self._beats(holder)):
                 self._remove(holder)
-                continue
-            raise ConfigError(
-                f"{self.path.parent} is in use by {_name(holder)}: wait for its end, stop it, or choose another {flag}"
-            )
+            else:
+                raise ConfigError(
+                    f"{self.path.parent} is in use by {_name(holder)}: wait for its end, stop it, or choose another "
+                    f"{flag}"
+                )
+        for leftover in self.path.parent.glob(f"{NAME}.*"):  # of processes killed while they wrote
+            leftover.unlink(missing_ok=True)
         threading.Thread(target=self._beat, name="ajepa-lock", daemon=True).start()
 
     def release(self) -> None:
-        self._ended.set()
-        if _read(self.path).get("token") == self.token:
-            self.path.unlink(missing_ok=True)
+        with self._writes:
+            self._ended.set()
+            with contextlib.suppress(OSError):  # a stale lock is recognised
+                if self._holds():
+                    self.path.unlink()
+
+    def _holds(self) -> bool:
+        return (_read(self.path) or {}).get("token") == self.token
 
     def _create(self) -> bool:
         """Make the lock file, complete from the start, unless there is one."""
@@ -61,6 +75,8 @@ class Lock:
         try:
             os.link(aside, self.path)
         except FileExistsError:
+            return self._holds()  # a network file system may report a link that it made as one that failed
+        except FileNotFoundError:  # `aside` was cleared away by a process that took the lock
             return False
         except OSError:  # a file system without links
             try:
@@ -81,16 +97,19 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            self.beats += 1
-            with contextlib.suppress(OSError):  # a full disk: the next beat may succeed
-                if _read(self.path).get("token") != self.token:
+            with self._writes, contextlib.suppress(OSError):  # a full disk: the next beat may succeed
+                if self._ended.is_set():
                     return
-                os.replace(self._write(), self.path)
+                self.beats += 1
+                if self._holds():
+                    os.replace(self._write(), self.path)
+                elif not self._create():  # a missing lock is made again, another process's is left alone
+                    return
 
-    def _beats(self, holder: dict[str, Any], warned: bool) -> bool:
+    def _beats(self, holder: Holder) -> bool:
         """Whether the heart of a process of another machine beats."""
         print(f"{self.path.parent} is locked by {_name(holder)}; waiting {PATIENCE * BEAT:.0f} s for a sign of life",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr, flush=True)  # fmt: skip
         end = time.monotonic() + PATIENCE * BEAT
         while time.monotonic() < end:
             time.sleep(min(1.0, BEAT / 10))
@@ -99,7 +118,7 @@ class Lock:
                 return True
         return False
 
-    def _remove(self, holder: dict[str, Any]) -> None:
+    def _remove(self, holder: Holder) -> None:
         """Remove the lock of `holder`. Of several processes that try, one succeeds."""
         aside = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
         try:
@@ -123,24 +142,33 @@ def locked(folder: Path, flag: str = "--out") -> Iterator[Lock]:
         lock.release()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Holder | None:
+    """The contents of a lock; None if there is none."""
     try:
         holder = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) and holder["pid"] > 0 else {}
 
 
-def _name(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+def _name(holder: Holder) -> str:
+    if not holder:
+        return "an unknown process"
+    return f"process {holder['pid']} on {holder.get('host')} since {holder.get('since')}"
 
 
-def _here(holder: dict[str, Any]) -> bool:
-    return holder.get("machine") == _machine()
+def _here(holder: Holder) -> bool:
+    """Whether this machine can tell if the holder lives. Windows cannot, so heartbeats decide there."""
+    return holder.get("machine") == _machine() and os.name != "nt"
 
 
-def _ended(holder: dict[str, Any]) -> bool:
-    return _here(holder) and _start(holder.get("pid")) != holder.get("start")
+def _ended(holder: Holder) -> bool:
+    if not _here(holder):
+        return False
+    start = _start(holder["pid"])
+    return start is None or (start != UNKNOWN and start != holder.get("start"))
 
 
 def _machine() -> str:
@@ -151,18 +179,20 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _start(pid: Any) -> str | None:
+UNKNOWN = "running"  # where the system does not tell when a process started: without /proc, or one of another user
+
+
+def _start(pid: int) -> str | None:
     """When the process started, as the system counts; None if it has ended."""
-    try:
+    with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
-    except OSError:
-        if os.path.exists("/proc/self/stat") or not isinstance(pid, int):
-            return None
-    try:  # a system without /proc
+    if os.name == "nt":  # os.kill would send Ctrl-C
+        return UNKNOWN
+    try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:
         pass
-    return "running"
+    return UNKNOWN

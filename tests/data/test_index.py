@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import struct
 import time
@@ -283,6 +284,23 @@ def test_cache_rechecks_changed_files_only(tmp_path, inspected):
     assert changed.fingerprint != first.fingerprint
 
 
+def test_every_flipped_bit_of_the_cache_is_noticed(tmp_path, cache, capsys):
+    write_set(tmp_path, 3)
+    (tmp_path / "bad.wav").write_bytes(b"x")
+    first = build_index(tmp_path)
+    (file,) = cache.rglob("*.jsonl")
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    for _ in range(100):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        again = build_index(tmp_path)
+        assert (again.entries, again.skipped) == (first.entries, first.skipped)
+        assert "damaged or outdated, rebuilding it" in capsys.readouterr().err
+        assert file.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     "damage", [lambda d: d[: len(d) // 2], lambda d: b"\0" * len(d), lambda d: d.replace(b"1600", b"1601")]
 )
@@ -341,7 +359,7 @@ class Clock:
     def __init__(self, monkeypatch, check: float, save: float):
         self.now, self.saved = 0.0, 0.0
         monkeypatch.setattr(ajepa.data.index.time, "monotonic", lambda: self.now)
-        self.delay(monkeypatch, ajepa.data.index, "inspect", check)
+        self.delay(monkeypatch, ajepa.data.index.Progress, "step", check)  # it counts each file that is checked
         self.delay(monkeypatch, ajepa.data.index.os, "replace", save)
 
     def delay(self, monkeypatch, module, name: str, seconds: float) -> None:
@@ -366,10 +384,12 @@ def test_saving_the_index_takes_a_small_share_of_the_time(tmp_path, monkeypatch,
 
 def test_progress_is_shown_after_a_second_and_never_of_quick_work(tmp_path, monkeypatch, capsys):
     write_set(tmp_path, 30, frames=80)
-    build_index(tmp_path)
+    Clock(monkeypatch, 0.03, 0.0)
+    build_index(tmp_path, threads=1)
     assert capsys.readouterr().err == ""
     (tmp_path / "bad.wav").write_bytes(b"x")
     write_set(tmp_path, 30, frames=90)
+    monkeypatch.undo()
     Clock(monkeypatch, 0.5, 0.0)
     build_index(tmp_path, threads=1)
     first, *_, last = capsys.readouterr().err.splitlines()
