@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]
 Pooling = Literal["mean", "mean+std", "concat", "concat+std", "projection"]
+LOGGERS = ("tensorboard", "wandb")
 MOST_PATCHES = 1 << 20  # of a clip; attention over more would not end
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 
@@ -274,6 +276,8 @@ class WatchConfig:
 
     log_every: int = 10
     """Steps between two log lines."""
+    log_to: str = "tensorboard"
+    """Where the metrics go besides metrics.jsonl, separated by commas: tensorboard, wandb. none: nowhere else."""
     watch_every: int = 1_000
     """Steps between two evaluations of the features: variance, effective rank and kNN."""
     eval_data: str | None = None
@@ -295,6 +299,12 @@ class WatchConfig:
     """Number of checkpoints kept."""
     compare_steps: int = 5
     """Steps of each engine in the comparison with plain PyTorch after the training. 0: no comparison."""
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The names in `log_to`, each once."""
+        names = (name.strip() for name in self.log_to.split(","))
+        return tuple(dict.fromkeys(name for name in names if name and name != "none"))
 
 
 @dataclass(frozen=True)
@@ -479,7 +489,8 @@ PRESETS["tiny-clip"] = dataclasses.replace(
 )
 
 _MAY_CHANGE = {
-    "resume", "device", "log_every", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep", "out",
+    "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep",
+    "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
     "resident_gb", "compare_steps", "overlap_front_end", "overwrite", "config",
 }  # fmt: skip
@@ -688,6 +699,11 @@ def validate(cfg: Config) -> None:
     data, spec, model, mask, optim, watch = cfg.data, cfg.front_end, cfg.model, cfg.mask, cfg.optim, cfg.watch
     need = _need
     _validate_numbers(cfg)
+    for name in watch.loggers:
+        need(name in LOGGERS, f"--log-to {watch.log_to}: choose of {', '.join(LOGGERS)}, or none")
+        found = importlib.util.find_spec(name)  # without an origin, it is only a folder of that name
+        need(found is not None and found.origin is not None,
+             f"--log-to {name}: the package {name} is not installed: pip install {name}")  # fmt: skip
     need(0 <= cfg.seed < 2**62, f"--seed {cfg.seed}: must be 0 or more, and below 2^62")
     for name, value in {"loader_threads": data.loader_threads, "warmup_steps": optim.warmup_steps,
                         "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip

@@ -11,6 +11,8 @@ another.
 
 import re
 import sys
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +26,7 @@ from ajepa.config import SIZES, ConfigError
 from ajepa.encoder import Encoder, EncoderConfig
 from ajepa.model.layers import sincos_positions
 from ajepa.utils import cli
+from ajepa.utils.command import command
 from ajepa_kernels import LOG_MEL_PRESETS
 
 CLIP_SECONDS = 10
@@ -68,28 +71,60 @@ class _StandIn:
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a Lightning checkpoint by name without running its code. Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; name a checkpoint")
     try:
+        if zipfile.is_zipfile(path):  # torch stores without compression: what unpacks to more is a trap
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed, which torch never does")
         foreign = get_unsafe_globals_in_checkpoint(path)
-        with safe_globals([(_StandIn, name) for name in foreign]):
+        with warnings.catch_warnings(), safe_globals([(_StandIn, name) for name in foreign]):
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # torch's reader raises errors of many kinds for damaged files
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        advice = isinstance(error, UnpicklingError) or "weights_only" in lines[0]  # torch's advice is to run the code
+        reason = "" if advice else f" ({lines[0].split('. ')[0]})"
         raise ConfigError(
-            f"{path} cannot be read without running code: {reason} If you trust it, load it where it was made and save "
-            "only its state_dict."
-        ) from error
+            f"{path} is damaged, or cannot be read without running code{reason}: where it was made and is trusted, "
+            "save only its state_dict"
+        ) from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ConfigError(f"{path} holds no state_dict of tensors, so it is not a Lightning checkpoint")
     return {str(name).replace("_orig_mod.", ""): value for name, value in weights.items()}  # torch.compile's prefix
 
 
+def plain(name: str, value: torch.Tensor) -> torch.Tensor:
+    """`value` as float32, if it is an array of finite numbers. Raises ConfigError for tensors of any other kind."""
+    kinds = {
+        "quantised": value.is_quantized,
+        "nested": value.is_nested,
+        "sparse": value.layout != torch.strided,
+        "meta": value.is_meta,
+        "single-number": not value.is_nested and value.dim() == 0,
+        str(value.dtype): not value.is_floating_point(),
+    }
+    kind = next((kind for kind, wrong in kinds.items() if wrong), None)
+    if kind is not None:
+        raise ConfigError(f"{name} is a {kind} tensor, not an array of weights: save its plain values")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ConfigError(f"{name} states the shape {list(value.shape)}, for which the file has too few values")
+    value = value.float()
+    if not value.isfinite().all():
+        raise ConfigError(f"{name} has weights that are NaN or infinite: convert an earlier checkpoint")
+    return value
+
+
 def convert(weights: dict[str, torch.Tensor], args: Arguments) -> Encoder:
     """Build the encoder from the tensors of an Audio-JEPA checkpoint. Raises ConfigError for any other layout."""
     prefix = {"target": "target_encoder.", "context": "encoder."}[args.encoder]
-    theirs = {name.removeprefix(prefix): v.float() for name, v in weights.items() if name.startswith(prefix)}
+    theirs = {
+        name.removeprefix(prefix): plain(f"{args.checkpoint}: {name}", value)
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
     try:
         patch, positions = theirs.pop("patch_embed.proj.weight"), theirs.pop("pos_embed")
         width = len(patch)
@@ -138,14 +173,11 @@ def convert(weights: dict[str, torch.Tensor], args: Arguments) -> Encoder:
     return encoder
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "python -m ajepa.convert")
-    try:
-        encoder = convert(read_checkpoint(Path(args.checkpoint)), args)
-        encoder.save_pretrained(args.out)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    encoder = convert(read_checkpoint(Path(args.checkpoint)), args)
+    encoder.save_pretrained(args.out)
     frames = f"frames of width {encoder.output_dim} every {encoder.hop_size_in_ms:g} ms"
     print(f"{args.out}: {args.encoder} encoder, {frames}")
     return 0

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ajepa.utils.command import command
 from ajepa.utils.version import VERSION
 
 REQUIRED = ("torch", "numpy", "soundfile", "safetensors", "tyro", "pydantic", "rich", "tensorboard", "matplotlib")
 LINUX = ("triton", "nvidia-dali-cuda130")
 OPTIONAL = ("torchaudio",)
-VARIABLES = r"AJEPA_|TRITON_|TORCH_|CUDA_|NCCL_|OMP_|MKL_|WORLD_SIZE|RANK|LOCAL_RANK|SLURM_JOB_ID"
+VARIABLES = r"AJEPA_|TRITON_|TORCH_|CUDA_|NCCL_|OMP_|GOMP_|KMP_|MKL_|WORLD_SIZE|RANK|LOCAL_RANK|SLURM_JOB_ID"
 Line = tuple[str, str]  # name and finding
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative RMS error against the plain definition, in float32 and bfloat16
 
@@ -80,8 +81,8 @@ def torchaudio() -> str:
 
 
 def machine() -> Iterator[Line]:
-    from ajepa.data.formats.audiofile import cores
     from ajepa.data.index import cache_root
+    from ajepa.utils.cores import cores, free_cores
 
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
@@ -89,6 +90,13 @@ def machine() -> Iterator[Line]:
     yield "cpu", f"{model[1] if model else platform.machine()}, {cores()} cores for this process; {extensions}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    free = free_cores()
+    yield "free cores", "unknown" if free is None else f"{free:.1f}; the rest is used by other processes"
+    import torch
+
+    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    waiting = "which sleep while they wait" if passive else "which spin while they wait, and slow down on busy cores"
+    yield "OpenMP", f"{torch.get_num_threads()} threads, {waiting}"
     for name in sorted(name for name in os.environ if re.match(VARIABLES, name)):
         yield name, os.environ[name]
     cache = cache_root()
@@ -323,6 +331,7 @@ SECTIONS: dict[str, list[Callable[[], Iterator[Line]]]] = {
 }
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the report. Returns 1 if a section found a problem or could not be finished."""
     parser = argparse.ArgumentParser("python -m ajepa.doctor", description=(__doc__ or "").partition(": ")[2])

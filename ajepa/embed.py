@@ -6,43 +6,48 @@ row of a set is one clip.
 OUT's suffix chooses the format. `.npz` and `.safetensors` hold `clips` `[n, D]`, each the mean of its frames or, with
 the poolings that describe a whole chunk, `ajepa.Encoder.embed`; `frames` `[sum T', D]`; `offsets` `[n + 1]`, where clip
 i has frames `offsets[i]:offsets[i + 1]`; the files' names; and `hop_size_in_ms`. `.parquet` has one row per clip.
-Recordings are streamed and frames go to a temporary file, so memory is bounded by one recording's frames. Bad files are
-left out and listed at the end and in `OUT.bad.tsv`; the exit status is then 1.
+Recordings are streamed and embeddings go to files, so memory is bounded by one recording's frames. Bad files are left
+out and listed at the end and in `OUT.bad.tsv`; the exit status is then 1.
+
+Until all recordings are embedded, the embeddings lie in the hidden folder `.OUT.unfinished`. The same command goes on
+from there after Ctrl-C or a kill, also with other sources; a recording that changed is embedded again.
 """
 
 import contextlib
 import glob
-import json
 import os
 import shutil
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from ajepa.config import ConfigError, Pooling
 from ajepa.data.columns import Entry
 from ajepa.data.formats.audiofile import BadAudio, inspect, reason_of, stat_file
 from ajepa.data.index import DataError, build_index
-from ajepa.data.reader import iterate_entry
+from ajepa.data.reader import iterate_resampled
 from ajepa.data.shards import SUFFIX as SHARD
 from ajepa.data.sources.source import MANIFESTS
 from ajepa.encoder import CHUNKS_AT_ONCE, Encoder
+from ajepa.evaluation.embeddings import Embedded, Result, Spool, check_format, is_result, write_result
 from ajepa.model.pooling import Layers, Statistics
 from ajepa.utils import cli
-from ajepa.utils.atomic_files import write_atomic
-from ajepa_kernels import Resampler
+from ajepa.utils.command import command
+from ajepa.utils.devices import autocast_of, choose_device, evaluates_in_bf16
+from ajepa.utils.folders import claim_file
+from ajepa.utils.lock import locked
 
-SUFFIXES = (".npz", ".safetensors", ".parquet")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Arguments:
     """Write clip and frame embeddings of audio files into one file."""
 
     encoder: tyro.conf.Positional[str]
-    """Encoder to use: a run folder, a checkpoint, a folder written by ajepa.export, or a hub id."""
+    """Encoder to use: a run folder, a checkpoint, a fine-tuning, an exported or converted folder, or a hub id."""
     files: tyro.conf.Positional[list[str]]
     """Recordings, or folders, manifests, tars or shards of them; - reads names from standard input (by line or NUL)."""
     out: str = "embeddings.npz"
@@ -74,78 +79,109 @@ class Arguments:
 
 
 class Piece(NamedTuple):
-    """One chunk of a recording that waits for the encoder."""
+    """One chunk of a recording."""
 
-    name: str
     samples: torch.Tensor  # float32 [<= clip_samples]
     frames: int  # how many of the chunk's first frames are kept
-    last: bool
 
 
-class Spool:
-    """Collects embeddings: clips in memory, frames in a temporary file in the folder of the result."""
+class BadFiles:
+    """The recordings that are left out, with the reasons, and the list of them at `path`, which grows with them."""
 
-    def __init__(self, file: BinaryIO | None):
-        self.file = file
-        self.names: list[str] = []
-        self.clips: list[np.ndarray] = []
-        self.offsets = [0]
+    def __init__(self, path: Path):
+        self.path, self.reasons = path, dict[str, str]()
+        path.unlink(missing_ok=True)
 
-    def add(self, name: str, frames: np.ndarray, clip: np.ndarray) -> None:
-        self.names.append(name)
-        self.clips.append(clip.astype(np.float32))
-        self.offsets.append(self.offsets[-1] + len(frames))
-        if self.file is not None:
-            self.file.write(frames.astype("<f4").tobytes())
+    def add(self, name: str, reason: str) -> None:
+        if name not in self.reasons:
+            head = "" if self.reasons else "file\treason\n"
+            self.reasons[name] = " ".join(reason.split())
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{head}{_text(name)}\t{self.reasons[name]}\n")
 
 
 def embed(args: Arguments, paths: list[str]) -> tuple[int, dict[str, str]]:
     """Embed `paths` into `args.out`. Returns the number of recordings, and the reason for each that was left out.
 
-    Raises ConfigError, DataError, OSError.
+    Raises ConfigError, DataError, OSError, and KeyboardInterrupt after Ctrl-C, which keeps what was embedded.
     """
     out = Path(args.out)
-    if out.suffix not in SUFFIXES:
-        raise ConfigError(f"--out {out}: the suffix must be one of {', '.join(SUFFIXES)}")
-    writer = {".npz": _write_npz, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[out.suffix]
-    if out.suffix == ".parquet":
-        _pyarrow()  # report a missing package before the work
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
+    check_format(out)
+    device = choose_device(args.device)
     encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling, layers=args.layers).to(device)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    bf16, autocast = evaluates_in_bf16(device, args.precision), autocast_of(device, args.precision)
+    fingerprint = encoder.fingerprint()
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    bad: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=out.parent)) if args.frames else None)
-        with _progress() as progress, torch.inference_mode(), autocast:
-            entries = list(list_recordings(paths, args, bad))
-            found = progress.track(entries, description="embedding")
-            _fill(spool, encoder, found, args.float_scale, bad)
-        if spool.names:
-            about = {"hop_size_in_ms": encoder.hop_size_in_ms, "encoder": encoder.fingerprint()}
-            _write(out, writer, spool, about)
-    return len(spool.names), bad
+    claim_file(out, is_result)
+    work = out.with_name(f".{out.name}.unfinished")
+    work.mkdir(exist_ok=True)
+    settings = f"{fingerprint} {bf16} {args.float_scale} {args.frames}"
+    folder = work / sha256(settings.encode()).hexdigest()[:16]
+    try:
+        with locked(work) as lock, autocast, torch.inference_mode():
+            bad = BadFiles(Path(f"{out}.bad.tsv"))
+            with contextlib.closing(Spool(folder, encoder.output_dim, args.frames)) as spool:
+                rows = _fill(spool, encoder, args, paths, bad, lock.check)
+            if rows:
+                about = {"hop_size_in_ms": encoder.hop_size_in_ms, "encoder": fingerprint}
+                write_result(out, Result(spool, rows, about))
+                if len(rows) == len(spool.rows):  # otherwise it holds embeddings of other sources as well
+                    shutil.rmtree(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            work.rmdir()
+    if work.exists():
+        print(f"{work} keeps unfinished embeddings of other sources or settings: delete it if you do not need them",
+              file=sys.stderr)  # fmt: skip
+    return len(rows), bad.reasons
 
 
-def list_recordings(sources: list[str], args: Arguments, bad: dict[str, str]) -> Iterator[Entry]:
+def _fill(
+    spool: Spool, encoder: Encoder, args: Arguments, paths: list[str], bad: BadFiles, check: Callable[[], None]
+) -> list[int]:
+    """Embed what the spool lacks, and return the rows of all recordings. `check` is called before anything is added."""
+    entries: dict[bytes, Entry] = {}
+    try:
+        with _progress() as progress:
+            entries = {key_of(entry): entry for entry in list_recordings(paths, args, bad)}
+            check_format(Path(args.out), [_text(entry.name) for entry in entries.values()])
+            missing = {key: entry for key, entry in entries.items() if key not in spool.rows}
+            task = progress.add_task("embedding", total=len(entries), completed=len(entries) - len(missing))
+            for done in embedded(encoder, _counted(missing.items(), progress, task), args.float_scale, bad):
+                check()
+                spool.add(done)
+    except KeyboardInterrupt:
+        count = sum(key in spool.rows for key in entries)
+        if not count:
+            raise
+        raise KeyboardInterrupt(
+            f"stopped after {count:,} of {len(entries):,} recordings; the same command goes on from there"
+        ) from None
+    return [spool.rows[key] for key in entries if key in spool.rows]
+
+
+def key_of(entry: Entry) -> bytes:
+    """What identifies the samples of a recording."""
+    parts = (entry.name, entry.offset, entry.size, entry.mtime_ns, entry.start, entry.frames)
+    return sha256(repr(parts).encode(errors="surrogateescape")).digest()[:16]
+
+
+def list_recordings(sources: list[str], args: Arguments, bad: BadFiles) -> Iterator[Entry]:
     """Yield every recording that the sources name once. Bad recordings are added to `bad` with the reason."""
     seen = set()
     for source in dict.fromkeys(sources):
         try:
             if is_listing(source):
                 index = build_index(source, where=args.where, decode=False, float_scale=args.float_scale)
-                bad |= dict(index.skipped)
+                for name, reason in index.skipped:
+                    bad.add(name, reason)
                 entries: Iterable[Entry] = index.entries
             else:
                 size, mtime = stat_file(source)
                 info = inspect(source, 0, size, decode=False, float_scale=args.float_scale)
                 entries = [Entry(source, "", 0, size, mtime, size, info.frames, 0, *info, -1)]
         except (BadAudio, DataError, OSError) as error:
-            bad[source] = reason_of(error)
+            bad.add(source, reason_of(error))
             continue
         for entry in entries:
             if entry.name not in seen:
@@ -160,63 +196,64 @@ def is_listing(source: str) -> bool:
     return many or (glob.has_magic(source) and not os.path.exists(source))
 
 
-def _fill(spool: Spool, encoder: Encoder, entries: Iterable[Entry], float_scale: float, bad: dict[str, str]) -> None:
-    """Embed recordings into the spool, with chunks of several in one batch. Bad recordings are added to `bad`."""
-    waiting: list[Piece] = []
-    done: list[Any] = []  # frames or statistics of the recording whose last chunk is not encoded yet
-    device = encoder.vit.norm.weight.device
+def embedded(
+    encoder: Encoder, entries: Iterable[tuple[bytes, Entry]], float_scale: float, bad: BadFiles
+) -> Iterator[list[tuple[bytes, Embedded]]]:
+    """Yield the recordings of each batch, with their keys. Bad recordings are added to `bad`.
 
-    def encode(pieces: list[Piece]) -> list[Any]:
-        chunks = [piece.samples.to(device) for piece in pieces]
-        if encoder.per_frame:
-            frames = encoder.encode_chunks(chunks).cpu().numpy()
-            return [x[: piece.frames] for x, piece in zip(frames, pieces, strict=True)]
-        return [Statistics(*parts) for parts in zip(*(x.split(1) for x in encoder.summarise(chunks)), strict=True)]
-
-    def finish(name: str, parts: list[Any]) -> None:
-        if encoder.per_frame:
-            frames = np.concatenate(parts)
-            spool.add(name, frames, frames.mean(0, dtype=np.float64))
-        else:
-            whole = Statistics(*map(torch.cat, zip(*parts, strict=True)))
-            clip = encoder.pool_chunks(whole, torch.zeros_like(whole.columns), 1)
-            spool.add(name, encoder.pool_chunks(whole).cpu().numpy(), clip[0].cpu().numpy())
-
-    def run() -> None:
-        if not waiting:
-            return
-        for piece, encoded in zip(waiting, encode(waiting), strict=True):
-            done.append(encoded)
-            if piece.last:
-                finish(_text(piece.name), done)
-                done.clear()
-        waiting.clear()
-
-    for entry in entries:
+    A batch has chunks of several recordings, and ends with a recording, so that the recordings that follow are computed
+    in the same batches after an interruption, and thus bit for bit as without one.
+    """
+    batch: list[tuple[bytes, str, list[torch.Tensor], list[int]]] = []  # with the frames of each chunk that are kept
+    for key, entry in entries:
+        whole: list[Any] = []  # the encoded chunks of a recording that is longer than a batch
+        chunks: list[torch.Tensor] = []
+        frames: list[int] = []
         try:
             for piece in read_pieces(entry, encoder, float_scale):
-                waiting.append(piece)
-                if len(waiting) == CHUNKS_AT_ONCE:
-                    run()
+                if len(chunks) == CHUNKS_AT_ONCE:
+                    whole += encode(encoder, chunks, frames)
+                    chunks, frames = [], []
+                chunks.append(piece.samples)
+                frames.append(piece.frames)
         except (BadAudio, OSError) as error:
-            bad[entry.name] = reason_of(error)
-            waiting[:] = [piece for piece in waiting if piece.name != entry.name]
-            if not any(piece.last for piece in waiting):  # `done` holds frames of this recording
-                done.clear()
-    run()
+            bad.add(entry.name, reason_of(error))
+            continue
+        if whole:
+            yield [(key, pooled(encoder, _text(entry.name), whole + encode(encoder, chunks, frames)))]
+            continue
+        batch.append((key, _text(entry.name), chunks, frames))
+        if sum(len(parts) for _, _, parts, _ in batch) >= CHUNKS_AT_ONCE:
+            yield _together(encoder, batch)
+            batch = []
+    if batch:
+        yield _together(encoder, batch)
 
 
-def _write(out: Path, writer: Callable[[BinaryIO, Spool, dict], None], spool: Spool, about: dict[str, Any]) -> None:
-    """Write a temporary file beside `out` and move it into place, so `out` is never incomplete."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            writer(file, spool, about)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+def _together(encoder: Encoder, batch: list) -> list[tuple[bytes, Embedded]]:
+    """Recordings of a few chunks, encoded as one batch."""
+    chunks = [chunk for _, _, parts, _ in batch for chunk in parts]
+    parts = iter(encode(encoder, chunks, [count for *_, frames in batch for count in frames]))
+    return [(key, pooled(encoder, name, list(islice(parts, len(own))))) for key, name, own, _ in batch]
+
+
+def encode(encoder: Encoder, chunks: list[torch.Tensor], frames: list[int]) -> list[Any]:
+    """The first `frames` frames of each chunk, or its statistics for the poolings of a whole chunk."""
+    chunks = [chunk.to(encoder.vit.norm.weight.device) for chunk in chunks]
+    if encoder.per_frame:
+        rows = encoder.encode_chunks(chunks).cpu().numpy()
+        return [x[:count] for x, count in zip(rows, frames, strict=True)]
+    return [Statistics(*parts) for parts in zip(*(x.split(1) for x in encoder.summarise(chunks)), strict=True)]
+
+
+def pooled(encoder: Encoder, name: str, parts: list[Any]) -> Embedded:
+    """The embeddings of a recording from what `encode` gives for its chunks."""
+    if encoder.per_frame:
+        frames = np.concatenate(parts)
+        return Embedded(name, frames.mean(0, dtype=np.float64), frames)
+    whole = Statistics(*map(torch.cat, zip(*parts, strict=True)))
+    clip = encoder.pool_chunks(whole, torch.zeros_like(whole.columns), 1)
+    return Embedded(name, clip[0].cpu().numpy(), encoder.pool_chunks(whole).cpu().numpy())
 
 
 def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Iterator[Piece]:
@@ -224,110 +261,22 @@ def read_pieces(entry: Entry, encoder: Encoder, float_scale: float = 1.0) -> Ite
 
     Raises BadAudio where the recording is damaged, possibly after some chunks, and OSError if it cannot be read.
     """
-    name, clip, stride = entry.name, encoder.config.clip_samples, encoder.stride
+    clip, stride = encoder.config.clip_samples, encoder.stride
     kept = encoder.chunks(clip + 1)[0].frames
     buffer, held = np.empty(0, np.float32), None
-    for block in _resampled(entry, encoder.sampling_rate, float_scale):
+    for block in iterate_resampled(entry, encoder.sampling_rate, float_scale):
         buffer = np.concatenate([buffer, block])
         while len(buffer) > clip:
             if held is not None:
-                yield Piece(name, held, kept, False)
+                yield Piece(held, kept)
             held, buffer = torch.from_numpy(buffer[:clip]), buffer[stride:]
     frames = encoder.frames(len(buffer))
     if held is not None:
-        yield Piece(name, held, kept, last=not frames)
+        yield Piece(held, kept)
     if frames or held is None:
         if not len(buffer):
             raise BadAudio("no samples")
-        yield Piece(name, torch.from_numpy(buffer), max(1, frames), True)
-
-
-def _resampled(entry: Entry, rate: int, float_scale: float) -> Iterator[np.ndarray]:
-    """Blocks of mono float32 at `rate` Hz."""
-    stream = Resampler(entry.sample_rate, rate, downmix=True)
-    for block in iterate_entry(entry, float_scale):
-        if block.dtype != np.int16 and not np.isfinite(block).all():
-            raise BadAudio("samples that are not finite (NaN or infinity)")
-        yield stream.push(torch.from_numpy(block)).numpy()
-    yield stream.finish().numpy()
-
-
-# --- output formats -------------------------------------------------------------------------------------------------
-
-
-def _arrays(spool: Spool) -> dict[str, np.ndarray]:
-    return {"clips": np.stack(spool.clips), "offsets": np.asarray(spool.offsets, np.int64)}
-
-
-def _frames_shape(spool: Spool) -> tuple[int, int]:
-    return spool.offsets[-1], len(spool.clips[0])
-
-
-def _copy_frames(spool: Spool, file) -> None:
-    assert spool.file is not None
-    spool.file.seek(0)
-    shutil.copyfileobj(spool.file, file, 1 << 20)
-
-
-def _write_npz(file: BinaryIO, spool: Spool, about: dict[str, Any]) -> None:
-    arrays = {**_arrays(spool), "names": np.asarray(spool.names), **{k: np.asarray(v) for k, v in about.items()}}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-        if spool.file is not None:
-            with archive.open("frames.npy", "w", force_zip64=True) as member:
-                header = {"descr": "<f4", "fortran_order": False, "shape": _frames_shape(spool)}
-                np.lib.format.write_array_header_2_0(member, header)
-                _copy_frames(spool, member)
-
-
-def _write_safetensors(file: BinaryIO, spool: Spool, about: dict[str, Any]) -> None:
-    """Write the length of the header, the header and the values by hand, so frames need not be in memory."""
-    arrays, position = _arrays(spool), 0
-    header: dict[str, Any] = {"__metadata__": {k: json.dumps(v) for k, v in {**about, "names": spool.names}.items()}}
-    shapes = [(name, {4: "F32", 8: "I64"}[a.itemsize], a.shape) for name, a in arrays.items()]
-    if spool.file is not None:
-        shapes.append(("frames", "F32", _frames_shape(spool)))
-    for name, dtype, shape in shapes:
-        end = position + int(np.prod(shape)) * int(dtype[1:]) // 8
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for array in arrays.values():
-        file.write(array.tobytes())
-    if spool.file is not None:
-        _copy_frames(spool, file)
-
-
-def _write_parquet(file: BinaryIO, spool: Spool, about: dict[str, Any]) -> None:
-    pa, parquet = _pyarrow()
-    D = len(spool.clips[0])
-    vector = pa.list_(pa.float32(), D)
-    fields = [("file", pa.string()), ("clip", vector)]
-    if spool.file is not None:
-        spool.file.seek(0)
-        fields.append(("frames", pa.list_(vector)))
-    metadata = {k: json.dumps(v) for k, v in about.items()}
-    with parquet.ParquetWriter(file, pa.schema(fields, metadata=metadata)) as writer:
-        for i, (name, clip) in enumerate(zip(spool.names, spool.clips, strict=True)):
-            row = [pa.array([name]), pa.FixedSizeListArray.from_arrays(pa.array(clip), D)]
-            if spool.file is not None:
-                count = spool.offsets[i + 1] - spool.offsets[i]
-                frames = np.frombuffer(spool.file.read(4 * count * D), "<f4")
-                row.append(pa.ListArray.from_arrays([0, count], pa.FixedSizeListArray.from_arrays(pa.array(frames), D)))
-            writer.write_batch(pa.record_batch(row, schema=pa.schema(fields)))
-
-
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError("--out .parquet needs pyarrow: pip install 'ajepa[parquet]'") from None
-    return pyarrow, pyarrow.parquet
+        yield Piece(torch.from_numpy(buffer), max(1, frames))
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -343,31 +292,36 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
+def _counted(items: Iterable[T], progress: Progress, task: TaskID) -> Iterator[T]:
+    for item in items:
+        yield item
+        progress.advance(task)
+
+
 def read_names(data: bytes) -> list[str]:
     """Split a list of file names, one per line or separated by NUL (`find -print0`)."""
     names = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(name) for name in names if name]
 
 
+def read_stdin() -> bytes:
+    try:
+        return sys.stdin.buffer.read()
+    except (AttributeError, ValueError, OSError):  # there is none, or it is closed
+        raise ConfigError("- reads names from the standard input, which is closed: pipe a list into it") from None
+
+
+@command
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "python -m ajepa.embed")
-    try:
-        paths = [p for name in args.files for p in (read_names(sys.stdin.buffer.read()) if name == "-" else [name])]
-        if not paths:
-            raise ConfigError("no files to embed: name some, or use - to read names from standard input")
-        good, bad = embed(args, paths)
-    except KeyboardInterrupt:
-        return 130
-    except (ConfigError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    listing = Path(f"{args.out}.bad.tsv")
-    listing.unlink(missing_ok=True)
+    paths = [path for name in args.files for path in (read_names(read_stdin()) if name == "-" else [name])]
+    if not paths:
+        raise ConfigError("no files to embed: name some, or use - to read names from standard input")
+    good, bad = embed(args, paths)
     if bad:
-        lines = [f"{_text(path)}\t{' '.join(reason.split())}\n" for path, reason in bad.items()]
-        write_atomic(listing, "".join(["file\treason\n", *lines]).encode())
-        print(f"bad files: {len(bad)}, also listed in {listing}", file=sys.stderr)
-        print("".join(f"  {line}" for line in lines), end="", file=sys.stderr)
+        print(f"bad files: {len(bad)}, also listed in {args.out}.bad.tsv", file=sys.stderr)
+        for path, reason in bad.items():
+            print(f"  {_text(path)}\t{reason}", file=sys.stderr)
     print(f"{good} recordings embedded" + (f" into {args.out}" if good else "; nothing written"))
     return 1 if bad else 0
 

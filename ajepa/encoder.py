@@ -4,20 +4,24 @@ Shapes: B clips, T samples, T' frames (time patches or chunks), F frequency patc
 """
 
 import dataclasses
+import difflib
+import functools
 import hashlib
-import json
+import itertools
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save as save_bytes
 from torch import nn
 
-from ajepa.config import SIZES, ConfigError, ModelConfig, Pooling
+from ajepa.config import SIZES, Config, ConfigError, ModelConfig, Pooling
 from ajepa.model.clip import Projector
 from ajepa.model.jepa import Encoder as ViT
 from ajepa.model.layers import mean_of_layers
@@ -32,13 +36,19 @@ from ajepa.model.pooling import (
     pool_recordings,
     statistics,
 )
-from ajepa.model.pretrained import load_pretrained, load_weights, read_safetensors
-from ajepa.utils.atomic_files import write_atomic
-from ajepa.utils.folders import is_run
-from ajepa.utils.run_folder import run_of
+from ajepa.model.pretrained import load_pretrained, load_weights, read_weights
+from ajepa.model.waveforms import Waveform, check_waveform
+from ajepa.utils.command import describe
+from ajepa.utils.folders import claim, is_run
+from ajepa.utils.json_files import read_json, write_json
+from ajepa.utils.run_folder import is_checkpoint, run_of
+from ajepa.utils.tensor_files import read_tensors, write_tensors
 from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_PATIENCE = 3.0  # seconds in which the hub must answer
+MOST_PATCHES = 2**16  # of a clip; also the largest width, so that no configuration asks for too much memory
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording needs
 MODEL_CARD = """---
 {{ card_data }}
@@ -90,6 +100,19 @@ class Chunk(NamedTuple):
 _ADAPTER = TypeAdapter(EncoderConfig)
 
 
+def _without_graph(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Let a method of the encoder keep what gradients need in training mode only."""
+
+    @functools.wraps(method)
+    def run(self: "Encoder", *arguments: Any, **options: Any) -> torch.Tensor:
+        if torch.compiler.is_exporting():  # an exported program has no modes of gradients
+            return method(self, *arguments, **options)
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return method(self, *arguments, **options)
+
+    return run
+
+
 class Encoder(
     nn.Module,
     PyTorchModelHubMixin,
@@ -118,7 +141,6 @@ class Encoder(
     def __init__(self, config: EncoderConfig | dict):
         super().__init__()
         self.config = config if isinstance(config, EncoderConfig) else parse_config(config)
-        self._hub_mixin_config = self.config  # the mixin writes it as config.json
         spec, projector = self.config.front_end, self.config.projector
         with torch.random.fork_rng(devices=[]):
             self.vit = ViT(ModelConfig(size=self.config.size, positions=self.config.positions), spec)
@@ -187,20 +209,25 @@ class Encoder(
             plan.append(Chunk(start, samples, max(1, frames)))
         return plan
 
+    @_without_graph
     def forward(
-        self, waveform: torch.Tensor, sampling_rate: int | None = None, lengths: torch.Tensor | None = None
+        self, waveform: Waveform, sampling_rate: int | None = None, lengths: Sequence[int] | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Frame embeddings `[B, T', D]`, float32, on the device of the weights.
 
+        Gradients of the weights are kept only in training mode, `encoder.train()`. The result may in any mode be the
+        input of a network that is trained.
+
         Args:
-            waveform: mono, `[B, T]` or `[T]` (then B = 1); floating point in [-1, 1], or int16.
+            waveform: mono, `[B, T]` or `[T]` (then B = 1), floating point in [-1, 1] or int16: a tensor, a numpy array,
+                a list of samples, or a list of clips, which may differ in length and then need no `lengths`.
             sampling_rate: rate of `waveform` in Hz; a waveform of another rate is resampled. None: the encoder's rate.
             lengths: integers `[B]`, the number of samples of each clip. The rest of its row is ignored, and the result
                 is zero after the clip's own frames (`sum(c.frames for c in encoder.chunks(n))`). None: all T samples.
 
         Raises:
             TypeError: the dtype is neither floating point nor int16.
-            ValueError: invalid shape, rate or lengths, or a clip without samples.
+            ValueError: invalid shape, rate or lengths, a clip without samples, or samples that are NaN or infinite.
         """
         pcm, sizes = self._resampled(waveform, sampling_rate, lengths)
         plan = [(b, chunk) for b, n in enumerate(sizes) for chunk in self.chunks(n)]
@@ -212,8 +239,9 @@ class Encoder(
                 parts[b].append(x[: chunk.frames])
         return nn.utils.rnn.pad_sequence([torch.cat(x) for x in parts], batch_first=True)
 
+    @_without_graph
     def embed(
-        self, waveform: torch.Tensor, sampling_rate: int | None = None, lengths: torch.Tensor | None = None
+        self, waveform: Waveform, sampling_rate: int | None = None, lengths: Sequence[int] | torch.Tensor | None = None
     ) -> torch.Tensor:
         """One embedding per clip, `[B, D]`, float32, pooled over all real time patches of all its chunks.
 
@@ -232,7 +260,7 @@ class Encoder(
 
     def _resampled(self, waveform, sampling_rate, lengths) -> tuple[torch.Tensor, list[int]]:
         """The clips `[B, T]` at the encoder's rate and on its device, and the number of samples of each."""
-        pcm, sizes = _checked(waveform, lengths)
+        pcm, sizes = check_waveform(waveform, sampling_rate, lengths)
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             ends = torch.tensor(sizes, device=pcm.device)
             pcm = resample(pcm, sampling_rate, self.sampling_rate, lengths=ends, dtype=torch.float32)
@@ -282,76 +310,80 @@ class Encoder(
     def from_pretrained(  # type: ignore[override]
         cls, source: str | Path, *, pooling: str | None = None, layers: str | None = None, **hub: Any
     ) -> "Encoder":
-        """Load the encoder in `source`, in evaluation mode. No file of it can run code.
+        """Load the encoder in `source`, in evaluation mode: `open_encoder` without what it says of the run."""
+        return open_encoder(source, pooling=pooling, layers=layers, **hub).encoder
 
-        Args:
-            source: a folder written by `save_pretrained`, an id on the Hugging Face hub, a run folder of
-                `python -m ajepa.train` (its final encoder, or the one in its last checkpoint), or one of its
-                checkpoints.
-            pooling: replaces the configured `EncoderConfig.pooling`.
-            layers: replaces the configured `EncoderConfig.layers`.
-            hub: `revision`, `cache_dir`, `token` and other arguments of huggingface_hub.
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write `config.json`, `model.safetensors` and a model card, with the options of huggingface_hub.
 
-        Raises:
-            ConfigError: nothing is there, files are missing, damaged or from another program, or the pooling is
-                "projection" and the run had no clip objective.
+        Raises ConfigError if the folder holds anything but an exported encoder.
         """
-        folder = Path(source)
-        try:
-            if is_run(folder):
-                encoder = from_run(folder)
-            elif folder.is_dir():
-                if not (folder / CONFIG).is_file():
-                    raise ConfigError(f"{folder} holds no {CONFIG}: neither a run nor an encoder of ajepa")
-                encoder = cls._from_pretrained(model_id=str(folder), config=json.loads((folder / CONFIG).read_text()))
-            else:
-                encoder = super().from_pretrained(str(source), **hub)
-        except (HfHubHTTPError, HFValidationError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{source}: no encoder could be loaded from this folder or hub id: {reason}") from error
-        changes = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
-        if changes:
-            encoder.config = parse_config({**dataclasses.asdict(encoder.config), **changes})
-            encoder._hub_mixin_config = encoder.config
-        return encoder
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: dict | None = None, **hub: Any) -> "Encoder":
-        """The mixin's loader, restricted to this format and to safetensors."""
-        if config is None:
-            raise ConfigError(f"{model_id} holds no {CONFIG}")
-        encoder = cls(parse_config(config, f"{model_id}/{CONFIG}"))
-        path = Path(model_id) / WEIGHTS
-        if not path.parent.is_dir():
-            path = Path(hf_hub_download(repo_id=model_id, filename=WEIGHTS, **hub))
-        load_weights(encoder, read_safetensors(path.read_bytes(), path), path)
-        return encoder
+        folder = Path(save_directory).expanduser()
+        claim(folder, "encoder", "OUT")
+        return super().save_pretrained(folder, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        write_atomic(save_directory / WEIGHTS, save_bytes(weights, {"format": "pt"}))
+        (save_directory / WEIGHTS).unlink(missing_ok=True)  # so that a kill leaves no configuration of other weights
+        write_json(save_directory / CONFIG, dataclasses.asdict(self.config))
+        write_tensors(save_directory / WEIGHTS, self.state_dict())
 
 
-def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
-    """The configuration in `raw`, read from `name`. Raises ConfigError if this version cannot use it."""
-    found = raw.get("model_type") if isinstance(raw, dict) else None
-    if found != "ajepa-encoder":
-        raise ConfigError(f"{name}: model_type is {found!r}, not 'ajepa-encoder': not written by ajepa")
+class Opened(NamedTuple):
+    """An encoder, and where it comes from."""
+
+    encoder: Encoder
+    """With its weights loaded, in evaluation mode."""
+    run: Config | None
+    """Configuration of the run that it comes from; None for an exported or converted encoder and one of the hub."""
+    file: Path
+    """Where the weights were read."""
+
+
+def open_encoder(source: str | Path, *, pooling: str | None = None, layers: str | None = None, **hub: Any) -> Opened:
+    """Open the encoder in `source`. No file of it can run code.
+
+    Args:
+        source: a run folder of `python -m ajepa.train` (its final encoder, or the one in its last checkpoint), one of
+            its checkpoints, a fine-tuning of it, a folder written by `save_pretrained`, `ajepa.export` or
+            `ajepa.convert`, or an id on the Hugging Face hub ("owner/name"). A local folder comes before the hub.
+        pooling: replaces the configured `EncoderConfig.pooling`.
+        layers: replaces the configured `EncoderConfig.layers`.
+        hub: `revision`, `cache_dir`, `token` and other arguments of huggingface_hub.
+
+    Raises:
+        ConfigError: nothing is there, files are missing or from another program, or the pooling is "projection" and
+            the encoder has no projector.
+        DamagedError: a file was changed since it was written.
+    """
+    folder = Path(source).expanduser()
     try:
-        cfg = _ADAPTER.validate_python(raw)
-        grid = cfg.front_end.grid
-    except (ValidationError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{name} is not the configuration of an encoder: {reason}") from error
-    unknown = raw.keys() - dataclasses.asdict(cfg).keys()
-    if unknown or min(grid) < 1 or cfg.clip_samples < cfg.front_end.min_samples:
-        what = f"unknown settings {sorted(unknown)}" if unknown else f"clip_samples {cfg.clip_samples} and grid {grid}"
-        raise ConfigError(f"{name}: this version cannot use {what}")
-    check_pooling(cfg.pooling, has_projector=cfg.projector is not None)
-    return cfg
+        if folder.is_dir():
+            encoder, run, file = _from_folder(folder)
+        else:
+            encoder, run, file = _from_hub(str(source), **hub)
+    except OSError as error:
+        raise ConfigError(f"{source}: no encoder could be loaded: {describe(error)}") from error
+    changes = {name: value for name, value in (("pooling", pooling), ("layers", layers)) if value is not None}
+    encoder.config = parse_config({**dataclasses.asdict(encoder.config), **changes}, str(source))
+    return Opened(encoder, run, file)
 
 
-def from_run(path: Path) -> Encoder:
+def _from_folder(folder: Path) -> Opened:
+    home = run_of(folder)
+    if not (home / CONFIG).is_file():
+        raise ConfigError(f"{folder} holds no {CONFIG}: neither a run nor an encoder of ajepa")
+    raw, weights = read_json(home / CONFIG), folder / WEIGHTS
+    if "model_type" not in raw:
+        return _from_run(folder)
+    if not is_checkpoint(folder) and (weights.is_file() or not is_run(folder)):
+        return _exported(raw, home / CONFIG, weights)
+    found = read_weights(folder)  # of a fine-tuning that has not ended; its checkpoints hold no projector
+    encoder = Encoder(parse_config({**raw, "projector": None}, str(home / CONFIG)))
+    load_weights(encoder.vit, found.weights, found.file)
+    return Opened(encoder, None, found.file)
+
+
+def _from_run(path: Path) -> Opened:
     """The encoder of a run, or of one of its checkpoints, and its projector. Raises ConfigError."""
     cfg, weights, file, projector = load_pretrained(path)
     config = EncoderConfig(
@@ -367,7 +399,85 @@ def from_run(path: Path) -> Encoder:
     load_weights(encoder.vit, weights, file)
     if encoder.projector is not None:
         load_weights(encoder.projector, projector or {}, file)
-    return encoder
+    return Opened(encoder, cfg, file)
+
+
+def _exported(raw: dict[str, Any], about: Path, weights: Path) -> Opened:
+    encoder = Encoder(parse_config(raw, str(about)))
+    load_weights(encoder, read_tensors(weights), weights)
+    return Opened(encoder, None, weights)
+
+
+def _from_hub(name: str, **hub: Any) -> Opened:
+    """An encoder of the hub, or of its cache. Raises ConfigError for a name that looks like a local one."""
+    local = Path(name).expanduser()
+    if local.exists():
+        raise ConfigError(f"{name} is a file: name the folder that holds the encoder")
+    near = closest(local)
+    hint = f"; did you mean {near}?" if near else ""
+    if not HUB_ID.fullmatch(name) or local.parent.is_dir():
+        raise ConfigError(f"{name}: no such folder{hint}")
+    answered = True
+    try:  # the download below tries again and again for half a minute
+        if not hub.get("local_files_only"):
+            url = hf_hub_url(name, CONFIG, revision=hub.get("revision"))
+            get_hf_file_metadata(url, token=hub.get("token"), timeout=HUB_PATIENCE)
+    except HfHubHTTPError:
+        pass  # the hub answers, and the download says what is wrong
+    except Exception:  # each library that connects has errors of its own
+        answered, hub["local_files_only"] = False, True
+    try:
+        about, weights = (Path(hf_hub_download(repo_id=name, filename=file, **hub)) for file in (CONFIG, WEIGHTS))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split()) if answered else "the hub cannot be reached"
+        raise ConfigError(
+            f"{name}: no local folder has this name, and no encoder of the hub: {reason}{hint}"
+        ) from error
+    return _exported(read_json(about), about, weights)
+
+
+def closest(path: Path) -> Path | None:
+    """The existing path that resembles `path` most, part by part; None if there is none."""
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        if not (found / part).exists():
+            if not found.is_dir():
+                return None
+            with os.scandir(found) as entries:
+                names = [entry.name for entry in itertools.islice(entries, 10_000)]
+            near = difflib.get_close_matches(part, names, 1)
+            if not near:
+                return None
+            part = near[0]
+        found /= part
+    return found
+
+
+def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
+    """The configuration in `raw`, read from `name`. Raises ConfigError if this version cannot use it."""
+    found = raw.get("model_type") if isinstance(raw, dict) else None
+    if found != "ajepa-encoder":
+        raise ConfigError(f"{name}: model_type is {found!r}, not 'ajepa-encoder': not written by ajepa")
+    try:
+        cfg = _ADAPTER.validate_python(raw)
+        grid = cfg.front_end.grid
+    except (ValidationError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} is not the configuration of an encoder: {reason}") from error
+    spec, (rows, columns), projector = cfg.front_end, grid, cfg.projector or (1, 1)
+    unknown = raw.keys() - dataclasses.asdict(cfg).keys()
+    for usable, what in (
+        (not unknown, f"unknown settings {sorted(unknown)}"),
+        (min(grid) >= 1 and rows * columns <= MOST_PATCHES, f"a grid of {rows} x {columns} patches"),
+        (spec.patch_dim <= MOST_PATCHES, f"patches of {spec.patch[0]} x {spec.patch[1]}"),
+        (spec.min_samples <= cfg.clip_samples <= 86_400 * spec.sample_rate, f"clip_samples {cfg.clip_samples}"),
+        (all(1 <= width <= MOST_PATCHES for width in projector), f"a projector of widths {projector}"),
+        (0 < cfg.norm_eps < 1, f"norm_eps {cfg.norm_eps}"),
+    ):
+        if not usable:
+            raise ConfigError(f"{name}: this version cannot use {what}")
+    check_pooling(cfg.pooling, has_projector=cfg.projector is not None)
+    return cfg
 
 
 def _fill(chunk: torch.Tensor, samples: int, pad: str) -> torch.Tensor:
@@ -375,22 +485,3 @@ def _fill(chunk: torch.Tensor, samples: int, pad: str) -> torch.Tensor:
     if pad == "cyclic" and len(chunk) < samples:
         chunk = chunk.repeat(-(-samples // len(chunk)))[:samples]
     return nn.functional.pad(chunk, (0, samples - len(chunk)))
-
-
-def _checked(waveform: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
-    """The clips `[B, T]`, int16 or float32, and the number of samples of each."""
-    if waveform.dim() not in (1, 2):
-        raise ValueError(f"Encoder: waveform must be [B, T] or [T], got {list(waveform.shape)}; average the channels")
-    if waveform.dtype != torch.int16 and not waveform.is_floating_point():
-        raise TypeError(f"Encoder: waveform must be int16 or floating point, got {waveform.dtype}")
-    pcm = waveform[None] if waveform.dim() == 1 else waveform
-    sizes = [pcm.shape[1]] * len(pcm)
-    if lengths is not None:
-        if lengths.shape != pcm.shape[:1] or lengths.is_floating_point():
-            raise ValueError(
-                f"Encoder: lengths must be integers [{len(pcm)}], got {lengths.dtype} {list(lengths.shape)}"
-            )
-        sizes = [int(n) for n in lengths.tolist()]
-    if not sizes or min(sizes) < 1 or max(sizes) > pcm.shape[1]:
-        raise ValueError(f"Encoder: every clip must have 1 to {pcm.shape[1]} samples, got {sizes}")
-    return pcm if pcm.dtype == torch.int16 else pcm.float(), sizes

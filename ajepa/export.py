@@ -9,6 +9,7 @@ weights. With `--onnx`, OUT is an ONNX model, front end included, for clips of t
 
 import base64
 import dataclasses
+import hashlib
 import inspect
 import keyword
 import pprint
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import tyro
-from safetensors.torch import save as save_bytes
+from safetensors import SafetensorError, safe_open
 
 from ajepa.config import SIZES, ConfigError, Pooling
 from ajepa.encoder import Encoder
@@ -28,8 +29,12 @@ from ajepa.model.clip import Projector
 from ajepa.model.pooling import Layers
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.command import command
+from ajepa.utils.folders import claim_file
+from ajepa.utils.tensor_files import tensors_bytes
 from ajepa_kernels.log_mel import _tables
 
+PROGRAM = "ajepa.export"  # stands in what is written, so that the next export may replace it
 INSIDE = 32 << 20  # largest size in bytes of weights inside the Python file
 
 
@@ -38,7 +43,7 @@ class Arguments:
     """Export a run's encoder as a folder in Hugging Face's layout, one file for X-ARES, or an ONNX model."""
 
     encoder: tyro.conf.Positional[str]
-    """Encoder to export: a run folder, a checkpoint, a folder written by ajepa.export, or a hub id."""
+    """Encoder to export: a run folder, a checkpoint, a fine-tuning, an exported or converted folder, or a hub id."""
     out: tyro.conf.Positional[str]
     """Folder to write; with --xares the Python file, with --onnx the model file."""
     xares: bool = False
@@ -72,7 +77,8 @@ def portable_parts(encoder: Encoder) -> tuple[dict[str, Any], bytes]:
     if encoder.config.pooling == "projection":
         assert encoder.projector is not None
         tensors |= {f"projector.{name}": value for name, value in folded(encoder.projector).items()}
-    return config, save_bytes({name: value.detach().float().contiguous().cpu() for name, value in tensors.items()})
+    weights = tensors_bytes({name: value.float() for name, value in tensors.items()}, program=PROGRAM)
+    return {**config, "sha256": hashlib.sha256(weights).hexdigest()}, weights
 
 
 def folded(projector: Projector) -> dict[str, torch.Tensor]:
@@ -96,13 +102,30 @@ def write_xares(encoder: Encoder, path: Path) -> str:
     """Write the Python file, and large weights into a file beside it. Returns the class name."""
     if path.suffix != ".py" or not path.stem.isidentifier() or keyword.iskeyword(path.stem):
         raise ConfigError(f"{path}: X-ARES imports the file by its name, so use a module name such as my_encoder.py")
+    beside = path.with_suffix(".safetensors")
+    claim_file(path, _is_xares, "OUT")
     name, source, weights = portable_source(encoder)
     if len(weights) <= INSIDE:
         source = source.replace('WEIGHTS = ""', f'WEIGHTS = "{base64.b64encode(weights).decode()}"')
     else:
-        write_atomic(path.with_suffix(".safetensors"), weights)
+        claim_file(beside, _is_xares_weights, "OUT")
+        write_atomic(beside, weights)
     write_atomic(path, source.encode())
     return name
+
+
+def _is_xares(path: Path) -> bool:
+    head = inspect.getsource(xares_encoder).encode().partition(b"\n")[0]
+    with open(path, "rb") as file:
+        return file.read(len(head)) == head
+
+
+def _is_xares_weights(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("program") == PROGRAM
+    except SafetensorError:
+        return False
 
 
 class _Chunks(torch.nn.Module):
@@ -120,36 +143,39 @@ def write_onnx(encoder: Encoder, path: Path) -> None:
         import onnxscript  # noqa: F401 (torch.onnx needs it, but its error is less clear)
     except ImportError as error:
         raise ConfigError("--onnx needs onnx and onnxscript: pip install 'ajepa[onnx]'") from error
+    claim_file(path, _is_onnx, "OUT")
     audio = torch.zeros(2, encoder.config.clip_samples)
     program = torch.onnx.export(
         _Chunks(encoder).eval(), (audio,), dynamo=True, verbose=False, input_names=["audio"], output_names=["frames"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )  # fmt: skip
     assert program is not None
-    program.save(path)
+    program.model.producer_name = PROGRAM
+    write_atomic(path, program.model_proto.SerializeToString())
 
 
+def _is_onnx(path: Path) -> bool:
+    """Whether the first fields of the model, its version and its producer, are those of `write_onnx`."""
+    with open(path, "rb") as file:
+        return PROGRAM.encode() in file.read(len(PROGRAM) + 16)
+
+
+@command
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "python -m ajepa.export")
-    try:
-        encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling, layers=args.layers)
-        out = Path(args.out)
-        if args.xares and args.onnx:
-            raise ConfigError("--xares and --onnx write different files: use one at a time")
-        if args.onnx:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_onnx(encoder, out)
-            print(f"{out}: [batch, {encoder.config.clip_samples}] at {encoder.sampling_rate} Hz to "
-                  f"[batch, {encoder.frames(encoder.config.clip_samples)}, {encoder.output_dim}]")  # fmt: skip
-        elif args.xares:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            print(f"{out}: class {write_xares(encoder, out)}")
-        else:
-            encoder.save_pretrained(out)
-            print(f"{out}: frames of width {encoder.output_dim} every {encoder.hop_size_in_ms:g} ms")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.xares and args.onnx:
+        raise ConfigError("--xares and --onnx write different files: use one at a time")
+    encoder = Encoder.from_pretrained(args.encoder, pooling=args.pooling, layers=args.layers)
+    out = Path(args.out)
+    if args.onnx:
+        write_onnx(encoder, out)
+        print(f"{out}: [batch, {encoder.config.clip_samples}] at {encoder.sampling_rate} Hz to "
+              f"[batch, {encoder.frames(encoder.config.clip_samples)}, {encoder.output_dim}]")  # fmt: skip
+    elif args.xares:
+        print(f"{out}: class {write_xares(encoder, out)}")
+    else:
+        encoder.save_pretrained(out)
+        print(f"{out}: frames of width {encoder.output_dim} every {encoder.hop_size_in_ms:g} ms")
     return 0
 
 

@@ -1,14 +1,15 @@
-"""`python -m ajepa.finetune RUN --data ...`: train the whole EMA target encoder and a linear head on labels.
+"""`python -m ajepa.finetune ENCODER --data ...`: train a whole pretrained encoder and a linear head on labels.
 
 files -> PCM (mixup) -> log-mel patches (SpecAugment) -> encoder (regularised masking) -> mean -> head -> loss.
 """
 
 import contextlib
 import dataclasses
-import json
+import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,37 +17,52 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors.torch import load_file
-from safetensors.torch import save as save_bytes
-from sklearn.metrics import average_precision_score
 
-from ajepa import config
-from ajepa.config import Config, ConfigError
+from ajepa.config import ConfigError, ModelConfig
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.loader import AudioLoader
+from ajepa.encoder import CONFIG, WEIGHTS, EncoderConfig, Opened, open_encoder
 from ajepa.evaluation.classifier import Classifier, mixup, parameter_groups, spec_augment, split_labels
-from ajepa.evaluation.feature_cache import CHUNKS_AT_ONCE, read_chunks, tensors_hash
-from ajepa.evaluation.labelled import labelled, pretrained_on
+from ajepa.evaluation.feature_cache import CHUNKS_AT_ONCE, read_chunks
+from ajepa.evaluation.labelled import (
+    SETTINGS,
+    Material,
+    absent_classes,
+    counts_of,
+    labelled,
+    materials,
+    seen_in_training,
+    ways,
+)
 from ajepa.model.frontend import FrontEnd
-from ajepa.model.pretrained import load_pretrained, load_weights
+from ajepa.model.jepa import Encoder as ViT
+from ajepa.model.pretrained import load_weights
 from ajepa.training.checkpoint import load_latest, save_checkpoint
-from ajepa.training.corpus import clip_options
 from ajepa.training.distributed import Ranks
 from ajepa.training.schedules import cosine
 from ajepa.utils import cli
-from ajepa.utils.atomic_files import write_atomic
-from ajepa.utils.devices import choose_device
-from ajepa.utils.run_folder import CheckpointError
+from ajepa.utils.command import command, describe
+from ajepa.utils.devices import autocast_of, available_memory, choose_device
+from ajepa.utils.folders import claim, overwrite
+from ajepa.utils.json_files import read_json, write_json
+from ajepa.utils.lock import Lock, locked
+from ajepa.utils.run_folder import run_of
 from ajepa.utils.signals import catch_signals
+from ajepa.utils.tensor_files import read_tensors, tensors_hash, write_tensors
 from ajepa_kernels import AdamWEMA
+
+RESULT, CLASSIFIER = "finetune.json", "classifier.safetensors"
+# Settings that a continued fine-tuning may change. The encoder may have another name, but not other weights.
+MAY_CHANGE = ("run", "resume", "overwrite", "out", "device", "keep")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Fine-tune a run's encoder on labelled recordings and score it on others."""
+    """Fine-tune an encoder on labelled recordings and score it on others."""
 
     run: tyro.conf.Positional[str]
-    """Run folder, or one checkpoint in it (RUN/checkpoints/step_...)."""
+    """The encoder: a run folder, one checkpoint in it (RUN/checkpoints/step_...), a fine-tuning, an exported or
+    converted encoder, or an id on the Hugging Face hub."""
     data: str
     """Labelled recordings: a folder with one sub-folder per class, a manifest (CSV, JSONL, ...), or webdataset tars."""
     test: str
@@ -63,11 +79,14 @@ class Arguments:
     """A recording has several labels, as a list or separated by "," or ";". The loss is the binary cross-entropy, the
     score the mean average precision."""
     out: str | None = None
-    """Folder of the results. None: RUN/finetune."""
+    """Folder of the results. None: finetune in the folder of the run or encoder; finetune/NAME for one of the hub."""
     resume: bool = False
     """Continue from the last checkpoint in --out, exactly as if the run had not stopped."""
+    overwrite: bool = False
+    """Begin anew where --out holds a fine-tuning. The old folder is kept under another name."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """pretrained: start from the run's encoder. random: from an untrained one, to see the worth of the pretraining."""
+    """pretrained: start from the pretrained encoder. random: from an untrained one, to see the worth of the
+    pretraining."""
     epochs: int = 30
     """Passes over the training rows."""
     batch_size: int = 32
@@ -94,7 +113,8 @@ class Arguments:
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over all classes."""
     pad: Literal["run", "zero", "cyclic"] = "zero"
-    """Recordings shorter than a clip. zero: encode only the recording. cyclic: repeat it. run: do as the run did."""
+    """Recordings shorter than a clip. zero: encode only the recording. cyclic: repeat it. run: cyclic where the encoder
+    was pretrained so, else zero."""
     eval_every: int = 5
     """Epochs between two scores on the test rows. Scores choose nothing: the last weights are kept."""
     keep: int = 2
@@ -119,25 +139,43 @@ class Task(NamedTuple):
         return self.targets[labels_B]
 
 
-class Tuner:
-    """Classifier, optimiser and front end of one run. Computes a training step, and scores whole recordings."""
+class Start(NamedTuple):
+    """The encoder that a fine-tuning starts from."""
 
-    def __init__(self, args: Arguments, cfg: Config, classes: int, steps: int):
-        self.args, self.cfg, self.steps = args, cfg, steps
+    file: str
+    sha256: str  # of its weights
+    trained_on: list[Material]
+
+
+class Tuner:
+    """Classifier, optimiser and front end of one run. Computes a training step, and scores whole recordings.
+
+    It trains the encoder of `opened` itself.
+    """
+
+    def __init__(self, args: Arguments, opened: Opened, classes: int, steps: int):
+        self.args, self.config, self.steps = args, opened.encoder.config, steps
+        threads = opened.run.data.loader_threads if opened.run else 0
+        self.reading: dict[str, Any] = {"threads": threads, "decoder": args.decoder}
         self.device, self.ranks = choose_device(args.device), Ranks()  # one process: save_checkpoint expects ranks
-        bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.type == "cuda")
-        self.autocast = contextlib.nullcontext if not bf16 else lambda: torch.autocast(self.device.type, torch.bfloat16)
-        self.front_end = FrontEnd(cfg.front_end)
+        self.autocast = partial(autocast_of, self.device, args.precision)
+        self.front_end = FrontEnd(self.config.front_end)
+        vit, spec = opened.encoder.vit, self.config.front_end
+        shape = opened.run.model if opened.run else ModelConfig(size=self.config.size, positions=self.config.positions)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            self.model = Classifier(cfg, classes).to(self.device)
+            start = ViT(shape, spec)  # in either case, so that the head starts with the same weights
+            self.model = Classifier(vit, spec, classes)
+        if args.init == "random":
+            load_weights(vit, start.state_dict(), "the initialisation")
+        self.model.to(self.device).train()
         groups = parameter_groups(self.model, args.layer_decay, args.weight_decay)
         self.optimizer = AdamWEMA(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
         self.parameters = list(self.model.parameters())
 
     def step(self, pcm, lengths, targets, step: int) -> torch.Tensor:
         """Train on `pcm` int16 `[B, S]` and targets float `[B, K]`. All randomness is a function of (seed, step)."""
-        args, spec = self.args, self.cfg.front_end
+        args, spec = self.args, self.config.front_end
         rng = np.random.default_rng([args.seed, step])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         if args.mixup:
@@ -172,23 +210,26 @@ class Tuner:
 
         A recording longer than a clip is cut into clips, and their probabilities are averaged.
         """
-        spec, samples = self.cfg.front_end, round(self.cfg.data.clip_seconds * self.cfg.front_end.sample_rate)
-        reading = {"threads": self.cfg.data.loader_threads, "decoder": self.args.decoder}
-        scores, rows = [], []
-        for batch in read_chunks(task.test, spec, samples, reading, skipped):
+        samples = self.config.clip_samples
+        total, weights = torch.zeros(len(task.test), task.targets.shape[1]), torch.zeros(len(task.test), 1)
+        read = torch.zeros(len(task.test), dtype=torch.bool)
+        for batch in read_chunks(task.test, self.config.front_end, samples, self.reading, skipped):
             parts = zip(batch.pcm.split(CHUNKS_AT_ONCE), batch.lengths.split(CHUNKS_AT_ONCE), strict=True)
             logits = torch.cat([self.logits(pcm, lengths) for pcm, lengths in parts])
             chances = logits.sigmoid() if self.args.multi_label else logits.softmax(-1)
             weight = batch.lengths[:, None].float()  # a short tail has little weight
-            total = torch.zeros(len(batch.items), chances.shape[1]).index_add(0, batch.owner, chances * weight)
-            scores.append(total / torch.zeros(len(batch.items), 1).index_add(0, batch.owner, weight).clamp(min=1))
-            rows.append(batch.items)
-        chances, labels = torch.cat(scores), torch.from_numpy(task.test.labels)[torch.cat(rows)]
+            rows = batch.items[batch.owner]
+            total.index_add_(0, rows, chances * weight)
+            weights.index_add_(0, rows, weight)
+            read[batch.items] = batch.complete
+        chances, labels = (total / weights.clamp(min=1))[read], torch.from_numpy(task.test.labels)[read]
         targets = task.of(labels)
         if not chances.isfinite().all():
-            raise ConfigError("the fine-tuned weights are not finite: lower --lr")
+            raise ConfigError("the fine-tuned weights are not finite: lower --lr, and add --overwrite to begin anew")
         if not self.args.multi_label:
             return {"accuracy": (chances.argmax(-1) == targets.argmax(-1)).double().mean().item()}
+        from sklearn.metrics import average_precision_score  # takes a second
+
         present = targets.any(0)
         precisions = average_precision_score(targets[:, present].numpy(), chances[:, present].numpy(), average=None)
         return {"mAP": float(np.mean(precisions))}
@@ -211,40 +252,73 @@ def finetune(args: Arguments) -> dict[str, Any]:
     Raises ConfigError, DataError or CheckpointError, and KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
     """
     check(args)
-    cfg, weights, file, _ = load_pretrained(Path(args.run))
-    pad = cfg.data.pad if args.pad == "run" else args.pad
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, pad=pad))
-    folder = Path(args.out) if args.out else Path(args.run) / "finetune"
-    done = open_folder(folder, args, cfg)
-    if done:
-        return done
+    opened = open_encoder(args.run)
+    start = Start(str(opened.file), tensors_hash(opened.encoder.vit.state_dict()), materials(opened.run, opened.file))
+    folder = out_folder(args)
+    began = claim(folder, "fine-tuning")
+    if began and args.overwrite:
+        overwrite(folder, "fine-tuning", f"begun by fine-tuning {args.run}")
+        began = claim(folder, "fine-tuning")
+    with locked(folder) as lock:
+        if began:
+            done = continued(folder, args, start)
+            if done:
+                return done
+        return train(args, opened, start, folder, lock)
+
+
+def out_folder(args: Arguments) -> Path:
+    """Where the results go."""
+    if args.out:
+        return Path(args.out).expanduser()
+    source = Path(args.run).expanduser()
+    return run_of(source) / "finetune" if source.is_dir() else Path("finetune", source.name)
+
+
+def train(args: Arguments, opened: Opened, start: Start, folder: Path, lock: Lock) -> dict[str, Any]:
+    """Train from the last checkpoint in `folder`, if there is one, to the last step."""
+    run, spec = opened.run, opened.encoder.config.front_end
+    pad: Literal["zero", "cyclic"] = "cyclic" if args.pad == "cyclic" else "zero"
+    if args.pad == "run" and opened.encoder.config.pad == "cyclic":
+        pad = "cyclic"
+    encoder_config = fine_tuned(opened.encoder.config, pad)
+    check_memory(args, encoder_config)
     task, skipped = open_task(args)
+    begin(folder, args, encoder_config, start)
     per_epoch = -(-len(task.train) // args.batch_size)
     steps = args.epochs * per_epoch
-    tuner = Tuner(args, cfg, len(task.classes), steps)
-    if args.init == "pretrained":
-        load_weights(tuner.model.encoder, weights, file)
+    tuner = Tuner(args, opened, len(task.classes), steps)
     state, damaged = load_latest(folder / "checkpoints", tuner)
     for message in damaged:
         print(f"warning: {message}; using the one before", file=sys.stderr)
-    options = {**clip_options(cfg), "decoder": args.decoder, "batch_size": args.batch_size, "seed": args.seed}
-    loader = AudioLoader(task.train, **options, gain_db=cfg.data.gain_db, state=state["loader"] if state else None)
+    loader = AudioLoader(
+        task.train, sample_rate=spec.sample_rate, clip_samples=encoder_config.clip_samples, pad=pad,
+        batch_size=args.batch_size, seed=args.seed, gain_db=run.data.gain_db if run else 0.0,
+        state=state["loader"] if state else None, **tuner.reading,
+    )  # fmt: skip
     step, history = (state["step"], state["history"]) if state else (0, [])
-    known = pretrained_on(cfg, task.test)
-    seen = None if known is None else sum((e.path, e.member) in known for e in task.test.entries)
+    how = seen_in_training(task.test, start.trained_on)
+    seen = None if how is None else counts_of(how)
     if seen:
-        print(f"warning: {seen} of the {len(task.test)} test recordings were pretrained on", file=sys.stderr)
+        print(f"warning: {sum(seen.values())} of the {len(task.test)} test recordings were pretrained on "
+              f"({ways(seen)})", file=sys.stderr)  # fmt: skip
+    trained = task.of(torch.from_numpy(task.train.labels)).any(0)
+    absent = absent_classes(trained, torch.ones_like(trained), task.classes)
+    if absent:
+        print(f"warning: {absent}", file=sys.stderr)
     print(f"{len(task.train):,} recordings to train on, {len(task.test):,} to score, {len(task.classes)} classes; "
           f"{args.epochs} epochs of {per_epoch} steps, {args.init} encoder, on {tuner.device}"
           + (f"; continuing after step {step}" if step else ""))  # fmt: skip
+    # The losses of an epoch that was interrupted.
+    losses = list(torch.tensor(state["losses"], device=tuner.device).unbind()) if state and "losses" in state else []
 
     def save() -> None:
-        extra = {"loader": loader.state_dict(), "history": history}
+        lock.check()
+        extra = {"loader": loader.state_dict(), "history": history, "losses": [x.item() for x in losses]}
         save_checkpoint(folder / "checkpoints", step, tuner, extra, args.keep)
 
     with catch_signals() as stop, contextlib.closing(loader):
-        losses: list[torch.Tensor] = []
-        tick = time.perf_counter()
+        tick, since = time.perf_counter(), step
         while step < steps and not stop:
             batch = next(loader)
             losses.append(tuner.step(batch.pcm, batch.lengths, task.of(batch.labels), step))
@@ -254,25 +328,44 @@ def finetune(args: Arguments) -> dict[str, Any]:
             epoch = step // per_epoch
             record = {"epoch": epoch, "loss": torch.stack(losses).mean().item()}
             if record["loss"] - record["loss"] != 0:
-                raise ConfigError(f"the loss of epoch {epoch} is not finite: lower --lr, or use --precision fp32")
+                raise ConfigError(f"the loss of epoch {epoch} is not finite: lower --lr, or use --precision fp32, and "
+                                  "add --overwrite to begin anew")  # fmt: skip
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 record |= tuner.score(task, skipped)
             history.append(record)
-            clips = len(losses) * args.batch_size / (time.perf_counter() - tick)
+            clips = (step - since) * args.batch_size / (time.perf_counter() - tick)
             print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:>3}" for k, v in record.items()),
                   f" lr {learning_rate(args, step - 1, steps):.1e}  {clips:,.0f} clips/s")  # fmt: skip
+            losses = []
             save()
-            losses, tick = [], time.perf_counter()
+            tick, since = time.perf_counter(), step
         skipped = list(dict([*skipped, *loader.skipped]).items())
         if step < steps:
             save()
-            print(f"stopped after step {step}; continue with --out {folder} --resume")
-            raise KeyboardInterrupt
-    checkpoint = {"file": str(file), "sha256": tensors_hash(weights)}
-    return finish(args, cfg, folder, tuner, task, history, skipped, checkpoint, seen)
+            raise KeyboardInterrupt(f"stopped after step {step}; continue with --out {folder} --resume")
+    lock.check()
+    return finish(args, folder, tuner, task, history, skipped, start, seen)
+
+
+def fine_tuned(config: EncoderConfig, pad: Literal["zero", "cyclic"]) -> EncoderConfig:
+    """The configuration of an encoder after its fine-tuning, which leaves a projector behind."""
+    pooling = "mean" if config.pooling == "projection" else config.pooling
+    return dataclasses.replace(config, pad=pad, projector=None, pooling=pooling)
+
+
+def check_memory(args: Arguments, config: EncoderConfig) -> None:
+    """Raise ConfigError if the clips of a batch cannot fit in memory."""
+    # int16 in four batches that are read ahead; float32 samples and patches of the one that is trained on
+    need, free = 16 * args.batch_size * config.clip_samples, available_memory()
+    if need > free:
+        raise ConfigError(f"--batch-size {args.batch_size}: its clips need {need / 1e9:.1f} GB of memory and "
+                          f"{free / 1e9:.1f} GB are free: lower it")  # fmt: skip
 
 
 def check(args: Arguments) -> None:
+    for name, value in dataclasses.asdict(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{cli.flag(name)} {value}: must be a finite number")
     for name in ("epochs", "batch_size", "lr", "clip_norm", "eval_every", "keep"):
         if getattr(args, name) <= 0:
             raise ConfigError(f"{cli.flag(name)} {getattr(args, name)}: must be above 0")
@@ -284,31 +377,35 @@ def check(args: Arguments) -> None:
             raise ConfigError(f"{cli.flag(name)} {getattr(args, name)}: must not be negative")
     if not 0 < args.layer_decay <= 1:
         raise ConfigError(f"--layer-decay {args.layer_decay}: must be above 0 and at most 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
+    choose_device(args.device)
 
 
-def open_folder(folder: Path, args: Arguments, cfg: Config) -> dict[str, Any] | None:
-    """Prepare the results folder. Returns the results where the fine-tuning in it has finished."""
-    settings, result = folder / "arguments.json", folder / "finetune.json"
-    wanted = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("resume", "out", "device", "keep")}
+def continued(folder: Path, args: Arguments, start: Start) -> dict[str, Any] | None:
+    """Check that `args` continue the fine-tuning in `folder`. Returns its results if it has finished."""
+    if not args.resume:
+        raise ConfigError(f"{folder} holds a fine-tuning already: add --resume to continue it, --overwrite to begin "
+                          "anew, or choose another --out")  # fmt: skip
     try:
-        if args.resume and settings.exists():
-            old = json.loads(settings.read_text())
-            changed = [cli.flag(k) for k in wanted if old.get(k) != wanted[k]]
-            if changed:
-                raise ConfigError(f"--resume continues {folder} as it began; leave as they were {', '.join(changed)}")
-            return json.loads(result.read_text()) if result.exists() else None
-        if settings.exists():
-            raise ConfigError(f"{folder} holds a run already: add --resume to continue it, or choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save(cfg, folder / "config.json")
-        write_atomic(settings, json.dumps(wanted, indent=2).encode())
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"--out {folder} cannot be used: {error}") from error
-    return None
+        old, wanted = read_json(folder / SETTINGS), settings_of(args)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} holds no {SETTINGS}, so it cannot be continued: add --overwrite") from error
+    changed = [cli.flag(k) for k in wanted if old.get(k) != wanted[k]]
+    if old.get("sha256_of_encoder", start.sha256) != start.sha256:
+        changed.insert(0, f"the encoder (it was that of {old.get('encoder')})")
+    if changed:
+        raise ConfigError(f"--resume continues {folder} as it began; leave as they were {', '.join(changed)}")
+    return read_json(folder / RESULT) if (folder / RESULT).exists() else None
+
+
+def settings_of(args: Arguments) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(args).items() if k not in MAY_CHANGE}
+
+
+def begin(folder: Path, args: Arguments, config: EncoderConfig, start: Start) -> None:
+    """Write what the fine-tuning is. The settings come first, because they tell what the folder is for."""
+    about = {"encoder": start.file, "sha256_of_encoder": start.sha256, "trained_on": start.trained_on}
+    write_json(folder / SETTINGS, {**settings_of(args), **about})
+    write_json(folder / CONFIG, dataclasses.asdict(config))
 
 
 def open_task(args: Arguments) -> tuple[Task, list[tuple[str, str]]]:
@@ -326,25 +423,26 @@ def open_task(args: Arguments) -> tuple[Task, list[tuple[str, str]]]:
     return task, skipped
 
 
-def finish(args, cfg, folder, tuner, task, history, skipped, checkpoint, seen) -> dict[str, Any]:
-    """Write weights and results. `encoder.safetensors` and `config.json` make the folder readable as a run."""
-    state = {k: v.contiguous().cpu() for k, v in tuner.model.state_dict().items()}
-    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    write_atomic(folder / "encoder.safetensors", save_bytes(encoder, {"format": "pt", "preset": cfg.preset}))
-    write_atomic(folder / "classifier.safetensors", save_bytes(state, {"format": "pt"}))
+def finish(args, folder, tuner, task, history, skipped, start: Start, seen) -> dict[str, Any]:
+    """Write weights and results. `model.safetensors` and `config.json` make the folder readable as an encoder."""
+    state = tuner.model.state_dict()
+    encoder = {k.replace("encoder.", "vit.", 1): v for k, v in state.items() if k.startswith("encoder.")}
+    write_tensors(folder / WEIGHTS, encoder)
+    write_tensors(folder / CLASSIFIER, state)
     result = {
         **{k: v for k, v in history[-1].items() if k in ("accuracy", "mAP")},
         "classes": task.classes,
         "multi_label": args.multi_label,
         "train": len(task.train),
         "test": len(task.test),
-        "seen_in_pretraining": seen,
-        "checkpoint": checkpoint,
+        "seen_in_pretraining": None if seen is None else sum(seen.values()),
+        "seen_by": seen,
+        "checkpoint": {"file": start.file, "sha256": start.sha256},
         "history": history,
         "skipped": [list(pair) for pair in skipped],
         "arguments": dataclasses.asdict(args),
     }
-    write_atomic(folder / "finetune.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_json(folder / RESULT, result)
     return result
 
 
@@ -359,26 +457,21 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, list[str]]:
         model, classes = load_classifier("runs/mine/finetune")
         chances = model(FrontEnd(model.spec)(pcm, lengths), lengths).softmax(-1)  # int16 [B, S], [B] -> [B, K]
     """
-    folder = Path(folder)
-    cfg = config.load(folder / "config.json")
+    folder = Path(folder).expanduser()
     try:
-        classes = json.loads((folder / "finetune.json").read_text())["classes"]
-        model = Classifier(cfg, len(classes))
-        model.load_state_dict(load_file(folder / "classifier.safetensors"))
-    except Exception as error:  # safetensors has an exception type of its own
-        raise ConfigError(f"{folder} holds no finished fine-tuning: {error}") from error
+        classes, weights = read_json(folder / RESULT)["classes"], read_tensors(folder / CLASSIFIER)
+    except (OSError, KeyError) as error:
+        raise ConfigError(f"{folder} holds no finished fine-tuning: {describe(error)}") from error
+    encoder = open_encoder(folder).encoder
+    model = Classifier(encoder.vit, encoder.config.front_end, len(classes))
+    load_weights(model, weights, folder / CLASSIFIER)
     return model.eval(), classes
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "python -m ajepa.finetune")
-    try:
-        result = finetune(args)
-    except KeyboardInterrupt:
-        return 130
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = finetune(args)
     for path, reason in result["skipped"]:
         print(f"skipped {path}: {reason}", file=sys.stderr)
     name = "mAP" if result["multi_label"] else "accuracy"

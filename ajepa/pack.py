@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,30 +22,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ajepa.data.decode import Decoder, read_whole, resampled_lengths
 from ajepa.data.formats.audiofile import reason_of
-from ajepa.data.index import DataError, Index, build_index
+from ajepa.data.formats.containers import open_fd, read_at
+from ajepa.data.index import Index, build_index
 from ajepa.data.reader import to_int16
 from ajepa.data.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, block_crcs, is_shards, missing_rows
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import atomic_file, write_atomic
+from ajepa.utils.command import command
+from ajepa.utils.cores import cores
 from ajepa.utils.errors import UserError
-
-try:
-    import fcntl
-
-    def lock(file) -> None:
-        """Lock `file`; raises OSError if another process holds it. The system releases it when the process ends."""
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-except ImportError:  # Windows
-    import msvcrt
-
-    def lock(file) -> None:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-
+from ajepa.utils.folders import claim
+from ajepa.utils.lock import locked
 
 LEFT_OUT = "left_out.tsv"
-OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock")  # files that packing writes
+# The files that packing writes.
+OWN = re.compile(rf"\d+{SUFFIX}|\.\d+{SUFFIX}\.partial|\.?{LEFT_OUT}(\.partial)?|\.lock(\.\w+)?")
 MEGABYTE = 1_000_000
+# What a packing depends on: the parts of its key.
+KINDS = ["other settings", "other recordings", "recordings that changed since", "other labels or columns"]
+PART = 4  # bytes of a part
+CHUNK = 256  # recordings that a thread hashes at a time
+BLOCK, BLOCKS = 4096, 5  # bytes and number of the blocks of a recording that the key of a packing covers
 SAMPLED = 32  # clips that `--dry-run` compresses to estimate the size of FLAC shards
 
 
@@ -102,12 +100,12 @@ class Packed:
 
 
 def pack(args: Arguments, console: Console) -> Packed:
-    """Pack the recordings of `args.source`. Raises PackError, DataError, OSError."""
+    """Pack the recordings of `args.source`. Raises PackError, DataError, ConfigError, OSError."""
     if not 1_000 <= args.rate <= 384_000:
         raise PackError(f"--rate {args.rate}: the sample rate must be from 1,000 to 384,000 Hz")
     if args.shard_mb < 1 or not 0 < args.max_hours < 1_000 or args.threads < 0:
         raise PackError("--shard-mb must be at least 1, --max-hours above 0 and below 1,000, and --threads at least 0")
-    if is_shards(args.source):
+    if is_shards(os.path.expanduser(args.source)):
         raise PackError(f"{args.source}: these are shards already; give the recordings from which they were made")
     if not 0 < args.float_scale < np.inf:
         raise PackError(f"--float-scale {args.float_scale}: the scale must be a finite number above 0")
@@ -116,6 +114,14 @@ def pack(args: Arguments, console: Console) -> Packed:
         float_scale=args.float_scale,
     )  # fmt: skip
     target = Path(args.target).expanduser()
+    if args.dry_run:
+        return _pack(index, args, target, console)
+    claim(target, "shards", "TARGET")
+    with locked(target, "TARGET"):
+        return _pack(index, args, target, console)
+
+
+def _pack(index: Index, args: Arguments, target: Path, console: Console) -> Packed:
     key = _key(index, args)
     done = _finished(target, key, args, console)
     gaps = list(missing_rows(done, len(index)))
@@ -123,8 +129,7 @@ def pack(args: Arguments, console: Console) -> Packed:
     _announce(args, index, todo, done, console)
     if args.dry_run:
         return _summary(index, done)
-    target.mkdir(parents=True, exist_ok=True)
-    with _alone(target), _progress(console, len(index), len(index) - len(todo)) as step:
+    with _progress(console, len(index), len(index) - len(todo)) as step:
         whole = {shard.path for shard in done}
         for path in target.iterdir():
             if path.name.endswith(".partial") or (path.suffix == SUFFIX and str(path) not in whole):
@@ -200,19 +205,51 @@ def _flac(pcm: np.ndarray, rate: int) -> bytes:
 
 
 def _key(index: Index, args: Arguments) -> bytes:
-    """Shards with equal keys belong together: they hold the same recordings, packed with the same settings."""
-    options = (VERSION, index.fingerprint, args.rate, args.codec, args.silence_db, args.max_hours, args.label,
-               args.float_scale)  # fmt: skip
-    return hashlib.blake2b(repr(options).encode(), digest_size=16).digest()
+    """Shards with equal keys belong together: they hold the same recordings, packed with the same settings.
+
+    A key is the hashes of four things, in the order of `KINDS`, so that a difference can be named.
+    """
+    options = (VERSION, args.rate, args.codec, args.silence_db, args.max_hours, args.float_scale)
+    labels = [*index.label_names, None]  # the last is that of the label -1
+    columns = [[labels[label] for label in index.labels], *index.metadata.values()]
+    notes = hashlib.blake2b(repr(list(index.metadata)).encode())
+    for row in zip(*columns, strict=True):
+        notes.update(repr(row).encode())
+    contents = hashlib.blake2b()
+    with ThreadPoolExecutor(args.threads or cores()) as pool:
+        for digests in pool.map(partial(_contents, index), range(0, len(index), CHUNK)):
+            contents.update(digests)
+    parts = (repr(options).encode(), index.fingerprint.encode(), contents.digest(), notes.digest())
+    return b"".join(hashlib.blake2b(part, digest_size=PART).digest() for part in parts)
+
+
+def _parts(key: bytes) -> list[bytes]:
+    return [key[i : i + PART] for i in range(0, len(key), PART)]
+
+
+def _contents(index: Index, first: int) -> bytes:
+    """Hashes of the recordings in rows [first, first + CHUNK): of size, mtime, and BLOCKS blocks from begin to end."""
+    digests = []
+    for entry in index.entries[first : first + CHUNK]:
+        digest = hashlib.blake2b(repr((entry.offset, entry.size, entry.mtime_ns)).encode(), digest_size=16)
+        try:
+            fd = open_fd(entry.path)
+            try:
+                for start in np.linspace(0, max(0, entry.size - BLOCK), BLOCKS).astype(int).tolist():
+                    block = bytearray(min(BLOCK, entry.size))
+                    read_at(fd, memoryview(block), entry.offset + start)
+                    digest.update(block)
+            finally:
+                os.close(fd)
+        except OSError as error:  # packing leaves it out
+            digest.update(reason_of(error).encode())
+        digests.append(digest.digest())
+    return b"".join(digests)
 
 
 def _finished(target: Path, key: bytes, args: Arguments, console: Console) -> list[Shard]:
     """The complete shards of the target, ordered by their rows. Packing replaces damaged shards."""
-    if not target.exists():
-        return []
-    if not target.is_dir():
-        raise PackError(f"{target} is not a folder: give a new or empty folder")
-    names = sorted(os.listdir(target))
+    names = sorted(os.listdir(target)) if target.is_dir() else []
     foreign = [name for name in names if not OWN.fullmatch(name)]
     if foreign:
         raise PackError(f"{target} holds other files ({', '.join(foreign[:3])}): give a new or empty folder")
@@ -226,9 +263,12 @@ def _finished(target: Path, key: bytes, args: Arguments, console: Console) -> li
             console.print(f"this shard is made again: {error}", markup=False)
             continue
         if shard.header.key != key:
+            parts = zip(KINDS, _parts(shard.header.key), _parts(key), strict=True)
+            others = [kind for kind, theirs, ours in parts if theirs != ours]
+            what = " and ".join(others) if len(others) < len(KINDS) else "another source or of an earlier version"
             raise PackError(
-                f"{target} holds shards of other recordings, of other settings or of an earlier version ({name}): give "
-                "the source and the settings with which they were made, or a new folder"
+                f"{target} holds shards of {what} ({name}): give the source and the settings with which they were "
+                "made, or a new folder"
             )
         damaged = shard.damaged() if args.verify else []
         if damaged:
@@ -275,18 +315,6 @@ def _gb(size: float) -> str:
 
 
 @contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Hold the folder's lock: two packings into one folder would delete each other's unfinished shards."""
-    with open(target / ".lock", "w") as file:
-        try:
-            lock(file)
-        except OSError:
-            raise PackError(f"{target}: another process is packing into it") from None
-        yield
-    (target / ".lock").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def _progress(console: Console, total: int, done: int):
     bar = Progress(
         TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
@@ -297,21 +325,18 @@ def _progress(console: Console, total: int, done: int):
         yield lambda: bar.advance(task)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "python -m ajepa.pack")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        packed = pack(args, console)
+        packed = pack(args, Console(stderr=True, highlight=False, soft_wrap=True))
     except KeyboardInterrupt:
-        print("stopped; finished shards are kept, and the same command goes on from there", file=sys.stderr)
-        return 130
-    except (PackError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise KeyboardInterrupt("stopped; finished shards are kept, and the same command goes on from there") from None
     except OSError as error:
-        print(f"error: {error.filename or args.target}: {reason_of(error)}; finished shards are kept: fix the "
-              "cause, and the same command goes on from there", file=sys.stderr)  # fmt: skip
-        return 2
+        raise PackError(
+            f"{error.filename or args.target}: {reason_of(error)}; finished shards are kept: fix the cause, and the "
+            "same command goes on from there"
+        ) from error
     if not args.dry_run:
         print(f"{packed.clips:,} clips, {packed.seconds / 3600:.2f} hours, {_gb(packed.bytes)} in {packed.shards:,} "
               f"shards; {len(packed.left_out):,} recordings left out, see {Path(args.target) / LEFT_OUT}")  # fmt: skip
@@ -319,4 +344,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None))

@@ -1,14 +1,14 @@
-"""`python -m ajepa.probe RUN --data ...`: score the frozen features of a run on labelled recordings.
+"""`python -m ajepa.probe ENCODER --data ...`: score the frozen features of an encoder on labelled recordings.
 
-The run's encoder is compared with two baselines on the same recordings and folds, with the same heads and at the same
-pooling: the encoder before its first step, and pooled log-mel.
+The encoder is compared with two baselines on the same recordings and folds, with the same heads and at the same
+pooling: an untrained encoder of its shape (of a run, its own before the first step), and pooled log-mel.
 """
 
-import json
 import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +20,27 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import classification_report, confusion_matrix
 
-from ajepa.config import Config, ConfigError, Pooling, StepConfig
+from ajepa.config import SIZES, ConfigError, Pooling
+from ajepa.data.decode import resampled_lengths
 from ajepa.data.index import DataError, Index, build_index
+from ajepa.encoder import Encoder, Opened, open_encoder
 from ajepa.evaluation import plots
-from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed, tensors_hash
-from ajepa.evaluation.labelled import labelled, pretrained_on
-from ajepa.evaluation.probes import HEADS, Embedded, predict
-from ajepa.model.pooling import Layers, check_pooling
-from ajepa.model.pretrained import load_pretrained, load_weights
-from ajepa.training.engine import Engine
+from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed
+from ajepa.evaluation.features import log_mel_pooling
+from ajepa.evaluation.labelled import absent_classes, counts_of, labelled, materials, seen_in_training, ways
+from ajepa.evaluation.probes import BATCH, BATCH_VALUES, HEADS, Embedded, predict
+from ajepa.model.frontend import FrontEnd
+from ajepa.model.jepa import JEPA
+from ajepa.model.layers import Linear
+from ajepa.model.pooling import Layers
+from ajepa.model.pretrained import load_weights
 from ajepa.utils import cli
-from ajepa.utils.atomic_files import write_atomic
-from ajepa.utils.devices import choose_device
-from ajepa.utils.run_folder import CheckpointError, run_of
+from ajepa.utils.command import command
+from ajepa.utils.devices import autocast_of, available_memory, choose_device, evaluates_in_bf16
+from ajepa.utils.folders import claim
+from ajepa.utils.json_files import write_json
+from ajepa.utils.run_folder import run_of
+from ajepa.utils.tensor_files import tensors_hash
 from ajepa_kernels import LogMelSpec
 
 TRAINED, UNTRAINED, LOG_MEL = "trained encoder", "untrained encoder", "pooled log-mel"
@@ -41,10 +49,11 @@ Head = Literal["knn", "linear", "attentive", "logistic", "knn-xares"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Score a run's frozen encoder on labelled recordings, next to the untrained encoder and pooled log-mel."""
+    """Score a frozen encoder on labelled recordings, next to an untrained encoder and pooled log-mel."""
 
     run: tyro.conf.Positional[str]
-    """Run folder, or one checkpoint in it (RUN/checkpoints/step_...)."""
+    """The encoder: a run folder, one checkpoint in it (RUN/checkpoints/step_...), a fine-tuning, an exported or
+    converted encoder, or an id on the Hugging Face hub."""
     data: str
     """Labelled recordings: a folder with one sub-folder per class, a manifest (CSV, JSONL, ...), or webdataset tars."""
     where: str | None = None
@@ -66,18 +75,19 @@ class Arguments:
     pooling: Literal["run"] | Pooling = "run"
     """How the latents of a recording are pooled, and log-mel with them. mean: over all patches. concat: over the time
     of each frequency row, side by side. +std: also their deviations. projection: the projector of a clip objective.
-    run: as the run did."""
-    layers: Layers = "last"
-    """last: the encoder's output. mean: the average of all blocks' outputs, each layer-normalised."""
+    run: as the run did, or as the encoder is configured."""
+    layers: Literal["run"] | Layers = "run"
+    """last: the encoder's output. mean: the average of all blocks' outputs, each layer-normalised. run: as the encoder
+    is configured, which is last for a run."""
     log_mel: Literal["run", "standard"] = "run"
-    """Front end of the log-mel baseline. run: the run's own. standard: the same for every run, 128 bands of 25 ms
-    windows every 10 ms."""
+    """Front end of the log-mel baseline. run: the encoder's own. standard: the same for every encoder, 128 bands of
+    25 ms windows every 10 ms."""
     seeds: int = 1
     """Number of trainings of each head, from seed 0 up. The score is their mean."""
     map: Literal["pca", "tsne", "both", "none"] = "both"
     """Method of the two-dimensional picture of the embeddings."""
     out: str | None = None
-    """Folder for probe.json and the pictures. None: the run folder."""
+    """Folder for probe.json and the pictures. None: the folder of the run or encoder; probe/NAME for one of the hub."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that computes the features and trains the heads. auto: the GPU if there is one."""
 
@@ -87,8 +97,10 @@ class Fold:
     name: str
     train: torch.Tensor  # int64, rows of the features
     test: torch.Tensor
-    seen: int | None = None
-    """Test recordings that the run was pretrained on; None where it was pretrained on other data."""
+    seen: dict[str, int] | None = None
+    """Test recordings that the encoder was trained on, by the way they were recognised; None where it is unknown."""
+    absent: str | None = None
+    """A sentence on tested classes that no training row has."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +115,19 @@ class Task:
 
 
 def probe(args: Arguments) -> dict[str, Any]:
-    """Score the run and return the contents of `probe.json`. Raises ConfigError or DataError."""
+    """Score the encoder and return the contents of `probe.json`. Raises ConfigError, DataError or CheckpointError."""
     start = time.perf_counter()
     if args.seeds < 1 or not args.heads:
         raise ConfigError("--seeds must be 1 or more, and --heads must name at least one")
     if args.test and args.folds:
         raise ConfigError("--test and --folds are two ways to divide the recordings: give one")
-    cfg, weights, file, projector_weights = load_pretrained(Path(args.run))
-    pooling = cfg.watch.pooling if args.pooling == "run" else args.pooling
-    check_pooling(pooling, has_projector=projector_weights is not None)
+    device = choose_device(args.device)
+    asked = {name: None if value == "run" else value for name, value in (("pooling", args.pooling),
+                                                                         ("layers", args.layers))}  # fmt: skip
+    opened = open_encoder(args.run, **asked)
+    config, run = opened.encoder.config, opened.run
+    folder = out_folder(args)
+    claim(folder, "probe")
     index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
     if (index.single_labels != index.labels).any():
         raise DataError(
@@ -119,74 +135,119 @@ def probe(args: Arguments) -> dict[str, Any]:
             "fine-tune with --multi-label"
         )
     index = labelled(index)
-    divide(index, torch.arange(len(index)), args, cfg)  # report a wrong division before any work
-    device = choose_device(args.device)
-    precision = "fp32" if cfg.precision == "auto" and device.type == "cpu" else cfg.precision
-    engine = Engine(replace(cfg, step=StepConfig(), precision=precision), device)
-    encoder, spec = engine.model.context_encoder.eval(), cfg.front_end
-    projector = engine.projector if pooling == "projection" else None
+    divide(index, torch.arange(len(index)), args)  # report a wrong division before any work
+    check_memory(index, opened.encoder, args)
+    seen = seen_in_training(index, materials(run, opened.file))
+    precision = run.precision if run else "auto"
     skipped = list(index.skipped)
 
-    kinds = [pooling] + ["tokens"] * ("attentive" in args.heads)
-    reading = {"threads": cfg.data.loader_threads, "decoder": args.decoder}
-    options: dict[str, Any] = {"device": engine.device, "reading": reading, "skipped": skipped}
-    samples = round(cfg.data.clip_seconds * spec.sample_rate)
-
-    def encoder_source() -> EncoderFeatures:
-        precision = "bf16" if engine.bf16 else "fp32"
-        key = f"{tensors_hash(encoder.state_dict())} {cfg.model.positions} {precision} {args.layers}"
-        if projector is not None:
-            key += f" {tensors_hash(projector.state_dict())}"
-        return EncoderFeatures(encoder, engine.front_end, spec, key, args.layers, projector)
-
+    kinds = [config.pooling] + ["tokens"] * ("attentive" in args.heads)
+    reading = {"threads": run.data.loader_threads if run else 0, "decoder": args.decoder}
+    options: dict[str, Any] = {"device": device, "reading": reading, "skipped": skipped}
     features: dict[str, Embedded] = {}
-    with engine.autocast():
-        items, made = embed(index, {UNTRAINED: encoder_source()}, samples, kinds, **options)
-        features |= made
-        load_weights(encoder, weights, file)
-        if projector is not None:
-            load_weights(projector, projector_weights or {}, file)
-        baseline = LogMelFeatures(log_mel_spec(spec, args.log_mel))
-        items, made = embed(index, {TRAINED: encoder_source(), LOG_MEL: baseline}, samples, kinds, **options)
+    baseline = LogMelFeatures(log_mel_spec(config.front_end, args.log_mel))
+    passes: list[dict[str, Any]] = [{UNTRAINED: untrained(opened)}, {TRAINED: opened.encoder, LOG_MEL: baseline}]
+    for encoders in passes:
+        sources = {n: source_of(x, device, precision) if isinstance(x, Encoder) else x for n, x in encoders.items()}
+        items, made = embed(index, sources, config.clip_samples, kinds, **options)
         features |= made
     if any(len(x.clips) != len(items) for x in features.values()):
         raise DataError(f"{args.data}: its files changed while they were read; run again")
     for name, x in features.items():
-        if not x.clips.isfinite().all():
+        if not x.clips.isfinite().all() or (x.tokens is not None and not x.tokens.isfinite().all()):
             raise ConfigError(f"{args.run}: the {name}'s features are not finite: the run has diverged")
-    task = divide(index, items, args, cfg)
+    task = divide(index, items, args, seen)
 
     guesses = {
-        name: {head: torch.stack([_cross_validate(head, features[name], task, seed, engine.device)
+        name: {head: torch.stack([_cross_validate(head, features[name], task, seed, device)
                                   for seed in range(1 if head in DETERMINISTIC else args.seeds)])
                for head in args.heads}
         for name in (LOG_MEL, UNTRAINED, TRAINED)
     }  # fmt: skip
     result = {
         "run": str(args.run),
-        "checkpoint": {"file": str(file), "sha256": tensors_hash(weights)},
+        "checkpoint": {"file": str(opened.file), "sha256": tensors_hash(opened.encoder.vit.state_dict())},
         "data": {
             "source": args.data, "where": args.where, "hash": data_hash(index), "recordings": len(items),
             "seconds": index.seconds, "classes": task.classes, "skipped": [list(pair) for pair in skipped],
         },
-        "settings": {**asdict(args), "pooling": pooling},
+        "settings": {**asdict(args), "pooling": config.pooling, "layers": config.layers},
         "dimensions": {name: x.clips.shape[1] for name, x in features.items()},
-        "folds": [{"name": f.name, "train": len(f.train), "test": len(f.test), "seen_in_pretraining": f.seen}
+        "folds": [{"name": f.name, "train": len(f.train), "test": len(f.test), "absent_classes": f.absent,
+                   "seen_in_pretraining": None if f.seen is None else sum(f.seen.values()), "seen_by": f.seen}
                   for f in task.folds],
         "scores": {name: {head: scores(g, task) for head, g in heads.items()} for name, heads in guesses.items()},
         "classes": {head: per_class(g, task) for head, g in guesses[TRAINED].items()},
         "seconds": time.perf_counter() - start,
         "versions": versions(),
-        "device": str(engine.device),
+        "device": str(device),
     }  # fmt: skip
-    folder = Path(args.out) if args.out else run_of(Path(args.run))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "probe.json", (json.dumps(result, indent=2) + "\n").encode())
+        write_json(folder / "probe.json", result)
         draw(folder, result, features[TRAINED], task, guesses[TRAINED], args)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}; choose another --out") from error
     return result
+
+
+def out_folder(args: Arguments) -> Path:
+    """Where the results go."""
+    if args.out:
+        return Path(args.out).expanduser()
+    source = Path(args.run).expanduser()
+    return run_of(source) if source.is_dir() else Path("probe", source.name)
+
+
+def untrained(opened: Opened) -> Encoder:
+    """A newly initialised encoder of the same shape: that of a run before its first step, else one of seed 0."""
+    run = opened.run
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed if run else 0)
+        if run is None:
+            return Encoder(opened.encoder.config)
+        start = JEPA(run)
+    encoder = Encoder(opened.encoder.config)
+    load_weights(encoder.vit, start.context_encoder.state_dict(), "the run's initialisation")
+    if encoder.projector is not None:
+        load_weights(encoder.projector, start.clip.projector.state_dict(), "the run's initialisation")
+    return encoder
+
+
+def source_of(encoder: Encoder, device: torch.device, precision: str) -> EncoderFeatures:
+    """The encoder as a source of features, on `device`. Its linear layers and its front end round to bfloat16 once."""
+    config, bf16 = encoder.config, evaluates_in_bf16(device, precision)
+    encoder.to(device)
+    if bf16:
+        for module in encoder.vit.modules():
+            if isinstance(module, Linear):
+                module.add_copies(torch.bfloat16)
+    projector = encoder.projector if config.pooling == "projection" else None
+    key = f"{tensors_hash(encoder.vit.state_dict())} {config.positions} {'bf16' if bf16 else 'fp32'} {config.layers}"
+    key += f" {config.norm_eps}" + (f" {tensors_hash(projector.state_dict())}" if projector else "")
+    front_end = FrontEnd(config.front_end, dtype=torch.bfloat16 if bf16 else torch.float32)
+    autocast = partial(autocast_of, device, precision)
+    return EncoderFeatures(encoder.vit, front_end, config.front_end, key, config.layers, projector, autocast)
+
+
+def check_memory(index: Index, encoder: Encoder, args: Arguments) -> None:
+    """Raise ConfigError if the features that the heads read, or the confusion table, cannot fit in memory."""
+    config, log_mel = encoder.config, log_mel_spec(encoder.config.front_end, args.log_mel)
+    rows, width = config.front_end.grid[0], SIZES[config.size][0]
+    clips = 4 * len(index) * (2 * encoder.output_dim + log_mel.n_mels * len(log_mel_pooling(config.pooling).split("+")))
+    samples = resampled_lengths(index, config.front_end.sample_rate)
+    tokens = 0.0
+    if "attentive" in args.heads:  # float16, of all time patches
+        columns, frames = (samples / (x.hop_length * x.patch[1]) + 1 for x in (config.front_end, log_mel))
+        of_encoder, of_log_mel = 2 * rows * width * columns.sum(), 4 * log_mel.n_mels * frames.sum()
+        tokens = 2 * of_encoder + of_log_mel + 3 * max(of_encoder, of_log_mel)  # joining and caching one takes copies
+        tokens += 20 * min(BATCH_VALUES, BATCH * rows * width * columns.max())  # a batch and its gradients, float32
+    need, free = clips + tokens + 16 * len(np.unique(index.labels)) ** 2, available_memory()
+    if need > free:
+        remedy = "leave attentive out of --heads, " if tokens > clips else ""
+        raise ConfigError(
+            f"--data {args.data}: the features of {len(index):,} recordings need {need / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free: {remedy}choose a narrower --pooling, or fewer recordings with --where"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -245,8 +306,11 @@ def per_class(guesses: torch.Tensor, task: Task) -> dict[str, Any]:
     return {"table": table, "confusion": confusion_matrix(true, given, labels=every).tolist()}
 
 
-def divide(index: Index, items: torch.Tensor, args: Arguments, cfg: Config) -> Task:
-    """Divide the recordings `items` into folds. Raises DataError for a fold with nothing to learn from or classify."""
+def divide(index: Index, items: torch.Tensor, args: Arguments, seen: np.ndarray | None = None) -> Task:
+    """Divide the recordings `items` into folds. `seen` is that of `seen_in_training` for the rows of `index`.
+
+    Raises DataError for a fold with nothing to learn from or classify.
+    """
     used, labels = np.unique(index.labels[items.numpy()], return_inverse=True)
     at = {item: row for row, item in enumerate(items.tolist())}
     if args.folds is not None:
@@ -260,17 +324,17 @@ def divide(index: Index, items: torch.Tensor, args: Arguments, cfg: Config) -> T
         tests = {args.test: np.isin(items.numpy(), index.rows(args.test))}
     else:
         tests = {"every fourth": np.arange(len(at)) % 4 == 3}
-    known = pretrained_on(cfg, index)
-    files = [(entry.path, entry.member) for entry in index.subset(items.tolist()).entries]
     task = Task(index, items, torch.from_numpy(labels), [index.label_names[c] for c in used])
     for name, test in tests.items():
         learnt = torch.from_numpy(np.flatnonzero(~test))
         if len(learnt) == len(at) or len(task.labels[learnt].unique()) < 2:
             raise DataError(f"{args.data}: {name} must leave two or more classes to learn from and some recordings to "
                             "classify; see --test and --folds")  # fmt: skip
-        asked = np.flatnonzero(test)
-        seen = None if known is None else sum(files[i] in known for i in asked)
-        task.folds.append(Fold(name, learnt, torch.from_numpy(asked), seen))
+        asked = torch.from_numpy(np.flatnonzero(test))
+        counts = None if seen is None else counts_of(seen[items[asked].numpy()])
+        trained, tested = (torch.bincount(task.labels[rows], minlength=len(used)) > 0 for rows in (learnt, asked))
+        absent = absent_classes(trained, tested, task.classes)
+        task.folds.append(Fold(name, learnt, asked, counts, absent))
     return task
 
 
@@ -297,7 +361,10 @@ def report(result: dict[str, Any], args: Arguments, console: Console) -> None:
     for fold in folds:
         if fold["seen_in_pretraining"]:
             what = f"{fold['seen_in_pretraining']} of the {fold['test']} test recordings of {fold['name']}"
-            print(f"warning: {what} were pretrained on; leave them out of pretraining with --where", file=sys.stderr)
+            print(f"warning: {what} were pretrained on ({ways(fold['seen_by'])}); leave them out of pretraining with "
+                  "--where", file=sys.stderr)  # fmt: skip
+        if fold["absent_classes"]:
+            print(f"warning: {fold['name']}: {fold['absent_classes']}", file=sys.stderr)
     head = shown(args)
     if len(data["classes"]) <= 60:
         table = Table(title=f"{TRAINED}, {head}, by class", title_justify="left")
@@ -326,14 +393,10 @@ def show(score: dict[str, Any]) -> str:
     return f"{100 * score['mean']:.1f}{spread}"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "python -m ajepa.probe")
-    try:
-        result = probe(args)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    report(result, args, Console(highlight=False))
+    report(probe(args), args, Console(highlight=False))
     return 0
 
 

@@ -113,7 +113,7 @@ def train(
                 values = {**engine.inspect(pcm, lengths, masks, step), **score(cfg, engine, corpus)}
                 log.write({"step": step, **values})
                 log.say(describe_evaluation(step, values, baselines, cfg.watch.pooling))
-                log.warn_collapse(values)
+                log.warn_collapse(step, values, len(corpus.evaluation.items))
                 require_finite(engine, step, values)
             if last or step == cfg.optim.stable_steps or step % cfg.watch.checkpoint_every == 0:
                 save()

@@ -39,6 +39,7 @@ BENCHMARKS = {  # the root modules of each benchmark file
     "bench_attention": ("ajepa_kernels.attention",),
     "bench_augment_mel": ("ajepa_kernels.augment_mel",),
     "bench_bias_gelu": ("ajepa_kernels.bias_gelu",),
+    "bench_busy_cores": (*STEP, "ajepa.utils.command"),
     "bench_decode": (*LOADER, "ajepa.data.dali"),
     "bench_device": (),
     "bench_end_to_end": (*STEP, *LOADER),

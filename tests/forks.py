@@ -64,9 +64,12 @@ class Forks:
 
 def _serve() -> None:
     import torch
+    import torch._dynamo  # which every optimiser loads
 
     with contextlib.suppress(ImportError):  # DALI is optional: plain PCM is read without it
         from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (DALI is the slowest import)
+    import ajepa.finetune
+    import ajepa.probe  # loads scikit-learn, which is slow
     import ajepa.train  # noqa: F401
 
     for line in sys.stdin:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ajepa.data.columns import Entry
 from ajepa.data.formats.audiofile import INT16, audio_bytes, wav_bytes
-from ajepa.data.index import Index
+from ajepa.data.index import DataError, Index
 from ajepa.data.reader import Clips, Cut, Plan, Reader
 from ajepa.data.shards import FORMATS
 
@@ -195,13 +195,13 @@ def formats_for(decoder: str, index: Index) -> set[str]:
     """The values of `Entry.format` in `index` that DALI is to decode.
 
     The set is empty for the decoder "soundfile", and for "auto" where DALI is not installed. For "dali", `DaliReader`
-    raises ImportError where DALI is not installed.
+    raises DataError where DALI is not installed.
     """
     wanted = {"auto": FASTER, "dali": DECODES, "soundfile": set()}[decoder] & index.entries.format.distinct()
     if wanted and decoder == "auto":
         try:
             _dali()
-        except ImportError:
+        except DataError:
             return set()
     return wanted
 
@@ -210,7 +210,7 @@ def _dali():
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
-        raise ImportError(
+        raise DataError(
             "--decoder dali needs DALI (Linux): pip install 'nvidia-dali-cuda130>=2.4,<3', or use --decoder soundfile"
         ) from error
     return fn, pipeline_def, types

@@ -21,15 +21,19 @@ from pathlib import Path
 import numpy as np
 
 from ajepa.data.columns import Entries, Entry, Strings
-from ajepa.data.formats.audiofile import AudioInfo, BadAudio, cores, inspect, reason_of, stat_file
+from ajepa.data.formats.audiofile import AudioInfo, BadAudio, inspect, reason_of, stat_file
 from ajepa.data.shards import is_shards, read_shards
 from ajepa.data.sources.listing import DataError, Listed, Listing, cache_root, decode_label
 from ajepa.data.sources.segments import SegmentError, place
 from ajepa.data.sources.source import list_source
+from ajepa.utils.cores import cores
+from ajepa.utils.progress import Progress
 
 __all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
 
 FORMAT = "ajepa-index-3"
+SAVE_SECONDS = 10.0  # time between two savings of the cache while files are checked,
+SAVE_RATIO = 20.0  # which is also at least so many times what a saving takes
 Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
 
 
@@ -114,7 +118,7 @@ def build_index(
         threads: number of files checked at once; 0 uses the number of cores this process may use.
         decode: True decodes every file to its end, which finds damage inside a file. False trusts headers that state a
             length.
-        progress: report progress on stderr if the check takes more than two seconds.
+        progress: report progress on stderr if the check takes more than a second.
         float_scale: full scale of samples stored as floating point.
 
     Returns:
@@ -241,9 +245,13 @@ class _Cache:
         # Verdicts from headers only, or at another float scale, differ and are kept in files of their own.
         options = f"{os.path.abspath(source)}\0{decode}\0{float(float_scale)}"
         name = hashlib.sha256(options.encode(errors="surrogateescape")).hexdigest()[:24]
-        self.path = folder / f"{name}.jsonl"
+        self.path = folder.expanduser() / f"{name}.jsonl"
+        begin = time.monotonic()
         self.verdicts: dict[Key, AudioInfo | str] = self._load()
-        self.changed = False
+        self._plan(time.monotonic() - begin)  # a large cache takes about as long to save as to load
+
+    def _plan(self, seconds: float) -> None:
+        self.due = time.monotonic() + max(SAVE_SECONDS, SAVE_RATIO * seconds)  # time of the next saving
 
     def _load(self) -> dict[Key, AudioInfo | str]:
         try:
@@ -261,6 +269,7 @@ class _Cache:
 
     def save(self, keys: Iterable[Key]) -> None:
         """Writes the cache in one step, without the verdicts that a newer key in `keys` replaces."""
+        begin = time.monotonic()
         newest = {key[:2]: key for key in keys}
         kept = {key: info for key, info in self.verdicts.items() if newest.get(key[:2], key) == key}
         body = b"".join(json.dumps([key, info]).encode() + b"\n" for key, info in kept.items())
@@ -270,8 +279,14 @@ class _Cache:
             aside = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
             aside.write_bytes(header + body)
             os.replace(aside, self.path)
+            for left in self.path.parent.glob(f"{self.path.stem}.{'[0-9a-f]' * 8}"):
+                if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it saved
+                    left.unlink(missing_ok=True)
         except OSError as error:
             print(f"the index cache was not written ({error}): the next run checks the files again", file=sys.stderr)
+            self.due = float("inf")
+            return
+        self._plan(time.monotonic() - begin)
 
 
 def _check(
@@ -284,7 +299,7 @@ def _check(
         first_of.setdefault(key, i)
     todo = [i for key, i in first_of.items() if key not in cache.verdicts]
     fresh: dict[Key, str] = {}  # reasons that may go away although the file is unchanged: permissions, I/O errors
-    report = _Progress(len(todo), progress)
+    report = Progress(len(todo), "checking audio files", progress)
 
     def check(i: int) -> tuple[int, AudioInfo | str, bool]:
         file = files[i]
@@ -309,28 +324,10 @@ def _check(
                     else:
                         fresh[keys[i]] = str(verdict)
                     report.step(isinstance(verdict, str))
+                    if len(todo) > len(fresh) and time.monotonic() >= cache.due:
+                        cache.save(keys)
     finally:
         report.close()
         if len(todo) > len(fresh):
             cache.save(keys)
     return [cache.verdicts[key] if key in cache.verdicts else fresh[key] for key in keys]
-
-
-class _Progress:
-    def __init__(self, total: int, show: bool):
-        self.total, self.done, self.bad, self.shown = total, 0, 0, False
-        self.next = time.monotonic() + 2 if show else float("inf")
-
-    def step(self, bad: bool) -> None:
-        self.done += 1
-        self.bad += bad
-        if time.monotonic() >= self.next:
-            terminal = sys.stderr.isatty()
-            self.next, self.shown = time.monotonic() + (0.5 if terminal else 15), True
-            text = f"checking audio files: {self.done:,} of {self.total:,}, {self.bad:,} bad"
-            print(f"\r{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.shown:
-            end = "\r" if sys.stderr.isatty() else ""
-            print(f"{end}checked {self.done:,} audio files, {self.bad:,} bad     ", file=sys.stderr, flush=True)

@@ -24,11 +24,13 @@ import torch
 from ajepa.data.batch import Assembler, Batch, Pad, arrive
 from ajepa.data.decode import Decoder, open_reader
 from ajepa.data.index import DataError, Index
-from ajepa.data.reader import Plan, Reader, default_threads
+from ajepa.data.reader import Plan, Reader, default_threads, local_ranks
 from ajepa.utils.counter_rng import hash64
+from ajepa.utils.devices import available_memory
 
 Crop = Literal["random", "start", "center"]
 STATE_FORMAT = 2
+SPARE = 3  # batches besides the `prefetch` that are ready: one is being assembled, the caller holds one, one is spare
 # The order of the samples depends on these fields: a state with other values describes another stream.
 STREAM_FIELDS = ("seed", "global_batch", "shuffle")
 PERMUTATION, CROP, GAIN = range(3)  # purposes of the hash
@@ -59,8 +61,8 @@ class AudioLoader:
         state: `state_dict()` of the loader that this one continues.
 
     Raises:
-        ValueError: an argument is out of range, or `state` is of another stream; the message names the field.
-        DataError: the index is empty, or (from `next`) no usable file is left.
+        DataError: an argument is out of range, `state` is of another stream, the batches do not fit into memory, the
+            index is empty, or (from `next`) no usable file is left. The message names the argument or field.
     """
 
     def __init__(
@@ -85,9 +87,9 @@ class AudioLoader:
     ):
         _check_arguments(index, sample_rate, clip_samples, batch_size, pad, crop)
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in 0..world_size - 1 = {world_size - 1}")
+            raise DataError(f"rank {rank} is not in 0..world_size - 1 = {world_size - 1}")
         if gain_db < 0 or prefetch < 1 or seed < 0:
-            raise ValueError(
+            raise DataError(
                 f"gain_db and seed must be 0 or more and prefetch 1 or more, got {gain_db}, {seed} and {prefetch}"
             )
         self.index = index
@@ -97,6 +99,7 @@ class AudioLoader:
         self._device = device
         self._threads, self._prefetch = threads or default_threads(), prefetch
         self._stream = _Stream(len(index), batch_size, seed, rank, world_size, shuffle, crop, gain_db)
+        self._check_memory()
         self._worker: _Worker | None = None
         self._last: dict[str, Any] = {"batches": 0, "first": 0, "dali": None, "skipped": {}}
         if state is not None:
@@ -139,12 +142,12 @@ class AudioLoader:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continues after the batch at which `state` was saved. Raises ValueError for a state of another stream."""
+        """Continues after the batch at which `state` was saved. Raises DataError for a state of another stream."""
         if state.get("format") != STATE_FORMAT:
-            raise ValueError(f"the data state has format {state.get('format')}, expected format {STATE_FORMAT}")
+            raise DataError(f"the data state has format {state.get('format')}, expected format {STATE_FORMAT}")
         for name in STREAM_FIELDS:
             if state[name] != getattr(self._stream, name):
-                raise ValueError(
+                raise DataError(
                     f"the data state was saved with {name}={state[name]}, this run has {getattr(self._stream, name)}: "
                     f"keep {name} to resume"
                 )
@@ -170,6 +173,18 @@ class AudioLoader:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _check_memory(self) -> None:
+        """Raise DataError if the batches that are held at once, by all ranks of this machine, exceed its memory."""
+        ranks, batches, samples = local_ranks(), self._prefetch + SPARE, self._clip["clip_samples"]
+        need, free = 2 * ranks * batches * self.batch_size * samples, available_memory()
+        if need > free:
+            raise DataError(
+                f"{batches} batches of {self.batch_size:,} clips of {samples / self._clip['sample_rate']:,.4g} s"
+                f"{f' for each of {ranks} ranks' * (ranks > 1)} need {need / 1e9:,.1f} GB of memory, and "
+                f"{free / 1e9:,.1f} GB are free: lower --batch-size, --prefetch, or the length of the clips "
+                "(--clip-seconds, --source-seconds)"
+            )
+
     def _start(self) -> "_Worker":
         last = self._last
         reader = open_reader(
@@ -183,8 +198,7 @@ class AudioLoader:
             skipped=last["skipped"],
             **self._clip,
         )
-        # One batch is being assembled, `prefetch` are ready, the caller holds one, and one is spare.
-        return _Worker(reader, Assembler(reader, self._pad, self._prefetch + 3, self._device), self._prefetch)
+        return _Worker(reader, Assembler(reader, self._pad, self._prefetch + SPARE, self._device), self._prefetch)
 
 
 def iterate_once(
@@ -241,11 +255,11 @@ def _check_arguments(index: Index, sample_rate: int, clip_samples: int, batch_si
         raise DataError(f"{index.source}: the index is empty")
     for name, value in (("sample_rate", sample_rate), ("clip_samples", clip_samples), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+            raise DataError(f"{name} must be 1 or more, got {value}")
     if pad not in ("cyclic", "zero"):
-        raise ValueError(f"pad must be 'cyclic' or 'zero', got {pad!r}")
+        raise DataError(f"pad must be 'cyclic' or 'zero', got {pad!r}")
     if crop not in ("random", "start", "center"):
-        raise ValueError(f"crop must be 'random', 'start' or 'center', got {crop!r}")
+        raise DataError(f"crop must be 'random', 'start' or 'center', got {crop!r}")
 
 
 def _fraction(crop: str) -> float:

@@ -15,10 +15,11 @@ import soundfile as sf
 import torch
 
 from ajepa.data.columns import Entry
-from ajepa.data.formats.audiofile import BadAudio, cores, inspect, iterate_samples, read_samples, reason_of, stat_file
+from ajepa.data.formats.audiofile import BadAudio, inspect, iterate_samples, read_samples, reason_of, stat_file
 from ajepa.data.index import DataError, Index
 from ajepa.data.shards import FORMATS, OpenShards, Shard
-from ajepa_kernels import input_span, resample, resampled_length
+from ajepa.utils.cores import cores
+from ajepa_kernels import Resampler, input_span, resample, resampled_length
 
 # The values of `Entry.format` that need no decoder.
 STORED = {FORMATS["pcm"], *(f"{kind}/PCM_16" for kind in ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"))}
@@ -214,9 +215,14 @@ def iterate_entry(entry: Entry, float_scale: float) -> Iterator[np.ndarray]:
     """Yields a whole row in blocks `[n, channels]` at its own rate, int16 or float32. Raises BadAudio, OSError."""
     if entry.format in FORMATS.values():
         shard = Shard(entry.path)
-        data = shard.read(shard.find(entry.offset, entry.size))
-        pcm = entry.format == FORMATS["pcm"]
-        yield data.view(np.int16)[:, None] if pcm else _decode_flac(data, 0, entry.frames)
+        clip = shard.find(entry.offset, entry.size)
+        packed = shard.read(clip) if entry.format == FORMATS["flac"] else None  # checksums cover compressed bytes
+        for start in range(0, entry.frames, SEGMENT):
+            stop = min(start + SEGMENT, entry.frames)
+            if packed is None:
+                yield shard.read(clip, 2 * start, 2 * stop).view(np.int16)[:, None]
+            else:
+                yield _decode_flac(packed, start, stop - start)
         return
     options: dict[str, Any] = {"in_tar": bool(entry.member), "format": entry.format, "float_scale": float_scale}
     if entry.frames == entry.total:
@@ -230,6 +236,32 @@ def iterate_entry(entry: Entry, float_scale: float) -> Iterator[np.ndarray]:
     for start in range(entry.start, entry.start + entry.frames, SEGMENT):
         count = min(SEGMENT, entry.start + entry.frames - start)
         yield read_samples(entry.path, entry.offset, entry.size, start, count, **options)
+
+
+def iterate_resampled(entry: Entry, rate: int, float_scale: float, *, pcm: bool = False) -> Iterator[np.ndarray]:
+    """Yields a whole row as blocks `[n]` at `rate` Hz with channels averaged. Raises BadAudio, OSError.
+
+    The blocks are float32, or with `pcm` int16. The joined samples are those of the row as one clip.
+    """
+    stream = None
+    for block in iterate_entry(entry, float_scale):
+        exact = block.dtype == np.int16
+        if not exact and not np.isfinite(block).all():
+            raise BadAudio("samples that are not finite (NaN or infinity)")
+        if stream is None:
+            dtype = torch.int16 if pcm and exact else torch.float32
+            stream = Resampler(entry.sample_rate, rate, downmix=True, dtype=dtype)
+        yield _as_pcm(stream.push(torch.from_numpy(block)).numpy(), pcm)
+    if stream is not None:
+        yield _as_pcm(stream.finish().numpy(), pcm)
+
+
+def _as_pcm(samples: np.ndarray, pcm: bool) -> np.ndarray:
+    if not pcm or samples.dtype == np.int16:
+        return samples
+    rounded = np.empty(len(samples), np.int16)
+    to_int16(samples, 1.0, rounded)
+    return rounded
 
 
 def _decode_flac(data: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -275,4 +307,9 @@ def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
 
 def default_threads() -> int:
     """The cores this process may use, divided by the number of ranks on this machine."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // local_ranks())
+
+
+def local_ranks() -> int:
+    """The number of ranks on this machine, which torchrun sets."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

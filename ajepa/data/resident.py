@@ -1,8 +1,6 @@
 """Keeps the whole data set as PCM in device memory: a batch is then one gather, without file reads or decoding."""
 
 import math
-import os
-import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from ajepa.data.decode import read_whole, resampled_lengths
 from ajepa.data.index import DataError, Index
 from ajepa.data.loader import AudioLoader
 from ajepa.data.reader import to_int16
+from ajepa.utils.devices import free_memory
 
 SHARE = 0.5  # the PCM may take this share of the free memory; the rest is left for the training step
 
@@ -54,6 +53,9 @@ class ResidentLoader(AudioLoader):
         self._last["skipped"] = dict(self._bad)
         if state is not None:
             self.load(state)
+
+    def _check_memory(self) -> None:
+        """No batches are held on the host."""
 
     def _store(self, row: int, samples: np.ndarray) -> None:
         """Writes a recording into the bank, padded to the length of a clip if it is shorter."""
@@ -111,13 +113,3 @@ def fits(index: Index, rate: int, clip_samples: int, limit: float, device: torch
 def _slots(index: Index, rate: int, clip_samples: int) -> np.ndarray:
     """Samples that each recording takes."""
     return np.maximum(resampled_lengths(index, rate), clip_samples)
-
-
-def free_memory(device: torch.device) -> int:
-    """Free memory of the device in bytes; `sys.maxsize` where the system does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows and macOS do not report it
-        return sys.maxsize

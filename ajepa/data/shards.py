@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ajepa.data.columns import NUMBERS, Entries, Entry, Strings
-from ajepa.data.formats.audiofile import BadAudio, Truncated, read_into, reason_of
+from ajepa.data.formats.audiofile import BadAudio, Truncated, read_into, reason_of, stat_file
 from ajepa.data.sources.source import DataError
 
 try:
@@ -136,6 +136,7 @@ class Shard:
         self.path, self._file = path, None
         try:
             with contextlib.ExitStack() as stack:
+                stat_file(path)
                 file = stack.enter_context(open(path, "rb", buffering=0))
                 head = file.read(HEADER_SIZE)
                 self.size = os.fstat(file.fileno()).st_size  # bytes
@@ -288,6 +289,8 @@ def is_shards(source: str) -> bool:
     """Whether `source` is a folder of shards, or a file whose header or name is that of a shard."""
     if os.path.isdir(source):
         return bool(_shard_paths(source))
+    if not os.path.isfile(source):  # to open a named pipe would block forever
+        return False
     try:
         with open(source, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC or source.endswith(SUFFIX)

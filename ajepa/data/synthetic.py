@@ -5,6 +5,7 @@ steady or modulated. A spectrum averaged over the clip therefore separates them 
 length and background vary within every class.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -18,9 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ajepa.data.sources.listing import DataError, cache_root
+from ajepa.utils.progress import Progress
+
 VERSION = 2  # increase it with any change to the sounds: the folder name depends on it
 TABLE = 2048  # samples of one period in a wavetable
 FORMANTS_HZ = {"a": (730, 1090, 2440), "i": (270, 2290, 3010), "u": (300, 870, 2240)}  # Peterson & Barney, men
+TRAINING_ROWS = "split=train"
 Generator = np.random.Generator
 
 
@@ -207,19 +212,20 @@ def make_synthetic(
     The set holds `n_clips` 16-bit mono WAV files, spread evenly over `CLASSES`. A quarter of each class has the split
     "test", the rest "train". The set lies in a sub-folder of `folder` whose name is derived from the arguments. It is
     written to a temporary folder and moved into place, and written again if a file is missing or has the wrong size.
+    Progress is reported on stderr if this takes more than a second.
 
     Raises:
-        ValueError: `n_clips` is below the number of classes, `seconds` below 0.5, or `sample_rate` below 8 kHz.
+        DataError: `n_clips` is below the number of classes, `seconds` below 0.5, or `sample_rate` below 8 kHz.
         OSError: the folder cannot be written.
     """
     if n_clips < len(CLASSES) or seconds < 0.5 or sample_rate < 8000:
-        raise ValueError(
+        raise DataError(
             f"n_clips must be {len(CLASSES)} or more, seconds 0.5 or more and sample_rate 8000 Hz or more; "
             f"got {n_clips}, {seconds} and {sample_rate}"
         )
     spec = {"version": VERSION, "n_clips": n_clips, "seconds": seconds, "sample_rate": sample_rate, "seed": seed}
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
-    home = Path(folder) / f"synthetic-{digest}"
+    home = Path(folder).expanduser() / f"synthetic-{digest}"
     samples = round(seconds * sample_rate)
     if not _complete(home, n_clips, samples):
         aside = home.with_name(f".{home.name}-{uuid.uuid4().hex[:8]}")
@@ -233,6 +239,13 @@ def make_synthetic(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return home / "manifest.csv"
+
+
+def default_set(clip_seconds: float, sample_rate: int) -> Path:
+    """The manifest of the set that a run without --data trains on, for the length and rate of its clips."""
+    n_clips = max(220, round(4_000 / clip_seconds))  # about an hour for any clip length
+    seconds = max(0.5, clip_seconds)
+    return make_synthetic(cache_root() / "synthetic", n_clips=n_clips, seconds=seconds, sample_rate=sample_rate)
 
 
 def _move(aside: Path, home: Path, n_clips: int, samples: int) -> None:
@@ -259,7 +272,8 @@ def _write(home: Path, n_clips: int, samples: int, sample_rate: int, seed: int) 
     backgrounds = _backgrounds(np.random.default_rng([seed, n_clips, samples]), samples)
     for name in names:
         (home / name).mkdir()
-    with open(home / "manifest.csv", "w", newline="") as file:
+    report = Progress(n_clips, "making the synthetic set")
+    with contextlib.closing(report), open(home / "manifest.csv", "w", newline="") as file:
         manifest = csv.writer(file, lineterminator="\n")
         manifest.writerow(["filename", "label", "split"])
         for i in range(n_clips):
@@ -269,6 +283,7 @@ def _write(home: Path, n_clips: int, samples: int, sample_rate: int, seed: int) 
                 out.setparams((1, 2, sample_rate, samples, "NONE", ""))
                 out.writeframes(clip.astype("<i2").tobytes())
             manifest.writerow([f"{name}/{take:05d}.wav", name, "test" if take % 4 == 3 else "train"])
+            report.step()
 
 
 def _render(sound: Callable[[_Event], np.ndarray], rng: Generator, backgrounds: np.ndarray, rate: int) -> np.ndarray:

@@ -11,22 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ajepa.config import SIZES, Config
-from ajepa.data.sources.listing import classes_of
+from ajepa.data.sources.listing import DataError, classes_of
 from ajepa.evaluation.features import real_columns
 from ajepa.model.jepa import Encoder
 from ajepa.model.layers import Sequences
+from ajepa.utils.devices import available_memory
 from ajepa_kernels import LogMelSpec
 
 
 class Classifier(nn.Module):
     """Logits `[B, K]`: a linear layer on the mean over the tokens that hold real audio; padding is never encoded."""
 
-    def __init__(self, cfg: Config, classes: int, impl: str = "auto"):
+    def __init__(self, encoder: Encoder, spec: LogMelSpec, classes: int):
         super().__init__()
-        self.spec = cfg.front_end
-        self.encoder = Encoder(cfg.model, cfg.front_end, impl)
-        self.head = nn.Linear(SIZES[cfg.model.size][0], classes)
+        self.spec, self.encoder = spec, encoder
+        self.head = nn.Linear(encoder.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -111,12 +110,18 @@ def spec_augment(
 def split_labels(names: Sequence[str], multi_label: bool) -> tuple[list[str], torch.Tensor]:
     """Return the classes, and the targets, float `[len(names), K]`, of labels as they are written in the data.
 
-    `ajepa.data.sources.listing.classes_of` splits each label. It raises DataError for a label of several classes when
-    `multi_label` is off.
+    `ajepa.data.sources.listing.classes_of` splits each label. Raises DataError for a label of several classes when
+    `multi_label` is off, and for more labels than fit in memory.
     """
     parts = [classes_of(name, multi_label) for name in names]
     found = dict.fromkeys(part for label in parts for part in label)
     classes = sorted(found) if multi_label else list(found)
+    need, free = 4 * len(names) * len(classes), available_memory()
+    if need > free:
+        raise DataError(
+            f"{len(names):,} different labels with {len(classes):,} classes need {need / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free: name the column of the labels with --label"
+        )
     number = {c: i for i, c in enumerate(classes)}
     targets = torch.zeros(len(names), len(classes))
     for row, part in zip(targets, parts, strict=True):

@@ -4,42 +4,48 @@ A recording is cut into chunks of the encoder's clip length. Each chunk is encod
 real time patches of all chunks. Shapes: R chunks, n recordings, F x T patches per chunk, C channels.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save as save_bytes
 
+from ajepa.data.columns import Entry
 from ajepa.data.decode import resampled_lengths
+from ajepa.data.formats.audiofile import BadAudio, reason_of
 from ajepa.data.index import Index, cache_root
 from ajepa.data.loader import iterate_once
+from ajepa.data.reader import iterate_resampled
 from ajepa.evaluation.features import log_mel_frames, log_mel_pooling
 from ajepa.evaluation.probes import Embedded
 from ajepa.model.jepa import Encoder
-from ajepa.model.pooling import encode_real, pool_recordings, real_columns, statistics
-from ajepa.utils.atomic_files import write_atomic
+from ajepa.model.pooling import Statistics, encode_real, merge, pool_recordings, real_columns, statistics
+from ajepa.utils.json_files import DamagedError
+from ajepa.utils.tensor_files import read_tensors, write_tensors
 from ajepa_kernels import LogMelSpec
 
-FORMAT = 3  # increase it with every change that alters the features
+FORMAT = 4  # increase it with every change that alters the features
 CHUNKS_AT_ONCE = 64
-BATCH_SECONDS = 1200  # seconds of audio decoded at once
+BATCH_SECONDS = 1200  # seconds of audio decoded at once; a longer recording is read in several groups of chunks
+DENSE_RATE = 96_000  # values per second; a recording with more, over its channels, counts as a longer one
 
 
 class Recordings(NamedTuple):
-    """Several recordings, cut into chunks."""
+    """Several recordings, cut into chunks; or a group of the chunks of a long one."""
 
     pcm: torch.Tensor  # int16 [R, S]
     lengths: torch.Tensor  # int64 [R], real samples
     owner: torch.Tensor  # int64 [R], position of the chunk's recording in `items`
     items: torch.Tensor  # int64 [n], rows of the index
+    complete: bool = True  # False: more chunks of the recording follow, unless the rest of it cannot be read
 
 
 def read_chunks(
@@ -47,30 +53,60 @@ def read_chunks(
 ) -> Iterator[Recordings]:
     """Read every recording of the index once, short recordings first. Bad files are added to `skipped`.
 
-    `reading` holds the arguments `threads` and `decoder` of `iterate_once`.
+    Memory is bounded whatever the recordings' lengths. `reading` holds the arguments `threads` and `decoder` of
+    `iterate_once`.
     """
     rate = spec.sample_rate
     samples = resampled_lengths(index, rate)
+    values = index.entries.numbers["frames"] * index.entries.numbers["channels"]
+    seconds = np.maximum(samples / rate, values / DENSE_RATE)
     order = np.argsort(samples, kind="stable")
+    long = seconds[order] > BATCH_SECONDS / 2
+    order, streamed = order[~long], order[long]
     while len(order):
         # Recordings of similar length are read together, so little padding is decoded.
         group = order[samples[order] <= max(clip_samples, 1.5 * samples[order[0]])]
         order = order[len(group) :]
         longest = int(samples[group[-1]])
         rows = torch.from_numpy(group)
-        batch = max(1, min(CHUNKS_AT_ONCE, BATCH_SECONDS * rate // longest))
+        batch = max(1, min(CHUNKS_AT_ONCE, int(BATCH_SECONDS // seconds[group].max())))
         options = {"sample_rate": rate, "clip_samples": longest, "batch_size": batch, **reading}
         for got in iterate_once(index.subset(group), **options, pad="zero", crop="start", skipped=skipped):
-            pcm = F.pad(got.pcm, (0, -longest % clip_samples)).unflatten(1, (-1, clip_samples))
-            lengths = (got.lengths[:, None] - torch.arange(pcm.shape[1]) * clip_samples).clamp(0, clip_samples)
-            kept = lengths >= spec.min_samples  # a tail shorter than a window has no frame
-            kept[:, 0] = True
-            yield Recordings(pcm[kept], lengths[kept].long(), kept.nonzero()[:, 0], rows[got.items])
+            yield _cut(got.pcm, got.lengths, rows[got.items], spec, clip_samples)
+    for row in streamed.tolist():
+        entry = index.entries[row]
+        try:
+            yield from _stream(entry, row, spec, clip_samples, index.float_scale)
+        except (BadAudio, OSError) as error:
+            skipped.append((entry.name, reason_of(error)))
+
+
+def _stream(entry: Entry, row: int, spec: LogMelSpec, clip_samples: int, float_scale: float) -> Iterator[Recordings]:
+    """Read one long recording in groups of `CHUNKS_AT_ONCE` chunks. The last group is never empty."""
+    items, size = torch.tensor([row]), CHUNKS_AT_ONCE * clip_samples
+    held: list[np.ndarray] = []
+    for block in iterate_resampled(entry, spec.sample_rate, float_scale, pcm=True):
+        held.append(block)
+        while sum(map(len, held)) >= size + spec.min_samples:
+            pcm = np.concatenate(held)
+            held = [pcm[size:].copy()]
+            group = torch.from_numpy(pcm[None, :size])
+            yield _cut(group, torch.tensor([size]), items, spec, clip_samples)._replace(complete=False)
+    pcm = np.concatenate(held)[None]
+    yield _cut(torch.from_numpy(pcm), torch.tensor([pcm.size]), items, spec, clip_samples)
+
+
+def _cut(pcm_nS, lengths_n, items: torch.Tensor, spec: LogMelSpec, clip_samples: int) -> Recordings:
+    pcm = F.pad(pcm_nS, (0, -pcm_nS.shape[1] % clip_samples)).unflatten(1, (-1, clip_samples))
+    lengths = (lengths_n[:, None] - torch.arange(pcm.shape[1]) * clip_samples).clamp(0, clip_samples)
+    kept = lengths >= spec.min_samples  # a tail shorter than a window has no frame
+    kept[:, 0] = True
+    return Recordings(pcm[kept], lengths[kept].long(), kept.nonzero()[:, 0], items)
 
 
 @dataclass(frozen=True)
 class EncoderFeatures:
-    """Latents of a frozen encoder. `kind` is a pooling (`pool_recordings`), or "tokens" for every latent."""
+    """Latents of a frozen encoder, and what is made of them."""
 
     encoder: Encoder
     front_end: Callable
@@ -78,21 +114,25 @@ class EncoderFeatures:
     key: str  # identifies the weights
     layers: str = "last"  # see `encode_real`
     projector: torch.nn.Module | None = None  # in evaluation mode, for the pooling "projection"
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # of its computations
 
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `[R, F, T, C]`, and the number of real columns among the T, `[R]`."""
         columns = real_columns(self.spec, lengths)
-        latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns, self.layers)
+        with self.autocast():
+            latents = encode_real(self.encoder, self.front_end(pcm, lengths), self.spec, columns, self.layers)
         return latents.float().unflatten(1, self.spec.grid), columns
 
-    def pool(self, x_RFTC, columns_R, owner_R, n: int, kind: str) -> list[torch.Tensor]:
-        """Return one tensor per recording."""
-        if kind != "tokens":
-            return list(pool_recordings(statistics(x_RFTC, columns_R), owner_R, n, kind, self.projector))
+    def tokens(self, x_RFTC, columns_R) -> list[torch.Tensor]:
+        """The latents of the real columns of each chunk, float16 `[tokens, C]` on the CPU."""
         real = torch.arange(x_RFTC.shape[2], device=x_RFTC.device) < columns_R[:, None]
-        x = x_RFTC.transpose(1, 2)[real].half()  # [real columns, F, C]
-        counts = columns_R.new_zeros(n).index_add(0, owner_R, columns_R) * x.shape[1]
-        return list(x.flatten(0, 1).split(counts.tolist()))
+        x = x_RFTC.transpose(1, 2)[real].half().cpu()  # [real columns, F, C]
+        return list(x.flatten(0, 1).split((columns_R * x.shape[1]).tolist()))
+
+    def pool(self, chunks: Statistics, owner_R, n: int, kind: str) -> torch.Tensor:
+        """Features `[n, D]` of the recordings that own the chunks; `kind` is a pooling of `pool_recordings`."""
+        with self.autocast():
+            return pool_recordings(chunks, owner_R, n, kind, self.projector)
 
 
 @dataclass(frozen=True)
@@ -109,13 +149,12 @@ class LogMelFeatures:
     def __call__(self, pcm, lengths) -> tuple[torch.Tensor, torch.Tensor]:
         return log_mel_frames(self.spec, pcm, lengths)
 
-    def pool(self, x_RFTC, frames_R, owner_R, n: int, kind: str) -> list[torch.Tensor]:
-        if kind != "tokens":
-            return list(pool_recordings(statistics(x_RFTC, frames_R), owner_R, n, log_mel_pooling(kind)))
-        parts = [x[0, :count].split(self.spec.patch[1]) for x, count in zip(x_RFTC, frames_R, strict=True)]
-        tokens = [[torch.cat([p.mean(0), p.std(0, correction=0)]) for p in part] for part in parts]
-        chunks = [(owner_R == i).nonzero()[:, 0].tolist() for i in range(n)]
-        return [torch.stack([token for r in own for token in tokens[r]]).half() for own in chunks]
+    def tokens(self, x_RFTC, frames_R) -> list[torch.Tensor]:
+        parts = [x[0, :n].split(self.spec.patch[1]) for x, n in zip(x_RFTC.cpu(), frames_R.tolist(), strict=True)]
+        return [torch.stack([torch.cat([p.mean(0), p.std(0, correction=0)]) for p in part]).half() for part in parts]
+
+    def pool(self, chunks: Statistics, owner_R, n: int, kind: str) -> torch.Tensor:
+        return pool_recordings(chunks, owner_R, n, log_mel_pooling(kind))
 
 
 def embed(
@@ -163,19 +202,38 @@ def embed(
 @torch.no_grad()
 def _embed(index, sources, missing, clip_samples, device, reading, skipped) -> dict[tuple[str, str], dict]:
     rows: dict[tuple[str, str], list[torch.Tensor]] = {wanted: [] for wanted in missing}
-    items = []
+    items: list[torch.Tensor] = []
+    held: dict[tuple[str, str], list] = {wanted: [] for wanted in missing}  # of the chunks of `current`
+    current: list[int] = []
     spec = next(iter(sources.values())).spec
     for batch in read_chunks(index, spec, clip_samples, reading, skipped):
-        items.append(batch.items)
-        for name in {name for name, _ in missing}:
-            x, count = [], []
-            for pcm, lengths in zip(batch.pcm.split(CHUNKS_AT_ONCE), batch.lengths.split(CHUNKS_AT_ONCE), strict=True):
-                part, real = sources[name](pcm.to(device), lengths.to(device))
-                x.append(part)
-                count.append(real)
-            whole = torch.cat(x), torch.cat(count), batch.owner.to(device), len(batch.items)
-            for kind in (kind for source, kind in missing if source == name):
-                rows[name, kind] += [t.cpu() for t in sources[name].pool(*whole, kind)]
+        if batch.items.tolist() != current:  # also after a long recording whose rest cannot be read
+            current = batch.items.tolist()
+            held = {wanted: [] for wanted in missing}
+        for pcm, lengths in zip(batch.pcm.split(CHUNKS_AT_ONCE), batch.lengths.split(CHUNKS_AT_ONCE), strict=True):
+            for name in dict.fromkeys(name for name, _ in missing):
+                x, real = sources[name](pcm.to(device), lengths.to(device))
+                for kind in (kind for source, kind in missing if source == name):
+                    if kind == "tokens":
+                        held[name, kind] += sources[name].tokens(x, real)
+                    else:
+                        held[name, kind].append(statistics(x, real))
+        for (name, kind), parts in held.items():
+            if kind == "tokens":
+                if batch.complete:
+                    chunks = iter(parts)
+                    counts = batch.owner.bincount().tolist() if len(current) > 1 else [len(parts)]
+                    rows[name, kind] += [torch.cat(list(islice(chunks, count))) for count in counts]
+                continue
+            whole = Statistics(*map(torch.cat, zip(*parts, strict=True)))
+            owner = batch.owner.to(device) if len(current) > 1 else torch.zeros_like(whole.columns)
+            if batch.complete:
+                rows[name, kind] += list(sources[name].pool(whole, owner, len(current), kind).cpu())
+            elif kind != "projection":  # which needs the statistics of each chunk
+                parts[:] = [merge(whole, owner, 1)]
+        if batch.complete:
+            items.append(batch.items)
+            current = []
     order = torch.cat(items).argsort()
     computed = {}
     for wanted, parts in rows.items():
@@ -199,37 +257,24 @@ def data_hash(index: Index) -> str:
     return digest.hexdigest()
 
 
-def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _key(source, kind: str, data: str, clip_samples: int) -> str:
     dependencies = [FORMAT, source.key, asdict(source.spec), kind, data, clip_samples]
     return hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:32]
 
 
 def _load(path: Path) -> dict[str, torch.Tensor] | None:
-    if not path.exists():
-        return None
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if file.metadata()["sha256"] == tensors_hash(tensors):
-                return tensors
-            reason = "wrong checksum"
-    except Exception as error:  # safetensors has an exception type of its own
-        reason = str(error)
-    print(f"warning: {path} is damaged ({reason}); its features are computed again", file=sys.stderr)
-    return None
+        return read_tensors(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, DamagedError) as error:
+        print(f"warning: {error}; its features are computed again", file=sys.stderr)
+        return None
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save_bytes(tensors, {"sha256": tensors_hash(tensors)}))
+        write_tensors(path, tensors)
     except OSError as error:
         print(f"warning: the features cannot be cached ({error}), so the next run computes them again", file=sys.stderr)

@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ajepa.evaluation.features import knn_predict, knn_xares_predict, standardised
+from ajepa.utils.errors import ConfigError
 
 EPOCHS, BATCH, LR, LR_END = 10, 32, 1e-3, 1e-4  # X-ARES's schedule
 VALIDATION = 0.1  # share of each class's training rows held out to choose the best epoch
+# Values of the tokens of a batch. Of a recording with more than its share, evenly spaced tokens are read.
+BATCH_VALUES = 1 << 27
+VOTES = 1 << 26  # similarities and votes that a kNN computes at once
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,18 @@ class Embedded:
 
     def padded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of the recordings `rows`, float32 `[b, L, C]`, and which of them are padding, bool `[b, L]`."""
-        assert self.tokens is not None and self.cu is not None
-        parts = [self.tokens[self.cu[i] : self.cu[i + 1]].float() for i in rows.tolist()]
+        parts = [self.tokens_of(i).float() for i in rows.tolist()]
         lengths = torch.tensor([len(p) for p in parts])
         return nn.utils.rnn.pad_sequence(parts, batch_first=True), torch.arange(int(lengths.max())) >= lengths[:, None]
+
+    def tokens_of(self, row: int) -> torch.Tensor:
+        """Tokens of a recording, at most `BATCH_VALUES / (BATCH C)` of them, evenly spaced."""
+        assert self.tokens is not None and self.cu is not None
+        start, stop = self.cu[row : row + 2].tolist()
+        most = BATCH_VALUES // (BATCH * self.tokens.shape[1])
+        if stop - start <= most:
+            return self.tokens[start:stop]
+        return self.tokens[torch.linspace(start, stop - 1, most, dtype=torch.float64).long()]
 
 
 class LinearProbe(nn.Module):
@@ -72,7 +84,8 @@ def predict(
 ) -> torch.Tensor:
     """Train `head` on the rows `train` and return the classes of the rows `test`, int64 `[len(test)]`.
 
-    `head` is a name in HEADS. All randomness follows from `seed`.
+    `head` is a name in HEADS. All randomness follows from `seed`. Raises ConfigError if outputs of a head are not
+    finite.
     """
     return HEADS[head](x, labels, train, test, seed, torch.device(device))
 
@@ -117,8 +130,15 @@ def fit(module: nn.Module, inputs: Callable, labels: torch.Tensor, rows: torch.T
 @torch.no_grad()
 def classify(module: nn.Module, inputs: Callable, rows: torch.Tensor, device) -> torch.Tensor:
     module.eval()
-    batches = rows.split(8 * BATCH)
-    return torch.cat([module(*(t.to(device) for t in inputs(batch))).argmax(-1).cpu() for batch in batches])
+    outputs = (module(*(t.to(device) for t in inputs(batch))) for batch in rows.split(BATCH))
+    return torch.cat([finite(x).argmax(-1).cpu() for x in outputs])
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """`x` as it is. Raises ConfigError for NaN or infinity, of which no class could be told."""
+    if not x.isfinite().all():
+        raise ConfigError("the outputs of a head are not finite, its features are too large: choose other --heads")
+    return x
 
 
 def _trained(probe: type[nn.Module], width: int, inputs, labels, train, test, seed, device) -> torch.Tensor:
@@ -129,13 +149,20 @@ def _trained(probe: type[nn.Module], width: int, inputs, labels, train, test, se
     return classify(module, inputs, test, device)
 
 
+def _vote(predict: Callable, train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor) -> torch.Tensor:
+    """`predict` on as many rows at a time as memory allows."""
+    rows = max(1, VOTES // (len(train_x) + 10 * int(train_y.max() + 1)))
+    finite(train_x)
+    return torch.cat([predict(train_x, train_y, finite(part)) for part in test_x.split(rows)])
+
+
 def _knn(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
     train_x, test_x = standardised(x.clips[train], x.clips[test])
-    return knn_predict(train_x, labels[train], test_x)
+    return _vote(knn_predict, train_x, labels[train], test_x)
 
 
 def _knn_xares(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
-    return knn_xares_predict(x.clips[train], labels[train], x.clips[test])
+    return _vote(knn_xares_predict, x.clips[train], labels[train], x.clips[test])
 
 
 def _linear(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
@@ -152,8 +179,8 @@ def _logistic(x: Embedded, labels, train, test, seed, device) -> torch.Tensor:
     from sklearn.linear_model import LogisticRegression
 
     train_x, test_x = standardised(x.clips[train], x.clips[test])
-    model = LogisticRegression(max_iter=10_000).fit(train_x.numpy(), labels[train].numpy())
-    return torch.from_numpy(model.predict(test_x.numpy()))
+    model = LogisticRegression(max_iter=10_000).fit(finite(train_x).numpy(), labels[train].numpy())
+    return torch.from_numpy(model.predict(finite(test_x).numpy()))
 
 
 HEADS: dict[str, Callable[..., torch.Tensor]] = {

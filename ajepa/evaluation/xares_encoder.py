@@ -10,6 +10,7 @@ Shapes: B clips, M mel bands, N patches, C width.
 """
 
 import base64
+import hashlib
 import json
 from pathlib import Path
 
@@ -148,6 +149,8 @@ class Portable(nn.Module):
         if weights is None:
             weights_file = Path(__file__).with_suffix(".safetensors")
             weights = base64.b64decode(WEIGHTS) if WEIGHTS else weights_file.read_bytes()
+        if hashlib.sha256(weights).hexdigest() != config["sha256"]:
+            raise ValueError(f"the weights of {__file__} are not those that it was exported with: export it again")
         tensors = read_safetensors(weights)
         self.log_mel = LogMel(config["front_end"], tensors.pop("window"), tensors.pop("mel"))
         prefix = "projector."

@@ -4,19 +4,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load as load_bytes
 
 from ajepa import config
 from ajepa.config import Config, ConfigError
-from ajepa.utils.run_folder import CheckpointError, checkpoints, is_checkpoint, read_verified, run_of
+from ajepa.utils.errors import UserError
+from ajepa.utils.run_folder import checkpoints, is_checkpoint, read_verified, run_of
+from ajepa.utils.tensor_files import parse_tensors, read_tensors
 
 ENCODER, PROJECTOR = "encoder.safetensors", "projector.safetensors"
 
 
-class Pretrained(NamedTuple):
-    """A run's configuration, and the weights of its encoder by parameter name."""
+class Weights(NamedTuple):
+    """Weights of an encoder by parameter name."""
 
-    cfg: Config
     weights: dict[str, torch.Tensor]
     """Those of the EMA target encoder, or of the trained encoder where the run keeps no average of it."""
     file: Path
@@ -25,28 +25,42 @@ class Pretrained(NamedTuple):
     """Weights of the projector of a clip objective (`ajepa.model.clip.Projector`); None for a run without one."""
 
 
+class Pretrained(NamedTuple):
+    """A run's configuration, and what `Weights` has."""
+
+    cfg: Config
+    weights: dict[str, torch.Tensor]
+    file: Path
+    projector: dict[str, torch.Tensor] | None
+
+
 def load_pretrained(path: Path) -> Pretrained:
     """The encoder and the projector of `path`: a run folder, or one of its checkpoints.
 
-    A finished run gives its `encoder.safetensors` and `projector.safetensors`, an unfinished one its newest whole
-    checkpoint. Nothing that is read can run code. Raises ConfigError.
+    Nothing that is read can run code. Raises ConfigError, and DamagedError for a file that changed.
     """
-    run = run_of(path)
-    cfg = config.load(run / "config.json")
-    final = run / ENCODER
+    cfg = config.load(run_of(path) / "config.json")
+    return Pretrained(cfg, *read_weights(path, cfg.network))
+
+
+def read_weights(path: Path, network: str = "target_encoder") -> Weights:
+    """The weights in `path`: the folder of a run or of a fine-tuning, or one of its checkpoints.
+
+    A finished run gives its `encoder.safetensors` and `projector.safetensors`, an unfinished one `network` in its
+    newest whole checkpoint. Raises ConfigError and DamagedError.
+    """
+    final, beside = path / ENCODER, path / PROJECTOR
     if not is_checkpoint(path) and final.is_file():
-        beside = run / PROJECTOR
-        projector = read_safetensors(beside.read_bytes(), beside) if beside.is_file() else None
-        return Pretrained(cfg, read_safetensors(final.read_bytes(), final), final, projector)
+        return Weights(read_tensors(final), final, read_tensors(beside) if beside.is_file() else None)
     reasons = []
-    for folder in [path] if is_checkpoint(path) else reversed(checkpoints(run / "checkpoints")):
+    for folder in [path] if is_checkpoint(path) else reversed(checkpoints(path / "checkpoints")):
         try:
-            model = read_safetensors(read_verified(folder)["model.safetensors"], folder)
-        except CheckpointError as error:
+            model = parse_tensors(read_verified(folder)["model.safetensors"], folder / "model.safetensors")
+        except UserError as error:
             reasons.append(str(error))
             continue
-        weights = _part(model, f"{cfg.network}.")
-        return Pretrained(cfg, weights, folder, _part(model, "clip.projector.") or None)
+        weights = _part(model, f"{network}.") or _part(model, "encoder.")  # the latter in a fine-tuning
+        return Weights(weights, folder, _part(model, "clip.projector.") or None)
     raise ConfigError("; ".join([f"{path} has neither {ENCODER} nor a usable checkpoint", *reasons]))
 
 
@@ -60,11 +74,3 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], file
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(f"{file} does not fit its config.json: {' '.join(str(error).split())}") from error
-
-
-def read_safetensors(data: bytes, file: Path) -> dict[str, torch.Tensor]:
-    """The tensors in `data`, the contents of `file`. Raises ConfigError."""
-    try:
-        return load_bytes(data)
-    except Exception as error:  # safetensors has an exception type of its own
-        raise ConfigError(f"{file} is not a safetensors file: {error}") from error

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -38,30 +39,33 @@ def time_engines(
     batches: list[Batch],
     warm_up: int = 1,
     split_steps: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Timing]:
     """Run every batch through every engine in turn (A B A B), after `warm_up` uncounted steps on the first batches.
 
     Each configuration gets a new engine. If a GPU cannot hold all engines at once, they run one after the other.
-    `split_steps` further steps are timed phase by phase, with a synchronization after each phase.
+    `split_steps` further steps are timed phase by phase, with a synchronization after each phase. `say` is told what is
+    being warmed up.
     """
     try:
-        return _time_together(configs, device, batches, warm_up, split_steps)
+        return _time_together(configs, device, batches, warm_up, split_steps, say)
     except torch.cuda.OutOfMemoryError:
         if len(configs) == 1:
             raise
     timings: dict[str, Timing] = {}
     for name, cfg in configs.items():
-        timings |= _time_together({name: cfg}, device, batches, warm_up, split_steps)
+        timings |= _time_together({name: cfg}, device, batches, warm_up, split_steps, say)
     return timings
 
 
-def _time_together(configs, device, batches: list[Batch], warm_up: int, split_steps: int) -> dict[str, Timing]:
+def _time_together(configs, device, batches: list[Batch], warm_up: int, split_steps: int, say) -> dict[str, Timing]:
     engines: dict[str, Engine] = {}
     timings = {name: Timing() for name in configs}
     for name, timing in timings.items():
         release_memory(device)  # memory cached by an earlier engine would not be counted for this one
         before = reserved_memory(device)
         engine = engines[name] = Engine(configs[name], device)
+        say(f"warming up {name}: {warm_up} step{'s' * (warm_up > 1)} that do not count")
         for step in range(warm_up):
             timing.losses.append(engine.step(*batches[step % len(batches)], step).loss.item())
         if device.type == "cuda":
@@ -127,10 +131,15 @@ def _marks(engine: Engine) -> Iterator[dict[str, float]]:
 
 
 def compare(cfg: Config, device: torch.device, batches: list[Batch], impls: list[Impl]) -> dict[str, float]:
-    """Clips per second of each engine, from its median step."""
-    graphs = device.type == "cuda" and cfg.step.cuda_graph  # a graph is first replayed in the third step of its shapes
+    """Clips per second of each engine, from its median step.
+
+    A CUDA graph is first replayed in the third step of its shapes, and torch.compile generates code in the first.
+    """
+    graphs = device.type == "cuda" and cfg.step.cuda_graph
     configs: dict[str, Config] = {impl: dataclasses.replace(cfg, impl=impl) for impl in impls}
-    timings = time_engines(configs, device, batches, warm_up=2 * len(batches) if graphs else 1)
+    warm_up = 2 * len(batches) if graphs else len(batches) if "compile" in impls else 1
+    say = (lambda text: print(text, file=sys.stderr)) if cfg.compare else (lambda _: None)
+    timings = time_engines(configs, device, batches, warm_up, say=say)
     clips = len(batches[0][0]) * cfg.objective.count
     return {impl: clips / statistics.median(timing.seconds) for impl, timing in timings.items()}
 

@@ -1,7 +1,7 @@
 """The audio of a run: the training recordings, the evaluation clips, and the files that were left out."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from ajepa.config import Config
 from ajepa.data.batch import Batch
 from ajepa.data.decode import resampled_lengths
-from ajepa.data.index import Index, build_index, cache_root
+from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.loader import AudioLoader, iterate_once
 from ajepa.data.reader import all_stored
 from ajepa.data.resident import ResidentLoader, fits
 from ajepa.data.shards import is_shards
-from ajepa.data.synthetic import make_synthetic
+from ajepa.data.synthetic import TRAINING_ROWS, default_set
 from ajepa.evaluation.features import Evaluation
+from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.devices import available_memory
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Corpus:
     evaluation: Evaluation
     skipped: list[tuple[str, str]]  # (path, reason), found while indexing or loading evaluation clips
     description: str
+    written: dict[Path, dict[str, str]] = field(default_factory=dict)  # by folder, what its skipped.tsv lists
 
     def loader(
         self,
@@ -55,11 +58,13 @@ class Corpus:
     def write_skipped(self, folder: Path, found: Iterable[tuple[str, str]]) -> int:
         """List the files left out with their reasons in `skipped.tsv` and return their number.
 
-        `found` holds the files that loaders skipped.
+        `found` holds the files that loaders skipped. A list that has not changed is not written again.
         """
         rows = dict([*self.skipped, *found])
-        lines = [f"{ascii(path)[1:-1]}\t{' '.join(reason.split())}\n" for path, reason in rows.items()]
-        (folder / "skipped.tsv").write_text("path\treason\n" + "".join(lines))
+        if self.written.get(folder) != rows:
+            lines = [f"{ascii(path)[1:-1]}\t{' '.join(reason.split())}\n" for path, reason in rows.items()]
+            write_atomic(folder / "skipped.tsv", ("path\treason\n" + "".join(lines)).encode())
+            self.written[folder] = rows
         return len(rows)
 
 
@@ -100,15 +105,7 @@ def open_corpus(cfg: Config) -> Corpus:
     data, watch = cfg.data, cfg.watch
     source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
     if source is None:
-        source = str(
-            make_synthetic(
-                cache_root() / "synthetic",
-                n_clips=max(220, round(4_000 / data.clip_seconds)),  # about an hour for any clip length
-                seconds=max(0.5, data.clip_seconds),
-                sample_rate=cfg.front_end.sample_rate,
-            )
-        )
-        where = "split=train"
+        source, where = str(default_set(data.clip_seconds, cfg.front_end.sample_rate)), TRAINING_ROWS
         if eval_source is None:
             eval_source, eval_test = source, "split=test"
     scale = data.float_scale
@@ -124,7 +121,7 @@ def open_corpus(cfg: Config) -> Corpus:
     if skipped:
         description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
     rate = cfg.front_end.sample_rate
-    if is_shards(source) and not all_stored(index, rate):
+    if is_shards(index.source) and not all_stored(index, rate):
         description += f"\nevery clip is decoded or resampled anew; ajepa.pack --rate {rate} --codec pcm avoids that"
     return Corpus(index, evaluation, skipped, description)
 
@@ -140,8 +137,15 @@ def load_evaluation(
     rows = labelled if len(labelled) else np.arange(len(index))
     if limit is not None and len(rows) > limit:
         rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+    options = clip_options(cfg)
+    need, free = 4 * len(rows) * options["clip_samples"], available_memory()  # once in batches, and once joined
+    if need > free:
+        raise DataError(
+            f"{len(rows):,} evaluation clips of {cfg.data.clip_seconds:,.4g} s need {need / 1e9:,.1f} GB of memory, "
+            f"and {free / 1e9:,.1f} GB are free: lower --eval-clips or --clip-seconds"
+        )
     chosen = index.subset(rows)
-    batches = list(iterate_once(chosen, **clip_options(cfg), batch_size=64, skipped=skipped))
+    batches = list(iterate_once(chosen, **options, batch_size=64, skipped=skipped))
     items = torch.cat([batch.items for batch in batches])
     if test is None:
         is_test = torch.arange(len(items)) % 4 == 3

@@ -21,9 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ajepa.config import Config, ConfigError
@@ -199,12 +196,16 @@ class Ranks:
 class ShardedRanks(Ranks):
     """FSDP2: weights, gradients and moments are sharded along their first dimension; blocks are gathered when used.
 
-    The optimiser and the EMA work on each rank's shards as plain tensors, so their kernels need no change.
+    The optimiser and the EMA work on each rank's shards as plain tensors, so their kernels need no change. torch's
+    modules for sharding are imported here, because they take half a second that other runs need not wait.
     """
 
     replicated = False
 
     def wrap(self, model: Any) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         self._plain = copy.deepcopy(model.context_encoder).requires_grad_(False)
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.world_size,))
         for network in model.networks:
@@ -242,6 +243,8 @@ class ShardedRanks(Ranks):
         """Compare nothing: each weight is on one rank only."""
 
     def whole(self, parameter, value):
+        from torch.distributed.tensor import DTensor
+
         if not isinstance(parameter, DTensor):
             return value
         if not isinstance(value, DTensor):
@@ -250,6 +253,8 @@ class ShardedRanks(Ranks):
         return value.full_tensor()
 
     def part(self, parameter, value):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
         if not isinstance(parameter, DTensor):
             return value
         value = value.to(parameter.device)

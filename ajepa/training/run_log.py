@@ -1,4 +1,4 @@
-"""The log of a run: one line per interval on the screen, JSONL and TensorBoard files, MFU, the collapse warning."""
+"""The log of a run: one line per interval on the screen, `metrics.jsonl`, other loggers, MFU, the collapse warning."""
 
 import hashlib
 import json
@@ -8,22 +8,26 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from ajepa.config import Config
+from ajepa.config import SIZES, Config
+from ajepa.training.loggers import open_loggers
 from ajepa.training.schedules import ema_decay, learning_rate
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.command import LastingStream
 from ajepa.utils.errors import UserError
 from ajepa.utils.run_folder import read_metrics
 
 # Dense bf16 tensor-core peak in FLOP/s from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 WARM_UP_STEPS = 3  # not counted in the throughput: compilation, allocation and a cold file cache
+# When the collapse warning judges. In the warm-up and in the first steps of any run, features still look like those of
+# an untrained encoder. The embeddings of n clips have an effective rank of n - 1 at most, and may well be alike.
+COLLAPSE_STEPS, COLLAPSE_CLIPS = 100, 32
 
 
 class NonFiniteError(UserError, RuntimeError):
@@ -47,7 +51,7 @@ class RunLog:
         saved: dict[str, Any] | None = None,
     ):
         self.quiet, self.folder, self.optim, self.steps, self.counts = quiet, folder, cfg.optim, cfg.optim.steps, counts
-        self.objective = cfg.objective
+        self.cfg, self.objective = cfg, cfg.objective
         columns = {"masked": cfg.objective.objective == "both", "agreement": cfg.objective.clips,
                    "sigreg": cfg.objective.clips and cfg.objective.sigreg_weight > 0}  # fmt: skip
         self.terms = {name: column for column, (name, shown) in enumerate(columns.items(), start=3) if shown}
@@ -57,13 +61,18 @@ class RunLog:
         self.written = 0 if quiet else self.jsonl.stat().st_size
         self.digest = hashlib.sha256(b"" if quiet else self.jsonl.read_bytes())
         self.file = open(os.devnull if quiet else self.jsonl, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        purge = start if start else None
-        self.board = None if quiet else SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self.loggers = [] if quiet else open_loggers(folder, cfg, start)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self.output = LastingStream(sys.stdout)  # a run that a script started goes on without output, too
         # In a notebook rich would write HTML, and would take the notebook for a terminal.
         self.console = Console(
-            highlight=False, soft_wrap=True, quiet=quiet, force_terminal=sys.stdout.isatty(), force_jupyter=False
+            file=cast(TextIO, self.output),
+            highlight=False,
+            soft_wrap=True,
+            quiet=quiet,
+            force_terminal=self.output.isatty(),
+            force_jupyter=False,
         )
         self.progress = Progress(
             TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
@@ -156,32 +165,38 @@ class RunLog:
         return {name: finite[:, column].mean().item() for name, column in self.terms.items()}
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one JSON line, with non-finite numbers as null, and its scalars to TensorBoard."""
+        """Write one JSON line, with non-finite numbers as null, and give its scalars to the loggers."""
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
         line = json.dumps(clean) + "\n"
         self.file.write(line)
         self.written += len(line)
         self.digest.update(line.encode())
-        for key, value in clean.items():
-            if self.board and key != "step" and isinstance(value, int | float):
-                self.board.add_scalar(key, value, record["step"])
+        scalars = {k: v for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
+        for logger in self.loggers:
+            logger.add(record["step"], scalars)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False)
 
-    def warn_collapse(self, watch: dict[str, Any]) -> bool:
-        """Warn when the features become too alike. Healthy runs stay far from these thresholds."""
+    def warn_collapse(self, step: int, watch: dict[str, Any], clips: int) -> bool:
+        """Warn when the features become too alike. Healthy runs stay far from these thresholds.
+
+        Nothing is judged in the first `COLLAPSE_STEPS` steps and in the warm-up. Effective rank and cosine are judged
+        on `COLLAPSE_CLIPS` evaluation `clips` or more; the target variance, over the patches of a batch, always is.
+        """
+        if step <= max(COLLAPSE_STEPS, self.optim.warmup_steps):
+            return False
         signs = []
         if watch["target_variance"] < 0.05:
             signs.append(f"target variance {watch['target_variance']:.3f} < 0.05")
-        if watch.get("effective_rank", 1e9) < 3:
+        if clips >= COLLAPSE_CLIPS and watch["effective_rank"] < 3:
             signs.append(f"effective rank {watch['effective_rank']:.1f} < 3")
-        if watch.get("mean_cosine", 0) > 0.995:
+        if clips >= COLLAPSE_CLIPS and watch["mean_cosine"] > 0.995:
             signs.append(f"mean cosine between clips {watch['mean_cosine']:.4f} > 0.995")
         if signs:
             self.say(
                 f"WARNING: the features are collapsing ({'; '.join(signs)}). A falling loss is no sign of "
-                "progress now. Raise --target-layers or --ema-start, or mask more (--mask-ratio).",
+                f"progress now. {remedies(self.cfg)}",
                 style="bold red",
             )
         return bool(signs)
@@ -199,9 +214,33 @@ class RunLog:
 
     def close(self) -> None:
         self.progress.stop()
+        self.output.finish()
         self.file.close()
-        if self.board:
-            self.board.close()
+        for logger in self.loggers:
+            logger.close()
+
+
+def remedies(cfg: Config) -> str:
+    """What helps against a collapse with this objective, first what helps most."""
+    objective, model = cfg.objective, cfg.model
+    moving = objective.taught and cfg.network == "target_encoder"  # a frozen target encoder cannot collapse
+    mask = {
+        "block": "larger --block-scale",
+        "time-frequency": "larger --tf-scale",
+        "curriculum": "larger --block-scale and --tf-scale",
+    }
+    what = []
+    if objective.masks and moving and model.target_layers < SIZES[model.size][1]:
+        what.append("raise --target-layers")
+    if moving:
+        what.append("raise --ema-start")
+    if objective.clips and objective.clip_loss == "lejepa":
+        what.append("raise --sigreg-weight")
+    if objective.masks:
+        what.append(f"mask more ({mask.get(cfg.mask.mask, 'larger --mask-ratio')})")
+    what.append("lower --lr")
+    text = ", ".join(what[:-1]) + " or " * (len(what) > 1) + what[-1]
+    return text[0].upper() + text[1:] + "."
 
 
 def _cut(jsonl: Path, step: int, saved: dict[str, Any] | None) -> None:

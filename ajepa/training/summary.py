@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_bytes
 
 from ajepa.config import Config
+from ajepa.data.reader import default_threads
 from ajepa.evaluation import plots
-from ajepa.model.masks import MaskSampler
+from ajepa.model.masks import MaskSampler, describe_masks
 from ajepa.training.compare import table
 from ajepa.training.corpus import Corpus
 from ajepa.training.engine import Engine
 from ajepa.training.run_log import RunLog
-from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.json_files import write_json
 from ajepa.utils.run_folder import read_metrics
+from ajepa.utils.tensor_files import write_tensors
 
 Baselines = dict[str, float | None]
 
@@ -30,11 +30,16 @@ def describe_run(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str
     )
     views = f"{cfg.objective.views} views of each recording, " if cfg.objective.clips else ""
     whole = f"{cfg.optim.steps} steps of {cfg.optim.batch_size} recordings"
+    threads = f"decoding threads: {cfg.data.loader_threads or default_threads()}"
+    if engine.device.type == "cpu":
+        threads = f"threads: {torch.get_num_threads()}, {threads}"
+    given = f"\nthe targets are those of {cfg.objective.teacher}" if cfg.objective.teacher else ""
     return (
         f"{corpus.description}\n"
         f"{cfg.preset}: {sizes}, objective {cfg.objective.objective}, {views}"
-        f"{cfg.front_end.n_patches} patches a clip, {cfg.mask.mask} masks, "
-        f"engine {cfg.impl} on {engine.device}; {f'continuing after step {start}' if start else whole}"
+        f"{cfg.front_end.n_patches} patches a clip, {describe_masks(cfg.mask, cfg.front_end.grid)}, "
+        f"engine {cfg.impl} on {engine.device} ({threads}); {f'continuing after step {start}' if start else whole}"
+        f"{given}"
     )
 
 
@@ -119,8 +124,7 @@ def write_encoder(cfg: Config, folder: Path, encoder: torch.nn.Module, projector
     """Write `encoder.safetensors`, and `projector.safetensors` if the run has a projector."""
     for name, module in (("projector", projector), ("encoder", encoder)):
         if module is not None:
-            weights = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
-            write_atomic(folder / f"{name}.safetensors", save_bytes(weights, {"format": "pt", "preset": cfg.preset}))
+            write_tensors(folder / f"{name}.safetensors", module.state_dict(), preset=cfg.preset)
 
 
 def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines: Baselines) -> None:
@@ -129,7 +133,7 @@ def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines: B
         "untrained encoder": baselines["knn_accuracy_untrained"],
         "pooled log-mel": baselines["knn_accuracy_log_mel"],
     }
-    plots.plot_curves(read_metrics(folder), lines, folder / "curves.png")
+    plots.plot_curves(read_metrics(folder), lines, folder.resolve().name, folder / "curves.png")
     one = MaskSampler(dataclasses.replace(cfg.mask, masks_per_clip=1), cfg.front_end.grid, seed=cfg.seed)
     masks = one(cfg.optim.steps - 1, cfg.optim.steps, 1)
     clips = corpus.evaluation

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -106,6 +107,23 @@ def _agrees(question: str) -> bool:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:
         return False
+
+
+def claim_file(path: Path, own: Callable[[Path], bool], flag: str = "--out") -> None:
+    """Make the folder of `path` if need be, for a command that writes this file.
+
+    Raises ConfigError if `path` is anything but an earlier output of the command, which `own` recognises, or cannot be
+    written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (path.is_file() and own(path)):
+            what = "a file of another kind" if path.is_file() else "not a file"
+            raise ConfigError(f"{flag} {path} is {what}: delete it, or choose another {flag}")
+    except OSError as error:
+        raise ConfigError(f"{flag} {path} cannot be written: {error.strerror}; choose another {flag}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {path} cannot be written: permission denied; choose another {flag}")
 
 
 def set_aside(folder: Path) -> Path:

@@ -53,11 +53,18 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's `metrics.jsonl`. A line that a kill cut short, or that is no record, is left out."""
     records = []
     path = folder / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: also a number of too many digits
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if _is_record(record):
             records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line of `metrics.jsonl` is an object with a step, whose other values are numbers or null."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    return all(x is None or isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63) for x in value.values())

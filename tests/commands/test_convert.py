@@ -1,10 +1,13 @@
 """The converter, on checkpoints that are made here in the authors' layout. Their published file is not tested."""
 
 import functools
+import os
 import pickle
 import sys
 import types
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +123,9 @@ def test_converted_encoder_computes_what_theirs_does(tmp_path, foreign, capsys, 
     assert "target encoder" in capsys.readouterr().out
 
 
+ADVICE = ("weights_only", "safe_globals", "This file can still be loaded")  # of torch, to run what is in the file
+
+
 class Malicious:
     """Runs a function when unpickled."""
 
@@ -132,7 +138,6 @@ class Malicious:
 
 @pytest.mark.parametrize("name", ["os.system", "subprocess.call", "builtins.exec", "pathlib.Path.touch"])
 def test_code_in_a_checkpoint_does_not_run(tmp_path, name, capsys):
-    import os
     import pathlib
     import subprocess
 
@@ -148,7 +153,9 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, name, capsys):
     code = run(path, tmp_path / "out")
     assert not mark.exists() and code in (0, 2)  # the file is refused, or read with a stand-in object
     if code == 2:
-        assert "without running code" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        message = capsys.readouterr().err
+        assert "without running code" in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert not any(advice in message for advice in ADVICE)
     torch.load(path, weights_only=False)
     assert mark.exists()  # an unrestricted load runs the code
 
@@ -163,10 +170,12 @@ def test_other_files_and_layouts_are_refused(tmp_path, capsys):
         assert run(path, tmp_path / "out", *flags) == 2
         message = capsys.readouterr().err
         assert match in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert not any(advice in message for advice in ADVICE)
 
     good = theirs("target_encoder.", 2)
     refused(None, "no such file")
     refused(b"garbage", "cannot be read")
+    refused(b"", "cannot be read")
     refused(pickle.dumps({"state_dict": {}}), "cannot be read")
     refused([1, 2], "no state_dict")
     refused({"state_dict": {"a": 1}}, "no state_dict")
@@ -176,3 +185,88 @@ def test_other_files_and_layouts_are_refused(tmp_path, capsys):
     refused(lightning({k: v for k, v in good.items() if "blocks.3" not in k}), "128 wide with 3 layers")
     refused(lightning({**good, "target_encoder.pos_embed": positions().flip(1)}), "sine-cosine")
     refused(lightning({**good, "target_encoder.pos_embed": positions()[:, :64]}), "positions")
+
+
+ODD_TENSORS = {
+    "single-number": lambda x: torch.tensor(1.0),
+    "meta": lambda x: torch.empty_like(x, device="meta"),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+    "torch.complex64": lambda x: x + 0j,
+    "torch.int64": lambda x: x.long(),
+    "states the shape [1000000, 1000000]": lambda x: torch.zeros(1, dtype=torch.half).expand(10**6, 10**6),
+    "NaN or infinite": lambda x: x / 0,
+    "0 wide": lambda x: torch.zeros(0),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_tensors_that_hold_no_plain_weights_are_refused(tmp_path, kind, capfd):
+    weights = theirs("target_encoder.", 2)
+    name = "target_encoder.patch_embed.proj.weight"
+    torch.save(lightning({**weights, name: ODD_TENSORS[kind](weights[name])}), tmp_path / "x.ckpt")
+    capfd.readouterr()
+    assert run(tmp_path / "x.ckpt", tmp_path / "out") == 2
+    message = capfd.readouterr().err
+    assert kind in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def rewrite(path, change, compression=zipfile.ZIP_STORED) -> None:
+    """Write the members of a checkpoint again, with `change(name, data)` in the place of their data."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(name, data))
+
+
+def test_files_that_ask_for_too_much_are_refused(tmp_path, capfd):
+    """A pipe that never ends, a compressed file that unpacks to gigabytes, and sizes that no memory holds."""
+    path = tmp_path / "JEPA.ckpt"
+
+    def refused(match: str) -> None:
+        assert run(path, tmp_path / "out") == 2
+        message = capfd.readouterr().err
+        assert match in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+    torch.save(lightning(theirs("target_encoder.", 2)), path)
+    saved = path.read_bytes()
+    rewrite(path, lambda name, data: bytes(len(data)) if "/data/" in name else data, zipfile.ZIP_DEFLATED)
+    refused("compressed")
+    path.write_bytes(saved)
+    rewrite(path, lambda name, data: data.replace(b"M\x00\x02", b"J\xff\xff\xff\x7f"))  # every 512 is 2^31 - 1
+    refused("cannot be read")
+    path.unlink()
+    os.mkfifo(path)
+    refused("not a regular file")
+    path.unlink()
+    path.mkdir()
+    refused("not a regular file")
+
+
+def test_damaged_files_give_one_line(tmp_path, capfd):
+    path = tmp_path / "JEPA.ckpt"
+    torch.save(lightning(theirs("target_encoder.", 2)), path)
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    codes = []
+    for i in range(40):
+        damaged = bytearray(data[: rng.integers(len(data))] if i % 2 else data)
+        if i % 2 == 0:
+            damaged[rng.integers(3_000)] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        codes.append(run(path, tmp_path / "out"))
+        shown = capfd.readouterr()
+        assert (shown.err + shown.out).count("\n") == 1 and not any(advice in shown.err for advice in ADVICE)
+    assert codes[1::2] == 20 * [2] and set(codes) <= {0, 2}  # a flip may hit what is not used
+
+
+def test_other_folders_are_kept(tmp_path, capsys):
+    torch.save(lightning(theirs("target_encoder.", 2)), tmp_path / "JEPA.ckpt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    assert run(tmp_path / "JEPA.ckpt", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: OUT {tmp_path}/out holds other files") and message.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]

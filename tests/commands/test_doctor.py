@@ -116,3 +116,12 @@ def test_the_cpu_kernel_is_the_best_that_the_cpu_has_and_the_variable_allows():
     both = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"}
     assert [doctor.cpu_kernel(both, most) for most in ("avx512", "avx2", "portable")] == ["AVX-512", "AVX2", "portable"]
     assert doctor.cpu_kernel({"avx2", "fma"}, "avx512") == "AVX2" and doctor.cpu_kernel(set(), "avx512") == "portable"
+
+
+def test_the_report_says_how_many_threads_compute_and_how_they_wait(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "SECTIONS", {"machine": [doctor.machine]})
+    for policy, words in (("PASSIVE", "sleep while they wait"), ("ACTIVE", "spin while they wait")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        assert doctor.main([]) == 0
+        report = capsys.readouterr().out
+        assert f"{torch.get_num_threads()} threads, which {words}" in report and "free cores" in report

@@ -1,8 +1,13 @@
+import contextlib
 import io
 import json
 import os
+import signal
 import sys
+import tarfile
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +19,13 @@ from safetensors import safe_open
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 pytest.importorskip("soxr", reason="soxr is not installed")
 
-from ajepa import embed
+from ajepa import embed, pack
 from ajepa.config import PRESETS
 from ajepa.encoder import Encoder, EncoderConfig
+from ajepa.evaluation import embeddings
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.lock import locked
+from ajepa.utils.tensor_files import write_tensors
 from ajepa_kernels import _extension, resample
 
 
@@ -119,7 +127,8 @@ def test_streamed_resampling_is_that_of_the_whole(encoder, tmp_path):
     """A minute at 44.1 kHz is decoded in many blocks."""
     one, _ = encoder
     path = write(tmp_path / "minute.wav", noise(60 * 44_100, 5), 44_100)
-    (entry,) = embed.list_recordings([str(path)], embed.Arguments(str(path), [str(path)]), {})
+    bad = embed.BadFiles(tmp_path / "bad.tsv")
+    (entry,) = embed.list_recordings([str(path)], embed.Arguments(str(path), [str(path)]), bad)
     pieces = torch.cat([piece.samples for piece in embed.read_pieces(entry, one)])
     samples, _ = soundfile.read(path, dtype="float32")
     whole = resample(torch.from_numpy(samples), 44_100, 16_000)
@@ -209,7 +218,219 @@ def test_a_failed_write_leaves_the_old_result(encoder, recordings, tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(embed, "_copy_frames", full)
+    monkeypatch.setattr(embeddings.Result, "frames", full)
     assert run(folder, recordings[0], "--out", out) == 2
     assert "No space left" in capsys.readouterr().err and out.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"e.npz", ".e.npz.unfinished"}  # the embeddings are kept
+    monkeypatch.undo()
+    monkeypatch.setattr(embed, "read_pieces", full)  # nothing is embedded again
+    assert run(folder, recordings[0], "--out", out) == 0 and read(out)[0] == [str(recordings[0])]
     assert [p.name for p in tmp_path.iterdir()] == ["e.npz"]
+
+
+# --- unfinished work ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segments(recordings):
+    """A manifest with 36 segments of one recording, each longer than a batch of chunks or as short as one chunk."""
+    path = recordings[0].parent / "segments.csv"
+    rows = [f"long.wav,{i / 50},{8.2 if i % 3 else 0.4}" for i in range(36)]
+    path.write_text("\n".join(["filename,offset,duration", *rows]) + "\n")
+    return path
+
+
+def records(out) -> int:
+    """How many recordings the unfinished work for `out` holds."""
+    return sum(path.read_bytes().count(b"\n") for path in out.parent.glob(f".{out.name}.unfinished/*/done.jsonl"))
+
+
+def test_five_kills_lose_nothing(encoder, segments, tmp_path, forks):
+    """Killed at whatever it does, the command goes on, and writes the file that it writes without kills."""
+    _, folder = encoder
+    argv = [str(folder), str(segments), "--device", "cpu", "--out"]
+    whole, out, log = tmp_path / "whole.npz", tmp_path / "e.npz", tmp_path / "log"
+    assert forks.run([*argv, str(whole)], log, call="ajepa.embed:main") == 0
+    before, signals = 0, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGKILL]
+    for number in signals:
+        pid = forks.start([*argv, str(out)], log, call="ajepa.embed:main")
+        end = time.monotonic() + 60
+        while records(out) <= before and time.monotonic() < end:
+            time.sleep(0.002)
+        os.kill(pid, number)
+        assert forks.wait(pid) == (130 if number == signal.SIGINT else -number)
+        assert before < records(out) < 36 and not out.exists()
+        before = records(out)
+    assert forks.run([*argv, str(out)], log, call="ajepa.embed:main") == 0
+    assert out.read_bytes() == whole.read_bytes() and len(read(out)[0]) == 36
+    assert not out.with_name(".e.npz.unfinished").exists()
+
+
+def interrupted(monkeypatch, after: int, error=KeyboardInterrupt):
+    """Let the next embedding end in `error` after that many recordings have been read."""
+    whole, count = embed.read_pieces, iter(range(after))
+
+    def read_pieces(*arguments):
+        if next(count, None) is None:
+            raise error
+        return whole(*arguments)
+
+    monkeypatch.setattr(embed, "read_pieces", read_pieces)
+
+
+def test_ctrl_c_keeps_what_was_embedded(encoder, recordings, segments, tmp_path, monkeypatch, capsys):
+    _, folder = encoder
+    out, whole = tmp_path / "e.npz", tmp_path / "whole.npz"
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    sources = [tmp_path / "bad.wav", segments, *recordings]
+    assert run(folder, *sources, "--out", whole) == 1
+    capsys.readouterr()
+    interrupted(monkeypatch, 20)
+    assert run(folder, *sources, "--out", out) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"stopped after {records(out)} of 41 recordings; the same command goes on from there"
+    assert 12 <= records(out) <= 20 and not out.exists()
+    assert (tmp_path / "e.npz.bad.tsv").read_text() == (tmp_path / "whole.npz.bad.tsv").read_text()
+    monkeypatch.undo()
+    interrupted(monkeypatch, 41 - records(out))  # reads no recording twice
+    assert run(folder, *sources, "--out", out) == 1
+    assert out.read_bytes() == whole.read_bytes()
+    monkeypatch.undo()
+    interrupted(monkeypatch, 0)
+    assert run(folder, recordings[0], "--out", tmp_path / "none.npz") == 130
+    assert capsys.readouterr().err.endswith("stopped\n") and not list(tmp_path.glob(".*"))
+
+
+def test_unfinished_work_is_for_the_same_features_and_samples(encoder, recordings, tmp_path, monkeypatch, capsys):
+    """A recording that changed is embedded again, and so are all for other settings; nothing is thrown away unasked."""
+    one, folder = encoder
+    paths = [write(tmp_path / f"{i}.wav", noise(150_000, i)) for i in range(4)]
+    out = tmp_path / "e.npz"
+    interrupted(monkeypatch, 3)
+    assert run(folder, *paths, "--out", out) == 130 and records(out) == 3
+    monkeypatch.undo()
+    write(paths[1], noise(140_000, 9))
+    assert run(folder, *paths, "--out", out, "--pooling", "concat") == 0
+    assert "keeps unfinished embeddings" in capsys.readouterr().err and records(out) == 3
+    assert read(out)[1].shape == (4, 1024)
+    assert run(folder, *paths, "--out", out) == 0
+    names, _, frames = read(out)
+    assert names == list(map(str, paths)) and "keeps unfinished" in capsys.readouterr().err  # of the old 1.wav
+    for path, x in zip(paths, frames, strict=True):
+        np.testing.assert_allclose(x, expected(one, path), rtol=1e-3, atol=1e-3)
+    assert run(folder, recordings[4], "--out", tmp_path / "other.npz") == 0
+    assert "keeps" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [embeddings.RECORDS, embeddings.CLIPS, embeddings.FRAMES])
+def test_damage_of_unfinished_work_is_noticed(tmp_path, name, capsys):
+    """Fifty flipped bits, and files that are cut: the whole embeddings before the damage are kept, and no others."""
+    rng = np.random.default_rng(0)
+    wanted = [(bytes([i] * 16), embeddings.Embedded(f"{i} é", *rng.random((2, 3, 4), "f4"))) for i in range(6)]
+    wanted = [(key, one._replace(clip=one.clip[0])) for key, one in wanted]
+
+    def check() -> int:
+        with contextlib.closing(embeddings.Spool(tmp_path / "s", 4, True)) as spool:
+            assert spool.names == [one.name for _, one in wanted[: len(spool.names)]]
+            result = embeddings.Result(spool, range(len(spool.names)), {}) if spool.names else None
+        if result is not None:
+            clips = np.concatenate(list(result.clips()))
+            np.testing.assert_array_equal(clips, [one.clip for _, one in wanted[: len(clips)]])
+            for ours, (_, theirs) in zip(result.frames(), wanted, strict=False):
+                np.testing.assert_array_equal(ours, theirs.frames)
+        return len(spool.names)
+
+    def fill() -> Path:
+        with contextlib.closing(embeddings.Spool(tmp_path / "s", 4, True)) as spool:
+            spool.add(wanted[len(spool.names) :])
+        return tmp_path / "s" / name
+
+    file = fill()
+    assert check() == 6
+    for bit in rng.integers(8 * file.stat().st_size, size=50):
+        data = bytearray(file.read_bytes())
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        assert check() < 6
+        fill()
+    for size in rng.integers(file.stat().st_size, size=10):
+        os.truncate(file, size)
+        assert check() < 6
+        fill()
+    assert "recordings are embedded again" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_unfinished_work(encoder, recordings, tmp_path, capsys):
+    _, folder = encoder
+    (tmp_path / ".e.npz.unfinished").mkdir()
+    with locked(tmp_path / ".e.npz.unfinished"):
+        assert run(folder, recordings[4], "--out", tmp_path / "e.npz") == 2
+        assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert run(folder, recordings[4], "--out", tmp_path / "e.npz") == 0
+
+
+def test_only_earlier_embeddings_are_replaced(encoder, recordings, tmp_path, capsys):
+    """Not weights, archives or tables of others, whatever their suffix."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow
+    from pyarrow import parquet
+
+    one, folder = encoder
+    np.savez(tmp_path / "mine.npz", clips=np.zeros(3))
+    write_tensors(tmp_path / "encoder.safetensors", one.state_dict())
+    parquet.write_table(pyarrow.table({"file": ["a"]}), tmp_path / "mine.parquet")
+    (tmp_path / "text.npz").write_text("mine")
+    (tmp_path / "text.parquet").write_text("mine")
+    (tmp_path / "folder.npz").mkdir()
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for path in tmp_path.iterdir():
+        assert run(folder, recordings[4], "--out", path) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: --out {path} is ") and message.count("\n") == 1
+    assert kept == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for suffix in (".npz", ".safetensors", ".parquet"):
+        for _ in range(2):
+            assert run(folder, recordings[4], "--out", tmp_path / f"own{suffix}") == 0
+
+
+def test_names_that_a_format_cannot_hold_are_refused_before_the_work(
+    encoder, recordings, tmp_path, monkeypatch, capsys
+):
+    _, folder = encoder
+    monkeypatch.setattr(embeddings, "HEADER", 100)
+    assert run(folder, *recordings, "--out", tmp_path / "e.safetensors") == 2
+    message = capsys.readouterr().err
+    assert "5 names do not fit into a .safetensors file" in message and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stdin", [None, io.TextIOWrapper(io.BytesIO())])
+def test_a_closed_standard_input_is_one_line(encoder, tmp_path, monkeypatch, capsys, stdin):
+    if stdin is not None:
+        stdin.close()
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert run(encoder[1], "-", "--out", tmp_path / "e.npz") == 2
+    message = capsys.readouterr().err
+    assert "standard input, which is closed" in message and message.count("\n") == 1
+
+
+def test_sources_of_every_kind_are_the_same_recordings(encoder, tmp_path):
+    """Folders, manifests, tars, brace ranges of tars and shards, as `--data` takes them."""
+    _, folder = encoder
+    root = tmp_path / "recordings"
+    root.mkdir()
+    paths = [write(root / f"{i}.wav", noise(5_000 + 900 * i, i)) for i in range(4)]
+    for n in range(2):
+        with tarfile.open(tmp_path / f"part-{n}.tar", "w") as tar:
+            for path in paths[2 * n : 2 * n + 2]:
+                tar.add(path, path.name)
+    (tmp_path / "m.csv").write_text("\n".join(["path,label", *(f"{path},{i}" for i, path in enumerate(paths))]) + "\n")
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"audio": str(path)}) + "\n" for path in paths))
+    assert pack.main([str(root), str(tmp_path / "packed"), "--rate", "16000", "--silence-db", "-200"]) == 0
+    assert run(folder, *paths, "--out", tmp_path / "e.npz") == 0
+    wanted = read(tmp_path / "e.npz")[1]
+    sources = ["recordings", "m.csv", "m.jsonl", "part-{0..1}.tar", "part-*.tar", "packed"]
+    for source in sources:
+        assert run(folder, tmp_path / source, "--out", tmp_path / "e.npz") == 0
+        np.testing.assert_allclose(read(tmp_path / "e.npz")[1], wanted, rtol=1e-4, atol=1e-4)
+    assert run(folder, tmp_path / "m.csv", "--where", "label=1,2", "--out", tmp_path / "e.npz") == 0
+    assert read(tmp_path / "e.npz")[0] == [str(path) for path in paths[1:3]]

@@ -1,9 +1,12 @@
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,12 +17,17 @@ pytest.importorskip("soxr", reason="soxr is not installed")
 from conftest import SMALL
 
 import ajepa
-from ajepa import config
+from ajepa import config, finetune
 from ajepa.config import PRESETS, ConfigError
-from ajepa.encoder import Chunk, Encoder, EncoderConfig
+from ajepa.encoder import Chunk, Encoder, EncoderConfig, open_encoder
 from ajepa.evaluation.features import pool
+from ajepa.model.clip import make_projector
+from ajepa.model.jepa import Encoder as ViT
 from ajepa.training.checkpoint import save_checkpoint
 from ajepa.training.engine import Engine
+from ajepa.training.summary import write_encoder
+from ajepa.utils.errors import UserError
+from ajepa.utils.json_files import DamagedError, write_json
 from ajepa_kernels import log_mel
 
 TINY = EncoderConfig(front_end=PRESETS["tiny"].front_end, size="tiny", clip_samples=32_000)
@@ -172,8 +180,43 @@ def test_int16_and_other_rates_are_the_same_sound():
     torch.testing.assert_close(ragged[1, :2], one(sound[:24_000], 48_000)[0])
 
 
+def test_no_graph_is_kept_outside_of_training():
+    one, x = encoder(), noise(2, 9_000)
+    for call in (one, one.embed):
+        features = call(x)
+        assert not features.requires_grad and features.numpy().shape[0] == 2
+        head = torch.nn.Linear(128, 3)
+        head(features).sum().backward()  # a head on frozen features learns
+        assert head.weight.grad.any() and all(p.grad is None for p in one.parameters())
+        one.train()
+        assert call(x).requires_grad
+        with torch.no_grad():
+            assert not call(x).requires_grad
+        one.eval()
+
+
+def test_audio_is_taken_in_the_forms_that_readers_return():
+    one, x = encoder(), noise(2, 9_000)
+    same = [
+        x.numpy(),
+        x.numpy().astype(">f8"),
+        x.numpy()[:, ::-1].copy()[:, ::-1],
+        x.tolist(),
+        list(x),
+        tuple(x.numpy()),
+    ]
+    for audio in same:
+        torch.testing.assert_close(one(audio), one(x))
+    torch.testing.assert_close(one(x[0].tolist(), np.int64(16_000)), one(x[:1]))
+    pcm = (x * 32768).short()
+    assert torch.equal(one(pcm.numpy()), one(pcm)) and torch.equal(one.embed(list(pcm.numpy())), one.embed(pcm))
+    ragged, lengths = [x[0, :700].numpy(), x[1].numpy()], torch.tensor([700, 9_000])
+    assert torch.equal(one(ragged), one(x, lengths=lengths))
+    assert torch.equal(one.embed(ragged, 48_000), one.embed(x, 48_000, lengths=[700, 9_000]))
+
+
 def test_it_trains_and_runs_in_half_precision():
-    one, x = encoder(), noise(32_000)
+    one, x = encoder().train(), noise(32_000)
     frames = one(x)
     frames.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in one.parameters())
@@ -192,6 +235,22 @@ def test_it_trains_and_runs_in_half_precision():
         (torch.zeros(2, 0), {}, "samples"),
         (torch.zeros(2, 9), {"lengths": torch.tensor([9, 0])}, "samples"),
         (torch.zeros(2, 9), {"lengths": torch.tensor([9.0, 1.0])}, "lengths"),
+        (torch.zeros(16_000, 2), {}, r"looks like \[T, channels\]"),
+        (torch.zeros(16_000, 32), {}, r"waveform\.mean\(1\)"),
+        (torch.tensor([[0.0, 1.0], [torch.nan, 0.0], [0.0, torch.inf]]), {}, r"clips \[1, 2\].* NaN or infinite"),
+        (np.array([0.0, np.inf]), {}, "NaN or infinite"),
+        ([0, 1, 2], {}, "int16"),
+        ([], {}, "samples"),
+        ([[0.0], []], {}, "samples"),
+        ([[0.0], [[0.0]]], {}, "of one dtype"),
+        ([np.zeros(9), np.zeros(9, np.int16)], {}, "of one dtype"),
+        ([np.zeros(9)], {"lengths": [9]}, "leave out lengths"),
+        ("runs/mine", {}, "a list of numbers"),
+        (torch.zeros(9), {"sampling_rate": 16}, "sampling_rate must be whole Hz .*44100, got 16"),
+        (torch.zeros(9), {"sampling_rate": 44_100.0}, "whole Hz"),
+        (torch.zeros(9), {"sampling_rate": True}, "whole Hz"),
+        (torch.zeros(9), {"sampling_rate": "44100"}, "whole Hz"),
+        (torch.zeros(9), {"sampling_rate": 1_000_000}, "384000"),
     ],
 )
 def test_bad_waveforms_are_refused(waveform, options, message):
@@ -279,23 +338,31 @@ def test_a_run_with_a_clip_objective_gives_encoder_and_projector(tmp_path, loss)
         assert all(torch.equal(v, trained.state_dict()[k]) for k, v in one.vit.state_dict().items())
         assert all(torch.equal(v, projector[k]) for k, v in one.projector.state_dict().items())
     (tmp_path / "projector.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match=r"projector\.safetensors is not a safetensors file"):
+    with pytest.raises(DamagedError, match=r"projector\.safetensors is damaged or not a safetensors file"):
         Encoder.from_pretrained(tmp_path)
 
 
 def test_a_hub_id_is_loaded_through_the_hub(tmp_path, monkeypatch):
     encoder().save_pretrained(tmp_path)
-    asked = []
+    asked, cached = [], []
 
-    def download(repo_id, filename, revision=None, **_):
+    def download(repo_id, filename, revision=None, local_files_only=False, **_):
         asked.append((repo_id, filename, revision))
+        cached.append(local_files_only)
         return str(tmp_path / filename)
 
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
     monkeypatch.setattr("ajepa.encoder.hf_hub_download", download)
+    monkeypatch.setattr("ajepa.encoder.get_hf_file_metadata", lambda *_, **__: None)
     one = Encoder.from_pretrained("someone/audio", revision="v1", pooling="concat")
     assert asked == [("someone/audio", name, "v1") for name in ("config.json", "model.safetensors")]
     assert one.output_dim == 1024 and torch.equal(one.vit.norm.weight, encoder().vit.norm.weight)
+
+    def unreachable(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr("ajepa.encoder.get_hf_file_metadata", unreachable)
+    assert Encoder.from_pretrained("someone/audio").fingerprint() == encoder().fingerprint()
+    assert cached == [False, False, True, True]  # without a connection, what the cache holds
     (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
     with pytest.raises(ConfigError, match="wav2vec2"):
         Encoder.from_pretrained("someone/audio")
@@ -336,13 +403,16 @@ def test_an_unfinished_run_gives_its_last_whole_checkpoint(run_folder, tmp_path)
 
 def test_folders_that_hold_no_encoder_are_refused(tmp_path):
     def refused(match: str, source=tmp_path):
-        with pytest.raises(ConfigError, match=match):
+        with pytest.raises(UserError, match=match) as error:
             Encoder.from_pretrained(source)
+        assert "\n" not in str(error.value)
 
     refused("holds no config.json")
-    refused("no encoder could be loaded", tmp_path / "no" / "such" / "folder")
+    refused("no such folder", tmp_path / "no" / "such" / "folder")
     for text, match in [
-        ("{", "no encoder could be loaded"),
+        ("{", "not written by ajepa"),
+        ("[" * 10**5, "not written by ajepa"),
+        ('{"size": ' + "9" * 5_000 + "}", "not written by ajepa"),
         ("[]", "not written by ajepa"),
         ('{"model_type": "wav2vec2"}', "wav2vec2"),
         ('{"model_type": "ajepa-encoder"}', "front_end"),
@@ -351,21 +421,167 @@ def test_folders_that_hold_no_encoder_are_refused(tmp_path):
         refused(match)
     encoder().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04.")
-    refused("not a safetensors file")
+    refused("damaged or not a safetensors file")
     (tmp_path / "model.safetensors").unlink()
     refused("model.safetensors")
     encoder(positions="rotary").save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
+    raw = {k: v for k, v in json.loads((tmp_path / "config.json").read_text()).items() if k != "sha256"}
     for change, match in [
         ({"size": "S"}, "does not fit"),
         ({"size": "XXL"}, "size"),
         ({"clip_samples": 3}, "clip_samples"),
+        ({"clip_samples": 10**12}, "clip_samples"),
+        ({"projector": [10**9, 16]}, "projector"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"front_end": {**raw["front_end"], "n_frames": 10**9}}, "grid of"),
+        ({"front_end": {**raw["front_end"], "patch": [16, 10**9]}}, "patches of"),
         ({"colour": "red"}, "colour"),
         ({"front_end": {**raw["front_end"], "n_frames": None}}, "n_frames"),
         ({"front_end": {**raw["front_end"], "window": "none"}}, "window"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
         refused(match)
+
+
+@pytest.fixture(scope="module")
+def weights_of_all_kinds(tmp_path_factory):
+    """A folder with a finished run of a clip objective, `run`, and its export, `exported`."""
+    root = tmp_path_factory.mktemp("weights")
+    cfg = config.parse([*SMALL, "--objective", "clip", "--projector-width", "16", "--projector-hidden", "8"])
+    (root / "run").mkdir()
+    config.save(cfg, root / "run" / "config.json")
+    write_encoder(cfg, root / "run", ViT(cfg.model, cfg.front_end), make_projector(cfg))
+    Encoder.from_pretrained(root / "run").save_pretrained(root / "exported")
+    return root
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run/encoder.safetensors", "run/projector.safetensors", "exported/model.safetensors", "exported/config.json"],
+)
+def test_every_flipped_bit_is_noticed(weights_of_all_kinds, name):
+    """Fifty bits of length, header, metadata and values. The error names the file."""
+    file = weights_of_all_kinds / name
+    size, rng = file.stat().st_size, np.random.default_rng(0)
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little") if file.suffix == ".safetensors" else size
+    assert header <= size
+    bits = [*rng.integers(64, size=5), *rng.integers(8 * header, size=25), *rng.integers(8 * size, size=20)]
+    for bit in map(int, bits):
+        flip(file, bit)
+        with pytest.raises(UserError, match=re.escape(str(file))):
+            Encoder.from_pretrained(file.parent)
+        flip(file, bit)
+    assert Encoder.from_pretrained(file.parent).config.projector == (8, 16)
+
+
+def test_equal_weights_are_equal_files(weights_of_all_kinds, tmp_path):
+    one = Encoder.from_pretrained(weights_of_all_kinds / "exported")
+    one.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (weights_of_all_kinds / "exported" / name).read_bytes()
+
+
+def test_configurations_of_other_writers_are_accepted(weights_of_all_kinds, tmp_path):
+    """A hub may format a configuration anew and leave the checksum out, or add a key of its own to the weights."""
+    shutil.copytree(weights_of_all_kinds / "exported", tmp_path / "mine")
+    raw = json.loads((tmp_path / "mine" / "config.json").read_text())
+    del raw["sha256"]
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(raw, sort_keys=True))
+    save_file(load_file(tmp_path / "mine" / "model.safetensors"), tmp_path / "mine" / "model.safetensors")
+    assert Encoder.from_pretrained(tmp_path / "mine").config.projector == (8, 16)
+
+
+def test_every_kind_of_source_is_opened(run, tones, tmp_path):
+    """A run, a checkpoint, a fine-tuning and its checkpoint, and the export of each."""
+    tuning = tmp_path / "finetune"
+    rows = [f"{tones}/{label}/{i:02d}.wav,{label},{i % 2}" for label in ("low", "high") for i in range(8)]
+    (tmp_path / "tones.csv").write_text("\n".join(["filename,label,fold", *rows]) + "\n")
+    argv = [str(run), "--data", str(tmp_path / "tones.csv"), "--test", "fold=1", "--epochs", "1"]
+    assert finetune.main([*argv, "--out", str(tuning), "--device", "cpu"]) == 0
+    checkpoint, last = (max((folder / "checkpoints").iterdir()) for folder in (tuning, run))
+    cfg = config.load(run / "config.json")
+    tuned = {name.removeprefix("vit."): x for name, x in load_file(tuning / "model.safetensors").items()}
+    files = {run: run / "encoder.safetensors", last: last, tuning: tuning / "model.safetensors", checkpoint: checkpoint}
+    for source, file in files.items():
+        weights = load_file(run / "encoder.safetensors") if source in (run, last) else tuned
+        opened = open_encoder(source)
+        assert opened.file == file and (opened.run == cfg) == (source in (run, last)) and not opened.encoder.training
+        assert opened.encoder.config.front_end == cfg.front_end
+        for name, value in opened.encoder.vit.state_dict().items():
+            assert torch.equal(value, weights[name])
+        opened.encoder.save_pretrained(tmp_path / "exported")
+        again = open_encoder(tmp_path / "exported")
+        assert again.run is None and again.file == tmp_path / "exported" / "model.safetensors"
+        assert again.encoder.fingerprint() == opened.encoder.fingerprint()
+
+
+def test_a_fine_tuning_of_an_exported_encoder_is_opened(weights_of_all_kinds, tmp_path):
+    shutil.copy(weights_of_all_kinds / "exported" / "config.json", tmp_path)
+    write_json(tmp_path / "finetune.json", {})
+    shutil.copy(weights_of_all_kinds / "run" / "encoder.safetensors", tmp_path)
+    encoder, run, file = open_encoder(tmp_path, pooling="concat")
+    assert run is None and file == tmp_path / "encoder.safetensors" and encoder.projector is None
+    with pytest.raises(ConfigError, match="needs the projector"):
+        open_encoder(tmp_path, pooling="projection")
+    wanted = Encoder.from_pretrained(weights_of_all_kinds / "run").vit.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in encoder.vit.state_dict().items())
+
+
+def test_folders_that_are_something_else_are_kept(run, tmp_path):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for folder in (run, sorted((run / "checkpoints").iterdir())[-1]):
+        with pytest.raises(ConfigError, match=r"OUT .* which this command would damage"):
+            encoder().save_pretrained(folder)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    encoder().save_pretrained(tmp_path / "mine")
+    encoder(pooling="concat").save_pretrained(tmp_path / "mine")  # what is an encoder already may be replaced
+    assert Encoder.from_pretrained(tmp_path / "mine").config.pooling == "concat"
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    encoder().save_pretrained("~/mine")
+    assert (tmp_path / "mine" / "config.json").is_file()
+    assert Encoder.from_pretrained("~/mine").fingerprint() == encoder().fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rusn/mine", "the hub cannot be reached; did you mean runs/mine?"),
+        ("someone/audio", "no local folder has this name, and no encoder of the hub: the hub cannot be reached"),
+        ("runs/mien", "no such folder; did you mean runs/mine?"),
+        ("mien", "no such folder"),
+        ("./rusn/mine", "no such folder; did you mean runs/mine?"),
+        ("~/rusn/mine", "no such folder; did you mean {home}/runs/mine?"),
+        ("/nowhere/mine", "no such folder"),
+        ("runs\\mine", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("runs/mine/config.json", "is a file: name the folder"),
+    ],
+)
+def test_misspelt_names_are_told_without_a_hub(tmp_path, monkeypatch, name, message):
+    """Only names that look like those of a hub are asked for there, once."""
+    encoder().save_pretrained(tmp_path / "runs" / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def unreachable(url, **_):
+        asked.append(url)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("ajepa.encoder.get_hf_file_metadata", unreachable)
+    with pytest.raises(ConfigError) as error:
+        Encoder.from_pretrained(name, cache_dir=str(tmp_path / "cache"))
+    assert str(error.value).startswith(name) and message.format(home=tmp_path) in str(error.value)
+    assert len(asked) == ("hub" in message)
 
 
 def test_import_of_ajepa_is_light():

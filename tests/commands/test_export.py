@@ -3,6 +3,7 @@ import importlib.util
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ pytest.importorskip("soxr", reason="soxr is not installed")
 from ajepa import export
 from ajepa.config import PRESETS
 from ajepa.encoder import Encoder, EncoderConfig
+from ajepa.utils.folders import claim_file
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 TINY = PRESETS["tiny"].front_end
@@ -106,6 +108,7 @@ def test_onnx_model_agrees_at_any_batch(tmp_path, case):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     encoder = make_encoder(case)
     export.write_onnx(encoder, tmp_path / "encoder.onnx")
+    claim_file(tmp_path / "encoder.onnx", export._is_onnx)  # the next export may replace it
     model = runtime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     for batch in (1, 3):
         x = 0.1 * torch.randn(batch, CASES[case].clip_samples)
@@ -182,3 +185,57 @@ def test_the_command_writes_both_forms_and_refuses_the_rest(tmp_path, capsys):
         assert "my_encoder.py" in capsys.readouterr().err
     assert export.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def mine(tmp_path):
+    torch.manual_seed(0)
+    Encoder(CASES["tiny"]).save_pretrained(tmp_path / "mine")
+    return str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_that_changed_are_noticed(mine, tmp_path, monkeypatch, inside):
+    """Fifty bits of the weights in the Python file, or in the file beside it."""
+    monkeypatch.setattr(export, "INSIDE", 1 << 30 if inside else 0)
+    path = tmp_path / "my_encoder.py"
+    assert export.main([mine, str(path), "--xares"]) == 0
+    file = path if inside else path.with_suffix(".safetensors")
+    data = file.read_bytes()
+    start, size = (data.index(b'WEIGHTS = "') + 11, 10_000) if inside else (0, len(data))
+    for bit in np.random.default_rng(0).integers(8 * size, size=50):
+        damaged = bytearray(data)
+        at = start + int(bit) // 8
+        damaged[at] = (65 if damaged[at] != 65 else 66) if inside else damaged[at] ^ (1 << int(bit) % 8)
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"my_encoder\.py are not those"):
+            load(path)()
+    file.write_bytes(data)
+    load(path)()
+
+
+def test_only_earlier_exports_are_replaced(mine, run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    script, model, weights = tmp_path / "train.py", tmp_path / "model.onnx", tmp_path / "big_encoder.safetensors"
+    for path in (script, model, weights):
+        path.write_text("mine")
+    kept = {path: path.read_bytes() for path in [script, model, weights, *run.rglob("*")] if path.is_file()}
+    (tmp_path / "folder.py").mkdir()
+    monkeypatch.setattr(export, "INSIDE", 0)
+    for argv, message in (
+        ([str(script), "--xares"], f"OUT {script} is a file of another kind: delete it"),
+        ([str(tmp_path / "folder.py"), "--xares"], "is not a file"),
+        ([str(tmp_path / "big_encoder.py"), "--xares"], f"OUT {weights} is a file of another kind"),
+        ([str(model), "--onnx"], f"OUT {model} is a file of another kind"),
+        ([str(run / "encoder.safetensors"), "--onnx"], "is a file of another kind"),
+        ([str(script / "x_encoder.py"), "--xares"], "cannot be written"),
+        ([str(run)], f"OUT {run} holds a pretraining run"),
+        ([str(tmp_path)], "holds other files"),
+        ([str(script)], f"OUT {script}"),
+    ):
+        assert export.main([mine, *argv]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and shown.count("\n") == 1 and not (tmp_path / "big_encoder.py").exists()
+    assert kept == {path: path.read_bytes() for path in kept}
+    for _ in range(2):
+        assert export.main([mine, str(tmp_path / "own_encoder.py"), "--xares"]) == 0

@@ -15,6 +15,7 @@ import ajepa.pack
 from ajepa.data.index import DataError, build_index
 from ajepa.data.shards import HEADER_SIZE, Shard
 from ajepa.pack import main
+from ajepa.utils.lock import locked
 
 RATE = 16000
 
@@ -143,7 +144,7 @@ def test_dry_run_writes_nothing_and_estimates(tmp_path, source, capsys):
     assert abs(estimate_gb * 1e9 / size - 1) < 0.1
 
 
-def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path, source, small_shards, monkeypatch):
+def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path, source, small_shards, monkeypatch, capsys):
     write(source / "b" / "twin.wav", noise(8000, 3))
     assert run(source, tmp_path / "whole", "--shard-mb", 1) == 0
     calls = 0
@@ -158,7 +159,8 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path, source, smal
 
     monkeypatch.setattr(ajepa.pack.ShardWriter, "add", stop)
     assert run(source, tmp_path / "cut", "--shard-mb", 1) == 130
-    assert sorted(shards(tmp_path / "cut")) == [".lock", "000000000.shard", "000000005.shard"]
+    assert "stopped; finished shards are kept, and the same command goes on from there" in capsys.readouterr().err
+    assert sorted(shards(tmp_path / "cut")) == ["000000000.shard", "000000005.shard"]
     with pytest.raises(DataError, match=r"rows 10 to 30 of the source are in no shard.*ajepa\.pack"):
         build_index(tmp_path / "cut")
     monkeypatch.setattr(ajepa.pack.ShardWriter, "add", original)
@@ -169,14 +171,14 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path, source, smal
 
 
 def test_killed_while_packing_and_continued(tmp_path):
-    """After SIGKILL at six arbitrary moments no half-written shard is read, and the result is the same as without."""
+    """After SIGKILL at twenty moments no half-written shard is read, and the result is the same as without."""
     write_set(tmp_path / "source", 60, frames=80_000)
     options = (tmp_path / "source", tmp_path / "cut", "--shard-mb", 1)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["ajepa.pack"])  # import it only once
     moments = random.Random(0)
     finished = []
-    for _ in range(6):
+    for _ in range(20):
         process = processes.Process(target=run, args=options)
         process.start()
         while not list((tmp_path / "cut").glob(".*.partial")) and process.is_alive():
@@ -216,13 +218,81 @@ def test_another_packing_s_folder_is_refused(tmp_path, source, capsys):
     assert run(source, tmp_path / "packed") == 0
     before = shards(tmp_path / "packed")
     assert run(source, tmp_path / "packed", "--codec", "flac") == 2
-    reason = "holds shards of other recordings, of other settings or of an earlier version (000000000.shard)"
+    reason = "holds shards of other settings (000000000.shard)"
     assert reason in capsys.readouterr().err
     write(source / "a" / "new.wav", noise(900))
     assert run(source, tmp_path / "packed") == 2
     assert shards(tmp_path / "packed") == before
     assert run(tmp_path / "packed", tmp_path / "again") == 2
     assert "shards already" in capsys.readouterr().err
+
+
+def relabel(folder):
+    (folder / "m.csv").write_text((folder / "m.csv").read_text().replace("cat", "cow"))
+
+
+def change_a_column(folder):
+    (folder / "m.csv").write_text((folder / "m.csv").read_text().replace(",3\n", ",4\n"))
+
+
+def replace_a_file(folder):
+    write(folder / "002.wav", noise(8000, 77))
+
+
+def replace_a_file_and_keep_its_time(folder):
+    times = (folder / "002.wav").stat()
+    replace_a_file(folder)
+    os.utime(folder / "002.wav", ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def rename_a_file(folder):
+    (folder / "002.wav").rename(folder / "2.wav")
+    (folder / "m.csv").write_text((folder / "m.csv").read_text().replace("002.wav", "2.wav"))
+
+
+@pytest.mark.parametrize("verify", [[], ["--verify"]], ids=["", "verify"])
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (relabel, "other labels or columns"),
+        (change_a_column, "other labels or columns"),
+        (replace_a_file, "recordings that changed since"),
+        (replace_a_file_and_keep_its_time, "recordings that changed since"),
+        (rename_a_file, "other recordings"),
+    ],
+)
+def test_shards_of_what_a_source_was_are_not_taken_for_what_it_is(tmp_path, change, kind, verify, capsys):
+    write_set(tmp_path / "source", 6, frames=8000)
+    rows = [f"{i:03d}.wav,{'cat' if i % 2 else 'dog'},{i}" for i in range(6)]
+    (tmp_path / "source" / "m.csv").write_text("\n".join(["file,label,fold", *rows, ""]))
+    command = (tmp_path / "source" / "m.csv", tmp_path / "packed", *verify)
+    assert run(*command) == 0
+    before = shards(tmp_path / "packed")
+    assert run(*command) == 0 and shards(tmp_path / "packed") == before
+    assert "1 shards are finished; 0 recordings to go" in capsys.readouterr().err
+    change(tmp_path / "source")
+    assert run(*command) == 2
+    assert f"error: {tmp_path / 'packed'} holds shards of {kind} (000000000.shard)" in capsys.readouterr().err
+    assert run(*command, "--dry-run") == 2
+    assert shards(tmp_path / "packed") == before
+
+
+def test_the_key_of_a_member_of_a_tar_covers_its_bytes(tmp_path, capsys):
+    clips = {f"{i}.wav": encode(noise(8000, i)) for i in range(3)}
+    path = write_tar(tmp_path / "set.tar", clips)
+    times = path.stat()
+    assert run(path, tmp_path / "packed") == 0
+    write_tar(path, {**clips, "1.wav": encode(noise(8000, 9))})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run(path, tmp_path / "packed") == 2
+    assert "recordings that changed since" in capsys.readouterr().err
+
+
+def test_home_folders_are_expanded(tmp_path, source, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("~/source", "~/packed") == 0
+    assert list((tmp_path / "packed").glob("*.shard"))
+    assert run("~/packed", "~/again") == 2 and not (tmp_path / "again").exists()
 
 
 def test_foreign_folders_are_refused(tmp_path, source, capsys):
@@ -232,8 +302,11 @@ def test_foreign_folders_are_refused(tmp_path, source, capsys):
     assert run(source, tmp_path / "papers") == 2
     assert "holds other files (their.shard, thesis.tex)" in capsys.readouterr().err
     assert run(source, tmp_path / "papers" / "thesis.tex") == 2
-    assert "is not a folder" in capsys.readouterr().err
-    assert sorted(shards(tmp_path / "papers")) == ["their.shard", "thesis.tex"]
+    assert "choose another TARGET" in capsys.readouterr().err
+    (tmp_path / "papers" / "their.shard").unlink()
+    assert run(source, tmp_path / "papers") == 2
+    assert "papers holds other files" in capsys.readouterr().err
+    assert sorted(shards(tmp_path / "papers")) == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
@@ -252,7 +325,7 @@ def test_a_full_or_read_only_disk(tmp_path, source, small_shards, monkeypatch, c
     assert run(source, tmp_path / "packed", "--shard-mb", 1) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert str(tmp_path / "packed") in line and os.strerror(reason).lower() in line and "goes on from there" in line
-    assert sorted(shards(tmp_path / "packed")) == [".lock", "000000000.shard", "000000005.shard"]
+    assert sorted(shards(tmp_path / "packed")) == ["000000000.shard", "000000005.shard"]
 
 
 def test_too_little_disk_space_is_reported_beforehand(tmp_path, source, monkeypatch, capsys):
@@ -263,9 +336,9 @@ def test_too_little_disk_space_is_reported_beforehand(tmp_path, source, monkeypa
 
 def test_two_at_once_are_refused(tmp_path, source, capsys):
     (tmp_path / "packed").mkdir()
-    with ajepa.pack._alone(tmp_path / "packed"):
+    with locked(tmp_path / "packed"):
         assert run(source, tmp_path / "packed") == 2
-    assert "another process is packing into it" in capsys.readouterr().err
+    assert "packed is in use by process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--rate", 10], ["--shard-mb", 0], ["--max-hours", 0], ["--threads", -1]])

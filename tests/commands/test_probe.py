@@ -3,7 +3,11 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import tarfile
+import time
 from typing import get_args
 
 import numpy as np
@@ -15,18 +19,23 @@ from conftest import SMALL
 from safetensors.torch import save_file
 
 import ajepa
-from ajepa import config, probe
-from ajepa.config import PRESETS, ModelConfig, Pooling
+from ajepa import config, pack, probe
+from ajepa.config import PRESETS, SIZES, ConfigError, ModelConfig, Pooling
 from ajepa.data.index import DataError, build_index
-from ajepa.evaluation import feature_cache, probes
+from ajepa.data.synthetic import make_synthetic
+from ajepa.encoder import EncoderConfig, open_encoder
+from ajepa.evaluation import feature_cache, labelled, probes
 from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, embed
+from ajepa.evaluation.labelled import materials, recognise, seen_in_training
 from ajepa.evaluation.probes import Embedded, predict, validation_split
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder
 from ajepa.model.layers import Sequences
+from ajepa.model.pooling import statistics
 from ajepa.model.pretrained import load_pretrained
 from ajepa.training.corpus import load_evaluation
 from ajepa.training.engine import Engine
+from ajepa.utils.tensor_files import tensors_hash
 from ajepa_kernels import LogMelSpec, log_mel
 
 SPEC = LogMelSpec(n_fft=512, win_length=400, hop_length=160, n_mels=32, n_frames=64, patch=(8, 8))  # 4 x 8 patches
@@ -56,7 +65,7 @@ def features(encoder, pcm, lengths, kind):
     source = EncoderFeatures(encoder, FrontEnd(SPEC), SPEC, "")
     with torch.no_grad():
         x, columns = source(pcm, lengths)
-    return torch.stack(source.pool(x, columns, torch.arange(len(pcm)), len(pcm), kind))
+    return source.pool(statistics(x, columns), torch.arange(len(pcm)), len(pcm), kind)
 
 
 @pytest.mark.parametrize("kind", ["mean", "concat"])
@@ -248,16 +257,16 @@ def test_the_program_writes_its_results_and_pictures(run, manifest, tones, tmp_p
     other = json.loads((out / "probe.json").read_text())
     assert other["checkpoint"]["sha256"] == result["checkpoint"]["sha256"]
     assert [f["seen_in_pretraining"] for f in other["folds"]] == [10]  # the run was trained on this folder
-    assert "were pretrained on" in capsys.readouterr().err
+    assert "warning: 10 of the 10 test recordings of every fourth were pretrained on (10 recognised by path); " in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp_path, monkeypatch):
     hashes = {}
 
     def spy(index, sources, *args, **kwargs):
-        hashes.update(
-            {k: feature_cache.tensors_hash(s.encoder.state_dict()) for k, s in sources.items() if k != probe.LOG_MEL}
-        )
+        hashes.update({k: tensors_hash(s.encoder.state_dict()) for k, s in sources.items() if k != probe.LOG_MEL})
         return embed(index, sources, *args, **kwargs)
 
     monkeypatch.setattr(probe, "embed", spy)
@@ -265,8 +274,8 @@ def test_the_untrained_baseline_is_the_run_before_its_first_step(run, tones, tmp
     cfg, weights, *_ = load_pretrained(run)
     start = Engine(cfg, CPU).model.context_encoder.state_dict()
     assert hashes == {
-        probe.UNTRAINED: feature_cache.tensors_hash(start),
-        probe.TRAINED: feature_cache.tensors_hash(weights),
+        probe.UNTRAINED: tensors_hash(start),
+        probe.TRAINED: tensors_hash(weights),
     }
     assert len(set(hashes.values())) == 2
 
@@ -296,7 +305,7 @@ def test_baselines_are_pooled_as_the_encoder_is(clip_run, tones, tmp_path, monke
     def spy(index, sources, samples, kinds, **options):
         for name, source in sources.items():
             projector = getattr(source, "projector", None)
-            hashes = projector and feature_cache.tensors_hash(projector.state_dict())
+            hashes = projector and tensors_hash(projector.state_dict())
             seen[name] = kinds, getattr(source, "layers", None), hashes
         return embed(index, sources, samples, kinds, **options)
 
@@ -310,7 +319,7 @@ def test_baselines_are_pooled_as_the_encoder_is(clip_run, tones, tmp_path, monke
     assert result["dimensions"] == {probe.LOG_MEL: mel, probe.UNTRAINED: width, probe.TRAINED: width}
     assert result["settings"]["pooling"] == pooling and result["settings"]["layers"] == "mean"
     start = Engine(load_pretrained(folder).cfg, CPU).projector
-    projected = [feature_cache.tensors_hash(p.state_dict()) for p in (start, trained["projector"])]
+    projected = [tensors_hash(p.state_dict()) for p in (start, trained["projector"])]
     untrained, end = projected if pooling == "projection" else (None, None)
     assert seen == {
         probe.UNTRAINED: ([pooling], "mean", untrained),
@@ -322,20 +331,22 @@ def test_baselines_are_pooled_as_the_encoder_is(clip_run, tones, tmp_path, monke
 @pytest.mark.parametrize(("precision", "bf16"), [("auto", False), ("fp32", False), ("bf16", True)])
 def test_a_cpu_probes_in_float32_unless_the_run_names_bf16(clip_run, tones, tmp_path, monkeypatch, precision, bf16):
     """By itself only training computes in bf16 on a CPU. Weight copies, autocast and the cache's key agree."""
-    monkeypatch.setattr("ajepa.training.engine.trains_in_bf16", lambda device: True)
     seen = []
 
     def spy(index, sources, *args, **options):
-        autocast = torch.is_autocast_enabled("cpu")
-        seen.extend((autocast, " bf16 " in s.key, s.encoder.embed.copies is not None)
-                    for name, s in sources.items() if name != probe.LOG_MEL)  # fmt: skip
+        for name, source in sources.items():
+            if name != probe.LOG_MEL:
+                with source.autocast():
+                    autocast = torch.is_autocast_enabled("cpu")
+                seen.append((autocast, " bf16 " in source.key, source.encoder.embed.copies is not None))
         return embed(index, sources, *args, **options)
 
     monkeypatch.setattr(probe, "embed", spy)
     folder = tmp_path / "run"
     shutil.copytree(clip_run[0], folder)
     config.save(dataclasses.replace(config.load(folder / "config.json"), precision=precision), folder / "config.json")
-    assert probe.main([str(folder), "--data", str(tones), "--heads", "knn", "--map", "none"]) == 0
+    argv = [str(folder), "--data", str(tones), "--heads", "knn", "attentive", "--map", "none"]
+    assert probe.main([*argv, "--pooling", "projection"]) == 0
     assert seen == [(bf16, bf16, bf16)] * 2, "the untrained and the trained encoder"
 
 
@@ -359,6 +370,273 @@ def test_trained_features_are_those_of_ajepa_encoder(clip_run, tones, tmp_path, 
             torch.testing.assert_close(one.embed(pcm)[0], found[probe.TRAINED].clips[row], rtol=1e-4, atol=1e-5)
 
 
+# --- what can be probed, and where to -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """The sources of features by name, and the features, of the last probe."""
+    seen = {}
+
+    def spy(index, sources, *args, **options):
+        items, made = embed(index, sources, *args, **options)
+        seen.update({name: (source, made[name]) for name, source in sources.items()})
+        return items, made
+
+    monkeypatch.setattr(probe, "embed", spy)
+    return seen
+
+
+QUICK = ["--heads", "knn", "--map", "none"]
+
+
+def test_an_exported_encoder_and_one_of_the_hub_are_scored_as_their_run_is(run, tones, tmp_path, spied, monkeypatch):
+    exported = tmp_path / "exported"
+    ajepa.Encoder.from_pretrained(run).save_pretrained(exported)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ajepa.encoder._from_hub", lambda name: open_encoder(exported)._replace(file=tmp_path / name))
+    clips, sums = [], set()
+    for source, out in ((run, "a"), (exported, "exported"), ("owner/name", "probe/name")):
+        more = ["--out", out] if source == run else []  # else the default
+        assert probe.main([str(source), "--data", str(tones), *QUICK, *more]) == 0
+        clips.append(spied[probe.TRAINED][1].clips)
+        result = json.loads((tmp_path / out / "probe.json").read_text())
+        sums.add(result["checkpoint"]["sha256"])
+        assert result["settings"]["pooling"] == "concat+std" and result["settings"]["layers"] == "last"
+        untrained = spied[probe.UNTRAINED][0].encoder
+        assert result["folds"][0]["seen_in_pretraining"] == (10 if source == run else None)
+    assert torch.equal(clips[0], clips[1]) and torch.equal(clips[0], clips[2]) and len(sums) == 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = ajepa.Encoder(open_encoder(exported).encoder.config)
+    assert tensors_hash(untrained.state_dict()) == tensors_hash(fresh.vit.state_dict())
+
+
+def test_a_converted_encoder_is_scored_with_its_own_epsilon_and_layers(tones, tmp_path, spied):
+    cfg = EncoderConfig(PRESETS["tiny"].front_end, "tiny", 32_000, pooling="projection", layers="mean", pad="silence",
+                        projector=(16, 8), norm_eps=1e-2)  # fmt: skip
+    torch.manual_seed(5)
+    one = ajepa.Encoder(cfg)
+    one.save_pretrained(tmp_path)
+    assert probe.main([str(tmp_path), "--data", str(tones), *QUICK]) == 0
+    for name in (probe.TRAINED, probe.UNTRAINED):
+        source = spied[name][0]
+        assert {m.eps for m in source.encoder.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-2}
+        assert source.layers == "mean" and source.projector is not None and "0.01" in source.key
+    index = build_index(tones)
+    pcm = torch.from_numpy(soundfile.read(index.entries[0].path, dtype="int16")[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(one.embed(pcm)[0], spied[probe.TRAINED][1].clips[0], rtol=1e-4, atol=1e-5)
+
+
+def test_results_go_only_where_they_do_no_harm(run, tones, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "embed", None)  # the folder is judged before the work
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    other, shards = tmp_path / "other", tmp_path / "shards"
+    for folder, name in ((other, "notes.txt"), (shards, "000000000.shard")):
+        folder.mkdir()
+        (folder / name).write_text("")
+    for folder, what in ((other, "other files"), (shards, "packed shards"), (last, "a checkpoint")):
+        before = sorted(folder.iterdir())
+        assert probe.main([str(run), "--data", str(tones), *QUICK, "--out", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --out {folder} holds {what}, which")
+        assert sorted(folder.iterdir()) == before
+
+
+# --- recordings that were trained on --------------------------------------------------------------------------------
+
+
+def test_recordings_are_recognised_by_path_content_and_name(tones, tmp_path, monkeypatch):
+    """Through another manifest, a link, a copy, a tar, and shards; a recording of the same name and size is not one."""
+    low = sorted((tones / "low").iterdir())
+    trained = build_index(tones / "low")
+    monkeypatch.chdir(tones)
+    (tmp_path / "meta.csv").write_text("file\n" + "".join(f"{tones}/low/../high/../low/{f.name}\n" for f in low[:5]))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "link").symlink_to(tones / "low")
+    for f in low[:5]:
+        (tmp_path / "links" / f.name).symlink_to(f)
+    shutil.copytree(tones / "low", tmp_path / "copy")
+    data = bytearray((tmp_path / "copy" / "00.wav").read_bytes())
+    data[-1000:] = bytes(1000)
+    (tmp_path / "copy" / "00.wav").write_bytes(data)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for f in [*low[3:5], tones / "high" / "00.wav"]:
+            tar.add(f, f"{f.parent.name}-{f.name}")
+    assert recognise(build_index(tmp_path / "meta.csv"), trained).tolist() == ["path"] * 5
+    assert recognise(build_index(tmp_path / "link"), trained).tolist() == ["path"] * 20
+    assert recognise(build_index(tmp_path / "links"), trained).tolist() == ["content"] * 5
+    assert recognise(build_index(tmp_path / "copy"), trained).tolist() == [""] + ["content"] * 19
+    assert recognise(build_index(tmp_path / "a.tar"), trained).tolist() == ["content", "content", ""]
+    assert recognise(build_index(tones / "high"), trained).tolist() == [""] * 20
+    monkeypatch.setattr(labelled, "MOST", 0)  # too many recordings to read: only those of equal names are compared
+    assert recognise(build_index(tmp_path / "copy"), trained).tolist() == [""] + ["content"] * 19
+    assert recognise(build_index(tmp_path / "a.tar"), trained).tolist() == [""] * 3
+
+
+def test_recordings_are_recognised_in_shards(tones, tmp_path):
+    moved = tmp_path / "moved" / "low"
+    shutil.copytree(tones / "low", moved)
+    for source, target, rate in ((tones / "low", "a", 16_000), (moved, "b", 8_000), (tones / "high", "c", 16_000)):
+        assert pack.main([str(source), str(tmp_path / target), "--rate", str(rate)]) == 0
+    files, a, b, c = (build_index(x) for x in (tones / "low", *(tmp_path / x for x in "abc")))
+    assert (recognise(files, a) == "path").all() and (recognise(a, files) == "path").all()
+    assert (recognise(files, b) == "name").all() and (recognise(b, files) == "name").all()
+    assert (recognise(a, b) == "name").all() and (recognise(a, a) == "path").all()
+    assert not recognise(files, c).any() and not recognise(c, b).any()
+
+
+def test_recordings_of_a_source_that_is_gone_may_have_been_trained_on(run, tones, tmp_path, capsys):
+    gone = tmp_path / "run"
+    shutil.copytree(run, gone)
+    cfg = config.load(gone / "config.json")
+    data = dataclasses.replace(cfg.data, data=str(tmp_path / "gone"))
+    config.save(dataclasses.replace(cfg, data=data), gone / "config.json")
+    assert probe.main([str(gone), "--data", str(tones), *QUICK]) == 0
+    message = f"warning: {tmp_path / 'gone'} was trained on and cannot be read, so test recordings may be among it\n"
+    assert message in capsys.readouterr().err
+    assert json.loads((gone / "probe.json").read_text())["folds"][0]["seen_in_pretraining"] is None
+
+
+def test_the_synthetic_set_is_recognised(tmp_path, monkeypatch):
+    made = make_synthetic(tmp_path / "set", n_clips=88, seconds=0.5)
+    monkeypatch.setattr(labelled, "default_set", lambda seconds, rate: made)
+    how = seen_in_training(build_index(made), materials(PRESETS["tiny"], tmp_path))
+    splits = build_index(made).metadata["split"]
+    assert [bool(way) for way in how] == [split == "train" for split in splits]
+
+
+# --- what heads can do ----------------------------------------------------------------------------------------------
+
+
+def test_classes_without_training_rows_are_named(run, tones, tmp_path, capsys):
+    manifest = tmp_path / "meta.csv"
+    rows = [f"{f},{'rare' if i % 20 == 4 else f.parent.name},{int(i % 20 == 4)}"
+            for i, f in enumerate(sorted(tones.rglob("*.wav")))]  # fmt: skip
+    manifest.write_text("\n".join(["file,label,fold", *rows]))
+    argv = [str(run), "--data", str(manifest), "--test", "fold=1", *QUICK, "--out", str(tmp_path / "out")]
+    assert probe.main(argv) == 0
+    message = "1 of 3 classes occur in no training row and cannot be recognised: rare"
+    assert f"warning: fold=1: {message}\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "probe.json").read_text())["folds"][0]["absent_classes"] == message
+
+
+@pytest.mark.parametrize("head", list(probes.HEADS))
+@pytest.mark.filterwarnings("ignore:Degrees of freedom")
+def test_a_head_without_finite_outputs_fails(head):
+    x, labels = blobs()
+    x.clips[3, 2] = x.tokens[5, 2] = torch.inf
+    with pytest.raises(ConfigError, match="not finite"):
+        predict(head, x, labels, TRAIN, TEST, seed=3)
+
+
+def test_features_that_are_not_finite_fail(run, tones, tmp_path, capsys, monkeypatch):
+    def spoilt(*args, **options):
+        items, made = embed(*args, **options)
+        for x in made.values():
+            x.tokens[-1, -1] = torch.nan
+        return items, made
+
+    monkeypatch.setattr(probe, "embed", spoilt)
+    argv = [str(run), "--data", str(tones), "--heads", "attentive", "--map", "none", "--out", str(tmp_path / "out")]
+    assert probe.main(argv) == 2 and "features are not finite" in capsys.readouterr().err
+
+
+def test_memory_is_estimated_before_it_is_taken(run, tones, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "embed", None)
+    monkeypatch.setattr(probe, "available_memory", lambda: 10**6)
+    argv = [str(run), "--data", str(tones), "--map", "none", "--out", str(tmp_path / "out")]
+    assert probe.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "of 40 recordings need 0.0 GB of memory and 0.0 GB are free: leave attentive out" in error
+    assert error.count("\n") == 1
+
+
+def test_the_estimate_of_memory_is_close(run, tones, tmp_path, monkeypatch, spied):
+    """The features take less, but not an order of magnitude less: they are copied, and batches take memory."""
+    argv = [str(run), "--data", str(tones), "--heads", "attentive", "--map", "none", "--out", str(tmp_path / "out")]
+    assert probe.main(argv) == 0
+    tensors = [t for _, x in spied.values() for t in (x.clips, x.tokens)]
+    took = sum(t.nbytes for t in tensors)
+    for room, fits in ((16 * took, True), (took - 1, False)):
+        monkeypatch.setattr(probe, "available_memory", lambda room=room: room)
+        assert (probe.main(argv) == 0) == fits
+
+
+def test_heads_take_bounded_memory(monkeypatch):
+    x, labels = blobs()
+    whole = predict("knn", x, labels, TRAIN, TEST, 0), x.padded(torch.arange(6))[0]
+    monkeypatch.setattr(probes, "VOTES", 9_300)  # ten rows at a time
+    assert torch.equal(predict("knn", x, labels, TRAIN, TEST, 0), whole[0])
+    monkeypatch.setattr(probes, "BATCH_VALUES", 4 * probes.BATCH * 16)  # four tokens of a recording
+    few, padding = x.padded(torch.arange(6))
+    assert few.shape[1] == 4
+    for row in range(6):
+        tokens = x.tokens[x.cu[row] : x.cu[row + 1]].float()
+        kept = few[row][~padding[row]]
+        assert len(kept) == min(4, len(tokens))
+        assert torch.equal(kept[0], tokens[0]) and torch.equal(kept[-1], tokens[-1])
+        assert all((tokens == token).all(1).any() for token in kept)
+
+
+# --- kills ----------------------------------------------------------------------------------------------------------
+
+
+def shrink(patch):
+    patch.setitem(SIZES, "tiny", (32, 1, 4))
+
+
+def main_with_a_micro_model(argv):
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        patch.setattr(probes, "EPOCHS", 2)
+        return probe.main(argv)
+
+
+def test_killed_at_20_moments_a_probe_repeats_to_the_same_result(manifest, tmp_path, forks, monkeypatch):
+    shrink(monkeypatch)
+    monkeypatch.setenv("AJEPA_CACHE", str(tmp_path / "cache"))
+    spec = dataclasses.replace(PRESETS["tiny"].front_end, n_frames=16)
+    ajepa.Encoder(EncoderConfig(spec, "tiny", 8_000)).save_pretrained(tmp_path / "micro")
+    argv = [str(tmp_path / "micro"), "--data", str(manifest), "--label", "kind", "--test", "fold=1", "--map", "none"]
+    micro, log = {"call": "test_probe:main_with_a_micro_model"}, tmp_path / "log"
+
+    def result(out):
+        found = json.loads((tmp_path / out / "probe.json").read_text())
+        del found["settings"]["out"]
+        return {key: value for key, value in found.items() if key not in ("seconds", "sha256")}
+
+    for _ in range(2):  # the first one waits until the server has started
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        began = time.monotonic()
+        assert forks.run([*argv, "--out", str(tmp_path / "whole")], log, **micro) == 0, log.read_text()
+        seconds = time.monotonic() - began
+    rng, killed = np.random.default_rng(3), 0
+    for kill in range(20):
+        if kill % 3 == 0:  # else the features of before are found
+            shutil.rmtree(tmp_path / "cache")
+        pid = forks.start([*argv, "--out", str(tmp_path / "cut")], log, **micro)
+        time.sleep(rng.uniform(0, 0.9) * seconds)
+        os.kill(pid, signal.SIGKILL)
+        status = forks.wait(pid)
+        assert status in (-signal.SIGKILL, 0), log.read_text()
+        killed += status != 0
+        if (tmp_path / "cut" / "probe.json").exists():
+            assert result("cut") == result("whole")
+    assert killed >= 10
+    assert forks.run([*argv, "--out", str(tmp_path / "cut")], log, **micro) == 0, log.read_text()
+    assert result("cut") == result("whole") and "damaged" not in log.read_text()
+
+
+def test_ctrl_c_is_one_line(run, tones, tmp_path, capsys, monkeypatch):
+    def pressed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe, "embed", pressed)
+    assert probe.main([str(run), "--data", str(tones), *QUICK, "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys):
     def refused(*argv):
         assert probe.main([str(a) for a in argv]) == 2
@@ -369,6 +647,8 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys
     assert "config.json" in refused(tmp_path, "--data", tones)
     assert "no such column" in refused(run, "--data", manifest, "--label", "kind", "--folds", "speaker")
     assert "give one" in refused(run, "--data", manifest, "--folds", "fold", "--test", "fold=1")
+    if not torch.cuda.is_available():
+        assert "no CUDA device is here" in refused(run, "--data", manifest, "--device", "cuda")
     assert "--label" in refused(run, "--data", manifest)
     masked = tmp_path / "masked"
     shutil.copytree(run, masked, ignore=shutil.ignore_patterns("projector.safetensors"))

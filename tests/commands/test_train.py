@@ -578,9 +578,20 @@ def test_compare_prints_both_engines_and_trains_nothing(small_run, capsys, monke
     traced = functools.partial(torch.compile, backend="aot_eager")  # generating code takes a minute
     monkeypatch.setattr(torch, "compile", traced)
     argv, folder = small_run
+    warmed, step = [], Engine.step
+
+    def noted(self, *batch):
+        warmed.append((self.cfg.impl, batch[-1]))
+        return step(self, *batch)
+
+    monkeypatch.setattr(Engine, "step", noted)
     assert main([*argv, "--compare", "--compare-steps", "2", "--impl", "reference"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "reference" in out and "compile" in out and "clips/s" in out
+    assert "warming up compile: 2 steps that do not count" in err
+    # each engine sees every shape before the clock runs, and in turns with the others afterwards
+    before = [(impl, i) for impl in ("reference", "compile") for i in range(2)]
+    assert warmed == [*before, *((impl, i) for i in (2, 3) for impl in ("reference", "compile"))]
     assert not folder.exists()
 
 

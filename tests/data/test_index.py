@@ -1,6 +1,9 @@
 import json
 import os
+import random
+import signal
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +284,23 @@ def test_cache_rechecks_changed_files_only(tmp_path, inspected):
     assert changed.fingerprint != first.fingerprint
 
 
+def test_every_flipped_bit_of_the_cache_is_noticed(tmp_path, cache, capsys):
+    write_set(tmp_path, 3)
+    (tmp_path / "bad.wav").write_bytes(b"x")
+    first = build_index(tmp_path)
+    (file,) = cache.rglob("*.jsonl")
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    for _ in range(100):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        again = build_index(tmp_path)
+        assert (again.entries, again.skipped) == (first.entries, first.skipped)
+        assert "damaged or outdated, rebuilding it" in capsys.readouterr().err
+        assert file.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     "damage", [lambda d: d[: len(d) // 2], lambda d: b"\0" * len(d), lambda d: d.replace(b"1600", b"1601")]
 )
@@ -300,6 +320,81 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert len(build_index(tmp_path / "audio", cache_dir=tmp_path / "file" / "x")) == 1
     assert "not written" in capsys.readouterr().err
+
+
+def check_slowly(argv) -> int:
+    """Indexes a folder while a line is written to a log for each file that is judged."""
+    folder, log = argv
+    ajepa.data.index.SAVE_SECONDS = ajepa.data.index.SAVE_RATIO = 0.0
+    original = ajepa.data.index.inspect
+
+    def inspect(path, *args, **kw):
+        with open(log, "a") as file:
+            file.write(f"{path}\n")
+        time.sleep(0.005)
+        return original(path, *args, **kw)
+
+    ajepa.data.index.inspect = inspect
+    build_index(folder, threads=1)
+    return 0
+
+
+def test_what_a_killed_check_has_judged_is_not_judged_again(tmp_path, forks, inspected):
+    write_set(tmp_path / "audio", 200, frames=800)
+    log = tmp_path / "judged"
+    log.write_text("")
+    pid = forks.start([str(tmp_path / "audio"), str(log)], tmp_path / "out", call="test_index:check_slowly")
+    while len(log.read_text().splitlines()) < 50:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert forks.wait(pid) == -signal.SIGKILL
+    judged = len(log.read_text().splitlines())
+    assert len(build_index(tmp_path / "audio")) == 200
+    assert 50 <= judged < 200 and 200 - judged <= len(inspected) <= 200 - judged + 10
+
+
+class Clock:
+    """Time that passes only while files are checked and the cache is saved."""
+
+    def __init__(self, monkeypatch, check: float, save: float):
+        self.now, self.saved = 0.0, 0.0
+        monkeypatch.setattr(ajepa.data.index.time, "monotonic", lambda: self.now)
+        self.delay(monkeypatch, ajepa.data.index.Progress, "step", check)  # it counts each file that is checked
+        self.delay(monkeypatch, ajepa.data.index.os, "replace", save)
+
+    def delay(self, monkeypatch, module, name: str, seconds: float) -> None:
+        original = getattr(module, name)
+
+        def slow(*args, **kw):
+            self.now += seconds
+            self.saved += seconds * (name == "replace")
+            return original(*args, **kw)
+
+        monkeypatch.setattr(module, name, slow)
+
+
+@pytest.mark.parametrize("save", [0.01, 2.0])
+def test_saving_the_index_takes_a_small_share_of_the_time(tmp_path, monkeypatch, save):
+    write_set(tmp_path, 300, frames=80)
+    clock = Clock(monkeypatch, 0.5, save)
+    build_index(tmp_path, threads=1)
+    # the first saving, at 10 s, and the last are not spread over the time
+    assert 4 * save <= clock.saved <= 0.05 * clock.now + 2 * save
+
+
+def test_progress_is_shown_after_a_second_and_never_of_quick_work(tmp_path, monkeypatch, capsys):
+    write_set(tmp_path, 30, frames=80)
+    Clock(monkeypatch, 0.03, 0.0)
+    build_index(tmp_path, threads=1)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "bad.wav").write_bytes(b"x")
+    write_set(tmp_path, 30, frames=90)
+    monkeypatch.undo()
+    Clock(monkeypatch, 0.5, 0.0)
+    build_index(tmp_path, threads=1)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("checking audio files: ") and first.endswith(" of 31")
+    assert last == "checking audio files: 31 of 31, 1 bad"
 
 
 def test_header_only_checks_are_kept_apart(tmp_path, inspected):

@@ -18,7 +18,7 @@ from make_audio import FORMATS, encode, noise, write, write_tar
 
 from ajepa import embed, export, finetune, pack, probe, train
 from ajepa.data import decode
-from ajepa.data.index import build_index
+from ajepa.data.index import DataError, build_index
 from ajepa.data.loader import AudioLoader
 from ajepa.data.reader import Reader, iterate_entry
 from ajepa.encoder import Encoder
@@ -257,5 +257,5 @@ def test_dali_is_used_where_it_is_faster_and_only_there(mixed, monkeypatch):
     assert reader(range(len(index)), "soundfile") is Reader
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert reader(range(len(index))) is Reader
-    with pytest.raises(ImportError, match="--decoder soundfile"):
+    with pytest.raises(DataError, match="--decoder soundfile"):
         reader([kinds["FLAC/PCM_16"]], "dali")

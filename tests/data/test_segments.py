@@ -90,8 +90,8 @@ def test_commands_take_rows(manifest, tmp_path, run, capsys):
     assert train.main([*options, "--out", str(tmp_path / "run"), *small]) == 0
     assert f"{ROWS} recordings" in capsys.readouterr().out
     division = ["--data", str(manifest), "--test", "split=test"]
-    assert probe.main([str(run), *division, "--heads", "knn", "--map", "none", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "probe.json").read_text())
+    assert probe.main([str(run), *division, "--heads", "knn", "--map", "none", "--out", str(tmp_path / "scores")]) == 0
+    result = json.loads((tmp_path / "scores" / "probe.json").read_text())
     assert json.dumps(result).count("tone") and "1.0" in json.dumps(result)
     fine = [str(run), *division, "--epochs", "1", "--out", str(tmp_path / "fine")]
     assert finetune.main(fine) == 0

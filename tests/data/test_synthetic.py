@@ -6,6 +6,7 @@ import soundfile as sf
 import torch
 
 import ajepa.data.synthetic
+import ajepa.utils.progress
 from ajepa.data.index import build_index
 from ajepa.data.loader import iterate_once
 from ajepa.data.synthetic import CLASSES, make_synthetic
@@ -28,6 +29,16 @@ def test_contents(tmp_path):
     assert peaks.min() < -20 and -3 < peaks.max() < 0
     padded = np.mean([(pcm[:50] == 0).all() or (pcm[-50:] == 0).all() for _, (pcm, _) in rows])
     assert 0.02 < padded < 0.4
+
+
+def test_making_it_is_reported_if_it_takes_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ajepa.utils.progress.time, "monotonic", lambda: 0.0)
+    make_synthetic(tmp_path / "quick", **SMALL)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(ajepa.utils.progress, "PATIENCE", 0.0)
+    make_synthetic(tmp_path / "slow", **SMALL)
+    count = SMALL["n_clips"]
+    assert capsys.readouterr().err.splitlines()[-1] == f"making the synthetic set: {count} of {count}"
 
 
 @pytest.mark.parametrize("rate", [8000, 44100])

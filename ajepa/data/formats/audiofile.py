@@ -29,7 +29,6 @@ __all__ = [
     "Truncated",
     "Window",
     "audio_bytes",
-    "cores",
     "inspect",
     "iterate_samples",
     "read_bytes",
@@ -432,11 +431,6 @@ def stat_file(path: str) -> tuple[int, int]:
     if not stat.S_ISREG(info.st_mode):
         raise BadAudio("not a regular file")  # opening a named pipe would block forever
     return info.st_size, info.st_mtime_ns
-
-
-def cores() -> int:
-    """Number of processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reason_of(error: Exception) -> str:

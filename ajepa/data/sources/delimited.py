@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ajepa.data.formats.audiofile import READABLE, UNREADABLE, reason_of
+from ajepa.data.formats.audiofile import READABLE, UNREADABLE, BadAudio, reason_of, stat_file
 from ajepa.data.sources.listing import DataError, Listing, find_column
+from ajepa.data.sources.segments import DECIMAL_COMMA, SegmentColumns
 
 BYTE_ORDER_MARKS = (  # the little-endian mark of UTF-32 begins with that of UTF-16
     (b"\xff\xfe\x00\x00", "utf-32"),
@@ -38,9 +39,10 @@ class _Unclosed(Exception):
 def read_text(path: str) -> str:
     """The text of a manifest, decoded by its byte order mark or as UTF-8. Invalid UTF-8 is kept as surrogates."""
     try:
+        stat_file(path)
         with open(path, "rb") as file:
             data = file.read()
-    except OSError as error:
+    except (OSError, BadAudio) as error:
         raise DataError(f"{path}: the manifest cannot be read: {reason_of(error)}") from None
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -76,19 +78,32 @@ def read_table(
     if first < len(lines) and (stated := re.fullmatch("sep=(.)", lines[first])):  # a line that spreadsheets write
         first, delimiters = first + 1, stated[1]
     headers = {d: _header(path, lines, first, d) for d in delimiters}
-    chosen = next((d for d, (names, _) in headers.items() if find_column(names, path_columns)), delimiters[0])
+    most = max(delimiters, key=lambda d: len(headers[d][0]))
+    chosen = next((d for d, (names, _) in headers.items() if find_column(names, path_columns)), most)
     names, body = headers[chosen]
     names = _named_once(path, names, used, listing)
     path_column = find_column(names, path_columns)
     if path_column is None:
         return names, []
-    rows = []
+    rows: list[tuple[int, dict[str, str]]] = []
+    others: list[str] = []  # delimiters by which a row of another width would have the width of the header
     for row in _read(path, lines, body, chosen, len(names), names.index(path_column)):
         if len(row.fields) == len(names):
             rows.append((row.line, dict(zip(names, row.fields, strict=True))))
         else:
             reason = f"{len(row.fields)} fields, the header has {len(names)}"
             listing.skipped.append((f"{path}:{row.line}", reason))
+            line = lines[row.line - 1]
+            others += [d for d in DELIMITERS[suffix] if d != chosen and len(line.split(d)) == len(names)]
+    if others:
+        listing.warnings.append(
+            f"{path}: {len(others):,} rows are separated by {others[0]!r} and the header by {chosen!r}: use one of them"
+        )
+    if chosen == ";":  # a comma in a number is then a decimal one
+        for name in SegmentColumns.among(names).all():
+            for _, values in rows:
+                if DECIMAL_COMMA.fullmatch(values[name]):
+                    values[name] = values[name].replace(",", ".")
     return names, rows
 
 

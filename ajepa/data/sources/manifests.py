@@ -82,6 +82,8 @@ def _list_manifest(path: str, suffix: str, label_column: str | None) -> Listing:
 
 def _add_rows(listing: Listing, path: str, rows: Rows, path_column: str, label_column: str | None) -> None:
     columns = SegmentColumns.among([name for name in listing.columns if name != label_column])
+    named = ""
+    missing: list[str] = []  # files that do not exist, as the manifest writes them
     listing.segment_columns = columns.all()
     folder = os.path.dirname(os.path.abspath(path))
     for line, row in rows:
@@ -92,7 +94,8 @@ def _add_rows(listing: Listing, path: str, rows: Rows, path_column: str, label_c
             if isinstance(file, Stored):
                 stored, where = file, f"{file.path}!{file.member}"
             else:
-                where = _find(folder, _path_in(file))
+                named = _path_in(file)
+                where = _find(folder, named)
                 size, mtime = stat_file(where)
                 stored = Stored(where, "", 0, size, mtime, size)
             start, duration = columns.read(row) if listing.segment_columns else (None, None)
@@ -104,8 +107,15 @@ def _add_rows(listing: Listing, path: str, rows: Rows, path_column: str, label_c
             listing.skipped.append((repr(where), "not a file name"))
         except (OSError, BadAudio) as error:
             listing.skipped.append((where, reason_of(error)))
+            missing += [named] if isinstance(error, FileNotFoundError) else []
         else:
             listing.files.append(Listed(*stored, label, values, start, duration))
+    for sign, remedy in (
+        ("\\", "write / in place of it, and paths relative to the manifest"),
+        (";", "give each file a row"),
+    ):
+        if sign != os.sep and (count := sum(sign in name for name in missing)):
+            listing.warnings.append(f"{path}: {count:,} files that are not found have {sign} in their names: {remedy}")
     non_ascii = [f.label for f in listing.files if f.label and not f.label.isascii()] if label_column else []
     raw = [row.get(label_column) for _, row in rows] if label_column and non_ascii else []
     if any(isinstance(cell, str) and readable(cell) != cell for cell in raw):
@@ -211,8 +221,10 @@ def _documents(text: str) -> tuple[list[Any], str]:
     while (start := re.compile(r"\s*").match(text, position).end()) < len(text):  # type: ignore[union-attr]
         try:
             value, position = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            return values, str(error)
+        except RecursionError:
+            return values, "it is nested too deeply"
+        except ValueError as error:
+            return values, "it holds a number of too many digits" if "digits" in str(error) else str(error)
         values.append(value)
     return values, ""
 

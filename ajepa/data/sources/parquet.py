@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ajepa.data.formats.audiofile import reason_of, stat_file
+from ajepa.data.formats.audiofile import BadAudio, reason_of, stat_file
 from ajepa.data.sources.listing import DataError, Listing, cache_root, find_column
 
 SUFFIXES: tuple[tuple[bytes, str], ...] = (
@@ -51,6 +51,7 @@ def read_parquet(
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'ajepa[parquet]'") from None
     try:
+        stat_file(path)
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             if len(set(schema.names)) < len(schema.names):
@@ -64,7 +65,7 @@ def read_parquet(
                 rows = file.read(columns=plain).to_pylist()
             if column is not None and kinds[column] != "plain":
                 _take_recordings(path, file, column, kinds[column], rows)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, BadAudio, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: the manifest cannot be read: {' '.join(str(error).split())}") from None
     unread = [name for name in kinds if name not in names]
     if unread:

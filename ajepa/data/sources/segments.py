@@ -14,6 +14,7 @@ EVENT = ("onset", "offset")  # in tables of sound events, `offset` is the end
 _EDGE = "(?:start|begin|onset|offset|end|stop)"
 _UNIT = "(?:samples?|frames?|ms|msec|milliseconds)"
 OTHER_UNIT = re.compile(rf"(?:{_EDGE}_?{_UNIT}|{_UNIT}_?{_EDGE})")
+DECIMAL_COMMA = re.compile(r"\s*-?\d+,\d+\s*")
 SLACK = 0.1  # a stated end or length may differ from the recording's by so many seconds: manifests round
 SLACK_SHARE = 1e-3  # or this share of the recording's length
 
@@ -108,9 +109,11 @@ def _seconds(name: str, value: Any) -> float:
             raise ValueError
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise SegmentError(f"{name} {value!r:.40} is not a number of seconds") from None
+        comma = isinstance(value, str) and re.fullmatch(DECIMAL_COMMA, value)
+        remedy = ": write a decimal point in place of the comma" if comma else ""
+        raise SegmentError(f"{name} {value!r:.40} is not a number of seconds{remedy}") from None
     if not math.isfinite(seconds):
-        raise SegmentError(f"{name} {value} is not a finite number of seconds")
+        raise SegmentError(f"{name} {value!r:.40} is not a finite number of seconds")
     if seconds < 0:
         raise SegmentError(f"{name} {value} is negative")
     return seconds

@@ -29,6 +29,8 @@ def list_source(source: str, label_column: str | None = None) -> Listing:
         if suffix in PACKED:
             raise DataError(f"{source}: a compressed file: unpack it first, so that recordings can be read in place")
         raise DataError(f"{source}: expected a folder, a manifest ({', '.join(MANIFESTS)}) or a .tar")
+    if os.path.exists(source):
+        raise DataError(f"{source}: not a regular file; give a folder of recordings, a CSV or JSONL manifest, or tars")
     paths = _expand(source)
     if not paths:
         hint = "no file matches" if glob.has_magic(source) or "{" in source else "no such file or folder"
