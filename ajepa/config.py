@@ -710,6 +710,7 @@ def validate(cfg: Config) -> None:
         need(value >= 0, f"{flag(name)} {value}: must not be negative")
     need(1 <= spec.sample_rate <= 384_000, f"--sample-rate {spec.sample_rate}: 1 to 384,000 Hz can be resampled to")
     need(cfg.rank_timeout <= 86_400, f"--rank-timeout {cfg.rank_timeout}: a day (86400 s) is the most")
+    need(model.predictor_depth <= 1000, f"--predictor-depth {model.predictor_depth}: 1000 blocks are the most")
     need(data.gain_db <= 100, f"--gain-db {data.gain_db}: 100 dB are the most")
     need(mask.curriculum_c0 <= 1, f"--curriculum-c0 {mask.curriculum_c0}: a chance is 1 at most")
     positive = {
