@@ -28,7 +28,7 @@ from ajepa.evaluation import plots
 from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, data_hash, embed
 from ajepa.evaluation.features import log_mel_pooling
 from ajepa.evaluation.labelled import absent_classes, counts_of, labelled, materials, seen_in_training, ways
-from ajepa.evaluation.probes import HEADS, Embedded, predict
+from ajepa.evaluation.probes import BATCH, BATCH_VALUES, HEADS, Embedded, predict
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import JEPA
 from ajepa.model.layers import Linear
@@ -234,12 +234,13 @@ def check_memory(index: Index, encoder: Encoder, args: Arguments) -> None:
     config, log_mel = encoder.config, log_mel_spec(encoder.config.front_end, args.log_mel)
     rows, width = config.front_end.grid[0], SIZES[config.size][0]
     clips = 4 * len(index) * (2 * encoder.output_dim + log_mel.n_mels * len(log_mel_pooling(config.pooling).split("+")))
-    samples = float(resampled_lengths(index, config.front_end.sample_rate).sum())
+    samples = resampled_lengths(index, config.front_end.sample_rate)
     tokens = 0.0
     if "attentive" in args.heads:  # float16, of all time patches
-        columns, frames = (samples / (x.hop_length * x.patch[1]) + len(index) for x in (config.front_end, log_mel))
-        of_encoder, of_log_mel = 2 * rows * width * columns, 4 * log_mel.n_mels * frames
+        columns, frames = (samples / (x.hop_length * x.patch[1]) + 1 for x in (config.front_end, log_mel))
+        of_encoder, of_log_mel = 2 * rows * width * columns.sum(), 4 * log_mel.n_mels * frames.sum()
         tokens = 2 * of_encoder + of_log_mel + 3 * max(of_encoder, of_log_mel)  # joining and caching one takes copies
+        tokens += 20 * min(BATCH_VALUES, BATCH * rows * width * columns.max())  # a batch and its gradients, float32
     need, free = clips + tokens + 16 * len(np.unique(index.labels)) ** 2, available_memory()
     if need > free:
         remedy = "leave attentive out of --heads, " if tokens > clips else ""

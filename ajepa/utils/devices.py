@@ -20,7 +20,7 @@ GROUPS = Path("/sys/fs/cgroup")
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" means the GPU if there is one, else the CPU.
 
-    Raises ConfigError for "cuda" without a GPU.
+    Raises ConfigError for "cuda" where there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")

@@ -525,8 +525,10 @@ def test_a_fine_tuning_of_an_exported_encoder_is_opened(weights_of_all_kinds, tm
     shutil.copy(weights_of_all_kinds / "exported" / "config.json", tmp_path)
     write_json(tmp_path / "finetune.json", {})
     shutil.copy(weights_of_all_kinds / "run" / "encoder.safetensors", tmp_path)
-    encoder, run, file = open_encoder(tmp_path)
-    assert run is None and file == tmp_path / "encoder.safetensors"
+    encoder, run, file = open_encoder(tmp_path, pooling="concat")
+    assert run is None and file == tmp_path / "encoder.safetensors" and encoder.projector is None
+    with pytest.raises(ConfigError, match="needs the projector"):
+        open_encoder(tmp_path, pooling="projection")
     wanted = Encoder.from_pretrained(weights_of_all_kinds / "run").vit.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in encoder.vit.state_dict().items())
 

@@ -553,14 +553,12 @@ def test_memory_is_estimated_before_it_is_taken(run, tones, tmp_path, capsys, mo
 
 
 def test_the_estimate_of_memory_is_close(run, tones, tmp_path, monkeypatch, spied):
-    """The features take less, but not less than a quarter of it, because they are copied while they are cached."""
-    seen = []
-    monkeypatch.setattr(probe, "available_memory", lambda: seen.append(0) or 10**9)
+    """The features take less, but not an order of magnitude less: they are copied, and batches take memory."""
     argv = [str(run), "--data", str(tones), "--heads", "attentive", "--map", "none", "--out", str(tmp_path / "out")]
     assert probe.main(argv) == 0
     tensors = [t for _, x in spied.values() for t in (x.clips, x.tokens)]
     took = sum(t.nbytes for t in tensors)
-    for room, fits in ((4 * took, True), (took - 1, False)):
+    for room, fits in ((16 * took, True), (took - 1, False)):
         monkeypatch.setattr(probe, "available_memory", lambda room=room: room)
         assert (probe.main(argv) == 0) == fits
 
