@@ -710,6 +710,7 @@ def validate(cfg: Config) -> None:
         need(value >= 0, f"{flag(name)} {value}: must not be negative")
     need(1 <= spec.sample_rate <= 384_000, f"--sample-rate {spec.sample_rate}: 1 to 384,000 Hz can be resampled to")
     need(cfg.rank_timeout <= 86_400, f"--rank-timeout {cfg.rank_timeout}: a day (86400 s) is the most")
+    need(model.predictor_depth <= 1000, f"--predictor-depth {model.predictor_depth}: 1000 blocks are the most")
     need(data.gain_db <= 100, f"--gain-db {data.gain_db}: 100 dB are the most")
     need(mask.curriculum_c0 <= 1, f"--curriculum-c0 {mask.curriculum_c0}: a chance is 1 at most")
     positive = {
@@ -735,10 +736,11 @@ def validate(cfg: Config) -> None:
          f"--micro-batch {cfg.step.micro_batch}: must be between 1 and --batch-size {optim.batch_size}")  # fmt: skip
     need(cfg.step.profile >= 0, f"--profile {cfg.step.profile}: a number of steps, 0 for none")
     need(mask.mask_ratio[1] < 1, f"--mask-ratio {mask.mask_ratio}: a ratio of 1 leaves the context empty; stay below 1")
-    need(optim.warmup_steps < optim.steps,
+    counted = cfg.cooldown_from is None  # of a cooldown, `steps` may not count the run before it yet
+    need(not counted or optim.warmup_steps < optim.steps,
          f"--warmup-steps {optim.warmup_steps} does not fit in --steps {optim.steps}: lower it")  # fmt: skip
     need(0 < optim.decay_share < 1, f"--decay-share {optim.decay_share}: must be above 0 and below 1")
-    need(optim.schedule != "wsd" or optim.warmup_steps + optim.decay_steps <= optim.steps,
+    need(not counted or optim.schedule != "wsd" or optim.warmup_steps + optim.decay_steps <= optim.steps,
          f"--warmup-steps {optim.warmup_steps} and {optim.decay_steps} steps of decay do not fit in --steps "
          f"{optim.steps}: lower --warmup-steps or --decay-share")  # fmt: skip
     need(optim.schedule == "cosine" or optim.weight_decay_end is None,

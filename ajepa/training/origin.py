@@ -51,7 +51,7 @@ def cooldown(cfg: Config) -> Config:
     changed = config.changes(old, new, {*BUDGET, "lr_end", "cooldown_from", "init_from"})
     if changed:
         raise ConfigError(f"--cooldown-from {source} continues that run as it is: leave out {', '.join(changed)}")
-    if not agree(old.optim, optim, done) or old.mask.mask == "curriculum":
+    if done < old.optim.warmup_steps or not agree(old.optim, optim, done) or old.mask.mask == "curriculum":
         raise ConfigError(
             f"--cooldown-from {source}: schedules of that run end at its step {old.optim.steps}; it takes a run of "
             "--schedule constant or wsd after its warm-up and before its decay, without --mask curriculum"

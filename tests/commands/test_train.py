@@ -158,7 +158,7 @@ def test_a_closed_terminal_saves_and_ends_even_if_it_signals_twice(small_run, fo
 def test_a_second_process_in_a_run_folder_gets_one_message(small_run, forks, capsys):
     argv, folder = small_run
     pid = forks.start([*argv, "--steps", "100000"], folder.with_suffix(".log"))
-    while not read_metrics(folder):
+    while not checkpoints(folder / "checkpoints"):
         time.sleep(0.01)
     for option in ("--resume", "--overwrite"):
         assert main([*argv, "--steps", "100000", option]) == 2
@@ -300,7 +300,8 @@ def test_ways_out_of_a_folder_that_holds_a_run_are_named(finished, tones, tmp_pa
     shutil.copytree(finished, folder)
     argv = ["--data", str(tones), "--out", str(folder), *SMALL, "--compare-steps", "0", "--lr", "1e-4"]
     assert main(argv) == 2
-    assert all(way in capsys.readouterr().err for way in ("--resume", "--overwrite", "another --out"))
+    error = capsys.readouterr().err
+    assert all(way in error for way in ("--resume", "--overwrite", "another --out"))
     assert main([*argv, "--resume"]) == 2
     error = capsys.readouterr().err
     assert all(way in error for way in ("leave out --lr", "--overwrite", "--init-from"))
@@ -393,7 +394,7 @@ def test_one_stable_run_is_cooled_down_to_the_bits_of_a_run_with_a_decay(small_r
         assert_same_bits(weights(other), weights(decayed))
     for wrong, words in (
         (["--cooldown-from", str(decayed / "checkpoints" / "step_00000012"), "--out", "x"], "before its decay"),
-        (["--cooldown-from", str(folder), "--lr", "0.5", "--out", "x"], "leave out --lr 0.5"),
+        (["--cooldown-from", str(folder), "--steps", "2", "--lr", "0.5", "--out", "x"], "leave out --lr 0.5"),
         (["--cooldown-from", str(folder), "--init-from", str(folder), "--out", "x"], "leave out --init-from"),
         (["--out", str(decayed), "--resume", "--steps", "20"], "has lowered its learning rate since step 6"),
         (["--out", str(folder), "--resume", "--steps", "3"], "has done 6 steps already"),
@@ -418,11 +419,16 @@ def test_a_run_starts_from_the_weights_of_another(finished, small_run, tmp_path,
     argv = [*argv, "--lr", "1e-30", "--weight-decay", "0"]  # so that the first step changes nothing
     theirs = weights(finished)["model.safetensors"]
 
-    def start(*options):
+    def start(*options, whole=True):
+        expected = dict(theirs)
         shutil.rmtree(folder, ignore_errors=True)
         assert main([*argv, *options]) == 0, capsys.readouterr().err
         ours = weights(folder)["model.safetensors"]
-        same = {name for name, x in ours.items() if name in theirs and torch.allclose(x, theirs[name], atol=1e-20)}
+        for name, x in theirs.items() if whole else ():
+            if name.startswith("target_encoder."):  # it has made one step towards the context encoder
+                expected[name] = torch.lerp(x, theirs[name.replace("target", "context", 1)], 0.01)
+        shared = {name for name, x in ours.items() if name in expected and x.shape == expected[name].shape}
+        same = {name for name in shared if torch.allclose(ours[name], expected[name], atol=1e-8)}
         return {name.partition(".")[0] for name in ours.keys() - same}, capsys.readouterr().out
 
     changed, said = start("--init-from", str(finished))
@@ -434,7 +440,7 @@ def test_a_run_starts_from_the_weights_of_another(finished, small_run, tmp_path,
     changed, said = start("--init-from", str(checkpoints(finished / "checkpoints")[-1]), "--predictor-width", "32")
     assert changed <= {"clip", "predictor"} and "tensors of the predictor" in said
     export(finished, tmp_path / "encoder")
-    changed, said = start("--init-from", str(tmp_path / "encoder"), "--objective", "masked")
+    changed, said = start("--init-from", str(tmp_path / "encoder"), "--objective", "masked", whole=False)
     assert "context_encoder" in changed and "target_encoder" not in changed  # both are the exported target encoder
     assert main([*argv, "--out", str(tmp_path / "x"), "--init-from", str(finished), "--patch", "16", "8"]) == 2
     error = capsys.readouterr().err
