@@ -647,6 +647,7 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys
     assert "config.json" in refused(tmp_path, "--data", tones)
     assert "no such column" in refused(run, "--data", manifest, "--label", "kind", "--folds", "speaker")
     assert "give one" in refused(run, "--data", manifest, "--folds", "fold", "--test", "fold=1")
+    assert "--float-scale nan: the scale must be" in refused(run, "--data", manifest, "--float-scale", "nan")
     if not torch.cuda.is_available():
         assert "no CUDA device is here" in refused(run, "--data", manifest, "--device", "cuda")
     assert "--label" in refused(run, "--data", manifest)
