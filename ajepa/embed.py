@@ -55,7 +55,7 @@ class Arguments:
     """Write clip and frame embeddings of audio files into one file."""
 
     encoder: tyro.conf.Positional[str]
-    """Encoder to use: a run folder, a checkpoint, a folder written by ajepa.export, or a hub id."""
+    """Encoder to use: a run folder, a checkpoint, a fine-tuning, an exported or converted folder, or a hub id."""
     files: tyro.conf.Positional[list[str]]
     """Recordings, or folders, manifests, tars or shards of them; - reads names from standard input (by line or NUL)."""
     out: str = "embeddings.npz"

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -38,6 +37,7 @@ from ajepa.model.pooling import (
     statistics,
 )
 from ajepa.model.pretrained import load_pretrained, load_weights, read_weights
+from ajepa.model.waveforms import Waveform, check_waveform
 from ajepa.utils.command import describe
 from ajepa.utils.folders import claim, is_run
 from ajepa.utils.json_files import read_json, write_json
@@ -49,8 +49,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_PATIENCE = 3.0  # seconds in which the hub must answer
 MOST_PATCHES = 2**16  # of a clip; also the largest width, so that no configuration asks for too much memory
-LOWEST = 1_000  # sampling rate in Hz; a smaller number is a rate in kHz
-MOST_CHANNELS = 32  # of a recording; clips of as few samples are not audio
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording needs
 MODEL_CARD = """---
 {{ card_data }}
@@ -100,7 +98,6 @@ class Chunk(NamedTuple):
 
 
 _ADAPTER = TypeAdapter(EncoderConfig)
-Waveform = torch.Tensor | np.ndarray | Sequence  # what `Encoder` takes as audio
 
 
 def _without_graph(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -263,7 +260,7 @@ class Encoder(
 
     def _resampled(self, waveform, sampling_rate, lengths) -> tuple[torch.Tensor, list[int]]:
         """The clips `[B, T]` at the encoder's rate and on its device, and the number of samples of each."""
-        pcm, sizes = _checked(waveform, sampling_rate, lengths)
+        pcm, sizes = check_waveform(waveform, sampling_rate, lengths)
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             ends = torch.tensor(sizes, device=pcm.device)
             pcm = resample(pcm, sampling_rate, self.sampling_rate, lengths=ends, dtype=torch.float32)
@@ -380,8 +377,8 @@ def _from_folder(folder: Path) -> Opened:
         return _from_run(folder)
     if not is_checkpoint(folder) and (weights.is_file() or not is_run(folder)):
         return _exported(raw, home / CONFIG, weights)
-    encoder = Encoder(parse_config(raw, str(home / CONFIG)))  # the folder is a fine-tuning of an exported encoder
-    found = read_weights(folder)
+    found = read_weights(folder)  # of a fine-tuning that has not ended; its checkpoints hold no projector
+    encoder = Encoder(parse_config({**raw, "projector": None}, str(home / CONFIG)))
     load_weights(encoder.vit, found.weights, found.file)
     return Opened(encoder, None, found.file)
 
@@ -421,11 +418,12 @@ def _from_hub(name: str, **hub: Any) -> Opened:
     if not HUB_ID.fullmatch(name) or local.parent.is_dir():
         raise ConfigError(f"{name}: no such folder{hint}")
     answered = True
-    try:
-        get_hf_file_metadata(hf_hub_url(name, CONFIG, revision=hub.get("revision")), token=hub.get("token"),
-                             timeout=HUB_PATIENCE)  # fmt: skip
+    try:  # the download below tries again and again for half a minute
+        if not hub.get("local_files_only"):
+            url = hf_hub_url(name, CONFIG, revision=hub.get("revision"))
+            get_hf_file_metadata(url, token=hub.get("token"), timeout=HUB_PATIENCE)
     except HfHubHTTPError:
-        pass  # the download below says what is wrong
+        pass  # the hub answers, and the download says what is wrong
     except Exception:  # each library that connects has errors of its own
         answered, hub["local_files_only"] = False, True
     try:
@@ -487,58 +485,3 @@ def _fill(chunk: torch.Tensor, samples: int, pad: str) -> torch.Tensor:
     if pad == "cyclic" and len(chunk) < samples:
         chunk = chunk.repeat(-(-samples // len(chunk)))[:samples]
     return nn.functional.pad(chunk, (0, samples - len(chunk)))
-
-
-def _checked(
-    waveform: Waveform, rate: int | None, lengths: Sequence[int] | torch.Tensor | None
-) -> tuple[torch.Tensor, list[int]]:
-    """The clips `[B, T]`, int16 or float32, and the number of samples of each."""
-    if rate is not None and (type(rate) is bool or not isinstance(rate, (int, np.integer)) or rate < LOWEST):
-        raise ValueError(f"Encoder: sampling_rate must be whole Hz from {LOWEST} up, such as 44100, got {rate!r}")
-    if isinstance(waveform, (list, tuple)) and waveform and not isinstance(waveform[0], (float, int)):
-        if lengths is not None:
-            raise ValueError("Encoder: a list of clips has lengths of its own: leave out lengths")
-        clips = [_tensor(clip) for clip in waveform]
-        if {clip.dim() for clip in clips} != {1} or len({clip.dtype for clip in clips}) > 1:
-            shapes = ", ".join(f"{clip.dtype} {list(clip.shape)}" for clip in clips[:4])
-            raise ValueError(f"Encoder: the clips of a list must be [T] and of one dtype, got {shapes}")
-        lengths = [len(clip) for clip in clips]
-        pcm = nn.utils.rnn.pad_sequence(clips, batch_first=True)
-    else:
-        pcm = _tensor(waveform)
-    if pcm.dim() not in (1, 2):
-        raise ValueError(f"Encoder: waveform must be [B, T] or [T], got {list(pcm.shape)}; average the channels")
-    if pcm.dim() == 2 and pcm.shape[1] <= MOST_CHANNELS < len(pcm):
-        raise ValueError(
-            f"Encoder: waveform must be [B, T] or [T], and {list(pcm.shape)} looks like [T, channels]; average the "
-            "channels: waveform.mean(1)"
-        )
-    if pcm.dtype != torch.int16 and not pcm.is_floating_point():
-        raise TypeError(f"Encoder: waveform must be int16 or floating point, got {pcm.dtype}")
-    pcm = pcm[None] if pcm.dim() == 1 else pcm
-    sizes = [pcm.shape[1]] * len(pcm)
-    if lengths is not None:
-        lengths = torch.as_tensor(lengths)
-        if lengths.shape != pcm.shape[:1] or lengths.is_floating_point():
-            raise ValueError(
-                f"Encoder: lengths must be integers [{len(pcm)}], got {lengths.dtype} {list(lengths.shape)}"
-            )
-        sizes = [int(n) for n in lengths.tolist()]
-    if not sizes or min(sizes) < 1 or max(sizes) > pcm.shape[1]:
-        raise ValueError(f"Encoder: every clip must have samples, {pcm.shape[1]} at most, got {sizes[:8]}")
-    pcm = pcm if pcm.dtype == torch.int16 else pcm.float()
-    if not torch.compiler.is_compiling() and not pcm.isfinite().all():  # maybe in what `lengths` leaves out
-        bad = [b for b, n in enumerate(sizes) if not pcm[b, :n].isfinite().all()]
-        if bad:
-            raise ValueError(f"Encoder: clips {bad[:8]} have samples that are NaN or infinite: remove or repair them")
-    return pcm, sizes
-
-
-def _tensor(samples: Waveform) -> torch.Tensor:
-    if isinstance(samples, torch.Tensor):
-        return samples
-    try:
-        array = np.asarray(samples)
-        return torch.tensor(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"Encoder: waveform must be a tensor, an array or a list of numbers: {error}") from None

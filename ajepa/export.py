@@ -43,7 +43,7 @@ class Arguments:
     """Export a run's encoder as a folder in Hugging Face's layout, one file for X-ARES, or an ONNX model."""
 
     encoder: tyro.conf.Positional[str]
-    """Encoder to export: a run folder, a checkpoint, a folder written by ajepa.export, or a hub id."""
+    """Encoder to export: a run folder, a checkpoint, a fine-tuning, an exported or converted folder, or a hub id."""
     out: tyro.conf.Positional[str]
     """Folder to write; with --xares the Python file, with --onnx the model file."""
     xares: bool = False

@@ -1,8 +1,8 @@
 """Benchmark log_mel against torchaudio, librosa, kaldi-native-fbank, DALI and a bare rfft of the same frames.
 
-A time is milliseconds per batch. A CPU is timed with one thread and with all its threads. The floor on a CPU is the
-time of the bare rfft (MKL), which does less work: no framing, window, mel filters or logarithm. The floor on a GPU is
-the larger of the least times that the memory and the fp32 units need.
+A time is milliseconds per batch. A CPU is timed with one thread and with all its threads. On a CPU it
+is compared with the bare rfft (MKL), which does less work: no framing, window, mel filters or logarithm. The floor on a
+GPU is the larger of the least times that the memory and the fp32 units need.
 """
 
 import math
@@ -119,7 +119,7 @@ def dali_mel(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
 
 
 def floor_ms(spec: LogMelSpec, samples: int) -> float | None:
-    """Return the floor of a batch on a GPU, or None on a CPU, where the bare rfft is the floor.
+    """Return the floor of a batch on a GPU, or None on a CPU, where the bare rfft is the measure.
 
     The floor is the larger of two times: the bytes over the measured copy rate, and one fp32 instruction for each FLOP
     of the butterflies, of the window and of the mel filters, over the rate at which this device issues instructions.

@@ -147,7 +147,8 @@ def record(request) -> Callable[..., list[dict]]:
         plain: the variant that is plain PyTorch. A variant's ratio is the median of plain PyTorch over its own median:
             above 1 the variant is faster.
         peers: variants of other libraries. The fastest of them is the best peer.
-        floor_ms: the time that no implementation can beat. A variant's share of the floor is floor_ms / median.
+        floor_ms: the time of the least work at a measured rate. None can beat it on a GPU; on a CPU some variants do. A
+            variant's `floor_share` is floor_ms / median.
         more: further fields of a variant's record, such as `clips_per_second` and `mfu`.
     """
     written: list[dict] = []

@@ -79,14 +79,16 @@ def whole_rows(records: list[dict]) -> list[list[str]]:
 
 
 ON_A_CPU = (
-    "On a CPU, `log_mel` and `resample` have kernels of their own. The floor of `log_mel` is the time of a plain rfft "
+    "On a CPU, `log_mel` and `resample` have kernels of their own. `log_mel` is compared with the rate of a bare rfft "
     "of its frames, which does less work. Every other op runs its plain definition there, and torch.compile may beat "
-    "that."
+    "that. An op that updates its inputs in place may move more bytes a second than a copy, which also has to fetch "
+    "the lines that it overwrites."
 )
 RESULTS_INTRODUCTION = (
     "`benchmarks/report.py` writes this page from the JSON files beside it. A ratio above 1 means faster than plain "
-    "PyTorch, or than the best peer, in the same run. The floor of an op is the time that its least memory traffic "
-    "takes at the copy rate measured in that run. MFU is the share of the matrix product rate measured in that run. A "
+    "PyTorch, or than the best peer, in the same run. *Of the measured rate* is the time that the least memory "
+    "traffic of an op takes at the copy rate measured in that run, or its products at the product rate, divided by the "
+    "op's time. It may exceed 100 % on a CPU. MFU is the share of the matrix product rate measured in that run. A "
     "figure *before a rebuild* was measured on code that has changed since."
 )
 WHOLE_HEAD = (
@@ -99,7 +101,7 @@ HEADLINE_HEAD = (
 )
 MEAN_RATIO = "Every batch has the preset's mean mask ratio, unless the case says *masks as drawn*."
 BEFORE = " A figure *before a rebuild* was measured on code that has changed since."
-KERNEL_HEAD = "op | case | ms | of the floor | x plain PyTorch | x best peer | best peer | measured"
+KERNEL_HEAD = "op | case | ms | of the measured rate | x plain PyTorch | x best peer | best peer | measured"
 
 
 def prune(head: str, rows: list[list[str]]) -> str:
@@ -314,7 +316,7 @@ def results_page(results: list[dict]) -> str:
                 parts += [f"![{title}](plots/{path})" for path in plots_of(result, name)]
         if ops := kernels(result):
             parts += ["### Ops", table(KERNEL_HEAD, kernel_rows(ops))] + [ON_A_CPU] * (not result["gpu"])
-            parts += [f"![Share of the floor by op](plots/{path})" for path in plots_of(result, "floor")]
+            parts += [f"![Share of the measured rate by op](plots/{path})" for path in plots_of(result, "rate")]
         told = (*WHOLE, "step_profile")
         others = [r for r in result["records"] if r["benchmark"] not in told and not r.get("floor_share")]
         if others:

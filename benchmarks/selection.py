@@ -36,7 +36,7 @@ def of(result: dict, *benchmarks: str) -> list[dict]:
 
 
 def kernels(result: dict) -> list[dict]:
-    """Return the records of single operations that have a floor."""
+    """Return the records of single operations that are compared with a measured rate."""
     return [r for r in result["records"] if r["benchmark"] not in WHOLE and r.get("floor_share")]
 
 
@@ -89,7 +89,7 @@ def plots_of(result: dict, name: str) -> list[str]:
         "scaling": [("scaling", bool(of(result, "scaling")))],
         "end_to_end": [],
         "levers": [],
-        "floor": [("floor", bool(kernels(result)))],
+        "rate": [("rate", bool(kernels(result)))],
     }[name]
     if name == "train_step":
         given.append(("throughput", bool(throughput_lines(result))))

@@ -32,7 +32,7 @@ from ajepa import config, probe, train
 from ajepa.config import Config, ConfigError
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.synthetic import default_set
-from ajepa.model.masks import MaskSampler
+from ajepa.model.masks import MaskSampler, hidden_shares, percent
 from ajepa.training import flops
 from ajepa.utils.atomic_files import write_atomic
 
@@ -162,20 +162,8 @@ def variants(args: Arguments, name: str) -> dict[str, Config]:
 
 @functools.cache
 def masked_share(cfg: Config) -> str:
-    """Return the share of patches that the masks hide, such as "60-80%": the means at both ends of --mask-ratio.
-
-    The shares are those of masks as drawn, in which --min-context patches stay visible. Masks that do not draw their
-    ratio have one share, the mean over the run.
-    """
-    drawn = cfg.mask.mask == "random" and not cfg.mask.fixed_token_budget
-    shares = {}
-    for ratio in cfg.mask.mask_ratio if drawn else [sum(cfg.mask.mask_ratio) / 2]:
-        one = dataclasses.replace(cfg.mask, mask_ratio=(ratio, ratio), masks_per_clip=1)
-        sampler = MaskSampler(one, cfg.front_end.grid)
-        masks = [sampler(step, 16, 128) for step in range(1, 16, 2)]
-        visible = sum(len(m.context) for m in masks) / sum(m.clips for m in masks)
-        shares[f"{100 * (1 - visible / cfg.front_end.n_patches):.0f}"] = None
-    return "-".join(shares) + "%"
+    """Return the share of patches that the masks really hide, such as "60-80%"."""
+    return percent(hidden_shares(cfg.mask, cfg.front_end.grid))
 
 
 @functools.cache

@@ -106,7 +106,7 @@ def _cut(pcm_nS, lengths_n, items: torch.Tensor, spec: LogMelSpec, clip_samples:
 
 @dataclass(frozen=True)
 class EncoderFeatures:
-    """Latents of a frozen encoder. `kind` is a pooling (`pool_recordings`), or "tokens" for every latent."""
+    """Latents of a frozen encoder, and what is made of them."""
 
     encoder: Encoder
     front_end: Callable
@@ -130,7 +130,7 @@ class EncoderFeatures:
         return list(x.flatten(0, 1).split((columns_R * x.shape[1]).tolist()))
 
     def pool(self, chunks: Statistics, owner_R, n: int, kind: str) -> torch.Tensor:
-        """Features `[n, D]` of the recordings that own the chunks."""
+        """Features `[n, D]` of the recordings that own the chunks; `kind` is a pooling of `pool_recordings`."""
         with self.autocast():
             return pool_recordings(chunks, owner_R, n, kind, self.projector)
 

@@ -225,7 +225,7 @@ class MaskSampler:
     def __init__(self, cfg: MaskConfig, grid: tuple[int, int], *, seed: int = 0, rank: int = 0, world_size: int = 1):
         self.cfg, self.grid, self.seed, self.rank, self.world_size = cfg, grid, seed, rank, world_size
         self.n_patches = math.prod(grid)
-        self.minimum = min(cfg.min_context, self.n_patches // 4)
+        self.minimum = min(cfg.min_context, self.n_patches // 2)  # `config.validate` refuses more
         self.budget = self._budget() if cfg.fixed_token_budget else None
 
     def __call__(self, step: int, steps: int, batch: int) -> Masks:
@@ -285,10 +285,42 @@ class MaskSampler:
     def _budget(self) -> tuple[float, float]:
         """Mean visible and target patches per context in pilot draws; the smallest means over the families in use."""
         if self.cfg.mask == "random":
-            visible = self.n_patches * (1 - sum(self.cfg.mask_ratio) / 2)
+            visible = max(self.n_patches * (1 - sum(self.cfg.mask_ratio) / 2), self.minimum)
             return visible, self.n_patches - visible
         families = ("block", "time-frequency") if self.cfg.mask == "curriculum" else (self.cfg.mask,)
         noise = Noise()
         pilots = [self._draw(family, 1024, 0, 1, noise) for family in families]
         visible = min(context.sum().item() for context, _ in pilots) / 1024
         return max(visible, self.minimum), min(targets.sum().item() for _, targets in pilots) / 1024
+
+
+def hidden_shares(cfg: MaskConfig, grid: tuple[int, int]) -> list[float]:
+    """Shares of the patches that the masks hide: the means at both ends of --mask-ratio, or one mean over the run.
+
+    The shares are those of masks as drawn, in which --min-context patches stay visible. Masks that do not draw their
+    ratio have one share.
+    """
+    drawn = cfg.mask == "random" and not cfg.fixed_token_budget
+    rows = 1 if drawn else max(4, min(128, 2**18 // math.prod(grid)))  # all random masks of one ratio hide as many
+    shares = []
+    for ratio in cfg.mask_ratio if drawn else [sum(cfg.mask_ratio) / 2]:
+        sampler = MaskSampler(replace(cfg, mask_ratio=(ratio, ratio), masks_per_clip=1), grid)
+        visible = sum(len(sampler(step, 16, rows).context) for step in range(1, 16, 2))
+        shares.append(1 - visible / (8 * rows * math.prod(grid)))
+    return shares
+
+
+def describe_masks(cfg: MaskConfig, grid: tuple[int, int]) -> str:
+    """The mask family and what it hides, such as "random masks of 50-70%", and what --min-context changes about it."""
+    N, shares = math.prod(grid), hidden_shares(cfg, grid)
+    text = f"{cfg.mask} masks of {percent(shares)}"
+    highest = cfg.mask_ratio[1] if cfg.mask == "random" and len(shares) == 2 else sum(cfg.mask_ratio) / 2
+    if cfg.mask in ("random", "inverse-block") and N - round(N * highest) < cfg.min_context:
+        ratio = " ".join(f"{end:g}" for end in cfg.mask_ratio)
+        text += f" (--min-context {cfg.min_context} of {N} patches limits --mask-ratio {ratio})"
+    return text
+
+
+def percent(shares: list[float]) -> str:
+    """Shares as text, such as "80-84%"."""
+    return "-".join(dict.fromkeys(f"{100 * share:.0f}" for share in shares)) + "%"

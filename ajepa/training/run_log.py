@@ -1,5 +1,6 @@
-"""The log of a run: one line per interval on the screen, JSONL and TensorBoard files, MFU, the collapse warning."""
+"""The log of a run: one line per interval on the screen, `metrics.jsonl`, other loggers, MFU, the collapse warning."""
 
+import hashlib
 import json
 import os
 import sys
@@ -7,22 +8,26 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from ajepa.config import Config
+from ajepa.config import SIZES, Config
+from ajepa.training.loggers import open_loggers
 from ajepa.training.schedules import ema_decay, learning_rate
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.command import LastingStream
 from ajepa.utils.errors import UserError
 from ajepa.utils.run_folder import read_metrics
 
 # Dense bf16 tensor-core peak in FLOP/s from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
 WARM_UP_STEPS = 3  # not counted in the throughput: compilation, allocation and a cold file cache
+# When the collapse warning judges. In the warm-up and in the first steps of any run, features still look like those of
+# an untrained encoder. The embeddings of n clips have an effective rank of n - 1 at most, and may well be alike.
+COLLAPSE_STEPS, COLLAPSE_CLIPS = 100, 32
 
 
 class NonFiniteError(UserError, RuntimeError):
@@ -43,23 +48,31 @@ class RunLog:
         device: torch.device,
         counts: dict[str, int],
         quiet: bool = False,
+        saved: dict[str, Any] | None = None,
     ):
-        self.folder, self.optim, self.steps, self.counts = folder, cfg.optim, cfg.optim.steps, counts
-        self.objective = cfg.objective
+        self.quiet, self.folder, self.optim, self.steps, self.counts = quiet, folder, cfg.optim, cfg.optim.steps, counts
+        self.cfg, self.objective = cfg, cfg.objective
         columns = {"masked": cfg.objective.objective == "both", "agreement": cfg.objective.clips,
                    "sigreg": cfg.objective.clips and cfg.objective.sigreg_weight > 0}  # fmt: skip
         self.terms = {name: column for column, (name, shown) in enumerate(columns.items(), start=3) if shown}
         self.jsonl = folder / "metrics.jsonl"
         if not quiet:
-            _drop_after(self.jsonl, start)
+            _cut(self.jsonl, start, saved)
+        self.written = 0 if quiet else self.jsonl.stat().st_size
+        self.digest = hashlib.sha256(b"" if quiet else self.jsonl.read_bytes())
         self.file = open(os.devnull if quiet else self.jsonl, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        purge = start if start else None
-        self.board = None if quiet else SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self.loggers = [] if quiet else open_loggers(folder, cfg, start)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self.output = LastingStream(sys.stdout)  # a run that a script started goes on without output, too
         # In a notebook rich would write HTML, and would take the notebook for a terminal.
         self.console = Console(
-            highlight=False, soft_wrap=True, quiet=quiet, force_terminal=sys.stdout.isatty(), force_jupyter=False
+            file=cast(TextIO, self.output),
+            highlight=False,
+            soft_wrap=True,
+            quiet=quiet,
+            force_terminal=self.output.isatty(),
+            force_jupyter=False,
         )
         self.progress = Progress(
             TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
@@ -67,14 +80,14 @@ class RunLog:
         self.task = self.progress.add_task("", total=self.steps, completed=start)
         if self.console.is_terminal and not quiet:
             self.progress.start()
-        self.pending: list[torch.Tensor] = []
+        self.pending = [torch.tensor(values, device=device) for values in (saved or {}).get("pending", [])]
         self.flops: list[Callable[[], float]] = []
         self.seconds = self.waited = 0.0  # sums over all counted steps
         self.clips = self.seen = 0
         self._open_window()
 
     def _open_window(self) -> None:
-        self.window = {"seconds": 0.0, "waited": 0.0, "clips": 0}
+        self.window = {"seconds": 0.0, "waited": 0.0, "clips": 0, "steps": 0}
 
     def add(
         self, result: Iterable[torch.Tensor], clips: int, seconds: float, waited: float, flops: Callable[[], float]
@@ -87,7 +100,7 @@ class RunLog:
         if self.peak:
             self.flops.append(flops)
         self.seen += 1
-        for key, value in (("seconds", seconds), ("waited", waited), ("clips", clips)):
+        for key, value in (("seconds", seconds), ("waited", waited), ("clips", clips), ("steps", 1)):
             self.window[key] += value
         if self.seen > WARM_UP_STEPS:
             self.seconds, self.waited, self.clips = self.seconds + seconds, self.waited + waited, self.clips + clips
@@ -113,7 +126,7 @@ class RunLog:
         self.counts["bad_steps"] += int(non_finite.sum())
         finite = values[~non_finite]
         rate = self.window["clips"] / self.window["seconds"]
-        per_step = self.window["seconds"] / len(values)
+        per_step = self.window["seconds"] / self.window["steps"]
         record: dict[str, Any] = {
             "step": step,
             "loss": finite[:, 0].mean().item() if len(finite) else float("nan"),
@@ -141,8 +154,8 @@ class RunLog:
             raise NonFiniteError(
                 f"the loss or gradient was not finite for {self.counts['bad_in_a_row']} steps in a row up to step "
                 f"{step} (learning rate {lr:.2e}, last finite loss {_last_finite(self.jsonl)}). The weights are those "
-                "of the last finite step. Lower --lr, lengthen --warmup-steps, set --clip-norm, or use --precision "
-                "fp32."
+                "of the last finite step. Start again, in another --out or with --overwrite: lower --lr, lengthen "
+                "--warmup-steps, set --clip-norm, or use --precision fp32."
             )
 
     def _terms(self, finite: torch.Tensor) -> dict[str, float]:
@@ -152,44 +165,98 @@ class RunLog:
         return {name: finite[:, column].mean().item() for name, column in self.terms.items()}
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one JSON line, with non-finite numbers as null, and its scalars to TensorBoard."""
+        """Write one JSON line, with non-finite numbers as null, and give its scalars to the loggers."""
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        for key, value in clean.items():
-            if self.board and key != "step" and isinstance(value, int | float):
-                self.board.add_scalar(key, value, record["step"])
+        line = json.dumps(clean) + "\n"
+        self.file.write(line)
+        self.written += len(line)
+        self.digest.update(line.encode())
+        scalars = {k: v for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
+        for logger in self.loggers:
+            logger.add(record["step"], scalars)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False)
 
-    def warn_collapse(self, watch: dict[str, Any]) -> bool:
-        """Warn when the features become too alike. Healthy runs stay far from these thresholds."""
+    def warn_collapse(self, step: int, watch: dict[str, Any], clips: int) -> bool:
+        """Warn when the features become too alike. Healthy runs stay far from these thresholds.
+
+        Nothing is judged in the first `COLLAPSE_STEPS` steps and in the warm-up. Effective rank and cosine are judged
+        on `COLLAPSE_CLIPS` evaluation `clips` or more; the target variance, over the patches of a batch, always is.
+        """
+        if step <= max(COLLAPSE_STEPS, self.optim.warmup_steps):
+            return False
         signs = []
         if watch["target_variance"] < 0.05:
             signs.append(f"target variance {watch['target_variance']:.3f} < 0.05")
-        if watch.get("effective_rank", 1e9) < 3:
+        if clips >= COLLAPSE_CLIPS and watch["effective_rank"] < 3:
             signs.append(f"effective rank {watch['effective_rank']:.1f} < 3")
-        if watch.get("mean_cosine", 0) > 0.995:
+        if clips >= COLLAPSE_CLIPS and watch["mean_cosine"] > 0.995:
             signs.append(f"mean cosine between clips {watch['mean_cosine']:.4f} > 0.995")
         if signs:
             self.say(
                 f"WARNING: the features are collapsing ({'; '.join(signs)}). A falling loss is no sign of "
-                "progress now. Raise --target-layers or --ema-start, or mask more (--mask-ratio).",
+                f"progress now. {remedies(self.cfg)}",
                 style="bold red",
             )
         return bool(signs)
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the run that continues it logs what an undisturbed one does.
+
+        `pending` are the values of the steps that no line has shown yet. `length` and `sha256` are those of
+        `metrics.jsonl`.
+        """
+        if not self.quiet:
+            os.fsync(self.file.fileno())
+        pending = torch.stack(self.pending).tolist() if self.pending else []
+        return {"pending": pending, "length": self.written, "sha256": self.digest.hexdigest()}
+
     def close(self) -> None:
         self.progress.stop()
+        self.output.finish()
         self.file.close()
-        if self.board:
-            self.board.close()
+        for logger in self.loggers:
+            logger.close()
 
 
-def _drop_after(jsonl: Path, step: int) -> None:
-    """Remove the records that a killed run logged after the checkpoint from which it continues."""
-    kept = [r for r in read_metrics(jsonl.parent) if r["step"] <= step] if step else []
-    write_atomic(jsonl, "".join(json.dumps(r) + "\n" for r in kept).encode())
+def remedies(cfg: Config) -> str:
+    """What helps against a collapse with this objective, first what helps most."""
+    objective, model = cfg.objective, cfg.model
+    moving = objective.taught and cfg.network == "target_encoder"  # a frozen target encoder cannot collapse
+    mask = {
+        "block": "larger --block-scale",
+        "time-frequency": "larger --tf-scale",
+        "curriculum": "larger --block-scale and --tf-scale",
+    }
+    what = []
+    if objective.masks and moving and model.target_layers < SIZES[model.size][1]:
+        what.append("raise --target-layers")
+    if moving:
+        what.append("raise --ema-start")
+    if objective.clips and objective.clip_loss == "lejepa":
+        what.append("raise --sigreg-weight")
+    if objective.masks:
+        what.append(f"mask more ({mask.get(cfg.mask.mask, 'larger --mask-ratio')})")
+    what.append("lower --lr")
+    text = ", ".join(what[:-1]) + " or " * (len(what) > 1) + what[-1]
+    return text[0].upper() + text[1:] + "."
+
+
+def _cut(jsonl: Path, step: int, saved: dict[str, Any] | None) -> None:
+    """Cut the metrics to what they were at the checkpoint after `step` steps, whose `RunLog.state` is `saved`.
+
+    Metrics that were changed since are kept as far as they can be read and are of no later step.
+    """
+    data = jsonl.read_bytes() if step and jsonl.exists() else b""
+    if saved is not None:
+        kept = data[: saved["length"]]
+        if hashlib.sha256(kept).hexdigest() == saved["sha256"]:
+            write_atomic(jsonl, kept)
+            return
+        warn(f"{jsonl} was changed or damaged since the checkpoint; its readable lines up to step {step} are kept")
+    records = [r for r in read_metrics(jsonl.parent) if r["step"] <= step] if step else []
+    write_atomic(jsonl, "".join(json.dumps(r) + "\n" for r in records).encode())
 
 
 def _last_finite(jsonl: Path) -> str:

@@ -1,20 +1,20 @@
 """The reports of a run: its first lines, its evaluations, its summary and its plots."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ajepa.config import Config
+from ajepa.data.reader import default_threads
 from ajepa.evaluation import plots
-from ajepa.model.masks import MaskSampler
+from ajepa.model.masks import MaskSampler, describe_masks
 from ajepa.training.compare import table
 from ajepa.training.corpus import Corpus
 from ajepa.training.engine import Engine
 from ajepa.training.run_log import RunLog
-from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.json_files import write_json
 from ajepa.utils.run_folder import read_metrics
 from ajepa.utils.tensor_files import write_tensors
 
@@ -30,11 +30,16 @@ def describe_run(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str
     )
     views = f"{cfg.objective.views} views of each recording, " if cfg.objective.clips else ""
     whole = f"{cfg.optim.steps} steps of {cfg.optim.batch_size} recordings"
+    threads = f"decoding threads: {cfg.data.loader_threads or default_threads()}"
+    if engine.device.type == "cpu":
+        threads = f"threads: {torch.get_num_threads()}, {threads}"
+    given = f"\nthe targets are those of {cfg.objective.teacher}" if cfg.objective.teacher else ""
     return (
         f"{corpus.description}\n"
         f"{cfg.preset}: {sizes}, objective {cfg.objective.objective}, {views}"
-        f"{cfg.front_end.n_patches} patches a clip, {cfg.mask.mask} masks, "
-        f"engine {cfg.impl} on {engine.device}; {f'continuing after step {start}' if start else whole}"
+        f"{cfg.front_end.n_patches} patches a clip, {describe_masks(cfg.mask, cfg.front_end.grid)}, "
+        f"engine {cfg.impl} on {engine.device} ({threads}); {f'continuing after step {start}' if start else whole}"
+        f"{given}"
     )
 
 
@@ -86,7 +91,7 @@ def make_summary(
 
 
 def write_summary(summary: dict[str, Any], folder: Path, log: RunLog, rates: dict[str, float]) -> None:
-    write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(folder / "summary.json", summary)
     log.say(describe_summary(summary, folder))
     if rates:
         log.say("same batches through both engines, in alternation:\n" + table(rates))
@@ -128,7 +133,7 @@ def draw(cfg: Config, folder: Path, engine: Engine, corpus: Corpus, baselines: B
         "untrained encoder": baselines["knn_accuracy_untrained"],
         "pooled log-mel": baselines["knn_accuracy_log_mel"],
     }
-    plots.plot_curves(read_metrics(folder), lines, folder / "curves.png")
+    plots.plot_curves(read_metrics(folder), lines, folder.resolve().name, folder / "curves.png")
     one = MaskSampler(dataclasses.replace(cfg.mask, masks_per_clip=1), cfg.front_end.grid, seed=cfg.seed)
     masks = one(cfg.optim.steps - 1, cfg.optim.steps, 1)
     clips = corpus.evaluation

@@ -5,6 +5,7 @@ command's `main`.
 """
 
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -12,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from ajepa.utils.cores import cores, quota
@@ -49,11 +50,12 @@ def prepare() -> None:
 
 
 def _leave(*_: Any) -> None:
-    os.write(2, b"stopped\n")
+    with contextlib.suppress(OSError):  # nobody may read stderr any more
+        os.write(2, b"stopped\n")
     os._exit(130)
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
+def command(main: Callable[..., int]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`, which returns the exit status.
 
     A UserError or OSError becomes one line on stderr and status 2. Ctrl-C becomes one line and status 130: the message
@@ -92,17 +94,25 @@ def describe(error: BaseException) -> str:
 def lasting_output() -> Iterator[None]:
     """Within the block, `sys.stdout` and `sys.stderr` drop what a closed pipe, terminal or full device cannot take."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(LastingStream, before)
+    streams = [LastingStream(stream) for stream in before]
+    sys.stdout, sys.stderr = streams
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        for stream in streams:  # these, because a library may have put others in their places
+            stream.finish()
         sys.stdout, sys.stderr = before
 
 
+# Errors of an output that may take text again later: a full disk or quota, and a pipe that must not block but is full.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
+
+
 class LastingStream:
-    """A text stream whose writes never fail. Characters that its encoding lacks are written as escapes."""
+    """A text stream whose writes never fail. Characters that its encoding lacks are written as escapes.
+
+    A full disk costs the text of that time. An output that is gone for good is replaced by the null device.
+    """
 
     def __init__(self, stream: TextIO | None):
         self._stream: Any = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (lives as the process)
@@ -113,14 +123,29 @@ class LastingStream:
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            self._drop()
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            self._lost(error)
             return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lost(error)
+
+    def finish(self) -> None:
+        """Write what the stream still holds, so that Python has nothing left that could fail when it ends."""
+        try:
+            self._stream.flush()
         except (OSError, ValueError):
+            self._drop()
+
+    def _lost(self, error: Exception) -> None:
+        if getattr(error, "errno", None) not in PASSING:
             self._drop()
 
     def _drop(self) -> None:
@@ -130,7 +155,7 @@ class LastingStream:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, descriptor)
             os.close(null)
-        except (OSError, ValueError):  # the stream has no descriptor
+        except (AttributeError, OSError, ValueError):  # the stream has no descriptor
             self._stream = open(os.devnull, "w")  # noqa: SIM115 (lives as the process)
 
     def isatty(self) -> bool:

@@ -25,7 +25,15 @@ def run_of(path: Path) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    return sorted((p for p in folder.glob("step_*") if p.is_dir() and p.name[5:].isdecimal()), key=steps_of)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was saved, from its name."""
+    digits = checkpoint.resolve().name.removeprefix("step_")
+    if not digits.isdecimal():
+        raise CheckpointError(f"{checkpoint}: the folder of a checkpoint is called step_ and a number; rename it so")
+    return int(digits)
 
 
 def read_verified(path: Path) -> dict[str, bytes]:
@@ -36,18 +44,27 @@ def read_verified(path: Path) -> dict[str, bytes]:
         for name, data in contents.items():
             if hashlib.sha256(data).hexdigest() != sums[name]:
                 raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one it was saved with")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint of ajepa: {error!r}") from error
     return contents
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`. A line that a kill cut short is left out."""
+    """The records of a run's `metrics.jsonl`. A line that a kill cut short, or that is no record, is left out."""
     records = []
     path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # ValueError: also a number of too many digits
             continue
+        if _is_record(record):
+            records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line of `metrics.jsonl` is an object with a step, whose other values are numbers or null."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    return all(x is None or isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63) for x in value.values())

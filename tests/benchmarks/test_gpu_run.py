@@ -389,7 +389,7 @@ def test_every_part_is_rehearsed_on_a_cpu(tmp_path):
     assert result["ceilings"]["copy_gb_per_s"] > 0 and result["tests"]["passed"] > 0 and not result["tests"]["failed"]
     page = (out / "results" / "README.md").read_text()
     assert "### Our training step alone" in page and "masks as drawn" in page and "### Tests on this device" in page
-    assert list((out / "results" / "plots").glob("*-floor.png"))
+    assert list((out / "results" / "plots").glob("*-rate.png"))
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and again.stdout.count("nothing is left to measure") == len(gpu.CPU), again.stdout

@@ -104,7 +104,7 @@ def test_report_writes_tables_and_plots_and_check_finds_what_changed(folder, cap
     assert "| tiny, batch 64 | 4 | - | 2.5 | 25,600 | 1.60 | - | 25% |" in text
     assert "| `op` | 64 rows | 2 | 50% | 3.00 | 1.50 | torch.compile |" in text
     plots = {path.name for path in (folder / "plots").iterdir()}
-    assert plots == {f"{d}-{p}.png" for d in ("cpu-x", "gpu-y") for p in ("floor", "phases", "scaling", "throughput")}
+    assert plots == {f"{d}-{p}.png" for d in ("cpu-x", "gpu-y") for p in ("phases", "rate", "scaling", "throughput")}
     page = (folder / "README.md").read_text()
     assert all(f"(plots/{name})" in page for name in plots)
 
@@ -113,6 +113,23 @@ def test_report_writes_tables_and_plots_and_check_finds_what_changed(folder, cap
     path = folder / "gpu-y.json"
     path.write_text(path.read_text().replace('"median_ms": 2.5', '"median_ms": 2.25'))
     assert run(folder, "--check") == 1
+
+
+@pytest.mark.parametrize("cases", [1, 2, 5])
+def test_no_plot_cuts_off_its_texts(folder, cases):
+    """One case gives the narrowest figure, in which the title of the phases once was cut off."""
+    pytest.importorskip("matplotlib", reason="without it there are no plots")
+    import plots
+
+    result = report.load(folder)[0] | {"device": "NVIDIA H200 with a long name"}
+    others = [r for r in result["records"] if r["benchmark"] != "train_step"]
+    result["records"] = others + [{**r, "commit": "c"} for i in range(cases) for r in steps(2**i)]
+    for draw in (plots.rate, plots.phases, plots.throughput, plots.scaling):
+        figure = draw(result)
+        figure.draw_without_rendering()  # lays it out
+        drawn, whole = figure.get_tightbbox(figure.canvas.get_renderer()), figure.bbox_inches.padded(0.01)
+        assert (drawn.min >= whole.min).all() and (drawn.max <= whole.max).all(), draw.__name__
+        plots.plt.close(figure)
 
 
 def test_headline_is_the_case_that_all_engines_ran(folder):

@@ -504,16 +504,17 @@ def test_every_kind_of_source_is_opened(run, tones, tmp_path):
     (tmp_path / "tones.csv").write_text("\n".join(["filename,label,fold", *rows]) + "\n")
     argv = [str(run), "--data", str(tmp_path / "tones.csv"), "--test", "fold=1", "--epochs", "1"]
     assert finetune.main([*argv, "--out", str(tuning), "--device", "cpu"]) == 0
-    pretrained, tuned = run / "encoder.safetensors", tuning / "encoder.safetensors"
     checkpoint, last = (max((folder / "checkpoints").iterdir()) for folder in (tuning, run))
     cfg = config.load(run / "config.json")
-    files = {run: pretrained, last: last, tuning: tuned, checkpoint: checkpoint}
+    tuned = {name.removeprefix("vit."): x for name, x in load_file(tuning / "model.safetensors").items()}
+    files = {run: run / "encoder.safetensors", last: last, tuning: tuning / "model.safetensors", checkpoint: checkpoint}
     for source, file in files.items():
-        weights = pretrained if source in (run, last) else tuned
+        weights = load_file(run / "encoder.safetensors") if source in (run, last) else tuned
         opened = open_encoder(source)
-        assert opened.file == file and opened.run.front_end == cfg.front_end and not opened.encoder.training
-        for name, value in load_file(weights).items():
-            assert torch.equal(opened.encoder.vit.state_dict()[name], value)
+        assert opened.file == file and (opened.run == cfg) == (source in (run, last)) and not opened.encoder.training
+        assert opened.encoder.config.front_end == cfg.front_end
+        for name, value in opened.encoder.vit.state_dict().items():
+            assert torch.equal(value, weights[name])
         opened.encoder.save_pretrained(tmp_path / "exported")
         again = open_encoder(tmp_path / "exported")
         assert again.run is None and again.file == tmp_path / "exported" / "model.safetensors"
@@ -524,8 +525,10 @@ def test_a_fine_tuning_of_an_exported_encoder_is_opened(weights_of_all_kinds, tm
     shutil.copy(weights_of_all_kinds / "exported" / "config.json", tmp_path)
     write_json(tmp_path / "finetune.json", {})
     shutil.copy(weights_of_all_kinds / "run" / "encoder.safetensors", tmp_path)
-    encoder, run, file = open_encoder(tmp_path)
-    assert run is None and file == tmp_path / "encoder.safetensors"
+    encoder, run, file = open_encoder(tmp_path, pooling="concat")
+    assert run is None and file == tmp_path / "encoder.safetensors" and encoder.projector is None
+    with pytest.raises(ConfigError, match="needs the projector"):
+        open_encoder(tmp_path, pooling="projection")
     wanted = Encoder.from_pretrained(weights_of_all_kinds / "run").vit.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in encoder.vit.state_dict().items())
 

@@ -194,7 +194,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run, manifest, tmp_path, mo
     monkeypatch.setattr(Tuner, "step", interrupted)
     assert finetune.main(arguments(run, manifest, tmp_path / "cut", *more)) == 130
     again = f"stopped after step 6; continue with --out {tmp_path / 'cut'} --resume\n"
-    assert capsys.readouterr().err.endswith(f"press Ctrl-C once more to stop at once\n{again}")
+    assert capsys.readouterr().err.endswith(again)
     assert [p.name for p in checkpoints(tmp_path / "cut" / "checkpoints")] == ["step_00000004", "step_00000006"]
     monkeypatch.setattr(Tuner, "step", step)
     assert finetune.main(arguments(run, manifest, tmp_path / "cut", *more, "--resume")) == 0

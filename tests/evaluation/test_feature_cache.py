@@ -5,6 +5,7 @@ import pytest
 import torch
 from make_audio import noise, write, write_set
 
+from ajepa import finetune
 from ajepa.config import ModelConfig
 from ajepa.data.formats.audiofile import BadAudio
 from ajepa.data.index import build_index
@@ -156,3 +157,38 @@ def test_what_others_wrote_in_the_cache_is_not_taken_for_features(tmp_path, sour
     path.mkdir()
     assert torch.equal(embed(index, {"m": sources["m"]}, SAMPLES, ["mean"], **options)[1]["m"].clips, wanted)
     assert "its features are computed again" in capsys.readouterr().err
+
+
+def test_fine_tuning_scores_a_long_recording_as_a_short_one(run, tones, tmp_path, monkeypatch):
+    rows = [f"{wav},{wav.parent.name},{i % 4}" for i, wav in enumerate(sorted(tones.rglob("*.wav")))]
+    (tmp_path / "m.csv").write_text("\n".join(["file,label,fold", *rows, ""]))
+    chances: list[torch.Tensor] = []
+    score, precision = finetune.Tuner.score, finetune.average_precision_score
+
+    def keep(targets, values, **options):
+        chances.append(torch.from_numpy(values))
+        return precision(targets, values, **options)
+
+    def twice(self, task, skipped):
+        score(self, task, skipped)
+        monkeypatch.setattr(feature_cache, "BATCH_SECONDS", 0.1)
+        monkeypatch.setattr(feature_cache, "CHUNKS_AT_ONCE", 1)
+        return score(self, task, skipped)
+
+    monkeypatch.setattr(finetune, "average_precision_score", keep)
+    monkeypatch.setattr(finetune.Tuner, "score", twice)
+    options = [
+        "--test",
+        "fold=3",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--multi-label",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert finetune.main([str(run), "--data", str(tmp_path / "m.csv"), *options]) == 0
+    short, long = chances
+    assert len(short) == 10
+    torch.testing.assert_close(long, short)

@@ -10,6 +10,8 @@ from ajepa.model.masks import (
     MaskSampler,
     block_masks,
     curriculum_probability,
+    describe_masks,
+    hidden_shares,
     inverse_block_masks,
     random_masks,
     time_frequency_masks,
@@ -215,6 +217,38 @@ def test_contexts_keep_their_minimum_where_targets_cover_nearly_everything():
     masks = MaskSampler(cfg, (8, 16))(0, 1, 32)
     assert masks.context_cu.diff().min() >= 16
     assert len(masks.target) > 0
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("mask", FAMILIES)
+@pytest.mark.parametrize(("ratio", "minimum"), [((0.98, 0.98), 10), ((0.3, 0.9), 32)])
+def test_every_family_keeps_the_smallest_context_and_tells_what_it_hides(mask, fixed, ratio, minimum):
+    """The smallest context may be half of the patches, which is the most that a configuration allows."""
+    cfg, grid = MaskConfig(mask=mask, mask_ratio=ratio, min_context=minimum, fixed_token_budget=fixed), (8, 8)
+    draws = [MaskSampler(cfg, grid, seed=3)(step, 40, 24) for step in range(40)]
+    assert min(int(m.context_cu.diff().min()) for m in draws) >= minimum
+    assert all(len(m.target) for m in draws)
+    shares, told = [1 - len(m.context) / (64 * 24) for m in draws], hidden_shares(cfg, grid)
+    if len(told) == 2:
+        assert min(shares) >= told[0] - 1e-9 and max(shares) <= told[1] + 1e-9
+    else:
+        assert sum(shares) / len(shares) == pytest.approx(told[0], abs=0.02)
+    assert max(told) <= 1 - minimum / 64 + 1e-9
+    limited = mask in ("random", "inverse-block") and (minimum == 10 or len(told) == 2 or ratio[0] + ratio[1] > 1)
+    assert ("--min-context" in describe_masks(cfg, grid)) == limited
+
+
+def test_what_the_smallest_context_changes_is_told_with_the_true_share():
+    def told(**fields):
+        return describe_masks(MaskConfig(**fields), (8, 8))
+
+    limit = "(--min-context 10 of 64 patches limits --mask-ratio"
+    assert told(mask_ratio=(0.98, 0.98)) == f"random masks of 84% {limit} 0.98 0.98)"
+    assert told(mask_ratio=(0.8, 0.9)) == f"random masks of 80-84% {limit} 0.8 0.9)"
+    assert told(mask_ratio=(0.98, 0.98), mask="inverse-block") == f"inverse-block masks of 84% {limit} 0.98 0.98)"
+    assert told(mask_ratio=(0.98, 0.98), fixed_token_budget=True) == f"random masks of 84% {limit} 0.98 0.98)"
+    assert told(mask_ratio=(0.5, 0.75)) == "random masks of 50-75%"
+    assert "--min-context" not in told(mask="block", mask_ratio=(0.98, 0.98)), "blocks do not draw this ratio"
 
 
 def test_pack_accepts_a_context_without_targets():

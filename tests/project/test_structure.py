@@ -99,6 +99,7 @@ HEAVY = ("torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib", "te
         ("import ajepa", ("torch", "numpy")),
         ("import ajepa; ajepa.Encoder", (*HEAVY, "tyro", "rich", "torchaudio", "ajepa.training", "ajepa.data")),
         ("import ajepa; ajepa.preset('tiny')", (*HEAVY, "torchaudio", "ajepa.training", "ajepa.data")),
+        ("import ajepa.training.run_log, ajepa.evaluation.plots", ("matplotlib", "tensorboard", "wandb")),
         ("import ajepa_kernels", (*HEAVY, "ajepa", "tyro", "pydantic", "soundfile", "torchaudio", "numpy.testing")),
     ],
 )
