@@ -158,7 +158,7 @@ def test_a_closed_terminal_saves_and_ends_even_if_it_signals_twice(small_run, fo
 def test_a_second_process_in_a_run_folder_gets_one_message(small_run, forks, capsys):
     argv, folder = small_run
     pid = forks.start([*argv, "--steps", "100000"], folder.with_suffix(".log"))
-    while not read_metrics(folder):
+    while not checkpoints(folder / "checkpoints"):
         time.sleep(0.01)
     for option in ("--resume", "--overwrite"):
         assert main([*argv, "--steps", "100000", option]) == 2
