@@ -1,5 +1,6 @@
 """Labelled recordings: the rows that have a label, and which of them an encoder was trained on."""
 
+import contextlib
 import os
 import sys
 from collections import Counter, defaultdict
