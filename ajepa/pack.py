@@ -103,6 +103,8 @@ def pack(args: Arguments, console: Console) -> Packed:
         raise PackError("--shard-mb must be at least 1, --max-hours above 0 and below 1,000, and --threads at least 0")
     if is_shards(os.path.expanduser(args.source)):
         raise PackError(f"{args.source}: these are shards already; give the recordings from which they were made")
+    if not -np.inf < args.silence_db <= 0:
+        raise PackError(f"--silence-db {args.silence_db}: the level must be a finite number, 0 at most")
     if not 0 < args.float_scale < np.inf:
         raise PackError(f"--float-scale {args.float_scale}: the scale must be a finite number above 0")
     index = build_index(

@@ -18,6 +18,7 @@ import torch
 from ajepa import config
 from ajepa.config import Config, ConfigError
 from ajepa.encoder import Encoder
+from ajepa.evaluation.baselines import kept_scores
 from ajepa.evaluation.features import encoder_features, log_mel_features
 from ajepa.model.masks import MaskSampler
 from ajepa.training import origin
@@ -47,7 +48,7 @@ from ajepa.utils.json_files import DamagedError, read_json
 from ajepa.utils.lock import locked
 from ajepa.utils.run_folder import checkpoints, is_checkpoint, read_metrics, read_verified, run_of, steps_of
 from ajepa.utils.signals import catch_signals, closing
-from ajepa.utils.tensor_files import parse_tensors
+from ajepa.utils.tensor_files import parse_tensors, tensors_hash
 
 
 def train(
@@ -210,18 +211,28 @@ def require_finite(engine: Engine, step: int, values: dict[str, Any] | None = No
 
 
 def baseline_scores(cfg: Config, engine: Engine, corpus: Corpus) -> Baselines:
-    """kNN accuracy of the encoder before its first step, and of pooled log-mel."""
-    log_mel = corpus.evaluation.score(log_mel_features(cfg.front_end, cfg.watch.pooling), engine.device)
-    return {
-        "knn_accuracy_untrained": score(cfg, engine, corpus)["knn_accuracy"],
-        "knn_accuracy_log_mel": log_mel["knn_accuracy"],
-    }
+    """kNN accuracy of the encoder before its first step, and of pooled log-mel. Kept between runs that begin alike."""
+    encoder, projector = engine.encoder(), engine.projector
+    weights = [tensors_hash(module.state_dict()) for module in (encoder, projector) if module is not None]
+
+    def compute() -> Baselines:
+        log_mel = corpus.evaluation.score(log_mel_features(cfg.front_end, cfg.watch.pooling), engine.device)
+        return {
+            "knn_accuracy_untrained": score(cfg, engine, corpus, encoder)["knn_accuracy"],
+            "knn_accuracy_log_mel": log_mel["knn_accuracy"],
+        }
+
+    settings = [weights, cfg.model, cfg.front_end, cfg.watch.pooling, engine.device.type, engine.bf16]
+    return kept_scores(corpus.evaluation, settings, compute)
 
 
-def score(cfg: Config, engine: Engine, corpus: Corpus) -> dict[str, float | None]:
+def score(
+    cfg: Config, engine: Engine, corpus: Corpus, encoder: torch.nn.Module | None = None
+) -> dict[str, float | None]:
     """Effective rank, mean cosine and kNN accuracy of the run's encoder on the evaluation clips."""
     front_end, pooling = engine.front_end, cfg.watch.pooling
-    features = encoder_features(engine.encoder(), front_end, cfg.front_end, pooling, engine.projector)
+    encoder = engine.encoder() if encoder is None else encoder
+    features = encoder_features(encoder, front_end, cfg.front_end, pooling, engine.projector)
     with engine.autocast():
         return corpus.evaluation.score(features, engine.device)
 
