@@ -1,9 +1,10 @@
 """Labelled recordings: the rows that have a label, and which of them an encoder was trained on."""
 
+import contextlib
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ajepa import config
 from ajepa.config import Config
 from ajepa.data.contents import content_hashes
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.synthetic import TRAINING_ROWS, default_set
+from ajepa.utils.errors import UserError
 from ajepa.utils.json_files import read_json
 from ajepa.utils.run_folder import run_of
 
@@ -62,16 +65,21 @@ class Material(NamedTuple):
 
 def materials(run: Config | None, file: Path) -> list[Material]:
     """What the weights in `file`, those of a run or of a fine-tuning, were trained on, as far as it is written."""
-    found = []
+    return list(dict.fromkeys(_materials(run, run_of(file) if file.is_dir() else file.parent)))
+
+
+def _materials(run: Config | None, folder: Path) -> Iterator[Material]:
     if run is not None:
-        source, where = run.data.data, run.data.where
-        if source is None:
-            source, where = str(default_set(run.data.clip_seconds, run.front_end.sample_rate)), TRAINING_ROWS
-        found.append(Material(source, where, run.data.label, run.data.float_scale))
-    settings = (run_of(file) if file.is_dir() else file.parent) / SETTINGS
-    if settings.is_file():
-        found += _of_fine_tuning(read_json(settings))
-    return list(dict.fromkeys(found))
+        for earlier in filter(None, (run.init_from, run.cooldown_from, run.objective.teacher)):
+            source = run_of(Path(earlier).expanduser())
+            with contextlib.suppress(UserError):  # not a run, or gone
+                yield from _materials(config.load(source / "config.json"), source)
+        data, where = run.data.data, run.data.where
+        if data is None:
+            data, where = str(default_set(run.data.clip_seconds, run.front_end.sample_rate)), TRAINING_ROWS
+        yield Material(data, where, run.data.label, run.data.float_scale)
+    if (folder / SETTINGS).is_file():
+        yield from _of_fine_tuning(read_json(folder / SETTINGS))
 
 
 def _of_fine_tuning(settings: dict[str, Any]) -> list[Material]:
