@@ -273,6 +273,8 @@ def refuses(kind: str, folder: Path) -> bool:
     """Whether the program notices that a file of a run, an export or a fine-tuning has changed."""
     try:
         Encoder.from_pretrained(folder)
+        if kind == "run":
+            train.read_summary(folder / "summary.json")
         if kind == "fine-tuning":
             finetune.load_classifier(folder)
     except (ConfigError, ValueError):
@@ -281,7 +283,7 @@ def refuses(kind: str, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "name"), [
-    ("run", "config.json"), ("run", "encoder.safetensors"), ("encoder", "config.json"),
+    ("run", "config.json"), ("run", "encoder.safetensors"), ("run", "summary.json"), ("encoder", "config.json"),
     ("encoder", "model.safetensors"), ("fine-tuning", "config.json"), ("fine-tuning", "classifier.safetensors"),
     ("fine-tuning", "finetune.json"),
 ])  # fmt: skip

@@ -469,6 +469,8 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tmp_path, capsys):
     if not torch.cuda.is_available():
         assert "no CUDA device is here" in refused("--device", "cuda")
     assert "--lr nan: must be a finite number" in refused("--lr", "nan")
+    assert "--epochs 99999999999: too large" in refused("--epochs", "99999999999")
+    assert "--float-scale 0.0: the scale must be" in refused("--float-scale", "0")
     assert "no such folder" in refused(start=tmp_path / "nothing")
     assert "config.json" in refused(start=tmp_path)
     assert "none to train on" in refused("--test", "fold=0,1,2,3")
