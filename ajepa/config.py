@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
+import difflib
 import importlib.util
-import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,17 @@ from typing import Any, Literal
 import torch
 
 from ajepa.utils import cli
-from ajepa.utils.atomic_files import write_atomic
-from ajepa.utils.cli import flag, leaves
-from ajepa.utils.errors import ConfigError
+from ajepa.utils.cli import expanded, flag, leaves
+from ajepa.utils.errors import ConfigError, UserError
+from ajepa.utils.folders import kind_of
+from ajepa.utils.json_files import read_json, write_json
+from ajepa.utils.run_folder import run_of
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec
 
 Impl = Literal["fused", "reference", "compile"]
 Pooling = Literal["mean", "mean+std", "concat", "concat+std", "projection"]
 LOGGERS = ("tensorboard", "wandb")
+MOST_PATCHES = 1 << 20  # of a clip; attention over more would not end
 SIZES = {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 
 
@@ -192,9 +195,16 @@ class OptimConfig:
     lr_start: float = 1e-6
     """Learning rate at the first step of the warm-up."""
     warmup_steps: int = 1_000
-    """Steps in which the learning rate rises linearly from --lr-start to --lr. A cosine to --lr-end follows."""
+    """Steps in which the learning rate rises linearly from --lr-start to --lr. --schedule says what follows."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up. cosine: falls to --lr-end along a cosine. constant: stays at --lr. wsd: stays,
+    and falls to --lr-end in the last --decay-share of the steps (warm-up, stable, decay; arXiv 2404.06395). With
+    constant and wsd nothing before the decay depends on --steps, so that a run can be extended."""
+    decay_share: float = 0.2
+    """Share of the steps in which --schedule wsd lowers the learning rate, in proportion to 1 - sqrt(progress) (arXiv
+    2405.18392)."""
     lr_end: float = 0.0
-    """Learning rate at the last step."""
+    """Learning rate at the last step. --schedule constant does not reach it."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     weight_decay: float = 0.05
@@ -202,10 +212,10 @@ class OptimConfig:
     weight_decay_end: float | None = None
     """Weight decay at the last step, reached by a cosine. None: constant."""
     ema_start: float = 0.996
-    """EMA decay of the target encoder at the first step. With 1 at both ends it stays as it is, and the run gives the
-    trained encoder instead."""
+    """EMA decay of the target encoder at the first step. With --schedule constant or wsd it is that of all steps. With
+    1 at both ends the target encoder stays as it is, and the run gives the trained encoder instead."""
     ema_end: float = 1.0
-    """EMA decay of the target encoder at the last step."""
+    """EMA decay of the target encoder at the last step. --schedule constant and wsd do not use it."""
     ema_schedule: Literal["cosine", "linear"] = "cosine"
     """Shape of the EMA schedule between its two ends."""
     loss: Literal["l2", "smooth_l1", "cosine"] = "l2"
@@ -214,6 +224,16 @@ class OptimConfig:
     """Largest global gradient norm; larger gradients are scaled down to it. None: no clipping."""
     max_bad_steps: int = 10
     """The run stops after this many non-finite steps in a row."""
+
+    @property
+    def decay_steps(self) -> int:
+        """Number of steps at the end of --schedule wsd that lower the learning rate."""
+        return max(1, round(self.decay_share * self.steps))
+
+    @property
+    def stable_steps(self) -> int:
+        """Number of steps before the decay of --schedule wsd; all steps with another schedule."""
+        return self.steps - (self.decay_steps if self.schedule == "wsd" else 0)
 
 
 @dataclass(frozen=True)
@@ -297,7 +317,19 @@ class Config:
     out: str | None = None
     """Run folder. None: runs/<preset>."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint, exactly as if it had not stopped."""
+    """Continue the run in --out from its last checkpoint, exactly as if it had not stopped. With --steps, a run of
+    --schedule constant or wsd is extended."""
+    overwrite: bool = False
+    """Start anew where --out holds a run. The old folder is kept under another name; on a terminal you are asked."""
+    config: str | None = None
+    """Settings that take the place of the preset's: the config.json of a run, or a YAML file with any of the flags,
+    nested or not. Flags come on top."""
+    init_from: str | None = None
+    """Start from these weights: a run, one of its checkpoints, an exported encoder, or an id on the Hugging Face hub.
+    Optimiser, schedules and data start anew."""
+    cooldown_from: str | None = None
+    """Run or checkpoint of --schedule constant or wsd that this run continues with its weights, optimiser and data, for
+    --steps more steps in which the learning rate falls. All other settings are those of that run."""
     impl: Impl = "fused"
     """Engine. fused: the kernels of ajepa. reference: plain PyTorch. compile: plain PyTorch under torch.compile."""
     compare: bool = False
@@ -460,8 +492,10 @@ _MAY_CHANGE = {
     "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep",
     "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
-    "resident_gb", "compare_steps", "overlap_front_end",
+    "resident_gb", "compare_steps", "overlap_front_end", "overwrite", "config",
 }  # fmt: skip
+BUDGET = {"steps", "schedule", "decay_share"}  # may change too, where the schedules of all steps done stay as they were
+_OF_THE_FOLDER = {"out", "resume", "overwrite", "config", "cooldown_from"}  # not taken over from another run
 
 
 FIRST_FLAGS = ("preset", "data", "out", "resume", "steps", "batch_size", "size", "eval_data", "device", "compare")
@@ -482,35 +516,35 @@ def preset(name: str, **overrides: Any) -> Config:
         cfg = ajepa.preset("tiny", data="recordings", steps=200, out="runs/mine")
         summary = ajepa.train(cfg)
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    base = _recipe(name)
-    unknown = sorted(overrides.keys() - dict(leaves(base)).keys())
-    if unknown:
-        raise ConfigError(f"there is no setting {', '.join(unknown)}: python -m ajepa.train --help-all lists them all")
-    try:
-        cfg = TypeAdapter(Config).validate_python(dataclasses.asdict(_replace(base, {"preset": name, **overrides})))
-    except (ValueError, TypeError, OverflowError) as error:
-        reasons = [str(error)]
-        if isinstance(error, ValidationError):
-            reasons = [f"{wrong['loc'][-1]}: {wrong['msg']}" for wrong in error.errors()]
-        raise ConfigError("; ".join(reasons)) from error
+    source = overrides.get("config")
+    values = read_settings(Path(source)) if source else {}
+    cfg = _with({**values, "preset": name, **overrides}, _recipe(name))
     cfg = dataclasses.replace(cfg, out=cfg.out or str(cfg.folder))
     validate(cfg)
     return cfg
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The configuration of a command line: a preset (or, with --resume, the run's own configuration) and its flags."""
+    """The configuration of a command line.
+
+    Its flags come on top of the file of --config, and that on top of the settings of a run (with --resume or
+    --cooldown-from) or else of a preset.
+    """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--preset", default="tiny")
-    known.add_argument("--out")
+    for name in ("preset", "out", "config", "cooldown_from"):
+        known.add_argument(f"--{name}", flag(name))
     known.add_argument("--resume", action="store_true")
-    early, _ = known.parse_known_args(argv)
-    base = _recipe(early.preset)
-    saved = Path(early.out or f"runs/{early.preset}") / "config.json"
+    early = known.parse_known_args(argv)[0]
+    values = read_settings(Path(expanded(early.config))) if early.config else {}
+    name = early.preset or values.get("preset", "tiny")
+    saved = Path(expanded(early.out or values.get("out") or f"runs/{name}")) / "config.json"
     if early.resume and saved.exists():
         base = load(saved)
+    elif early.cooldown_from:
+        base = cooldown_of(Path(expanded(early.cooldown_from)))
+    else:
+        base = _recipe(name)
+    base = _with(values, base)
     try:
         cfg = cli.parse(Config, argv, "python -m ajepa.train", default=base, first=FIRST_FLAGS)
     except (ValueError, OverflowError) as error:  # raised by an invalid front end
@@ -520,22 +554,98 @@ def parse(argv: list[str] | None = None) -> Config:
     return cfg
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """{setting: value} of the file of --config. Raises ConfigError, which names a setting that does not exist."""
+    import yaml
+
+    try:
+        tree = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"it is not YAML: {' '.join(str(error).split())}"
+        raise ConfigError(f"--config {path}: {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f'--config {path}: it holds no settings, such as "steps: 1000"')
+    values = _flat(tree, PRESETS["tiny"])
+    _check_names(values, f"--config {path}: ")
+    of_a_run = path.name == "config.json" and kind_of(path.parent) == "run"
+    return {name: value for name, value in values.items() if not (of_a_run and name in _OF_THE_FOLDER)}
+
+
+def _flat(tree: dict, node: Any) -> dict[str, Any]:
+    """The leaves of `tree`, whose branches may be the sections of `node`, such as optim."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = str(key).replace("-", "_")
+        section = getattr(node, name, None)
+        found |= _flat(value, section) if isinstance(value, dict) and _is_section(section) else {name: value}
+    return found
+
+
+def _is_section(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _check_names(names: Iterable[str], where: str = "") -> None:
+    known = [name for name, _ in leaves(PRESETS["tiny"])]
+    wrong = sorted(set(names) - set(known))
+    if wrong:
+        near = [difflib.get_close_matches(name, known, 1) for name in wrong]
+        hints = [
+            f"{name} (did you mean {found[0]}?)" if found else name for name, found in zip(wrong, near, strict=True)
+        ]
+        raise ConfigError(
+            f"{where}there is no setting {', '.join(hints)}: python -m ajepa.train --help-all lists them all"
+        )
+
+
+def _with(values: dict[str, Any], base: Config) -> Config:
+    """`base` with the settings in `values` changed. Raises ConfigError for unknown names and invalid values."""
+    from pydantic import TypeAdapter, ValidationError
+
+    _check_names(values)
+    try:
+        return expanded(TypeAdapter(Config).validate_python(dataclasses.asdict(_replace(base, values))))
+    except (ValueError, TypeError, OverflowError) as error:
+        reasons = [str(error)]
+        if isinstance(error, ValidationError):
+            reasons = [f"{wrong['loc'][-1]}: {wrong['msg']}" for wrong in error.errors()]
+        raise ConfigError("; ".join(reasons)) from error
+
+
+def cooldown_of(source: Path) -> Config:
+    """What a run takes over with --cooldown-from `source`. `steps` is the default number of steps of the cooldown."""
+    old = load(run_of(source) / "config.json")
+    share = old.optim.decay_share
+    steps = max(1, round(old.optim.steps * share / (1 - share)))
+    fresh = {f.name: f.default for f in dataclasses.fields(Config) if f.name in {*_OF_THE_FOLDER, "init_from"}}
+    return _replace(old, {**fresh, "schedule": "wsd", "steps": steps, "cooldown_from": str(source)})
+
+
+def changes(old: Config, new: Config, besides: set[str]) -> list[str]:
+    """The flags in which a run differs from the one that it continues, and must not. `besides` may differ, too."""
+    return [
+        f"{flag(name)} {value!r} (the run has {before!r})"
+        for (name, before), (_, value) in zip(leaves(old), leaves(new), strict=True)
+        if before != value and name not in _MAY_CHANGE | besides
+    ]
+
+
 def check_resume(cfg: Config) -> None:
     """Raise ConfigError where `cfg` continues a run and changes a setting that must stay."""
     saved = cfg.folder / "config.json"
-    if not cfg.resume or not saved.exists():
-        return
-    changed = [
-        f"{flag(name)} {new!r} (the run has {old!r})"
-        for (name, old), (_, new) in zip(leaves(load(saved)), leaves(cfg), strict=True)
-        if old != new and name not in _MAY_CHANGE
-    ]
+    changed = changes(load(saved), cfg, BUDGET) if cfg.resume and saved.exists() else []
     if changed:
-        raise ConfigError(f"--resume continues {cfg.out} as it began; leave out {', '.join(changed)}")
+        raise ConfigError(
+            f"--resume continues {cfg.out} as it began; leave out {', '.join(changed)}, or start a new run: in its "
+            f"place with --overwrite, or from its weights with --init-from {cfg.out} and another --out"
+        )
 
 
 def save(cfg: Config, path: Path) -> None:
-    write_atomic(path, (json.dumps(dataclasses.asdict(cfg), indent=2) + "\n").encode())
+    """Write `cfg`. The next start decides anew whether it continues the run or replaces it."""
+    write_json(path, dataclasses.asdict(dataclasses.replace(cfg, resume=False, overwrite=False)))
 
 
 def load(path: Path) -> Config:
@@ -543,30 +653,52 @@ def load(path: Path) -> Config:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
         cfg = TypeAdapter(Config).validate_python(raw)
-    except (OSError, ValueError, ValidationError, TypeError) as error:
-        raise ConfigError(f"{path} is not a configuration of ajepa: {error}") from error
+        _validate_numbers(cfg)
+    except UserError as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{wrong['loc'][-1]}: {wrong['msg']}" for wrong in error.errors())
+        raise ConfigError(f"{path} is not a configuration of ajepa: {reason}") from error
     unknown = _keys(raw) - _keys(dataclasses.asdict(cfg))
     if unknown:
         raise ConfigError(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return cfg
 
 
-def validate(cfg: Config) -> None:
-    """Raise ConfigError for an invalid setting, naming it and the remedy."""
-    data, spec, model, mask, optim, watch = cfg.data, cfg.front_end, cfg.model, cfg.mask, cfg.optim, cfg.watch
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
 
-    def need(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(message)
 
+def _validate_numbers(cfg: Config) -> None:
+    """Raise ConfigError for numbers that nothing can compute with, whatever they mean."""
     for name, value in leaves(cfg):
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float):
-                need(math.isfinite(number), f"{flag(name)} {number}: must be a finite number")
+                _need(math.isfinite(number), f"{flag(name)} {number}: must be a finite number")
             elif isinstance(number, int) and name != "seed":
-                need(abs(number) < 2**31, f"{flag(name)} {number}: too large")
+                _need(abs(number) < 2**31, f"{flag(name)} {number}: too large")
+    if cfg.front_end.n_frames is not None:
+        try:
+            patches = cfg.front_end.n_patches
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        _need(patches <= MOST_PATCHES,
+              f"--n-frames {cfg.front_end.n_frames} gives {patches:,} patches a clip, and {MOST_PATCHES:,} are the "
+              "most: lower it or choose a larger --patch")  # fmt: skip
+
+
+def validate(cfg: Config) -> None:
+    """Raise ConfigError for an invalid setting, naming it and the remedy."""
+    data, spec, model, mask, optim, watch = cfg.data, cfg.front_end, cfg.model, cfg.mask, cfg.optim, cfg.watch
+    need = _need
+    _validate_numbers(cfg)
     for name in watch.loggers:
         need(name in LOGGERS, f"--log-to {watch.log_to}: choose of {', '.join(LOGGERS)}, or none")
         found = importlib.util.find_spec(name)  # without an origin, it is only a folder of that name
@@ -578,6 +710,7 @@ def validate(cfg: Config) -> None:
         need(value >= 0, f"{flag(name)} {value}: must not be negative")
     need(1 <= spec.sample_rate <= 384_000, f"--sample-rate {spec.sample_rate}: 1 to 384,000 Hz can be resampled to")
     need(cfg.rank_timeout <= 86_400, f"--rank-timeout {cfg.rank_timeout}: a day (86400 s) is the most")
+    need(model.predictor_depth <= 1000, f"--predictor-depth {model.predictor_depth}: 1000 blocks are the most")
     need(data.gain_db <= 100, f"--gain-db {data.gain_db}: 100 dB are the most")
     need(mask.curriculum_c0 <= 1, f"--curriculum-c0 {mask.curriculum_c0}: a chance is 1 at most")
     positive = {
@@ -603,8 +736,15 @@ def validate(cfg: Config) -> None:
          f"--micro-batch {cfg.step.micro_batch}: must be between 1 and --batch-size {optim.batch_size}")  # fmt: skip
     need(cfg.step.profile >= 0, f"--profile {cfg.step.profile}: a number of steps, 0 for none")
     need(mask.mask_ratio[1] < 1, f"--mask-ratio {mask.mask_ratio}: a ratio of 1 leaves the context empty; stay below 1")
-    need(optim.warmup_steps < optim.steps,
+    counted = cfg.cooldown_from is None  # of a cooldown, `steps` may not count the run before it yet
+    need(not counted or optim.warmup_steps < optim.steps,
          f"--warmup-steps {optim.warmup_steps} does not fit in --steps {optim.steps}: lower it")  # fmt: skip
+    need(0 < optim.decay_share < 1, f"--decay-share {optim.decay_share}: must be above 0 and below 1")
+    need(not counted or optim.schedule != "wsd" or optim.warmup_steps + optim.decay_steps <= optim.steps,
+         f"--warmup-steps {optim.warmup_steps} and {optim.decay_steps} steps of decay do not fit in --steps "
+         f"{optim.steps}: lower --warmup-steps or --decay-share")  # fmt: skip
+    need(optim.schedule == "cosine" or optim.weight_decay_end is None,
+         f"--schedule {optim.schedule} keeps the weight decay as it is: leave out --weight-decay-end")  # fmt: skip
     need(0 <= optim.ema_start <= optim.ema_end <= 1,
          f"--ema-start {optim.ema_start}, --ema-end {optim.ema_end}: must be 0 <= start <= end <= 1")  # fmt: skip
     need(all(0 <= b < 1 for b in optim.betas), f"--betas {optim.betas}: each must be in [0, 1)")
@@ -645,6 +785,9 @@ def validate(cfg: Config) -> None:
     need(ranks == "1" or cfg.impl != "compile", "--impl compile trains on one device: use --impl fused with several")
     need(ranks == "1" or not cfg.compare, "--compare measures one device: start it without torchrun")
     need(not (cfg.compare and cfg.resume), "--compare does not train: leave out --resume")
+    need(not (cfg.overwrite and cfg.resume), "--resume continues the run that --overwrite replaces: choose one")
+    need(not (cfg.init_from and cfg.cooldown_from),
+         "--cooldown-from continues a run with its weights: leave out --init-from")  # fmt: skip
     _validate_objective(cfg, need)
 
 

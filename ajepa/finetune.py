@@ -366,6 +366,8 @@ def check(args: Arguments) -> None:
     for name, value in dataclasses.asdict(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{cli.flag(name)} {value}: must be a finite number")
+        if isinstance(value, int) and value >= (2**62 if name == "seed" else 2**31):
+            raise ConfigError(f"{cli.flag(name)} {value}: too large")
     for name in ("epochs", "batch_size", "lr", "clip_norm", "eval_every", "keep"):
         if getattr(args, name) <= 0:
             raise ConfigError(f"{cli.flag(name)} {getattr(args, name)}: must be above 0")

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,16 +19,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ajepa.data.contents import content_hashes
 from ajepa.data.decode import Decoder, read_whole, resampled_lengths
 from ajepa.data.formats.audiofile import reason_of
-from ajepa.data.formats.containers import open_fd, read_at
 from ajepa.data.index import Index, build_index
 from ajepa.data.reader import to_int16
 from ajepa.data.shards import SUFFIX, VERSION, Clip, Shard, ShardError, ShardWriter, block_crcs, is_shards, missing_rows
 from ajepa.utils import cli
 from ajepa.utils.atomic_files import atomic_file, write_atomic
 from ajepa.utils.command import command
-from ajepa.utils.cores import cores
 from ajepa.utils.errors import UserError
 from ajepa.utils.folders import claim
 from ajepa.utils.lock import locked
@@ -41,8 +39,6 @@ MEGABYTE = 1_000_000
 # What a packing depends on: the parts of its key.
 KINDS = ["other settings", "other recordings", "recordings that changed since", "other labels or columns"]
 PART = 4  # bytes of a part
-CHUNK = 256  # recordings that a thread hashes at a time
-BLOCK, BLOCKS = 4096, 5  # bytes and number of the blocks of a recording that the key of a packing covers
 SAMPLED = 32  # clips that `--dry-run` compresses to estimate the size of FLAC shards
 
 
@@ -107,6 +103,8 @@ def pack(args: Arguments, console: Console) -> Packed:
         raise PackError("--shard-mb must be at least 1, --max-hours above 0 and below 1,000, and --threads at least 0")
     if is_shards(os.path.expanduser(args.source)):
         raise PackError(f"{args.source}: these are shards already; give the recordings from which they were made")
+    if not -np.inf < args.silence_db <= 0:
+        raise PackError(f"--silence-db {args.silence_db}: the level must be a finite number, 0 at most")
     if not 0 < args.float_scale < np.inf:
         raise PackError(f"--float-scale {args.float_scale}: the scale must be a finite number above 0")
     index = build_index(
@@ -215,36 +213,15 @@ def _key(index: Index, args: Arguments) -> bytes:
     notes = hashlib.blake2b(repr(list(index.metadata)).encode())
     for row in zip(*columns, strict=True):
         notes.update(repr(row).encode())
-    contents = hashlib.blake2b()
-    with ThreadPoolExecutor(args.threads or cores()) as pool:
-        for digests in pool.map(partial(_contents, index), range(0, len(index), CHUNK)):
-            contents.update(digests)
+    contents, times = hashlib.blake2b(), index.entries.numbers["mtime_ns"].tolist()
+    for row in zip(content_hashes(index, threads=args.threads), times, strict=True):
+        contents.update(repr(row).encode())
     parts = (repr(options).encode(), index.fingerprint.encode(), contents.digest(), notes.digest())
     return b"".join(hashlib.blake2b(part, digest_size=PART).digest() for part in parts)
 
 
 def _parts(key: bytes) -> list[bytes]:
     return [key[i : i + PART] for i in range(0, len(key), PART)]
-
-
-def _contents(index: Index, first: int) -> bytes:
-    """Hashes of the recordings in rows [first, first + CHUNK): of size, mtime, and BLOCKS blocks from begin to end."""
-    digests = []
-    for entry in index.entries[first : first + CHUNK]:
-        digest = hashlib.blake2b(repr((entry.offset, entry.size, entry.mtime_ns)).encode(), digest_size=16)
-        try:
-            fd = open_fd(entry.path)
-            try:
-                for start in np.linspace(0, max(0, entry.size - BLOCK), BLOCKS).astype(int).tolist():
-                    block = bytearray(min(BLOCK, entry.size))
-                    read_at(fd, memoryview(block), entry.offset + start)
-                    digest.update(block)
-            finally:
-                os.close(fd)
-        except OSError as error:  # packing leaves it out
-            digest.update(reason_of(error).encode())
-        digests.append(digest.digest())
-    return b"".join(digests)
 
 
 def _finished(target: Path, key: bytes, args: Arguments, console: Console) -> list[Shard]:
@@ -344,4 +321,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(None))
+    sys.exit(main())

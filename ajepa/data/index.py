@@ -130,6 +130,8 @@ def build_index(
             message states the remedy.
     """
     source = os.path.expanduser(os.fspath(source))
+    if not 0 < float_scale < float("inf"):
+        raise DataError(f"--float-scale {float_scale}: the scale must be a finite number above 0")
     if is_shards(source):
         shards = read_shards(source, label_column, _label_names)
         if not len(shards.entries):

@@ -1,11 +1,10 @@
 """Labelled recordings: the rows that have a label, and which of them an encoder was trained on."""
 
-import hashlib
+import contextlib
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ajepa import config
 from ajepa.config import Config
+from ajepa.data.contents import content_hashes
 from ajepa.data.index import DataError, Index, build_index
 from ajepa.data.synthetic import TRAINING_ROWS, default_set
-from ajepa.utils.cores import cores
+from ajepa.utils.errors import UserError
 from ajepa.utils.json_files import read_json
 from ajepa.utils.run_folder import run_of
 
 SETTINGS = "arguments.json"  # of a fine-tuning
-BLOCKS, BLOCK = 8, 2048  # bytes of a recording whose hash is compared: so many blocks of so many bytes
 MOST = 200_000  # recordings whose blocks are read, unless their names agree as well
 TOLERANCE = 2e-3  # seconds by which resampling and rounding may change a length
 
@@ -65,16 +65,21 @@ class Material(NamedTuple):
 
 def materials(run: Config | None, file: Path) -> list[Material]:
     """What the weights in `file`, those of a run or of a fine-tuning, were trained on, as far as it is written."""
-    found = []
+    return list(dict.fromkeys(_materials(run, run_of(file) if file.is_dir() else file.parent)))
+
+
+def _materials(run: Config | None, folder: Path) -> Iterator[Material]:
     if run is not None:
-        source, where = run.data.data, run.data.where
-        if source is None:
-            source, where = str(default_set(run.data.clip_seconds, run.front_end.sample_rate)), TRAINING_ROWS
-        found.append(Material(source, where, run.data.label, run.data.float_scale))
-    settings = (run_of(file) if file.is_dir() else file.parent) / SETTINGS
-    if settings.is_file():
-        found += _of_fine_tuning(read_json(settings))
-    return list(dict.fromkeys(found))
+        for earlier in filter(None, (run.init_from, run.cooldown_from, run.objective.teacher)):
+            source = run_of(Path(earlier).expanduser())
+            with contextlib.suppress(UserError):  # not a run, or gone
+                yield from _materials(config.load(source / "config.json"), source)
+        data, where = run.data.data, run.data.where
+        if data is None:
+            data, where = str(default_set(run.data.clip_seconds, run.front_end.sample_rate)), TRAINING_ROWS
+        yield Material(data, where, run.data.label, run.data.float_scale)
+    if (folder / SETTINGS).is_file():
+        yield from _of_fine_tuning(read_json(folder / SETTINGS))
 
 
 def _of_fine_tuning(settings: dict[str, Any]) -> list[Material]:
@@ -121,8 +126,8 @@ def recognise(index: Index, trained: Index) -> np.ndarray:
     if len(candidates) > MOST:
         names = {_tail(origins[row], 1) for row in rows.tolist()}
         candidates = np.array([row for row in candidates.tolist() if _tail(theirs[row], 1) in names], np.int64)
-    contents = set(_digests(trained, candidates)) - {None}
-    how[[row for row, digest in zip(rows, _digests(index, rows), strict=True) if digest in contents]] = "content"
+    contents = set(content_hashes(trained, candidates)) - {None}
+    how[[row for row, digest in zip(rows, content_hashes(index, rows), strict=True) if digest in contents]] = "content"
     if _shards(index) or _shards(trained):
         seconds, lengths = _seconds(index), defaultdict(list)
         for origin, length in zip(theirs, _seconds(trained), strict=True):
@@ -172,25 +177,3 @@ def _tail(origin: tuple[str, str], parts: int) -> tuple[str, ...]:
     """The last parts of a recording's name."""
     path, member = origin
     return Path(member or path).parts[-parts:]
-
-
-def _digests(index: Index, rows: np.ndarray) -> list[bytes | None]:
-    """Hash of the size and of evenly spaced blocks of each recording; None where it cannot be read."""
-    places = [(entry.path, entry.offset, entry.size) for entry in map(index.entries.__getitem__, rows.tolist())]
-    distinct = list(dict.fromkeys(places))
-    with ThreadPoolExecutor(cores()) as pool:
-        digests = dict(zip(distinct, pool.map(_digest, distinct, chunksize=64), strict=True))
-    return [digests[place] for place in places]
-
-
-def _digest(place: tuple[str, int, int]) -> bytes | None:
-    path, offset, size = place
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for start in np.linspace(0, max(0, size - BLOCK), BLOCKS).astype(np.int64).tolist():
-                file.seek(offset + start)
-                digest.update(file.read(min(BLOCK, size)))
-    except OSError:
-        return None
-    return digest.digest()

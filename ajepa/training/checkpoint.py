@@ -20,7 +20,7 @@ from safetensors.torch import save as save_bytes
 
 from ajepa.training.distributed import Ranks
 from ajepa.utils.atomic_files import write_synced
-from ajepa.utils.run_folder import CheckpointError, checkpoints, read_verified
+from ajepa.utils.run_folder import CheckpointError, checkpoints, read_verified, steps_of
 
 FORMAT = 1
 
@@ -38,23 +38,29 @@ class Trainer(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
 
 
-def save_checkpoint(folder: Path, step: int, trainer: Trainer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, trainer: Trainer, state: dict[str, Any], keep: int, spare: int | None = None
+) -> Path:
     """Write `folder/step_<step>` after `step` finished steps, and delete all but the last `keep` checkpoints.
 
-    All ranks must call this. Raises CheckpointError on rank 0 (ElsewhereError on the other ranks) if the checkpoint
-    cannot be written, and ReplicaError if the ranks hold different weights.
+    The checkpoint of step `spare` is not deleted. All ranks must call this. Raises CheckpointError on rank 0
+    (ElsewhereError on the other ranks) if the checkpoint cannot be written, and ReplicaError if the ranks hold
+    different weights.
     """
     ranks, final = trainer.ranks, folder / f"step_{step:08d}"
     if ranks.first(final.exists):
         return final
     ranks.check_alike(trainer.model, step)
     model, optimizer = _model_tensors(trainer), _optimizer_tensors(trainer)
-    ranks.first(lambda: _write(final, model, optimizer, {"format": FORMAT, "step": step, **state}, keep))
+    ranks.first(lambda: _write(final, model, optimizer, {"format": FORMAT, "step": step, **state}))
+    for old in checkpoints(folder)[:-keep] if ranks.is_first else ():
+        if steps_of(old) != spare:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def _write(
-    final: Path, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], state: dict[str, Any], keep: int
+    final: Path, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], state: dict[str, Any]
 ) -> None:
     folder = final.parent
     contents = {
@@ -77,8 +83,6 @@ def _write(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"could not save {final}: {error}. Earlier checkpoints are intact.") from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_latest(folder: Path, trainer: Trainer) -> tuple[dict[str, Any] | None, list[str]]:

@@ -35,6 +35,10 @@ class ElsewhereError(Exception):
     """Another rank failed and has reported the reason."""
 
 
+class LoneRankError(UserError, RuntimeError):
+    """The other ranks of the run did not start."""
+
+
 class ReplicaError(UserError, RuntimeError):
     """The ranks hold different weights although they must hold the same."""
 
@@ -290,9 +294,15 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
-    ranks.steps = dist.new_group(backend="gloo", timeout=timeout)
-    ranks.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+        ranks.steps = dist.new_group(backend="gloo", timeout=timeout)
+        ranks.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except RuntimeError as error:
+        raise LoneRankError(
+            f"rank {ranks.rank} of {world_size} met no other within --rank-timeout {cfg.rank_timeout:g} s "
+            f"({str(error).splitlines()[0]}): start all ranks, as torchrun does, or unset WORLD_SIZE for one process"
+        ) from error
     try:
         yield ranks, device
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,6 +282,11 @@ class Engine:
     def encoder(self) -> torch.nn.Module:
         """The whole encoder whose features the run is judged by, see `Config.network`. All ranks must call this."""
         return self.ranks.encoder(self.model, self.cfg.network)
+
+    def finite(self) -> bool:
+        """Whether all weights of this rank are finite. Blocks until the queued steps have finished."""
+        weights = [p.detach() for p in (*self.trained, *(average for _, average in self.pairs))]
+        return bool(torch.nn.utils.get_total_norm(weights, math.inf, foreach=True).isfinite())
 
     @property
     def projector(self) -> Projector | None:

@@ -1,5 +1,6 @@
 """The log of a run: one line per interval on the screen, `metrics.jsonl`, other loggers, MFU, the collapse warning."""
 
+import hashlib
 import json
 import os
 import sys
@@ -47,15 +48,18 @@ class RunLog:
         device: torch.device,
         counts: dict[str, int],
         quiet: bool = False,
+        saved: dict[str, Any] | None = None,
     ):
-        self.folder, self.optim, self.steps, self.counts = folder, cfg.optim, cfg.optim.steps, counts
+        self.quiet, self.folder, self.optim, self.steps, self.counts = quiet, folder, cfg.optim, cfg.optim.steps, counts
         self.cfg, self.objective = cfg, cfg.objective
         columns = {"masked": cfg.objective.objective == "both", "agreement": cfg.objective.clips,
                    "sigreg": cfg.objective.clips and cfg.objective.sigreg_weight > 0}  # fmt: skip
         self.terms = {name: column for column, (name, shown) in enumerate(columns.items(), start=3) if shown}
         self.jsonl = folder / "metrics.jsonl"
         if not quiet:
-            _drop_after(self.jsonl, start)
+            _cut(self.jsonl, start, saved)
+        self.written = 0 if quiet else self.jsonl.stat().st_size
+        self.digest = hashlib.sha256(b"" if quiet else self.jsonl.read_bytes())
         self.file = open(os.devnull if quiet else self.jsonl, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.loggers = [] if quiet else open_loggers(folder, cfg, start)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -76,14 +80,14 @@ class RunLog:
         self.task = self.progress.add_task("", total=self.steps, completed=start)
         if self.console.is_terminal and not quiet:
             self.progress.start()
-        self.pending: list[torch.Tensor] = []
+        self.pending = [torch.tensor(values, device=device) for values in (saved or {}).get("pending", [])]
         self.flops: list[Callable[[], float]] = []
         self.seconds = self.waited = 0.0  # sums over all counted steps
         self.clips = self.seen = 0
         self._open_window()
 
     def _open_window(self) -> None:
-        self.window = {"seconds": 0.0, "waited": 0.0, "clips": 0}
+        self.window = {"seconds": 0.0, "waited": 0.0, "clips": 0, "steps": 0}
 
     def add(
         self, result: Iterable[torch.Tensor], clips: int, seconds: float, waited: float, flops: Callable[[], float]
@@ -96,7 +100,7 @@ class RunLog:
         if self.peak:
             self.flops.append(flops)
         self.seen += 1
-        for key, value in (("seconds", seconds), ("waited", waited), ("clips", clips)):
+        for key, value in (("seconds", seconds), ("waited", waited), ("clips", clips), ("steps", 1)):
             self.window[key] += value
         if self.seen > WARM_UP_STEPS:
             self.seconds, self.waited, self.clips = self.seconds + seconds, self.waited + waited, self.clips + clips
@@ -122,7 +126,7 @@ class RunLog:
         self.counts["bad_steps"] += int(non_finite.sum())
         finite = values[~non_finite]
         rate = self.window["clips"] / self.window["seconds"]
-        per_step = self.window["seconds"] / len(values)
+        per_step = self.window["seconds"] / self.window["steps"]
         record: dict[str, Any] = {
             "step": step,
             "loss": finite[:, 0].mean().item() if len(finite) else float("nan"),
@@ -150,8 +154,8 @@ class RunLog:
             raise NonFiniteError(
                 f"the loss or gradient was not finite for {self.counts['bad_in_a_row']} steps in a row up to step "
                 f"{step} (learning rate {lr:.2e}, last finite loss {_last_finite(self.jsonl)}). The weights are those "
-                "of the last finite step. Lower --lr, lengthen --warmup-steps, set --clip-norm, or use --precision "
-                "fp32."
+                "of the last finite step. Start again, in another --out or with --overwrite: lower --lr, lengthen "
+                "--warmup-steps, set --clip-norm, or use --precision fp32."
             )
 
     def _terms(self, finite: torch.Tensor) -> dict[str, float]:
@@ -163,7 +167,10 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """Write one JSON line, with non-finite numbers as null, and give its scalars to the loggers."""
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
-        self.file.write(json.dumps(clean) + "\n")
+        line = json.dumps(clean) + "\n"
+        self.file.write(line)
+        self.written += len(line)
+        self.digest.update(line.encode())
         scalars = {k: v for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
         for logger in self.loggers:
             logger.add(record["step"], scalars)
@@ -193,6 +200,17 @@ class RunLog:
                 style="bold red",
             )
         return bool(signs)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that the run that continues it logs what an undisturbed one does.
+
+        `pending` are the values of the steps that no line has shown yet. `length` and `sha256` are those of
+        `metrics.jsonl`.
+        """
+        if not self.quiet:
+            os.fsync(self.file.fileno())
+        pending = torch.stack(self.pending).tolist() if self.pending else []
+        return {"pending": pending, "length": self.written, "sha256": self.digest.hexdigest()}
 
     def close(self) -> None:
         self.progress.stop()
@@ -225,10 +243,20 @@ def remedies(cfg: Config) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _drop_after(jsonl: Path, step: int) -> None:
-    """Remove the records that a killed run logged after the checkpoint from which it continues."""
-    kept = [r for r in read_metrics(jsonl.parent) if r["step"] <= step] if step else []
-    write_atomic(jsonl, "".join(json.dumps(r) + "\n" for r in kept).encode())
+def _cut(jsonl: Path, step: int, saved: dict[str, Any] | None) -> None:
+    """Cut the metrics to what they were at the checkpoint after `step` steps, whose `RunLog.state` is `saved`.
+
+    Metrics that were changed since are kept as far as they can be read and are of no later step.
+    """
+    data = jsonl.read_bytes() if step and jsonl.exists() else b""
+    if saved is not None:
+        kept = data[: saved["length"]]
+        if hashlib.sha256(kept).hexdigest() == saved["sha256"]:
+            write_atomic(jsonl, kept)
+            return
+        warn(f"{jsonl} was changed or damaged since the checkpoint; its readable lines up to step {step} are kept")
+    records = [r for r in read_metrics(jsonl.parent) if r["step"] <= step] if step else []
+    write_atomic(jsonl, "".join(json.dumps(r) + "\n" for r in records).encode())
 
 
 def _last_finite(jsonl: Path) -> str:

@@ -1,7 +1,6 @@
 """The reports of a run: its first lines, its evaluations, its summary and its plots."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ajepa.training.compare import table
 from ajepa.training.corpus import Corpus
 from ajepa.training.engine import Engine
 from ajepa.training.run_log import RunLog
-from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.json_files import write_json
 from ajepa.utils.run_folder import read_metrics
 from ajepa.utils.tensor_files import write_tensors
 
@@ -92,7 +91,7 @@ def make_summary(
 
 
 def write_summary(summary: dict[str, Any], folder: Path, log: RunLog, rates: dict[str, float]) -> None:
-    write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(folder / "summary.json", summary)
     log.say(describe_summary(summary, folder))
     if rates:
         log.say("same batches through both engines, in alternation:\n" + table(rates))

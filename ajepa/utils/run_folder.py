@@ -25,7 +25,15 @@ def run_of(path: Path) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    return sorted((p for p in folder.glob("step_*") if p.is_dir() and p.name[5:].isdecimal()), key=steps_of)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was saved, from its name."""
+    digits = checkpoint.resolve().name.removeprefix("step_")
+    if not digits.isdecimal():
+        raise CheckpointError(f"{checkpoint}: the folder of a checkpoint is called step_ and a number; rename it so")
+    return int(digits)
 
 
 def read_verified(path: Path) -> dict[str, bytes]:
@@ -36,7 +44,7 @@ def read_verified(path: Path) -> dict[str, bytes]:
         for name, data in contents.items():
             if hashlib.sha256(data).hexdigest() != sums[name]:
                 raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one it was saved with")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint of ajepa: {error!r}") from error
     return contents
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import ajepa
 from ajepa import config
 from ajepa.config import Config, ConfigError
 from ajepa.utils import cli
+from ajepa.utils.json_files import read_json
 
 COMMANDS = ("probe", "finetune", "embed", "export", "convert", "pack")
 
@@ -81,7 +81,7 @@ def test_train_is_a_function_and_the_command(tmp_path, capsys):
     small |= {"steps": 2, "warmup_steps": 1, "compare_steps": 0, "out": str(tmp_path / "run")}
     cfg = ajepa.preset("tiny", **small)
     summary = ajepa.train(cfg)
-    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text()) and summary["steps"] == 2
+    assert summary == read_json(tmp_path / "run" / "summary.json") and summary["steps"] == 2
     with pytest.raises(ConfigError, match="holds a run already"):
         ajepa.train(cfg)
     assert ajepa.train(dataclasses.replace(cfg, resume=True)) == summary

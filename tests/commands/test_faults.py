@@ -19,7 +19,7 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from ajepa import train
+from ajepa import config, train
 from ajepa.config import PRESETS, SIZES
 from ajepa.model.masks import MaskSampler
 from ajepa.training import checkpoint
@@ -96,7 +96,8 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_loses_nothing(small_r
     log, argv = tmp_path / "log", [*argv, "--compare-steps", "0"]
     assert forks.run([*argv, "--steps", "4"], log) == 0, log.read_text()
     (folder / "summary.json").unlink()
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"steps": 4', '"steps": 8'))
+    planned = config.load(folder / "config.json")
+    config.save(replace(planned, optim=replace(planned.optim, steps=8)), folder / "config.json")
     before = {path.name: bits(path) for path in checkpoints(folder / "checkpoints")}
     log = tmp_path / "log2"
     assert forks.run([*argv, "--resume"], log, call="test_faults:main_with_little_room") == 2

@@ -342,7 +342,7 @@ def test_killed_at_20_moments_a_fine_tuning_resumes_to_the_same_bits(manifest, t
     shrink(monkeypatch)
     config = EncoderConfig(replace(CFG.front_end, n_frames=16), "tiny", 8_000)
     Encoder(config).save_pretrained(tmp_path / "micro")
-    more = ("--epochs", "24", "--eval-every", "6", "--keep", "100", "--mixup", "0.3", "--time-mask", "5")
+    more = ("--epochs", "60", "--eval-every", "20", "--keep", "100", "--mixup", "0.3", "--time-mask", "5")
     micro, log = {"call": "test_finetune:main_with_a_micro_model"}, tmp_path / "log"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert forks.run(arguments(tmp_path / "micro", manifest, whole, *more), log, **micro) == 0, log.read_text()
@@ -350,13 +350,13 @@ def test_killed_at_20_moments_a_fine_tuning_resumes_to_the_same_bits(manifest, t
     rng, reached = np.random.default_rng(7), []
     for kill in range(20):
         saved = checkpoints(broken / "checkpoints")
-        goal = min(24, len(saved) + rng.integers(0, 3))
+        goal = min(60, len(saved) + rng.integers(0, 3))
         pid = forks.start(again, log, **micro)
         while len(checkpoints(broken / "checkpoints")) < goal or (
             kill == 19 and not (broken / "model.safetensors").exists()
         ):
             time.sleep(0.001)
-        time.sleep(0 if kill == 19 else rng.uniform(0, 0.1))
+        time.sleep(0 if kill == 19 else rng.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         assert forks.wait(pid) in (-signal.SIGKILL, 0), log.read_text()
         reached.append(len(checkpoints(broken / "checkpoints")))
@@ -366,7 +366,7 @@ def test_killed_at_20_moments_a_fine_tuning_resumes_to_the_same_bits(manifest, t
     for name in ("finetune.json", "arguments.json"):
         assert json.loads(ours.pop(Path(name)))["classes" if name == "finetune.json" else "data"]
         theirs.pop(Path(name))
-    assert ours == theirs and len(checkpoints(broken / "checkpoints")) == 24
+    assert ours == theirs and len(checkpoints(broken / "checkpoints")) == 60
     ours, theirs = (json.loads((folder / "finetune.json").read_text()) for folder in (broken, whole))
     assert {k: v for k, v in ours.items() if k not in ("arguments", "sha256")} == {
         k: v for k, v in theirs.items() if k not in ("arguments", "sha256")
@@ -469,6 +469,8 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tmp_path, capsys):
     if not torch.cuda.is_available():
         assert "no CUDA device is here" in refused("--device", "cuda")
     assert "--lr nan: must be a finite number" in refused("--lr", "nan")
+    assert "--epochs 99999999999: too large" in refused("--epochs", "99999999999")
+    assert "--float-scale 0.0: the scale must be" in refused("--float-scale", "0")
     assert "no such folder" in refused(start=tmp_path / "nothing")
     assert "config.json" in refused(start=tmp_path)
     assert "none to train on" in refused("--test", "fold=0,1,2,3")

@@ -498,6 +498,14 @@ def test_recordings_of_a_source_that_is_gone_may_have_been_trained_on(run, tones
     assert json.loads((gone / "probe.json").read_text())["folds"][0]["seen_in_pretraining"] is None
 
 
+def test_what_the_run_before_a_run_was_trained_on_is_known(run, tones, tmp_path):
+    cfg = config.load(run / "config.json")
+    second = dataclasses.replace(cfg, init_from=str(run), data=dataclasses.replace(cfg.data, data=str(tones / "low")))
+    assert [m.data for m in materials(second, tmp_path)] == [str(tones), str(tones / "low")]
+    third = dataclasses.replace(second, init_from=str(tmp_path / "gone"))
+    assert [m.data for m in materials(third, tmp_path)] == [str(tones / "low")]
+
+
 def test_the_synthetic_set_is_recognised(tmp_path, monkeypatch):
     made = make_synthetic(tmp_path / "set", n_clips=88, seconds=0.5)
     monkeypatch.setattr(labelled, "default_set", lambda seconds, rate: made)
@@ -647,6 +655,7 @@ def test_wrong_input_is_named_in_one_line(run, manifest, tones, tmp_path, capsys
     assert "config.json" in refused(tmp_path, "--data", tones)
     assert "no such column" in refused(run, "--data", manifest, "--label", "kind", "--folds", "speaker")
     assert "give one" in refused(run, "--data", manifest, "--folds", "fold", "--test", "fold=1")
+    assert "--float-scale nan: the scale must be" in refused(run, "--data", manifest, "--float-scale", "nan")
     if not torch.cuda.is_available():
         assert "no CUDA device is here" in refused(run, "--data", manifest, "--device", "cuda")
     assert "--label" in refused(run, "--data", manifest)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from ajepa.train import main
 from ajepa.training import compare
 from ajepa.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from ajepa.training.engine import Engine
-from ajepa.utils.run_folder import CheckpointError, checkpoints, read_verified
+from ajepa.utils.json_files import write_json
+from ajepa.utils.run_folder import CheckpointError, checkpoints, read_metrics, read_verified
 
 SUMMARY_KEYS = {
     "steps", "clips_per_second", "data_wait_share", "final_loss", "target_variance", "effective_rank", "knn_accuracy",
@@ -35,6 +37,12 @@ TINY = replace(PRESETS["tiny"], objective=ObjectiveConfig())  # with the masked 
 def weights(folder):
     last = checkpoints(folder / "checkpoints")[-1]
     return {name: load_file(last / name) for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def logged(folder):
+    """What the log says of the training at each step."""
+    return [{key: r[key] for key in ("step", "loss", "grad_norm", "lr", "bad_steps")} for r in read_metrics(folder)
+            if "lr" in r]  # fmt: skip
 
 
 def assert_same_bits(a, b):
@@ -113,9 +121,7 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, small_run, first):
     assert not (folder / "summary.json").exists(), "the run ended before it could be killed"
     assert main([*argv, "--resume"]) == 0
     assert_same_bits(weights(folder), weights(finished))
-    ours, theirs = ([json.loads(s)["loss"] for s in (f / "metrics.jsonl").read_text().splitlines() if '"lr"' in s]
-                    for f in (folder, finished))  # fmt: skip
-    assert len(ours) == len(theirs) and ours[-1] == theirs[-1]
+    assert logged(folder) == logged(finished)
 
 
 def test_ctrl_c_saves_and_resume_continues_to_the_same_bits(finished, small_run):
@@ -131,6 +137,60 @@ def test_ctrl_c_saves_and_resume_continues_to_the_same_bits(finished, small_run)
     assert len(checkpoints(folder / "checkpoints")) == 1
     assert main([*argv, "--resume"]) == 0
     assert_same_bits(weights(folder), weights(finished))
+    assert logged(folder) == logged(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_saves_and_ends_even_if_it_signals_twice(small_run, forks, number):
+    argv, folder = small_run
+    log = folder.with_suffix(".log")
+    pid = forks.start([*argv, "--steps", "100000", "--checkpoint-every", "100000"], log)
+    while not read_metrics(folder):
+        time.sleep(0.01)
+    os.kill(pid, number)
+    os.kill(pid, number)
+    assert forks.wait(pid) == 130
+    step = int(re.findall(r"stopped after step (\d+); continue with --out \S+ --resume", log.read_text())[0])
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == [f"step_{step:08d}"]
+    assert not (folder / ".lock").exists()
+
+
+def test_a_second_process_in_a_run_folder_gets_one_message(small_run, forks, capsys):
+    argv, folder = small_run
+    pid = forks.start([*argv, "--steps", "100000"], folder.with_suffix(".log"))
+    while not checkpoints(folder / "checkpoints"):
+        time.sleep(0.01)
+    for option in ("--resume", "--overwrite"):
+        assert main([*argv, "--steps", "100000", option]) == 2
+        error = capsys.readouterr().err.strip()
+        assert f"{folder} is in use by process {pid}" in error and "\n" not in error
+    os.kill(pid, signal.SIGKILL)
+    forks.wait(pid)
+    saved = {path.name for path in folder.iterdir()}
+    assert ".lock" in saved and main([*argv, "--steps", "100001", "--resume"]) == 2  # not the lock is in the way
+    assert "cannot be extended" in capsys.readouterr().err
+
+
+def test_metrics_are_cut_where_the_checkpoint_was_saved_and_edits_are_told(finished, small_run, capsys):
+    argv, folder = small_run
+    shutil.copytree(finished, folder)
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_text()
+
+    def again():
+        (folder / "summary.json").unlink(missing_ok=True)
+        for path in checkpoints(folder / "checkpoints")[-1:]:
+            shutil.rmtree(path)
+        assert main([*argv, "--resume", "--compare-steps", "0"]) == 0
+        return capsys.readouterr().err
+
+    metrics.write_text(whole + '{"step": 7, "loss": 1}\n')
+    assert "metrics.jsonl" not in again()
+    assert logged(folder) == logged(finished)
+    lines = whole.splitlines()
+    metrics.write_text("\n".join([lines[0].replace("2", "1", 1), "[]", "null", "[" * 100_000, *lines[1:]]) + "\n\xff{")
+    assert "metrics.jsonl was changed or damaged since the checkpoint" in again()
+    assert len(logged(folder)) == 4 and logged(folder)[1:] == logged(finished)[1:]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, small_run, capsys):
@@ -235,14 +295,231 @@ def test_an_existing_run_is_not_overwritten_nor_resumed_with_other_settings(fini
     assert "--lr 0.5" in capsys.readouterr().err
 
 
+def test_ways_out_of_a_folder_that_holds_a_run_are_named(finished, tones, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    argv = ["--data", str(tones), "--out", str(folder), *SMALL, "--compare-steps", "0", "--lr", "1e-4"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert all(way in error for way in ("--resume", "--overwrite", "another --out"))
+    assert main([*argv, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert all(way in error for way in ("leave out --lr", "--overwrite", "--init-from"))
+    assert main([*argv, "--overwrite", "--resume"]) == 2
+    assert main([*argv, "--overwrite"]) == 0
+    assert "preset tiny, 8 steps planned, 8 done" in capsys.readouterr().out
+    kept = next(tmp_path.glob("run.old-*"))
+    assert_same_bits(weights(kept), weights(finished))
+    assert json.loads((folder / "config.json").read_text())["optim"]["lr"] == 1e-4
+
+
+def test_a_run_that_failed_before_its_first_step_is_in_nobodys_way(small_run, capsys):
+    argv, folder = small_run
+    assert main([*argv, "--init-from", str(folder / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err and (folder / "config.json").exists()
+    assert main([*argv, "--steps", "3", "--compare-steps", "0"]) == 0
+
+
+def test_checkpoints_without_a_configuration_are_not_continued(finished, small_run, capsys):
+    argv, folder = small_run
+    shutil.copytree(finished, folder)
+    (folder / "config.json").unlink()
+    for options in ([], ["--resume"], ["--overwrite"]):
+        assert main([*argv, *options]) == 2
+        assert "checkpoints without the config.json of their run: restore that file" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {path.name for path in finished.iterdir()} - {"config.json"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"steps": 8}', b"[" * 100_000, b"\xff", "flip"])
+def test_a_damaged_summary_is_one_error_with_a_remedy(finished, small_run, capsys, content):
+    argv, folder = small_run
+    shutil.copytree(finished, folder)
+    summary = folder / "summary.json"
+    summary.write_bytes(summary.read_bytes().replace(b'"steps": 8', b'"steps": 9') if content == "flip" else content)
+    assert main([*argv, "--resume"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert str(summary) in error and "delete it, and --resume writes it again" in error and "\n" not in error
+    summary.unlink()
+    assert main([*argv, "--resume", "--compare-steps", "0"]) == 0
+
+
+@pytest.mark.parametrize("done", [4, 8])
+def test_a_constant_run_is_extended_to_the_bits_of_one_that_was_longer_from_the_start(small_run, tmp_path, done):
+    argv, folder = small_run
+    argv = [*argv, "--compare-steps", "0", "--schedule", "constant"]
+    longer = tmp_path / "longer"
+    assert main([*argv, "--steps", "12", "--out", str(longer)]) == 0
+    assert main([*argv, "--steps", str(done)]) == 0
+    assert main(["--out", str(folder), "--resume", "--steps", "12"]) == 0
+    assert_same_bits(weights(folder), weights(longer))
+    assert [r for r in logged(folder) if r["step"] != done] == [r for r in logged(longer) if r["step"] != done]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 12
+    assert json.loads((folder / "config.json").read_text())["optim"]["steps"] == 12
+
+
+def test_one_stable_run_is_cooled_down_to_the_bits_of_a_run_with_a_decay(small_run, tmp_path, capsys, monkeypatch):
+    """The cooldown continues with the saved moments and at the saved place in the data; its source stays as it is."""
+    argv, folder = small_run
+    argv = [*argv, "--compare-steps", "0", "--checkpoint-every", "100"]
+    decayed, cooled = tmp_path / "decayed", tmp_path / "cooled"
+    assert main([*argv, "--schedule", "wsd", "--steps", "12", "--decay-share", "0.5", "--out", str(decayed)]) == 0
+    assert [path.name for path in checkpoints(decayed / "checkpoints")] == ["step_00000006", "step_00000012"]
+    assert main([*argv, "--schedule", "constant", "--steps", "6"]) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    started, train_step = [], Engine.train
+
+    def first_step(engine, patches, masks, step, share):
+        if not started:
+            moments = {k: v for k, v in weights(folder)["optimizer.safetensors"].items() if k.startswith("exp_avg_sq/")}
+            names = {p: f"exp_avg_sq/{name}" for name, p in engine.model.named_parameters()}
+            own = {names[p]: state["exp_avg_sq"] for p, state in engine.optimizer.state.items()}
+            assert own.keys() == moments.keys() and all(torch.equal(own[key], moments[key]) for key in own)
+            started.append(step)
+        return train_step(engine, patches, masks, step, share)
+
+    monkeypatch.setattr(Engine, "train", first_step)
+    cooldown = ["--cooldown-from", str(folder), "--steps", "6", "--out", str(cooled)]
+    assert main(cooldown) == 0
+    assert started == [6]
+    assert_same_bits(weights(cooled), weights(decayed))
+    assert logged(cooled) == [record for record in logged(decayed) if record["step"] > 6]
+    assert logged(cooled)[-1]["lr"] == 0 and 0 < logged(cooled)[0]["lr"] < 1e-3
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    capsys.readouterr()
+    assert main([*cooldown, "--resume"]) == 0  # the same command again, as a scheduler gives it
+    assert "this run is finished" in capsys.readouterr().out
+    for source in (decayed, decayed / "checkpoints" / "step_00000006"):  # a run with a decay has kept what is needed
+        other = tmp_path / f"from-{source.name}"
+        assert main(["--cooldown-from", str(source), "--steps", "6", "--out", str(other)]) == 0
+        assert_same_bits(weights(other), weights(decayed))
+    for wrong, words in (
+        (["--cooldown-from", str(decayed / "checkpoints" / "step_00000012"), "--out", "x"], "before its decay"),
+        (["--cooldown-from", str(folder), "--steps", "2", "--lr", "0.5", "--out", "x"], "leave out --lr 0.5"),
+        (["--cooldown-from", str(folder), "--init-from", str(folder), "--out", "x"], "leave out --init-from"),
+        (["--out", str(decayed), "--resume", "--steps", "20"], "has lowered its learning rate since step 6"),
+        (["--out", str(folder), "--resume", "--steps", "3"], "has done 6 steps already"),
+    ):
+        assert main(wrong) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_cosine_run_is_neither_extended_nor_cooled_down(finished, small_run, capsys):
+    argv, _ = small_run
+    assert main(["--out", str(finished), "--resume", "--steps", "20"]) == 2
+    error = capsys.readouterr().err
+    assert "schedules that end at step 8" in error and "--init-from" in error and "--schedule constant" in error
+    assert main(["--cooldown-from", str(finished), "--steps", "4", "--out", argv[3]]) == 2
+    assert "takes a run of --schedule constant or wsd" in capsys.readouterr().err
+    assert (finished / "summary.json").exists()
+
+
+def test_a_run_starts_from_the_weights_of_another(finished, small_run, tmp_path, capsys):
+    argv, folder = small_run
+    argv = [*argv, "--compare-steps", "0", "--steps", "1", "--warmup-steps", "0", "--lr", "0", "--lr-start", "0"]
+    argv = [*argv, "--lr", "1e-30", "--weight-decay", "0"]  # so that the first step changes nothing
+    theirs = weights(finished)["model.safetensors"]
+
+    def start(*options, whole=True):
+        expected = dict(theirs)
+        shutil.rmtree(folder, ignore_errors=True)
+        assert main([*argv, *options]) == 0, capsys.readouterr().err
+        ours = weights(folder)["model.safetensors"]
+        for name, x in theirs.items() if whole else ():
+            if name.startswith("target_encoder."):  # it has made one step towards the context encoder
+                expected[name] = torch.lerp(x, theirs[name.replace("target", "context", 1)], 0.01)
+        shared = {name for name, x in ours.items() if name in expected and x.shape == expected[name].shape}
+        same = {name for name in shared if torch.allclose(ours[name], expected[name], atol=1e-8)}
+        return {name.partition(".")[0] for name in ours.keys() - same}, capsys.readouterr().out
+
+    changed, said = start("--init-from", str(finished))
+    assert changed <= {"clip"}  # the running statistics of its batch norms
+    assert "context encoder, target encoder, predictor, clip objective; not there, so new: nothing" in said
+    own, here = (json.loads((f / "summary.json").read_text())["knn_accuracy_untrained"] for f in (folder, finished))
+    assert own == here  # the baseline is an untrained encoder
+    assert json.loads((folder / "config.json").read_text())["init_from"] == str(finished)
+    changed, said = start("--init-from", str(checkpoints(finished / "checkpoints")[-1]), "--predictor-width", "32")
+    assert changed <= {"clip", "predictor"} and "tensors of the predictor" in said
+    export(finished, tmp_path / "encoder")
+    changed, said = start("--init-from", str(tmp_path / "encoder"), "--objective", "masked", whole=False)
+    assert "context_encoder" in changed and "target_encoder" not in changed  # both are the exported target encoder
+    assert main([*argv, "--out", str(tmp_path / "x"), "--init-from", str(finished), "--patch", "16", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "tensors of its encoder differ" in error and "--patch" in error
+
+
+def export(run, folder):
+    from ajepa import Encoder
+
+    Encoder.from_pretrained(run).save_pretrained(folder)
+
+
+def test_nan_in_weights_or_measures_ends_a_run(small_run, capsys, monkeypatch):
+    argv, folder = small_run
+    assert main([*argv, "--lr", "1e30"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "after step 4 there are NaN or infinities in: target_variance" in error and "lower --lr" in error
+    assert not (folder / "summary.json").exists()
+    train_step = Engine.train
+
+    def spoil(engine, patches, masks, step, share):
+        result = train_step(engine, patches, masks, step, share)
+        if step == 4:
+            with torch.no_grad():
+                engine.model.target_encoder.norm.bias[0] = torch.inf
+        return result
+
+    monkeypatch.setattr(Engine, "train", spoil)
+    assert main([*argv, "--overwrite"]) == 2
+    assert "after step 6 there are NaN or infinities in: weights" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--predictor-width", "2000000"], "--predictor-width"),
+        (["--predictor-width", "2147483584", "--predictor-heads", "4"], "--predictor-width"),
+        (["--batch-size", "2000000000"], "--batch-size"),
+        (["--predictor-depth", "2147483"], "--predictor-depth"),
+        (["--n-frames", "1000000000", "--hop-length", "1"], "--n-frames"),
+    ],
+)
+def test_sizes_that_cannot_fit_are_refused_before_anything_is_allocated(option, words, capsys, tmp_path):
+    assert main([*SMALL, "--out", str(tmp_path / "run"), *option]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error and ("GB" in error or "the most" in error)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_lone_rank_gives_up_after_the_timeout(small_run, forks, rank):
+    argv, folder = small_run
+    log = folder.with_suffix(".log")
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    assert forks.run([*argv, "--rank-timeout", "1"], log, RANK=rank, LOCAL_RANK=rank, **launcher) == 2
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"rank {rank} of 2 met no other within --rank-timeout 1 s" in errors[0]
+    assert "Traceback" not in log.read_text()
+
+
 def test_a_foreign_configuration_is_refused(finished, tmp_path, capsys):
     raw = json.loads((finished / "config.json").read_text())
-    for broken in ("{", json.dumps({**raw, "secret": 1}), json.dumps({**raw, "seed": "x"})):
+    for broken in ("{", json.dumps({**raw, "seed": 5}), "[" * 100_000):
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(broken)
         assert main(["--out", str(folder), "--resume"]) == 2
         assert str(folder / "config.json") in capsys.readouterr().err
+    del raw["sha256"]
+    for change in ({"secret": 1}, {"seed": "x"}, {"data": {"clip_seconds": float("nan")}},
+                   {"front_end": {"patch": [1_000_000_000, 1_000_000_000]}}):  # fmt: skip
+        write_json(folder / "config.json", {**raw, **change})
+        assert main(["--out", str(folder), "--resume"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert str(folder / "config.json") in error and "\n" not in error and error.startswith("error: ")
+    text = (finished / "config.json").read_text().replace('"seed": 0', '"seed": ' + "9" * 5000)
+    (folder / "config.json").write_text(text)
+    assert main(["--out", str(folder), "--resume"]) == 2
+    assert str(folder / "config.json") in capsys.readouterr().err
 
 
 def test_non_finite_steps_leave_the_weights_alone_and_end_the_run_with_a_diagnosis(small_run, capsys):

@@ -2,6 +2,7 @@ import random
 from pathlib import Path
 
 import pytest
+import sklearn.metrics
 import torch
 from make_audio import noise, write, write_set
 
@@ -163,7 +164,7 @@ def test_fine_tuning_scores_a_long_recording_as_a_short_one(run, tones, tmp_path
     rows = [f"{wav},{wav.parent.name},{i % 4}" for i, wav in enumerate(sorted(tones.rglob("*.wav")))]
     (tmp_path / "m.csv").write_text("\n".join(["file,label,fold", *rows, ""]))
     chances: list[torch.Tensor] = []
-    score, precision = finetune.Tuner.score, finetune.average_precision_score
+    score, precision = finetune.Tuner.score, sklearn.metrics.average_precision_score
 
     def keep(targets, values, **options):
         chances.append(torch.from_numpy(values))
@@ -175,7 +176,7 @@ def test_fine_tuning_scores_a_long_recording_as_a_short_one(run, tones, tmp_path
         monkeypatch.setattr(feature_cache, "CHUNKS_AT_ONCE", 1)
         return score(self, task, skipped)
 
-    monkeypatch.setattr(finetune, "average_precision_score", keep)
+    monkeypatch.setattr(sklearn.metrics, "average_precision_score", keep)
     monkeypatch.setattr(finetune.Tuner, "score", twice)
     options = [
         "--test",

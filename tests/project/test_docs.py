@@ -113,7 +113,10 @@ def test_figures_of_the_readme_come_from_the_results():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_are_accepted(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no run folder is
+    monkeypatch.chdir(tmp_path)  # where there are only the settings of the runs that other runs begin with
+    for run in ("mine", "stable"):
+        Path("runs", run).mkdir(parents=True)
+        config.save(config.PRESETS["tiny"], Path("runs", run, "config.json"))
     for words in shell_lines(ROOT / name):
         line = " ".join(words)
         try:

@@ -136,13 +136,14 @@ def test_api_page_has_every_public_name_of_ajepa_kernels():
 def test_api_page_of_ajepa_names_what_exists():
     page = (DOCS / "api" / "ajepa.md").read_text()
     named = set()
-    for module, name in re.findall(r"^::: (ajepa\.\w+)(?:\.(\w+))?$", page, flags=re.MULTILINE):
-        path = ROOT / f"{module.replace('.', '/')}.py"
-        assert not name or name in defined_in(path), f"{module}.{name}"
-        named.add(name)
-    listed = re.search(r"members: \[(.*)\]", page)
-    assert listed and set(listed[1].split(", ")) <= defined_in(ROOT / "ajepa" / "config.py")
-    assert set(ajepa.__all__) - {"train", "__version__"} <= named.union(listed[1].split(", "))
+    for dotted, members in re.findall(
+        r"^::: ([\w.]+)$(?:\n +options:\n +members: \[(.*)\])?", page, flags=re.MULTILINE
+    ):
+        home, _, name = dotted.rpartition(".")
+        module, names = (dotted, members.split(", ")) if members else (home, [name])
+        assert set(names) <= defined_in(ROOT / f"{module.replace('.', '/')}.py"), dotted
+        named.update(names)
+    assert set(ajepa.__all__) - {"train", "__version__"} <= named
     assert "run" in named, "which `ajepa.train` stands for"
 
 

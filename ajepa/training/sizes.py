@@ -1,0 +1,46 @@
+"""An estimate of a run's memory, made before anything is allocated."""
+
+import torch
+
+from ajepa.config import Config, ConfigError
+from ajepa.model.jepa import JEPA
+from ajepa.utils.devices import available_memory
+
+BUFFERS = 3  # batches on the host besides the prefetched ones: being assembled, with the caller, spare
+
+
+def check_memory(cfg: Config, device: torch.device, world_size: int = 1) -> None:
+    """Raise ConfigError where a run cannot fit: where what it needs at least is more than the free memory.
+
+    Activations are not counted, so a run that passes may still be too large.
+    """
+    model, batch = model_bytes(cfg, world_size), cfg.optim.batch_size // world_size
+    patches = batch * cfg.objective.count * cfg.front_end.n_patches * cfg.front_end.patch_dim * 4
+    pcm = batch * round(cfg.source_seconds * cfg.front_end.sample_rate) * 2 * (cfg.data.prefetch + BUFFERS)
+    needs = {"--size, --predictor-width or --predictor-depth": model, "--batch-size": patches}
+    host = {"--batch-size, --prefetch or --clip-seconds": pcm}
+    if device.type == "cuda":
+        _fits(needs, torch.cuda.mem_get_info(device)[0], str(device))
+        _fits(host, available_memory(), "the CPU")
+    else:
+        _fits({**needs, **host}, available_memory(), "the CPU")
+
+
+def model_bytes(cfg: Config, world_size: int = 1) -> int:
+    """Bytes of weights, gradients, moments and the average of the weights on each rank, all in float32."""
+    with torch.device("meta"):
+        try:
+            model = JEPA(cfg)
+        except RuntimeError:  # a tensor of more bytes than can be counted
+            return 1 << 62
+    values = sum(p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
+    return 4 * (values // (world_size if cfg.parallel == "fsdp" else 1) + sum(b.numel() for b in model.buffers()))
+
+
+def _fits(needs: dict[str, int], free: int, where: str) -> None:
+    if sum(needs.values()) > free:
+        flags = max(needs, key=lambda name: needs[name])
+        raise ConfigError(
+            f"the run needs at least {sum(needs.values()) / 1e9:,.1f} GB on {where}, where {free / 1e9:,.1f} GB are "
+            f"free: lower {flags}, which decide {needs[flags] / 1e9:,.1f} GB"
+        )
