@@ -79,7 +79,7 @@ def _serve() -> None:
             importlib.import_module(optional)
     import ajepa.finetune
     import ajepa.probe
-    import ajepa.train  # noqa: F401
+    import ajepa.train
 
     ajepa.config.parse([])  # tyro and pydantic keep what they learn of the settings
     gc.collect()

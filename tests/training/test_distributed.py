@@ -228,7 +228,7 @@ both ajepa.training.checkpoint.write_synced 4
 0 ajepa.training.engine.AdamWEMA.step 1
 1 ajepa.training.checkpoint._optimizer_tensors 2
 0 ajepa.training.checkpoint._sync 2
-0 ajepa.train.write_encoder 1
+both ajepa.train.write_encoder 1
 """.strip().splitlines()
 
 
@@ -252,7 +252,7 @@ def test_ranks_killed_at_20_moments_resume_to_the_same_bits(tones, tmp_path, for
     for number, moment in enumerate(MOMENTS):
         victim, _, kill = moment.partition(" ")
         rank, log = int(victim == "1"), tmp_path / f"{number}.log"
-        patience = ["--rank-timeout", "2" if "joined" in kill else "50"]
+        patience = ["--rank-timeout", "1" if "joined" in kill else "50"]
         pids = forks.start_ranks(2, [*again, *patience], log, call=call, KILL=kill, KILL_RANK=str(rank))
         assert forks.wait(pids[rank]) == -signal.SIGKILL, (moment, log.with_suffix(f".{rank}").read_text())
         if victim == "both":
