@@ -607,7 +607,7 @@ ajepa.evaluation.feature_cache._embed 1
 ajepa.evaluation.feature_cache._embed 1 0.01
 ajepa.evaluation.feature_cache._save 1
 ajepa.evaluation.feature_cache._save 2
-ajepa.utils.tensor_files.write_atomic 2
+ajepa.utils.atomic_files.os.fsync 2
 ajepa.evaluation.feature_cache._save 4
 ajepa.evaluation.feature_cache._load 3
 ajepa.probe._cross_validate 1
