@@ -1,13 +1,17 @@
 """Fast process starts: a server imports torch and ajepa once and then forks for each requested run."""
 
 import contextlib
+import gc
 import importlib
+import itertools
 import json
 import os
+import pkgutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -32,7 +36,11 @@ class Forks:
         return json.loads(self.server.stdout.readline())
 
     def start(self, argv: list[str], log: Path, call: str = "ajepa.train:main", **environment: str) -> int:
-        """Start `call(argv)`, with `call` as "module:function" and the output in `log`, and return the process id."""
+        """Start `call(argv)`, with `call` as "module:function" and the output in `log`, and return the process id.
+
+        KILL="module.function n" lets the process kill itself before its n-th call of that function, and KILL="... n s"
+        s seconds later. KILL_RANK limits this to one of several ranks.
+        """
         environment["AJEPA_CACHE"] = os.environ["AJEPA_CACHE"]
         return self._ask(argv=argv, log=str(log), call=call, environment=environment, path=sys.path)
 
@@ -66,12 +74,16 @@ def _serve() -> None:
     import torch
     import torch._dynamo  # which every optimiser loads
 
-    with contextlib.suppress(ImportError):  # DALI is optional: plain PCM is read without it
-        from nvidia.dali import fn, pipeline_def, types  # noqa: F401 (DALI is the slowest import)
+    for optional in ("nvidia.dali.fn", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"):  # slow imports
+        with contextlib.suppress(ImportError):
+            importlib.import_module(optional)
     import ajepa.finetune
-    import ajepa.probe  # loads scikit-learn, which is slow
-    import ajepa.train  # noqa: F401
+    import ajepa.probe
+    import ajepa.train
 
+    ajepa.config.parse([])  # tyro and pydantic keep what they learn of the settings
+    gc.collect()
+    gc.freeze()  # collections of the forks then neither scan nor copy the server's objects
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -86,6 +98,8 @@ def _serve() -> None:
             sys.path[1:] = request["path"]  # with the folder of the test that calls; this file's folder stays first
             torch.set_num_threads(1)
             status = 1
+            if "KILL" in os.environ and os.environ.get("RANK") == os.environ.get("KILL_RANK"):
+                _kill_before(*os.environ["KILL"].split())
             try:
                 module, function = request["call"].split(":")
                 status = getattr(importlib.import_module(module), function)(request["argv"])
@@ -95,6 +109,20 @@ def _serve() -> None:
             sys.stderr.flush()
             os._exit(status)
         print(json.dumps(pid), flush=True)
+
+
+def _kill_before(target: str, number: str, seconds: str = "0") -> None:
+    owner, name = pkgutil.resolve_name(target.rpartition(".")[0]), target.rpartition(".")[2]
+    whole, count = getattr(owner, name), itertools.count(1)
+
+    def fatal(*args, **options):
+        if next(count) == int(number):
+            if not float(seconds):
+                os.kill(os.getpid(), signal.SIGKILL)
+            threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return whole(*args, **options)
+
+    setattr(owner, name, fatal)
 
 
 def _wait(pid: int, seconds: float) -> int | None:

@@ -20,7 +20,7 @@ pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed"
 pytest.importorskip("soxr", reason="soxr is not installed")
 
 from ajepa import embed, pack
-from ajepa.config import PRESETS
+from ajepa.config import PRESETS, SIZES
 from ajepa.encoder import Encoder, EncoderConfig
 from ajepa.evaluation import embeddings
 from ajepa.utils.atomic_files import write_atomic
@@ -245,25 +245,63 @@ def records(out) -> int:
     return sum(path.read_bytes().count(b"\n") for path in out.parent.glob(f".{out.name}.unfinished/*/done.jsonl"))
 
 
-def test_five_kills_lose_nothing(encoder, segments, tmp_path, forks):
+def main_with_a_micro_model(argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", (32, 1, 4))
+        return embed.main(argv)
+
+
+# Before which call of which function an embedding is killed, or so many seconds later.
+MOMENTS = """
+ajepa.embed.claim_file 1
+ajepa.utils.lock.os.link 1
+ajepa.evaluation.embeddings.Spool.add 1
+ajepa.evaluation.embeddings._write_all 2
+ajepa.evaluation.embeddings._write_all 3
+ajepa.evaluation.embeddings._write_all 3 0.001
+ajepa.embed.encode 5
+ajepa.evaluation.embeddings.Spool._note 1
+ajepa.embed.list_recordings 1
+ajepa.evaluation.embeddings._write_all 6
+ajepa.embed.read_pieces 4
+ajepa.evaluation.embeddings.Spool.add 3 0.002
+ajepa.embed.encode 2 0.001
+ajepa.evaluation.embeddings.Spool._recover 1
+ajepa.evaluation.embeddings._write_all 8
+ajepa.embed.write_result 1
+ajepa.evaluation.embeddings.np.lib.format.write_array_header_2_0 2
+ajepa.embed.shutil.rmtree 1
+""".strip().splitlines()
+
+
+def test_killed_at_20_moments_an_embedding_loses_nothing(segments, tmp_path, forks, monkeypatch):
     """Killed at whatever it does, the command goes on, and writes the file that it writes without kills."""
-    _, folder = encoder
-    argv = [str(folder), str(segments), "--device", "cpu", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setitem(SIZES, "tiny", (32, 1, 4))
+        config = EncoderConfig(front_end=PRESETS["tiny"].front_end, size="tiny", clip_samples=8_000)
+        Encoder(config).save_pretrained(tmp_path / "micro")
+    argv = [str(tmp_path / "micro"), str(segments), "--device", "cpu", "--out"]
     whole, out, log = tmp_path / "whole.npz", tmp_path / "e.npz", tmp_path / "log"
-    assert forks.run([*argv, str(whole)], log, call="ajepa.embed:main") == 0
-    before, signals = 0, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGKILL]
-    for number in signals:
-        pid = forks.start([*argv, str(out)], log, call="ajepa.embed:main")
+    micro = {"call": "test_embed:main_with_a_micro_model"}
+    assert forks.run([*argv, str(whole)], log, **micro) == 0, log.read_text()
+    done = [0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        pid = forks.start([*argv, str(out)], log, **micro)
         end = time.monotonic() + 60
-        while records(out) <= before and time.monotonic() < end:
-            time.sleep(0.002)
+        while records(out) <= done[-1] and time.monotonic() < end:
+            time.sleep(0.001)
         os.kill(pid, number)
         assert forks.wait(pid) == (130 if number == signal.SIGINT else -number)
-        assert before < records(out) < 36 and not out.exists()
-        before = records(out)
-    assert forks.run([*argv, str(out)], log, call="ajepa.embed:main") == 0
+        done.append(records(out))
+    for moment in MOMENTS:
+        pid = forks.start([*argv, str(out)], log, **micro, KILL=moment)
+        assert forks.wait(pid) == -signal.SIGKILL, (moment, log.read_text())
+        done.append(records(out))
+        assert out.exists() == (moment == MOMENTS[-1])
+    assert len(done) == 21 and done == sorted(done) and len(set(done)) > 8 and done[-1] == 36, done
+    assert forks.run([*argv, str(out)], log, **micro) == 0
     assert out.read_bytes() == whole.read_bytes() and len(read(out)[0]) == 36
-    assert not out.with_name(".e.npz.unfinished").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.npz", "log", "micro", "whole.npz"]
 
 
 def interrupted(monkeypatch, after: int, error=KeyboardInterrupt):

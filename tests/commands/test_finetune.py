@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -338,35 +337,51 @@ def main_with_a_micro_model(argv):
         return finetune.main(argv)
 
 
+# Before which call of which function a fine-tuning is killed, or so many seconds later.
+MOMENTS = """
+ajepa.utils.lock.os.link 1
+ajepa.finetune.write_json 1
+ajepa.finetune.write_json 2
+ajepa.finetune.Tuner 1
+ajepa.finetune.Tuner.step 1
+ajepa.finetune.Tuner.step 3 0.002
+ajepa.training.checkpoint.write_synced 1
+ajepa.training.checkpoint.write_synced 3
+ajepa.training.checkpoint._sync 1
+ajepa.training.checkpoint._sync 2
+ajepa.finetune.load_latest 1
+ajepa.finetune.Tuner.loss 6
+ajepa.training.checkpoint.write_synced 6
+ajepa.training.checkpoint.load_checkpoint 1
+ajepa.finetune.Tuner.step 9 0.004
+ajepa.training.checkpoint._sync 3
+ajepa.finetune.Tuner.score 1
+ajepa.finetune.finish 1
+ajepa.finetune.write_tensors 2
+ajepa.finetune.write_json 3
+""".strip().splitlines()
+
+
 def test_killed_at_20_moments_a_fine_tuning_resumes_to_the_same_bits(manifest, tmp_path, forks, monkeypatch):
     shrink(monkeypatch)
     config = EncoderConfig(replace(CFG.front_end, n_frames=16), "tiny", 8_000)
     Encoder(config).save_pretrained(tmp_path / "micro")
-    more = ("--epochs", "60", "--eval-every", "20", "--keep", "100", "--mixup", "0.3", "--time-mask", "5")
+    more = ("--epochs", "12", "--eval-every", "8", "--keep", "100", "--mixup", "0.3", "--time-mask", "5")
     micro, log = {"call": "test_finetune:main_with_a_micro_model"}, tmp_path / "log"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert forks.run(arguments(tmp_path / "micro", manifest, whole, *more), log, **micro) == 0, log.read_text()
     again = arguments(tmp_path / "micro", manifest, broken, *more, "--resume")
-    rng, reached = np.random.default_rng(7), []
-    for kill in range(20):
-        saved = checkpoints(broken / "checkpoints")
-        goal = min(60, len(saved) + rng.integers(0, 3))
-        pid = forks.start(again, log, **micro)
-        while len(checkpoints(broken / "checkpoints")) < goal or (
-            kill == 19 and not (broken / "model.safetensors").exists()
-        ):
-            time.sleep(0.001)
-        time.sleep(0 if kill == 19 else rng.uniform(0, 0.03))
-        os.kill(pid, signal.SIGKILL)
-        assert forks.wait(pid) in (-signal.SIGKILL, 0), log.read_text()
+    reached = []
+    for moment in MOMENTS:
+        assert forks.wait(forks.start(again, log, **micro, KILL=moment)) == -signal.SIGKILL, (moment, log.read_text())
         reached.append(len(checkpoints(broken / "checkpoints")))
-    assert len(set(reached)) > 8, reached
+    assert len(reached) == 20 and len(set(reached)) > 5 and reached[-1] == 12, reached
     assert forks.run(again, log, **micro) == 0, log.read_text()
     ours, theirs = contents(broken), contents(whole)
     for name in ("finetune.json", "arguments.json"):
         assert json.loads(ours.pop(Path(name)))["classes" if name == "finetune.json" else "data"]
         theirs.pop(Path(name))
-    assert ours == theirs and len(checkpoints(broken / "checkpoints")) == 60
+    assert ours == theirs and len(checkpoints(broken / "checkpoints")) == 12
     ours, theirs = (json.loads((folder / "finetune.json").read_text()) for folder in (broken, whole))
     assert {k: v for k, v in ours.items() if k not in ("arguments", "sha256")} == {
         k: v for k, v in theirs.items() if k not in ("arguments", "sha256")

@@ -1,9 +1,7 @@
 import errno
 import json
-import multiprocessing
 import os
-import random
-import time
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,30 +168,50 @@ def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path, source, smal
     assert left_out(tmp_path / "cut") == {"twin.wav": f"the same samples as {source / 'a' / '003.wav'}"}
 
 
-def test_killed_while_packing_and_continued(tmp_path):
-    """After SIGKILL at twenty moments no half-written shard is read, and the result is the same as without."""
+# Before which call of which function a packing is killed, or so many seconds later.
+MOMENTS = """
+ajepa.pack.build_index 1
+ajepa.utils.lock.os.link 1
+ajepa.pack._finished 1
+ajepa.pack.ShardWriter.add 1
+ajepa.pack.ShardWriter.add 4
+ajepa.pack.ShardWriter.add 2 0.003
+ajepa.pack.ShardWriter.finish 1
+ajepa.utils.atomic_files.os.fsync 1
+ajepa.utils.atomic_files.os.replace 1
+ajepa.pack.ShardWriter.add 10
+ajepa.pack._pack_rows 1
+ajepa.pack.ShardWriter.finish 2
+ajepa.pack.ShardWriter.add 9 0.002
+ajepa.utils.atomic_files.os.replace 2
+ajepa.pack.missing_rows 1
+ajepa.pack.ShardWriter.add 16
+ajepa.pack.ShardWriter.add 8 0.001
+ajepa.pack.ShardWriter.finish 2
+ajepa.pack.write_atomic 1
+ajepa.utils.lock.Lock.release 1
+""".strip().splitlines()
+
+
+def test_killed_at_20_moments_a_packing_goes_on_to_the_same_shards(tmp_path, forks):
+    """No half-written shard is taken for a whole one, and no lock of a killed process stops the next one."""
     write_set(tmp_path / "source", 60, frames=80_000)
-    options = (tmp_path / "source", tmp_path / "cut", "--shard-mb", 1)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["ajepa.pack"])  # import it only once
-    moments = random.Random(0)
-    finished = []
-    for _ in range(20):
-        process = processes.Process(target=run, args=options)
-        process.start()
-        while not list((tmp_path / "cut").glob(".*.partial")) and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.01))
-        process.kill()
-        process.join()
-        finished.append(len(list((tmp_path / "cut").glob("*.shard"))))
-        for path in (tmp_path / "cut").glob("*.shard"):
-            assert Shard(str(path)).damaged() == []
-    assert finished == sorted(finished) and finished[0] < 9, finished
-    assert run(*options) == 0
-    assert run(tmp_path / "source", tmp_path / "whole", "--shard-mb", 1) == 0
-    assert len(shards(tmp_path / "whole")) > 8
-    assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+    whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
+    argv = [str(tmp_path / "source"), "--rate", str(RATE), "--shard-mb", "1"]
+    assert forks.run([*argv, str(whole)], log, call="ajepa.pack:main") == 0, log.read_text()
+    finished, partial, stale = [], 0, 0
+    for moment in MOMENTS:
+        pid = forks.start([*argv, str(cut)], log, call="ajepa.pack:main", KILL=moment)
+        assert forks.wait(pid) == -signal.SIGKILL, (moment, log.read_text())
+        complete = list(cut.glob("*.shard"))
+        finished.append(len(complete))
+        assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in complete), moment
+        partial += any(cut.glob(".*.shard.partial"))
+        stale += (cut / ".lock").exists()
+    assert len(finished) == 20 and finished == sorted(finished) and len(set(finished)) > 5, finished
+    assert partial >= 8 and stale >= 16, (partial, stale)
+    assert forks.run([*argv, str(cut)], log, call="ajepa.pack:main") == 0, log.read_text()
+    assert len(shards(whole)) > 8 and shards(cut) == shards(whole)
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "header"])

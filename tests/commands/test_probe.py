@@ -3,11 +3,9 @@
 import csv
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import tarfile
-import time
 from typing import get_args
 
 import numpy as np
@@ -601,10 +599,36 @@ def main_with_a_micro_model(argv):
         return probe.main(argv)
 
 
+# Before which call of which function a probe is killed, or so many seconds later.
+MOMENTS = """
+ajepa.probe.open_encoder 1
+ajepa.probe.build_index 1
+ajepa.evaluation.feature_cache._embed 1
+ajepa.evaluation.feature_cache._embed 1 0.01
+ajepa.evaluation.feature_cache._save 1
+ajepa.evaluation.feature_cache._save 2
+ajepa.utils.atomic_files.os.fsync 2
+ajepa.evaluation.feature_cache._save 4
+ajepa.evaluation.feature_cache._load 3
+ajepa.probe._cross_validate 1
+ajepa.evaluation.probes.fit 1
+ajepa.evaluation.probes.fit 2 0.005
+ajepa.probe._cross_validate 5
+ajepa.evaluation.probes.classify 6
+ajepa.probe.scores 3
+ajepa.probe.per_class 1
+ajepa.probe.write_json 1
+ajepa.probe.draw 1
+ajepa.evaluation.plots.write_atomic 1
+ajepa.probe.report 1
+""".strip().splitlines()
+
+
 def test_killed_at_20_moments_a_probe_repeats_to_the_same_result(manifest, tmp_path, forks, monkeypatch):
     shrink(monkeypatch)
     monkeypatch.setenv("AJEPA_CACHE", str(tmp_path / "cache"))
     spec = dataclasses.replace(PRESETS["tiny"].front_end, n_frames=16)
+    torch.manual_seed(1)  # not the seed of the untrained encoder
     ajepa.Encoder(EncoderConfig(spec, "tiny", 8_000)).save_pretrained(tmp_path / "micro")
     argv = [str(tmp_path / "micro"), "--data", str(manifest), "--label", "kind", "--test", "fold=1", "--map", "none"]
     micro, log = {"call": "test_probe:main_with_a_micro_model"}, tmp_path / "log"
@@ -614,24 +638,17 @@ def test_killed_at_20_moments_a_probe_repeats_to_the_same_result(manifest, tmp_p
         del found["settings"]["out"]
         return {key: value for key, value in found.items() if key not in ("seconds", "sha256")}
 
-    for _ in range(2):  # the first one waits until the server has started
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        began = time.monotonic()
-        assert forks.run([*argv, "--out", str(tmp_path / "whole")], log, **micro) == 0, log.read_text()
-        seconds = time.monotonic() - began
-    rng, killed = np.random.default_rng(3), 0
-    for kill in range(20):
-        if kill % 3 == 0:  # else the features of before are found
-            shutil.rmtree(tmp_path / "cache")
-        pid = forks.start([*argv, "--out", str(tmp_path / "cut")], log, **micro)
-        time.sleep(rng.uniform(0, 0.9) * seconds)
-        os.kill(pid, signal.SIGKILL)
-        status = forks.wait(pid)
-        assert status in (-signal.SIGKILL, 0), log.read_text()
-        killed += status != 0
+    assert forks.run([*argv, "--out", str(tmp_path / "whole")], log, **micro) == 0, log.read_text()
+    shutil.rmtree(tmp_path / "cache")
+    cached, written = [], 0
+    for moment in MOMENTS:
+        pid = forks.start([*argv, "--out", str(tmp_path / "cut")], log, **micro, KILL=moment)
+        assert forks.wait(pid) == -signal.SIGKILL, (moment, log.read_text())
+        cached.append(len(list((tmp_path / "cache" / "features").glob("*.safetensors"))))
         if (tmp_path / "cut" / "probe.json").exists():
             assert result("cut") == result("whole")
-    assert killed >= 10
+            written += 1
+    assert len(cached) == 20 and len(set(cached)) > 3 and cached[-1] == 6 and written == 3, (cached, written)
     assert forks.run([*argv, "--out", str(tmp_path / "cut")], log, **micro) == 0, log.read_text()
     assert result("cut") == result("whole") and "damaged" not in log.read_text()
 

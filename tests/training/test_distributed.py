@@ -17,8 +17,10 @@ import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
-from ajepa.config import PRESETS, ObjectiveConfig
+from ajepa import train
+from ajepa.config import PRESETS, SIZES, ObjectiveConfig
 from ajepa.model.masks import MaskSampler
+from ajepa.training import distributed
 from ajepa.training.distributed import ElsewhereError, Ranks, ReplicaError, joined
 from ajepa.training.engine import Engine
 from ajepa.utils.run_folder import checkpoints
@@ -202,6 +204,72 @@ def test_a_rank_that_dies_ends_the_run_with_one_message_and_it_resumes(alone, co
     assert len(re.findall("^error: .*lost another rank.*--resume", output, re.MULTILINE)) == 1, output
     assert forks.run([*argv, "--resume"], folder.with_suffix(".log")) == 0
     assert_same_run(folder, alone, 1)
+
+
+# Which rank kills itself before which call of which function, or so many seconds later. With "both", the other rank is
+# killed at once, too; otherwise it must end by itself.
+MOMENTS = """
+both ajepa.train.open_corpus 1
+0 ajepa.training.engine.Engine.train 2
+0 ajepa.training.checkpoint.write_synced 1
+1 ajepa.train.joined 1
+1 ajepa.train.Engine.train 3 0.01
+1 ajepa.training.distributed.Ranks.check_alike 1
+1 ajepa.train.Engine 1
+1 ajepa.training.distributed.Ranks.share 1
+0 ajepa.training.checkpoint.write_synced 6
+0 ajepa.training.checkpoint.load_checkpoint 1
+both ajepa.training.distributed.Ranks.reduce 2
+0 ajepa.training.checkpoint._sync 1
+0 ajepa.train.joined 1
+1 ajepa.training.engine.AdamWEMA.step 2
+both ajepa.training.checkpoint.write_synced 4
+0 ajepa.train.Engine.train 1 0.02
+0 ajepa.training.engine.AdamWEMA.step 1
+1 ajepa.training.checkpoint._optimizer_tensors 2
+0 ajepa.training.checkpoint._sync 2
+both ajepa.train.write_encoder 1
+""".strip().splitlines()
+
+
+def main_of_a_micro_model(argv):
+    """Without pictures, and without the time that a launcher gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", (32, 1, 4))
+        patch.setattr(distributed, "GRACE", 0.0)
+        patch.setattr(train, "draw", lambda *_: None)
+        return train.main(argv)
+
+
+def test_ranks_killed_at_20_moments_resume_to_the_same_bits(tones, tmp_path, forks):
+    """Before the first step, within a step, and while saving. A rank that has lost the other says so and ends."""
+    micro = ["--predictor-width", "16", "--predictor-heads", "2", "--predictor-depth", "1", "--target-layers", "1"]
+    argv = ["--data", str(tones), *SMALL, *micro, "--steps", "14", "--checkpoint-every", "1", "--keep", "100"]
+    argv += ["--watch-every", "14", "--eval-clips", "8", "--compare-steps", "0", "--objective", "masked"]
+    whole, broken, call = tmp_path / "whole", tmp_path / "broken", "test_distributed:main_of_a_micro_model"
+    assert forks.run_ranks(2, [*argv, "--out", str(whole)], tmp_path / "whole.log", call=call) == [0, 0]
+    again, done = [*argv, "--out", str(broken), "--resume"], []
+    for number, moment in enumerate(MOMENTS):
+        victim, _, kill = moment.partition(" ")
+        rank, log = int(victim == "1"), tmp_path / f"{number}.log"
+        patience = ["--rank-timeout", "1" if "joined" in kill else "50"]
+        pids = forks.start_ranks(2, [*again, *patience], log, call=call, KILL=kill, KILL_RANK=str(rank))
+        assert forks.wait(pids[rank]) == -signal.SIGKILL, (moment, log.with_suffix(f".{rank}").read_text())
+        if victim == "both":
+            os.kill(pids[1 - rank], signal.SIGKILL)
+        status, output = forks.wait(pids[1 - rank]), log.with_suffix(f".{1 - rank}").read_text()
+        if victim != "both":
+            assert status in (1, 2), (moment, status, output)
+            assert output.count("error: ") == 1 and "Traceback" not in output, (moment, output)
+        done.append(len(checkpoints(broken / "checkpoints")))
+    assert len(done) == 20 and len(set(done)) > 8 and done[-1] == 14, done
+    assert forks.run_ranks(2, again, tmp_path / "end.log", call=call) == [0, 0]
+    for ours, theirs in zip(*(checkpoints(folder / "checkpoints") for folder in (broken, whole)), strict=True):
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            a, b = load_file(ours / name), load_file(theirs / name)
+            assert ours.name == theirs.name and a.keys() == b.keys()
+            assert all(torch.equal(a[key], value) for key, value in b.items())
+    assert (broken / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
 
 
 def test_a_single_process_exchanges_nothing():
