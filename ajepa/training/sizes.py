@@ -2,8 +2,7 @@
 
 import torch
 
-from ajepa.config import Config, ConfigError
-from ajepa.model.jepa import JEPA
+from ajepa.config import SIZES, Config, ConfigError
 from ajepa.utils.devices import available_memory
 
 BUFFERS = 3  # batches on the host besides the prefetched ones: being assembled, with the caller, spare
@@ -27,14 +26,17 @@ def check_memory(cfg: Config, device: torch.device, world_size: int = 1) -> None
 
 
 def model_bytes(cfg: Config, world_size: int = 1) -> int:
-    """Bytes of weights, gradients, moments and the average of the weights on each rank, all in float32."""
-    with torch.device("meta"):
-        try:
-            model = JEPA(cfg)
-        except RuntimeError:  # a tensor of more bytes than can be counted
-            return 1 << 62
-    values = sum(p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
-    return 4 * (values // (world_size if cfg.parallel == "fsdp" else 1) + sum(b.numel() for b in model.buffers()))
+    """Bytes of the blocks' matrices on each rank, with gradients, moments and average, all in float32.
+
+    All other weights are small beside them. Counting them would take a model without values, and its making a second.
+    """
+    width, depth, _ = SIZES[cfg.model.size]
+    encoder = 12 * depth * width**2  # a block has 4 width^2 for attention and 8 width^2 for its MLP
+    predictor = 12 * cfg.model.predictor_depth * cfg.model.predictor_width**2 * cfg.objective.masks
+    projector = cfg.objective.projector_hidden * (2 * cfg.front_end.grid[0] * width + cfg.objective.projector_width)
+    projector *= cfg.objective.clips
+    values = 4 * (encoder + predictor + projector) + encoder * cfg.objective.taught
+    return 4 * values // (world_size if cfg.parallel == "fsdp" else 1)
 
 
 def _fits(needs: dict[str, int], free: int, where: str) -> None:
