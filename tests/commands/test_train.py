@@ -511,7 +511,7 @@ def test_a_foreign_configuration_is_refused(finished, tmp_path, capsys):
         assert str(folder / "config.json") in capsys.readouterr().err
     del raw["sha256"]
     for change in ({"secret": 1}, {"seed": "x"}, {"data": {"clip_seconds": float("nan")}},
-                   {"front_end": {"patch": [1_000_000_000, 1_000_000_000]}}):  # fmt: skip
+                   {"front_end": {**raw["front_end"], "patch": [1_000_000_000, 1_000_000_000]}}):  # fmt: skip
         write_json(folder / "config.json", {**raw, **change})
         assert main(["--out", str(folder), "--resume"]) == 2
         error = capsys.readouterr().err.strip()

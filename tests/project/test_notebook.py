@@ -8,6 +8,8 @@ import matplotlib
 import pytest
 import torch
 
+from ajepa.utils.json_files import read_json
+
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 SMALL = {"steps": 8, "n_clips": 110}  # five clips of each class, of which one is for the test
 
@@ -63,7 +65,7 @@ def test_the_cells_run_in_order(names, pictures, tmp_path, capsys):
     printed = capsys.readouterr().out
 
     run, summary = tmp_path / names["folder"], names["summary"]
-    assert summary == json.loads((run / "summary.json").read_text()) and summary["steps"] == SMALL["steps"]
+    assert summary == read_json(run / "summary.json") and summary["steps"] == SMALL["steps"]
     assert [picture for picture in pictures if isinstance(picture, str)] == ["curves.png", "masks.png"]
     masks, components = (picture for picture in pictures if not isinstance(picture, str))
     assert [axis.get_title().partition(":")[0] for axis in masks.axes] == [
