@@ -366,7 +366,7 @@ def test_killed_at_20_moments_a_fine_tuning_resumes_to_the_same_bits(manifest, t
     shrink(monkeypatch)
     config = EncoderConfig(replace(CFG.front_end, n_frames=16), "tiny", 8_000)
     Encoder(config).save_pretrained(tmp_path / "micro")
-    more = ("--epochs", "12", "--eval-every", "8", "--keep", "100", "--mixup", "0.3", "--time-mask", "5")
+    more = ("--epochs", "16", "--eval-every", "10", "--keep", "100", "--mixup", "0.3", "--time-mask", "5")
     micro, log = {"call": "test_finetune:main_with_a_micro_model"}, tmp_path / "log"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert forks.run(arguments(tmp_path / "micro", manifest, whole, *more), log, **micro) == 0, log.read_text()
@@ -375,13 +375,13 @@ def test_killed_at_20_moments_a_fine_tuning_resumes_to_the_same_bits(manifest, t
     for moment in MOMENTS:
         assert forks.wait(forks.start(again, log, **micro, KILL=moment)) == -signal.SIGKILL, (moment, log.read_text())
         reached.append(len(checkpoints(broken / "checkpoints")))
-    assert len(reached) == 20 and len(set(reached)) > 5 and reached[-1] == 12, reached
+    assert len(reached) == 20 and len(set(reached)) > 5 and reached[-1] == 16, reached
     assert forks.run(again, log, **micro) == 0, log.read_text()
     ours, theirs = contents(broken), contents(whole)
     for name in ("finetune.json", "arguments.json"):
         assert json.loads(ours.pop(Path(name)))["classes" if name == "finetune.json" else "data"]
         theirs.pop(Path(name))
-    assert ours == theirs and len(checkpoints(broken / "checkpoints")) == 12
+    assert ours == theirs and len(checkpoints(broken / "checkpoints")) == 16
     ours, theirs = (json.loads((folder / "finetune.json").read_text()) for folder in (broken, whole))
     assert {k: v for k, v in ours.items() if k not in ("arguments", "sha256")} == {
         k: v for k, v in theirs.items() if k not in ("arguments", "sha256")

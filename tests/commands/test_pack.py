@@ -195,7 +195,7 @@ ajepa.utils.lock.Lock.release 1
 
 def test_killed_at_20_moments_a_packing_goes_on_to_the_same_shards(tmp_path, forks):
     """No half-written shard is taken for a whole one, and no lock of a killed process stops the next one."""
-    write_set(tmp_path / "source", 60, frames=80_000)
+    write_set(tmp_path / "source", 120, frames=80_000)
     whole, cut, log = tmp_path / "whole", tmp_path / "cut", tmp_path / "log"
     argv = [str(tmp_path / "source"), "--rate", str(RATE), "--shard-mb", "1"]
     assert forks.run([*argv, str(whole)], log, call="ajepa.pack:main") == 0, log.read_text()

@@ -604,7 +604,7 @@ MOMENTS = """
 ajepa.probe.open_encoder 1
 ajepa.probe.build_index 1
 ajepa.evaluation.feature_cache._embed 1
-ajepa.evaluation.feature_cache._embed 1 0.01
+ajepa.evaluation.feature_cache.statistics 2
 ajepa.evaluation.feature_cache._save 1
 ajepa.evaluation.feature_cache._save 2
 ajepa.utils.atomic_files.os.fsync 2
