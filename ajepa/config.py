@@ -339,6 +339,9 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the computation; weights are always fp32. auto: bf16 on a GPU and on a CPU with instructions
     for it, else fp32."""
+    threads: int = 0
+    """CPU threads of torch. 0: as many as there are free cores when the run starts (in a script of your own: torch's
+    number). The run keeps their number, because the last bits of its results depend on it."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun. ddp: every rank holds the whole model. fsdp: every rank holds a shard of it (FSDP2, for large
     models)."""
@@ -489,8 +492,8 @@ PRESETS["tiny-clip"] = dataclasses.replace(
 )
 
 _MAY_CHANGE = {
-    "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "prefetch", "checkpoint_every", "keep",
-    "out",
+    "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "threads", "prefetch", "checkpoint_every",
+    "keep", "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
     "resident_gb", "compare_steps", "overlap_front_end", "overwrite", "config",
 }  # fmt: skip
@@ -705,8 +708,8 @@ def validate(cfg: Config) -> None:
         need(found is not None and found.origin is not None,
              f"--log-to {name}: the package {name} is not installed: pip install {name}")  # fmt: skip
     need(0 <= cfg.seed < 2**62, f"--seed {cfg.seed}: must be 0 or more, and below 2^62")
-    for name, value in {"loader_threads": data.loader_threads, "warmup_steps": optim.warmup_steps,
-                        "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip
+    for name, value in {"loader_threads": data.loader_threads, "threads": cfg.threads,
+                        "warmup_steps": optim.warmup_steps, "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip
         need(value >= 0, f"{flag(name)} {value}: must not be negative")
     need(1 <= spec.sample_rate <= 384_000, f"--sample-rate {spec.sample_rate}: 1 to 384,000 Hz can be resampled to")
     need(cfg.rank_timeout <= 86_400, f"--rank-timeout {cfg.rank_timeout}: a day (86400 s) is the most")

@@ -82,7 +82,8 @@ def torchaudio() -> str:
 
 def machine() -> Iterator[Line]:
     from ajepa.data.index import cache_root
-    from ajepa.utils.cores import cores, free_cores
+    from ajepa.utils.cores import cores, free_cores, snapshot
+    from ajepa.utils.devices import choose_threads
 
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
@@ -90,13 +91,13 @@ def machine() -> Iterator[Line]:
     yield "cpu", f"{model[1] if model else platform.machine()}, {cores()} cores for this process; {extensions}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    free = free_cores()
+    before = snapshot()
+    time.sleep(0.3)
+    free = free_cores(before)
     yield "free cores", "unknown" if free is None else f"{free:.1f}; the rest is used by other processes"
-    import torch
-
-    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
-    waiting = "which sleep while they wait" if passive else "which spin while they wait, and slow down on busy cores"
-    yield "OpenMP", f"{torch.get_num_threads()} threads, {waiting}"
+    policy, spins = os.environ.get("OMP_WAIT_POLICY", "").upper(), os.environ.get("GOMP_SPINCOUNT")
+    waiting = {"PASSIVE": "sleep", "ACTIVE": "spin"}.get(policy, f"spin {spins} times, then sleep" if spins else "spin")
+    yield "CPU threads", f"{choose_threads(0)} in a run started now; while they wait they {waiting}"
     for name in sorted(name for name in os.environ if re.match(VARIABLES, name)):
         yield name, os.environ[name]
     cache = cache_root()

@@ -1,6 +1,7 @@
 """Pretrain a JEPA on audio: files -> PCM -> log-mel patches -> masks -> encoders -> predictor -> loss -> update."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import math
@@ -41,7 +42,7 @@ from ajepa.training.summary import (
     write_summary,
 )
 from ajepa.utils.command import command
-from ajepa.utils.devices import choose_device, peak_memory
+from ajepa.utils.devices import choose_device, choose_threads, peak_memory
 from ajepa.utils.errors import UserError
 from ajepa.utils.folders import claim, kind_of, overwrite
 from ajepa.utils.json_files import DamagedError, read_json
@@ -326,6 +327,8 @@ def run(cfg: Config) -> dict[str, Any] | None:
     if cfg.cooldown_from:
         cfg = origin.cooldown(cfg)
     config.check_resume(cfg)
+    cfg = dataclasses.replace(cfg, threads=choose_threads(cfg.threads))
+    torch.set_num_threads(cfg.threads)
     with joined(cfg, choose_device(cfg.device)) as (ranks, device), opened(cfg, ranks) as (check_lock, finished):
         if finished is None:
             return train(cfg, cfg.folder, device, ranks, check_lock)

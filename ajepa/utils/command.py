@@ -16,11 +16,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from ajepa.utils.cores import cores, quota
+from ajepa.utils import cores
 from ajepa.utils.errors import UserError
 
-# How OpenMP's threads wait for work. By default they spin, and on busy cores they take the time of those that work.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+# How long OpenMP's threads spin before they sleep. By default they spin for milliseconds, and on busy cores they take
+# the time of those that work. If they slept at once, idle cores would have to be woken for every piece of work.
+SPINS = ("GOMP_SPINCOUNT", "1000")
 SCRIPT = re.compile(r"ajepa(-\w+)?(\.exe)?")
 
 
@@ -32,14 +33,15 @@ def is_command() -> bool:
 
 
 def prepare() -> None:
-    """Choose how many threads OpenMP has and how they wait, unless the user did; make Ctrl-C end the imports quietly.
+    """Choose how OpenMP's threads wait, unless the user did, and make Ctrl-C end the imports quietly.
 
     Left alone, torch takes every core, also where a container may use fewer.
     """
-    if not WAITING.keys() & os.environ.keys():
-        os.environ.update(WAITING)
-    if quota() < math.inf:
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+    cores.start = cores.snapshot()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(*SPINS)
+    if cores.quota() < math.inf:
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores.cores()))
     for descriptor in range(3):  # a file opened later must not get the number of a closed standard stream
         try:
             os.fstat(descriptor)

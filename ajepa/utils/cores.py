@@ -1,11 +1,23 @@
-"""The processors that this process may use, and how many of them are free."""
+"""The processors that this process may use, and how many of them other processes leave free."""
 
 import math
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")  # of version 2 and of version 1
+
+
+class Snapshot(NamedTuple):
+    """Seconds since the system started, at one moment."""
+
+    now: float
+    own: float  # processor time of this process
+    idle: dict[int, float]  # idle time of each processor that this process is bound to
+
+
+start: Snapshot | None = None  # of a command, before it imported anything large
 
 
 def cores() -> int:
@@ -27,26 +39,23 @@ def quota() -> float:
     return math.inf
 
 
-def free_cores(seconds: float = 0.2) -> float | None:
-    """How many of the processors that this process is bound to were idle for `seconds`; None if the system can't tell.
-
-    Waiting for a disk counts as idle.
-    """
-    before = _idle()
-    time.sleep(seconds)
-    after = _idle()
-    if before is None or after is None:
-        return None
-    ticks = os.sysconf("SC_CLK_TCK") * seconds
-    return sum(min(1.0, (after[cpu] - before[cpu]) / ticks) for cpu in before.keys() & after.keys())
-
-
-def _idle() -> dict[int, int] | None:
-    """Ticks for which each processor of this process has been idle."""
+def snapshot() -> Snapshot | None:
+    """The present moment; None if the system does not tell the idle time. Waiting for a disk counts as idle."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         mine = os.sched_getaffinity(0)
     except (OSError, AttributeError):
         return None
     rows = [line.split() for line in lines if line.startswith("cpu") and line[3].isdigit()]
-    return {int(row[0][3:]): int(row[4]) + int(row[5]) for row in rows if int(row[0][3:]) in mine}
+    tick = os.sysconf("SC_CLK_TCK")
+    idle = {int(row[0][3:]): (int(row[4]) + int(row[5])) / tick for row in rows if int(row[0][3:]) in mine}
+    return Snapshot(time.monotonic(), time.process_time(), idle)
+
+
+def free_cores(since: Snapshot | None) -> float | None:
+    """How many processors other processes have left to this one since a snapshot; None if the system does not tell."""
+    end = snapshot()
+    if since is None or end is None or end.now - since.now < 0.05:
+        return None
+    idle = sum(end.idle[cpu] - since.idle[cpu] for cpu in since.idle.keys() & end.idle.keys())
+    return min((idle + end.own - since.own) / (end.now - since.now), len(end.idle))

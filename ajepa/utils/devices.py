@@ -2,11 +2,14 @@
 
 import contextlib
 import gc
+import os
 import sys
 from pathlib import Path
 
 import torch
 
+from ajepa.utils import cores
+from ajepa.utils.cores import free_cores
 from ajepa.utils.errors import ConfigError
 
 try:
@@ -25,6 +28,18 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is here; use --device cpu")
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_threads(asked: int) -> int:
+    """Number of CPU threads for torch: `asked`, or for 0 as many as a command finds free cores.
+
+    Where OMP_NUM_THREADS is set, and in programs that are no commands of ajepa, 0 leaves torch's number as it is.
+    """
+    most = torch.get_num_threads()
+    free = None if asked or "OMP_NUM_THREADS" in os.environ else free_cores(cores.start)
+    if free is None:
+        return asked or most
+    return max(1, min(most, round(free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
 
 
 def trains_in_bf16(device: torch.device) -> bool:

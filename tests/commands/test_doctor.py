@@ -120,8 +120,10 @@ def test_the_cpu_kernel_is_the_best_that_the_cpu_has_and_the_variable_allows():
 
 def test_the_report_says_how_many_threads_compute_and_how_they_wait(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "SECTIONS", {"machine": [doctor.machine]})
-    for policy, words in (("PASSIVE", "sleep while they wait"), ("ACTIVE", "spin while they wait")):
-        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    for policy, words in (("PASSIVE", "they sleep"), ("ACTIVE", "they spin"), (None, "they spin 7 times, then sleep")):
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy) if policy else monkeypatch.delenv("OMP_WAIT_POLICY")
         assert doctor.main([]) == 0
         report = capsys.readouterr().out
-        assert f"{torch.get_num_threads()} threads, which {words}" in report and "free cores" in report
+        assert f"{torch.get_num_threads()} in a run started now; while they wait {words}" in report
+        assert "free cores" in report

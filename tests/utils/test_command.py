@@ -11,8 +11,8 @@ import time
 import pytest
 
 from ajepa.utils import command as commands
-from ajepa.utils import cores
-from ajepa.utils.command import WAITING, LastingStream, command, lasting_output
+from ajepa.utils import cores, devices
+from ajepa.utils.command import SPINS, LastingStream, command, lasting_output
 from ajepa.utils.errors import ConfigError
 
 SHOW = "import os, ajepa; print({k: v for k, v in os.environ.items() if 'OMP' in k or 'KMP' in k})"
@@ -24,13 +24,13 @@ def start(words: list[str], **settings: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def test_commands_wait_passively_and_libraries_leave_the_environment_alone(tmp_path):
+def test_commands_choose_how_threads_wait_and_libraries_leave_the_environment_alone(tmp_path):
     (tmp_path / "ajepa-probe").write_text(SHOW)
-    as_script = start([str(tmp_path / "ajepa-probe")]).communicate()[0]
-    assert eval(as_script).items() >= WAITING.items()
+    as_script = [str(tmp_path / "ajepa-probe")]
+    assert eval(start(as_script).communicate()[0]) == dict([SPINS])
     assert eval(start(["-c", SHOW]).communicate()[0]) == {}
-    chosen = start([str(tmp_path / "ajepa-probe")], OMP_WAIT_POLICY="ACTIVE").communicate()[0]
-    assert eval(chosen) == {"OMP_WAIT_POLICY": "ACTIVE"}
+    for chosen in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5"}):
+        assert eval(start(as_script, **chosen).communicate()[0]) == chosen
 
 
 @pytest.mark.parametrize(("argv", "script", "expected"), [
@@ -50,20 +50,35 @@ def test_a_command_is_known_by_how_it_was_started(argv, script, expected, monkey
 def test_a_container_gets_as_many_threads_as_it_may_use(quota, threads, tmp_path, monkeypatch):
     (tmp_path / "cpu.max").write_text(quota)
     monkeypatch.setattr(cores, "QUOTAS", (str(tmp_path / "cpu.max"),))
+    monkeypatch.setattr(cores, "start", None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    for name in ("OMP_NUM_THREADS", *WAITING):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", {})
     commands.prepare()
     assert os.environ.get("OMP_NUM_THREADS") == threads
     assert cores.cores() == int(threads or 64)
-    for name in ("OMP_NUM_THREADS", *WAITING):
-        monkeypatch.delenv(name, raising=False)
 
 
-def test_free_cores_are_those_without_work():
-    free = cores.free_cores(0.1)
-    assert free is None or 0 <= free <= len(os.sched_getaffinity(0))
+def test_free_cores_are_those_that_others_leave(monkeypatch):
+    """Four processors for ten seconds: two idle, one used by this process, and one by another."""
+    moments = iter([cores.Snapshot(100, 5, dict.fromkeys(range(4), 50.0)),
+                    cores.Snapshot(110, 15, {0: 60.0, 1: 60.0, 2: 50.0, 3: 50.0})])  # fmt: skip
+    monkeypatch.setattr(cores, "snapshot", lambda: next(moments))
+    assert cores.free_cores(cores.snapshot()) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("asked", "free", "ranks", "threads"), [
+    (0, 7.8, "1", 8), (0, 5.4, "1", 5), (0, 0.1, "1", 1), (0, 99, "1", 8), (0, 7.8, "4", 2), (3, 1.0, "1", 3),
+    (0, None, "1", 8),
+])  # fmt: skip
+def test_a_run_takes_the_free_cores(asked, free, ranks, threads, monkeypatch):
+    monkeypatch.setattr(devices, "free_cores", lambda _: free)
+    monkeypatch.setattr(devices.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert devices.choose_threads(asked) == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")  # the user's choice
+    assert devices.choose_threads(asked) == (asked or 8)
 
 
 def test_ctrl_c_during_the_imports_gives_one_line_and_130():
