@@ -709,7 +709,8 @@ def validate(cfg: Config) -> None:
              f"--log-to {name}: the package {name} is not installed: pip install {name}")  # fmt: skip
     need(0 <= cfg.seed < 2**62, f"--seed {cfg.seed}: must be 0 or more, and below 2^62")
     for name, value in {"loader_threads": data.loader_threads, "threads": cfg.threads,
-                        "warmup_steps": optim.warmup_steps, "compare_steps": watch.compare_steps, "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip
+                        "warmup_steps": optim.warmup_steps, "compare_steps": watch.compare_steps,
+                        "curriculum_c0": mask.curriculum_c0}.items():  # fmt: skip
         need(value >= 0, f"{flag(name)} {value}: must not be negative")
     need(1 <= spec.sample_rate <= 384_000, f"--sample-rate {spec.sample_rate}: 1 to 384,000 Hz can be resampled to")
     need(cfg.rank_timeout <= 86_400, f"--rank-timeout {cfg.rank_timeout}: a day (86400 s) is the most")

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import os
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def choose_threads(asked: int) -> int:
     free = None if asked or "OMP_NUM_THREADS" in os.environ else free_cores(cores.start)
     if free is None:
         return asked or most
-    return max(1, min(most, round(free / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+    share = free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(most, math.ceil(share - 0.25)))  # a core counts if others leave more than a quarter of it
 
 
 def trains_in_bf16(device: torch.device) -> bool:

@@ -68,8 +68,8 @@ def test_free_cores_are_those_that_others_leave(monkeypatch):
 
 
 @pytest.mark.parametrize(("asked", "free", "ranks", "threads"), [
-    (0, 7.8, "1", 8), (0, 5.4, "1", 5), (0, 0.1, "1", 1), (0, 99, "1", 8), (0, 7.8, "4", 2), (3, 1.0, "1", 3),
-    (0, None, "1", 8),
+    (0, 7.8, "1", 8), (0, 5.4, "1", 6), (0, 1.1, "1", 1), (0, 0.1, "1", 1), (0, 99, "1", 8), (0, 7.8, "4", 2),
+    (3, 1.0, "1", 3), (0, None, "1", 8),
 ])  # fmt: skip
 def test_a_run_takes_the_free_cores(asked, free, ranks, threads, monkeypatch):
     monkeypatch.setattr(devices, "free_cores", lambda _: free)
