@@ -240,14 +240,24 @@ def _has(value: str, wanted: set[str]) -> bool:
     return value in wanted or (value.startswith("[") and not wanted.isdisjoint(decode_label(value) or ()))
 
 
+def was_decoded(source: str | os.PathLike, float_scale: float = 1.0) -> bool:
+    """Whether the files of `source` were decoded before, so that `build_index` need not decode all of them."""
+    source = os.path.expanduser(os.fspath(source))
+    return _verdicts_path(cache_root() / "index", source, True, float_scale).exists()
+
+
+def _verdicts_path(folder: Path, source: str, decode: bool, float_scale: float) -> Path:
+    """The file of cached verdicts. Those from headers only, or at another float scale, have files of their own."""
+    options = f"{os.path.abspath(source)}\0{decode}\0{float(float_scale)}"
+    name = hashlib.sha256(options.encode(errors="surrogateescape")).hexdigest()[:24]
+    return folder.expanduser() / f"{name}.jsonl"
+
+
 class _Cache:
     """Cached verdicts by (path, offset, size, mtime_ns): a file of JSON lines whose header holds their checksum."""
 
     def __init__(self, folder: Path, source: str, decode: bool, float_scale: float):
-        # Verdicts from headers only, or at another float scale, differ and are kept in files of their own.
-        options = f"{os.path.abspath(source)}\0{decode}\0{float(float_scale)}"
-        name = hashlib.sha256(options.encode(errors="surrogateescape")).hexdigest()[:24]
-        self.path = folder.expanduser() / f"{name}.jsonl"
+        self.path = _verdicts_path(folder, source, decode, float_scale)
         begin = time.monotonic()
         self.verdicts: dict[Key, AudioInfo | str] = self._load()
         self._plan(time.monotonic() - begin)  # a large cache takes about as long to save as to load

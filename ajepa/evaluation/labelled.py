@@ -15,7 +15,7 @@ import torch
 from ajepa import config
 from ajepa.config import Config
 from ajepa.data.contents import content_hashes
-from ajepa.data.index import DataError, Index, build_index
+from ajepa.data.index import DataError, Index, build_index, was_decoded
 from ajepa.data.synthetic import TRAINING_ROWS, default_set
 from ajepa.utils.errors import UserError
 from ajepa.utils.json_files import read_json
@@ -56,8 +56,14 @@ class Material(NamedTuple):
     left_out: str | None = None
 
     def read(self) -> Index:
-        """Raises DataError if the source is gone or has changed."""
-        index = build_index(self.data, where=self.where, label_column=self.label, float_scale=self.float_scale)
+        """The rows; where this machine has not decoded them yet, by their headers alone.
+
+        Raises DataError if the source is gone or has changed.
+        """
+        decode = was_decoded(self.data, self.float_scale)
+        index = build_index(
+            self.data, where=self.where, label_column=self.label, float_scale=self.float_scale, decode=decode
+        )
         if self.left_out is None:
             return index
         return index.subset(np.setdiff1d(np.arange(len(index)), index.rows(self.left_out)))

@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 import ajepa
 from ajepa import config, pack, probe
 from ajepa.config import PRESETS, SIZES, ConfigError, ModelConfig, Pooling
+from ajepa.data.formats.audiofile import inspect
 from ajepa.data.index import DataError, build_index
 from ajepa.data.synthetic import make_synthetic
 from ajepa.encoder import EncoderConfig, open_encoder
 from ajepa.evaluation import feature_cache, labelled, probes
 from ajepa.evaluation.feature_cache import EncoderFeatures, LogMelFeatures, embed
-from ajepa.evaluation.labelled import materials, recognise, seen_in_training
+from ajepa.evaluation.labelled import Material, materials, recognise, seen_in_training
 from ajepa.evaluation.probes import Embedded, predict, validation_split
 from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder
@@ -442,6 +443,23 @@ def test_results_go_only_where_they_do_no_harm(run, tones, tmp_path, capsys, mon
 
 
 # --- recordings that were trained on --------------------------------------------------------------------------------
+
+
+def test_a_source_that_was_never_decoded_here_is_read_by_its_headers(tones, tmp_path, monkeypatch):
+    """As on another machine than that of the pretraining, where decoding it could take hours."""
+    monkeypatch.setenv("AJEPA_CACHE", str(tmp_path / "cache"))
+    decoded = []
+
+    def noted(*where, decode, **options):
+        decoded.append(decode)
+        return inspect(*where, decode=decode, **options)
+
+    monkeypatch.setattr("ajepa.data.index.inspect", noted)
+    trained = Material(str(tones), None, None, 1.0)
+    assert len(trained.read()) == 40 and set(decoded) == {False}
+    build_index(tones)
+    decoded.clear()
+    assert len(trained.read()) == 40 and not decoded
 
 
 def test_recordings_are_recognised_by_path_content_and_name(tones, tmp_path, monkeypatch):
