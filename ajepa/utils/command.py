@@ -21,7 +21,7 @@ from ajepa.utils.errors import UserError
 
 # How long OpenMP's threads spin before they sleep. By default they spin for milliseconds, and on busy cores they take
 # the time of those that work. If they slept at once, idle cores would have to be woken for every piece of work.
-SPINS = ("GOMP_SPINCOUNT", "1000")
+SPINS = ("GOMP_SPINCOUNT", "3000")
 SCRIPT = re.compile(r"ajepa(-\w+)?(\.exe)?")
 
 
