@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from ajepa.config import SIZES, Config, ConfigError, ModelConfig, Pooling
+from ajepa.config import MOST_PATCHES, SIZES, Config, ConfigError, ModelConfig, Pooling
 from ajepa.model.clip import Projector
 from ajepa.model.jepa import Encoder as ViT
 from ajepa.model.layers import mean_of_layers
@@ -48,7 +48,7 @@ from ajepa_kernels import LogMelSpec, log_mel, resample, resampled_length
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_PATIENCE = 3.0  # seconds in which the hub must answer
-MOST_PATCHES = 2**16  # of a clip; also the largest width, so that no configuration asks for too much memory
+MOST_WIDTH = 2**16  # of a patch or a projector, so that no configuration asks for too much memory
 CHUNKS_AT_ONCE = 16  # bounds the memory that a long recording needs
 MODEL_CARD = """---
 {{ card_data }}
@@ -469,9 +469,9 @@ def parse_config(raw: dict, name: str = "configuration") -> EncoderConfig:
     for usable, what in (
         (not unknown, f"unknown settings {sorted(unknown)}"),
         (min(grid) >= 1 and rows * columns <= MOST_PATCHES, f"a grid of {rows} x {columns} patches"),
-        (spec.patch_dim <= MOST_PATCHES, f"patches of {spec.patch[0]} x {spec.patch[1]}"),
+        (spec.patch_dim <= MOST_WIDTH, f"patches of {spec.patch[0]} x {spec.patch[1]}"),
         (spec.min_samples <= cfg.clip_samples <= 86_400 * spec.sample_rate, f"clip_samples {cfg.clip_samples}"),
-        (all(1 <= width <= MOST_PATCHES for width in projector), f"a projector of widths {projector}"),
+        (all(1 <= width <= MOST_WIDTH for width in projector), f"a projector of widths {projector}"),
         (0 < cfg.norm_eps < 1, f"norm_eps {cfg.norm_eps}"),
     ):
         if not usable:

@@ -43,10 +43,9 @@ from ajepa.training.schedules import cosine
 from ajepa.utils import cli
 from ajepa.utils.command import command, describe
 from ajepa.utils.devices import autocast_of, available_memory, choose_device
-from ajepa.utils.folders import claim, overwrite
+from ajepa.utils.folders import claim, overwrite, results_folder
 from ajepa.utils.json_files import read_json, write_json
 from ajepa.utils.lock import Lock, locked
-from ajepa.utils.run_folder import run_of
 from ajepa.utils.signals import catch_signals
 from ajepa.utils.tensor_files import read_tensors, tensors_hash, write_tensors
 from ajepa_kernels import AdamWEMA
@@ -254,7 +253,7 @@ def finetune(args: Arguments) -> dict[str, Any]:
     check(args)
     opened = open_encoder(args.run)
     start = Start(str(opened.file), tensors_hash(opened.encoder.vit.state_dict()), materials(opened.run, opened.file))
-    folder = out_folder(args)
+    folder = results_folder(args.out, args.run, "finetune", "finetune")
     began = claim(folder, "fine-tuning")
     if began and args.overwrite:
         overwrite(folder, "fine-tuning", f"begun by fine-tuning {args.run}")
@@ -265,14 +264,6 @@ def finetune(args: Arguments) -> dict[str, Any]:
             if done:
                 return done
         return train(args, opened, start, folder, lock)
-
-
-def out_folder(args: Arguments) -> Path:
-    """Where the results go."""
-    if args.out:
-        return Path(args.out).expanduser()
-    source = Path(args.run).expanduser()
-    return run_of(source) / "finetune" if source.is_dir() else Path("finetune", source.name)
 
 
 def train(args: Arguments, opened: Opened, start: Start, folder: Path, lock: Lock) -> dict[str, Any]:

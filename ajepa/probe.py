@@ -37,9 +37,8 @@ from ajepa.model.pretrained import load_weights
 from ajepa.utils import cli
 from ajepa.utils.command import command
 from ajepa.utils.devices import autocast_of, available_memory, choose_device, evaluates_in_bf16
-from ajepa.utils.folders import claim
+from ajepa.utils.folders import claim, results_folder
 from ajepa.utils.json_files import write_json
-from ajepa.utils.run_folder import run_of
 from ajepa.utils.tensor_files import tensors_hash
 from ajepa_kernels import LogMelSpec
 
@@ -126,7 +125,7 @@ def probe(args: Arguments) -> dict[str, Any]:
                                                                          ("layers", args.layers))}  # fmt: skip
     opened = open_encoder(args.run, **asked)
     config, run = opened.encoder.config, opened.run
-    folder = out_folder(args)
+    folder = results_folder(args.out, args.run, "probe")
     claim(folder, "probe")
     index = build_index(args.data, where=args.where, label_column=args.label, float_scale=args.float_scale)
     if (index.single_labels != index.labels).any():
@@ -188,14 +187,6 @@ def probe(args: Arguments) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}; choose another --out") from error
     return result
-
-
-def out_folder(args: Arguments) -> Path:
-    """Where the results go."""
-    if args.out:
-        return Path(args.out).expanduser()
-    source = Path(args.run).expanduser()
-    return run_of(source) if source.is_dir() else Path("probe", source.name)
 
 
 def untrained(opened: Opened) -> Encoder:

@@ -35,6 +35,7 @@ from ajepa.data.synthetic import default_set
 from ajepa.model.masks import MaskSampler, hidden_shares, percent
 from ajepa.training import flops
 from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.json_files import read_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -259,7 +260,7 @@ def run(cfg: Config, test: str, args: Arguments, heads: tuple[str, ...]) -> dict
         scored = probe.probe(probe.Arguments(str(folder), **rows, heads=asked, pooling=pooling, map="none"))
         scores[pooling] = {FEATURES[name]: {head: s["mean"] for head, s in found.items()}
                            for name, found in scored["scores"].items()}  # fmt: skip
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     spent = folder / "core_seconds.json"
     seconds = json.loads(spent.read_text()) if spent.exists() else None
     clips = cfg.optim.steps * cfg.optim.batch_size * cfg.objective.count

@@ -3,7 +3,7 @@
 import torch
 
 from ajepa.config import SIZES, Config, ConfigError
-from ajepa.utils.devices import available_memory
+from ajepa.utils.devices import available_memory, free_memory
 
 BUFFERS = 3  # batches on the host besides the prefetched ones: being assembled, with the caller, spare
 
@@ -19,10 +19,9 @@ def check_memory(cfg: Config, device: torch.device, world_size: int = 1) -> None
     needs = {"--size, --predictor-width or --predictor-depth": model, "--batch-size": patches}
     host = {"--batch-size, --prefetch or --clip-seconds": pcm}
     if device.type == "cuda":
-        _fits(needs, torch.cuda.mem_get_info(device)[0], str(device))
-        _fits(host, available_memory(), "the CPU")
-    else:
-        _fits({**needs, **host}, available_memory(), "the CPU")
+        _fits(needs, free_memory(device), str(device))
+        needs = {}
+    _fits({**needs, **host}, available_memory(), "the CPU")
 
 
 def model_bytes(cfg: Config, world_size: int = 1) -> int:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ajepa.utils.errors import ConfigError
 from ajepa.utils.lock import locked
+from ajepa.utils.run_folder import run_of
 
 Kind = Literal["run", "fine-tuning", "checkpoint", "encoder", "shards", "probe", "headless run", "other"]
 WHAT = {
@@ -59,6 +60,17 @@ def kind_of(folder: Path) -> Kind | None:
 def is_run(folder: Path) -> bool:
     """Whether an encoder can be read from `folder` as from a run: a run, a fine-tuning or a checkpoint of either."""
     return kind_of(folder) in ("run", "fine-tuning", "checkpoint")
+
+
+def results_folder(out: str | None, source: str, command: str, below: str = "") -> Path:
+    """Where a command puts its results: in `out`, or else in the folder of `source`, or `below` in it.
+
+    The results of an encoder of the hub, which has no folder here, go to a folder of the command's name.
+    """
+    path = Path(source).expanduser()
+    if out:
+        return Path(out).expanduser()
+    return run_of(path) / below if path.is_dir() else Path(command, path.name)
 
 
 def claim(folder: Path, purpose: Kind, flag: str = "--out") -> bool:
