@@ -314,7 +314,7 @@ class AdamWEMA(torch.optim.AdamW):
         on another device, or if a schedule gives a value that is not allowed.
         """
         schedules = self.schedules
-        frozen = torch.compiler.is_compiling() or self._is_captured()  # what the host computes now
+        frozen = schedules is None or torch.compiler.is_compiling() or self._is_captured()
         if schedules is not None:
             if not frozen:
                 schedules.set_values(self.param_groups)
