@@ -1,4 +1,8 @@
-"""Drop-in operations for joint-embedding predictive architectures. It needs only torch, and imports without a GPU."""
+"""Operations for joint-embedding predictive architectures (I-JEPA, V-JEPA, LeJEPA) that replace lines of a model.
+
+The package needs only torch, and imports without a GPU, a compiler or Triton. Beside every operation stands its plain
+PyTorch definition, which runs wherever the kernel cannot.
+"""
 
 from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
@@ -25,6 +29,8 @@ from ajepa_kernels.resample import Resampler, input_span, resample, resample_ref
 from ajepa_kernels.segment_pool import segment_pool, segment_pool_reference
 from ajepa_kernels.sigreg import sigreg, sigreg_reference
 from ajepa_kernels.warmup import warmup
+
+__version__ = "0.2.0"
 
 __all__ = [
     "LOG_MEL_PRESETS",
