@@ -69,7 +69,7 @@ def _specialise(kernel, args, options):
     counts = {p.name for p in kernel.params if p.do_not_specialize}
     anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     for name, x in bound.items():
-        if name in counts:
+        if name in counts and x is not None:
             signature[name] = "i32"
         elif name in constexpr or x is None or (isinstance(x, int) and not isinstance(x, bool) and x == 1):
             signature[name], constants[name] = "constexpr", x
@@ -191,6 +191,18 @@ def loss(C: int, kind: str, dtype: torch.dtype) -> None:
         _latent_l2_loss_bwd(grad, upstream, 1.0)
 
 
+def loss_of_samples(C: int, kind: str, dtype: torch.dtype) -> None:
+    """Of samples without their class token, weighted."""
+    from ajepa_kernels.latent_loss import _latent_l2_loss_bwd, _latent_l2_loss_fwd
+
+    latents = torch.empty(64, 197, C, dtype=dtype, **META)[:, 1:]
+    prediction, index = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, dtype=torch.int64, **META)
+    weights = torch.empty(4096, **META)
+    options = (kind, True, 1e-6, 1.0, True, 0.5 if kind == "smooth_l1" else 1.0, weights, 16)
+    _, grad = _latent_l2_loss_fwd(prediction, latents, index, *options)
+    _latent_l2_loss_bwd(grad, weights, 1.0)
+
+
 def layer_norm(
     C: int, dtype: torch.dtype, stream: torch.dtype, affine: bool = True, gradient: torch.dtype | None = None
 ) -> None:
@@ -268,6 +280,7 @@ CORE = {
     "attention 32 x 64 fp32": (attention, 32, 64, F),
     "attention 32 x 64 tf32": (attention, 32, 64, F, True),
     "loss 768": (loss, 768, "l2", B),
+    "loss 768 of samples": (loss_of_samples, 768, "l1", B),
     "layer norm 768": (layer_norm, 768, B, F),
     "layer norm 768 bf16 gradient": (layer_norm, 768, B, F, True, B),
     "bias gelu 3072": (gelu, 3072, "none", B),
@@ -286,6 +299,7 @@ REST = {
     **{f"attention {S} x 64 cross": (attention, S, 64, B, False, True) for S in (16, 96, 128, 300)},
     **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
+    "loss 4096 of samples": (loss_of_samples, 4096, "smooth_l1", B),
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 2048, 4096)},
     **{f"layer norm {C} fp32": (layer_norm, C, F, F) for C in (768, 2048, 4096)},
     "layer norm 768 bare": (layer_norm, 768, B, B, False),
