@@ -1,4 +1,4 @@
-"""What changes where a model takes the operations: `python examples/adopt/diffs.py` writes the diffs of docs/adopt.md."""
+"""What changes in a model that takes the operations: `python examples/adopt/diffs.py` writes it into docs/adopt.md."""
 
 import difflib
 import re

@@ -1,4 +1,4 @@
-"""The trainings of examples/adopt: with the operations they lose what they lose in plain PyTorch, and change few lines."""
+"""The trainings of examples/adopt: the same losses with the operations as in plain PyTorch, and few changed lines."""
 
 import importlib.util
 import subprocess
@@ -56,7 +56,7 @@ def test_training_is_the_same(family, monkeypatch):
     steps = 2 if CAN_LAUNCH and DEVICE == "cpu" else 20
     if CAN_LAUNCH:
         kernels_on_any_device(monkeypatch)
-    start = [network for network in both(family, 0, monkeypatch)[0][1]]
+    start = both(family, 0, monkeypatch)[0][1]
     (plain, before), (ops, after) = both(family, steps, monkeypatch)
     torch.testing.assert_close(ops, plain, rtol=1e-3, atol=0)
     assert steps < 20 or plain[-3:].mean() < 0.9 * plain[:3].mean()
