@@ -61,12 +61,22 @@ class Attention(Case):
 
 
 class LatentLoss(Case):
+    """Two masks of four and of three patches in each sample."""
+
     def forward(self, x):
-        index = torch.arange(N, device=x.device).flip(0).repeat(len(x)) + N * torch.arange(
-            len(x), device=x.device
-        ).repeat_interleave(N)
-        prediction = self.linear(x)
-        return k.latent_l2_loss(prediction.flatten(0, 1), x.detach().flatten(0, 1), index, impl=self.impl)
+        masks = [torch.tensor(mask, device=x.device).expand(len(x), -1) for mask in ([3, 1, 0, 5], [2, 4, 3])]
+        prediction = torch.cat([self.linear(x[:, : mask.shape[1]]).flatten(0, 1) for mask in masks])
+        return k.latent_l2_loss(prediction, x.detach(), masks, kind="smooth_l1", impl=self.impl)
+
+    def loss(self, x):
+        return self(x)
+
+
+class WeightedLatentLoss(Case):
+    def forward(self, x):
+        index = torch.tensor([3, 1, 0, 5, 2, 4], device=x.device).expand(len(x), -1)
+        weights = torch.arange(1.0, N + 1, device=x.device).expand(len(x), -1)
+        return k.latent_l2_loss(self.linear(x), x.detach(), index, kind="lp", p=1, weights=weights, impl=self.impl)
 
     def loss(self, x):
         return self(x)
@@ -78,6 +88,22 @@ class AddLayerNorm(Case):
 
     def forward(self, x):
         normed, total = k.add_layer_norm(self.linear(x), x, self.norm.weight, self.norm.bias, impl=self.impl)
+        return normed * total
+
+
+class ScaledNorm(Case):
+    """RMS norm of a stream to which LayerScale and drop path scale what is added."""
+
+    def build(self):
+        self.linear, self.weight, self.scale = (
+            nn.Linear(C, C), nn.Parameter(torch.ones(C)), nn.Parameter(0.1 * torch.ones(C))
+        )  # fmt: skip
+
+    def forward(self, x):
+        kept = 2.0 * (x.detach()[:, 0, 0] > 0)  # drop path's draw, here one that each rank can repeat
+        normed, total = k.add_layer_norm(
+            self.linear(x), x, self.weight, rms=True, layer_scale=self.scale, sample_scale=kept, impl=self.impl
+        )
         return normed * total
 
 
@@ -191,8 +217,10 @@ class Average(Update):
 
 CASES: dict[str, type[Case]] = {
     "masked_attention": Attention,
-    "latent_l2_loss": LatentLoss,
+    "latent_l2_loss, a list of masks": LatentLoss,
+    "latent_l2_loss, weights": WeightedLatentLoss,
     "add_layer_norm": AddLayerNorm,
+    "add_layer_norm, RMS and scales": ScaledNorm,
     "bias_gelu": BiasGELU,
     "gelu_mlp": GeluMLP,
     "linear_residual": LinearResidual,
@@ -224,7 +252,8 @@ def table() -> str:
     lines = [f"| operation | {' | '.join(FEATURES.values())} |", "|---" * (1 + len(FEATURES)) + "|"]
     for name in NAMES:
         cells = (reason(name, feature) or "yes" for feature in FEATURES)
-        lines.append(f"| {' and '.join(f'`{word}`' for word in name.split(' and '))} | {' | '.join(cells)} |")
+        operation, comma, form = name.partition(",")
+        lines.append(f"| `{operation}`{comma}{form} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
