@@ -63,8 +63,13 @@ class Attention(Case):
 class LatentLoss(Case):
     """Two masks of four and of three patches in each sample."""
 
+    def build(self):
+        self.linear = nn.Linear(C, C)
+        self.register_buffer("four", torch.tensor([3, 1, 0, 5]))
+        self.register_buffer("three", torch.tensor([2, 4, 3]))
+
     def forward(self, x):
-        masks = [torch.tensor(mask, device=x.device).expand(len(x), -1) for mask in ([3, 1, 0, 5], [2, 4, 3])]
+        masks = [mask.expand(len(x), -1) for mask in (self.four, self.three)]
         prediction = torch.cat([self.linear(x[:, : mask.shape[1]]).flatten(0, 1) for mask in masks])
         return k.latent_l2_loss(prediction, x.detach(), masks, kind="smooth_l1", impl=self.impl)
 
@@ -74,7 +79,7 @@ class LatentLoss(Case):
 
 class WeightedLatentLoss(Case):
     def forward(self, x):
-        index = torch.tensor([3, 1, 0, 5, 2, 4], device=x.device).expand(len(x), -1)
+        index = torch.arange(N, device=x.device).flip(0).expand(len(x), -1)
         weights = torch.arange(1.0, N + 1, device=x.device).expand(len(x), -1)
         return k.latent_l2_loss(self.linear(x), x.detach(), index, kind="lp", p=1, weights=weights, impl=self.impl)
 
@@ -156,13 +161,16 @@ class AugmentMel(Case):
     gradient = False
     spec = k.LogMelSpec(n_mels=8, n_frames=16, patch=(8, 8))
 
+    def build(self):
+        self.register_buffer("clip", torch.tensor([[0, 1], [1, 0]], dtype=torch.int32))
+        self.register_buffer("half", torch.full((2, 2), 0.5))
+        self.register_buffer("band", torch.tensor([[0.5, 1.0], [0.0, 0.9]]))
+
     def draw(self):
         return torch.rand(B, 8, 24)
 
     def forward(self, x):
-        one, half = torch.ones(2, 2, device=x.device), torch.full((2, 2), 0.5, device=x.device)
-        clip = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=x.device)
-        views = k.MelViews(clip, half, one[0], torch.stack((half[0], one[0]), 1), half, one)
+        views = k.MelViews(self.clip, self.half, self.band[:, 1], self.band, self.half, self.half)
         return k.augment_mel(x, views, self.spec, impl=self.impl)
 
 

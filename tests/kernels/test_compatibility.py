@@ -155,10 +155,11 @@ def share(name: str, feature: str, rank: int) -> None:
     def spread(module):
         return module if feature == "ddp" else fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
 
+    impl = IMPL if DEVICE == "cpu" else "auto"  # both ranks compute on the CPU
     torch.manual_seed(0)
     if name in c.UPDATES:
         layer, x = torch.nn.Linear(c.C, c.C), torch.randn(4, c.C)
-        plain, split = c.UPDATES[name](copy.deepcopy(layer), IMPL), c.UPDATES[name](layer, "auto", spread)
+        plain, split = c.UPDATES[name](copy.deepcopy(layer), impl), c.UPDATES[name](layer, "auto", spread)
         model = DistributedDataParallel(split.layer) if feature == "ddp" else split.layer
         for decay in (0.9, 0.8):
             plain.layer(x).square().mean().backward()
@@ -167,7 +168,7 @@ def share(name: str, feature: str, rank: int) -> None:
                 update.step(torch.tensor(decay))
         got, want = split.tensors(), plain.tensors()
     else:
-        module = Loss(c.CASES[name](IMPL))
+        module = Loss(c.CASES[name](impl))
         x, split = module.module.draw(), copy.deepcopy(module)
         if name == "sigreg":
             split.module.group = dist.group.WORLD
