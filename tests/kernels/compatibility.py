@@ -163,14 +163,14 @@ class AugmentMel(Case):
 
     def build(self):
         self.register_buffer("clip", torch.tensor([[0, 1], [1, 0]], dtype=torch.int32))
-        self.register_buffer("half", torch.full((2, 2), 0.5))
+        self.register_buffer("halves", torch.full((2, 2), 0.5))
         self.register_buffer("band", torch.tensor([[0.5, 1.0], [0.0, 0.9]]))
 
     def draw(self):
         return torch.rand(B, 8, 24)
 
     def forward(self, x):
-        views = k.MelViews(self.clip, self.half, self.band[:, 1], self.band, self.half, self.half)
+        views = k.MelViews(self.clip, self.halves, self.band[:, 1], self.band, self.halves, self.halves)
         return k.augment_mel(x, views, self.spec, impl=self.impl)
 
 
