@@ -239,6 +239,14 @@ def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
     _bias_gelu_bwd(_bias_gelu_fwd(x, bias, approximate == "tanh", dtype), x, bias, approximate == "tanh")
 
 
+def gated(C: int, dtype: torch.dtype, biases: bool = True) -> None:
+    """Both halves of one tensor."""
+    from ajepa_kernels.swiglu import _swiglu_bwd, _swiglu_fwd
+
+    x, bias = torch.empty(4096, 2 * C, dtype=dtype, **META), torch.empty(C, **META) if biases else None
+    _swiglu_bwd(_swiglu_fwd(x, None, bias, bias, dtype), x, None, bias, bias)
+
+
 def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16) -> None:
     from ajepa_kernels._adamw_ema import _adamw_ema
     from ajepa_kernels.ema_update import _ema_update
@@ -301,6 +309,7 @@ CORE = {
     "scaled norm 1024 rms": (scaled_norm, 1024, B, F, True),
     "bias gelu 3072": (gelu, 3072, "none", B),
     "bias gelu 3072 fp32": (gelu, 3072, "none", F),  # spilled once
+    "swiglu 2048": (gated, 2048, B),
     "optimizer": (optimizer, False),
     "augment mel 128 x 256": (augment, 128, 256, (16, 16), B),
     "segment pool 768": (pool, 768, B),
@@ -324,6 +333,8 @@ REST = {
     "scaled norm 768 bf16": (scaled_norm, 768, B, B),
     "layer norm 768 bare": (layer_norm, 768, B, B, False),
     **{f"bias gelu {C} {a}": (gelu, C, a, B) for C, a in ((1536, "none"), (3072, "tanh"), (1000, "tanh"))},
+    **{f"swiglu {C} fp32": (gated, C, F) for C in (2048, 1000)},
+    "swiglu 3072 bare": (gated, 3072, B, False),
     "optimizer remainder": (optimizer, True),
     "augment mel 64 x 64 fp32": (augment, 64, 64, (8, 8), F),
     "augment mel 80 x 101": (augment, 80, 101, (5, 3), torch.float16),

@@ -28,6 +28,7 @@ from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
 from ajepa_kernels.segment_pool import segment_pool, segment_pool_reference
 from ajepa_kernels.sigreg import sigreg, sigreg_reference
+from ajepa_kernels.swiglu import swiglu, swiglu_reference
 from ajepa_kernels.warmup import warmup
 
 __version__ = "0.2.0"
@@ -74,5 +75,7 @@ __all__ = [
     "segment_pool_reference",
     "sigreg",
     "sigreg_reference",
+    "swiglu",
+    "swiglu_reference",
     "warmup",
 ]

@@ -480,9 +480,8 @@ def add_layer_norm_reference(
     total = total if x_bias is None else BiasGradient.apply(total, x_bias)
     total = total if layer_scale is None else total * layer_scale
     if sample_scale is not None:
-        total = total * sample_scale.to(total.dtype).reshape(
-            sample_scale.shape + (1,) * (total.dim() - sample_scale.dim())
-        )
+        factors = sample_scale.to(total.dtype)
+        total = total * factors.reshape(factors.shape + (1,) * (total.dim() - factors.dim()))
     if residual is not None:
         total = total + (residual if rows is None else residual[rows])
     compute = torch.promote_types(total.dtype, torch.float32)
