@@ -125,6 +125,15 @@ class GeluMLP(Case):
         return k.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, impl=self.impl)
 
 
+class SwiGLU(Case):
+    def build(self):
+        self.fc1, self.fc2 = nn.Linear(C, 2 * C), nn.Linear(C, 2 * C)
+
+    def forward(self, x):
+        gate, value = (nn.functional.linear(x, layer.weight) for layer in (self.fc1, self.fc2))
+        return k.swiglu(gate, value, self.fc1.bias, self.fc2.bias, impl=self.impl)
+
+
 class LinearResidual(Case):
     def forward(self, x):
         return k.linear_residual(x, self.linear.weight, self.linear.bias, x)
@@ -231,6 +240,7 @@ CASES: dict[str, type[Case]] = {
     "add_layer_norm, RMS and scales": ScaledNorm,
     "bias_gelu": BiasGELU,
     "gelu_mlp": GeluMLP,
+    "swiglu": SwiGLU,
     "linear_residual": LinearResidual,
     "segment_pool": SegmentPool,
     "sigreg": SigReg,
