@@ -247,7 +247,7 @@ def gated(C: int, dtype: torch.dtype, biases: bool = True) -> None:
     _swiglu_bwd(_swiglu_fwd(x, None, bias, bias, dtype), x, None, bias, bias)
 
 
-def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16) -> None:
+def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16, ema_on_skip: bool = False) -> None:
     from ajepa_kernels._adamw_ema import _adamw_ema
     from ajepa_kernels.ema_update import _ema_update
 
@@ -258,7 +258,7 @@ def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16) -> None:
     _adamw_ema(
         params, draw(weights), draw(torch.float32), draw(torch.float32), [scalar], remainders, emas, [],
         draw(ema_copy), scalings, [scalar], [0 if remainder else -1, 0, -1, 0, 0, len(scalings) - 1], [0, -1],
-        [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0,
+        [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0, ema_on_skip,
     )  # fmt: skip
     _ema_update(emas, params, scalar, 0.0)
 
@@ -311,6 +311,7 @@ CORE = {
     "bias gelu 3072 fp32": (gelu, 3072, "none", F),  # spilled once
     "swiglu 2048": (gated, 2048, B),
     "optimizer": (optimizer, False),
+    "optimizer on skip": (optimizer, False, B, True),
     "augment mel 128 x 256": (augment, 128, 256, (16, 16), B),
     "segment pool 768": (pool, 768, B),
     "sigreg 768": (gaussian, 768, 1024, B),
@@ -336,6 +337,7 @@ REST = {
     **{f"swiglu {C} fp32": (gated, C, F) for C in (2048, 1000)},
     "swiglu 3072 bare": (gated, 3072, B, False),
     "optimizer remainder": (optimizer, True),
+    "optimizer remainder on skip": (optimizer, True, B, True),
     "augment mel 64 x 64 fp32": (augment, 64, 64, (8, 8), F),
     "augment mel 80 x 101": (augment, 80, 101, (5, 3), torch.float16),
     **{f"segment pool {C}{' fp32' * (t is F)}": (pool, C, t) for C, t in ((384, B), (1280, B), (128, F), (768, F))},

@@ -36,7 +36,7 @@ _cached: OrderedDict[tuple, _Made] = OrderedDict()
 _captured: list[tuple[StorageWeakRef, Any]] = []
 
 
-def _capturing(x: torch.Tensor) -> bool:
+def capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -55,18 +55,18 @@ def cached(key: tuple, make: Callable[[], tuple[torch.Tensor, ...]], x: torch.Te
 
     x: a tensor that the launch writes.
     """
-    capturing = _capturing(x)
-    if capturing and key not in _cached:
+    captured = capturing(x)
+    if captured and key not in _cached:
         return make()  # not cached: only replays fill these tensors, and the graph owns their memory
     made = _cached.pop(key, None)
-    stream = None if capturing or not x.is_cuda else torch.cuda.current_stream(x.device)
+    stream = None if captured or not x.is_cuda else torch.cuda.current_stream(x.device)
     if made is None:
         value = make()
         made = _Made(value, None if stream is None else stream.record_event(), set())
     _cached[key] = made
     if len(_cached) > 32:
         _cached.popitem(last=False)
-    if capturing:
+    if captured:
         _keep(made.value, x)  # needs no wait: torch.cuda.graph synchronizes the device before it captures
     elif stream is not None and stream.cuda_stream not in made.streams:
         assert made.ready is not None
@@ -82,7 +82,7 @@ def to_device(host: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if not x.is_cuda:
         return host
     host = host.pin_memory()
-    if _capturing(x):
+    if capturing(x):
         _keep(host, x)  # each replay copies from it again
     return host.to(x.device, non_blocking=True)
 
@@ -118,6 +118,13 @@ def _is_dense(x: torch.Tensor) -> bool:
             return False
         end *= size
     return True
+
+
+def all_tensors(op: str, name: str, xs: Iterable[Any]) -> None:
+    """Raises TypeError for the first of `xs` that is not a tensor."""
+    for i, x in enumerate(xs):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{op}: number {i} of {name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def unsupported(rows: Iterable[Sequence[torch.Tensor | None]], dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> str:

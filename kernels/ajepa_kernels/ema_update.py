@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ajepa_kernels._tables import (
     BLOCK,
     CHUNK,
+    all_tensors,
     cached,
     is_aligned,
     load_pointer,
@@ -126,6 +127,7 @@ def ema_update_(
             a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Raises:
+        TypeError: a target or a source is not a tensor.
         ValueError: the lists do not match, a target is listed twice, or the decay is outside [0, 1] or on another
             device.
 
@@ -137,6 +139,8 @@ def ema_update_(
         ema_update_(target_encoder.parameters(), encoder.parameters(), decay=0.999)
     """
     targets, sources = list(targets), list(sources)
+    all_tensors("ema_update_", "targets", targets)
+    all_tensors("ema_update_", "sources", sources)
     if len(targets) != len(sources) or any(t.shape != s.shape for t, s in zip(targets, sources, strict=False)):
         raise ValueError("ema_update_: targets and sources must be equally many tensors of equal shapes")
     if any(t.device != s.device for t, s in zip(targets, sources, strict=True)):
