@@ -56,7 +56,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, WIDTH, PATCH, PATCH)
         self.pos_embed = nn.Parameter(sincos_positions(WIDTH), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(PreNormResidual.of(Block(WIDTH, HEADS)) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
 
     def forward(self, images, masks=None):
@@ -73,7 +73,7 @@ class Predictor(nn.Module):
         self.predictor_embed = nn.Linear(WIDTH, WIDTH)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))
         self.pos_embed = nn.Parameter(sincos_positions(WIDTH), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(PREDICTOR_DEPTH))
+        self.blocks = nn.ModuleList(PreNormResidual.of(Block(WIDTH, HEADS)) for _ in range(PREDICTOR_DEPTH))
         self.norm, self.predictor_proj = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x, masks_enc, masks_pred):

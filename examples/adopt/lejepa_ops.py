@@ -6,7 +6,8 @@ There is no target encoder. Shapes: B recordings, V views, P patches of a view, 
 import torch
 from torch import nn
 
-from ajepa_kernels import MLP, LogMel, LogMelSpec, PreNormResidual, masked_attention, sigreg
+from ajepa_kernels import MLP as Mlp
+from ajepa_kernels import LogMel, LogMelSpec, PreNormResidual, masked_attention, sigreg
 
 RATE, VIEW, VIEWS = 16_000, 8_000, 4  # samples per second, samples of a view, views of a recording
 N_FFT, WINDOW, HOP, MELS, FRAMES, PATCH = 512, 400, 160, 64, 48, 16
@@ -38,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, num_heads), MLP(dim, 4 * dim)
+        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim, 4 * dim)
         self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
 
     def forward(self, x):
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
         self.log_mel = LogMel(spec, layout="spectrogram")
         self.patch_embed = nn.Conv2d(1, WIDTH, PATCH, PATCH)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, MELS * FRAMES // PATCH**2, WIDTH))
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(PreNormResidual.of(Block(WIDTH, HEADS)) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
         layers = nn.Linear(WIDTH, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, PROJECTION)
         self.projector = nn.Sequential(*layers)

@@ -58,6 +58,7 @@ class RoPEAttention(nn.Module):
 class SwiGLUFFN(nn.Module):
     def __init__(self, in_features: int, hidden_features: int):
         super().__init__()
+        hidden_features = -(-(2 * hidden_features // 3) // 8) * 8  # about as many parameters as an MLP's
         self.fc1, self.fc2 = nn.Linear(in_features, hidden_features), nn.Linear(in_features, hidden_features)
         self.fc3 = nn.Linear(hidden_features, in_features)
 
@@ -69,7 +70,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = RoPEAttention(dim, num_heads), SwiGLUFFN(dim, 168)
+        self.attn, self.mlp = RoPEAttention(dim, num_heads), SwiGLUFFN(dim, 4 * dim)
 
     def forward(self, x, position):
         x = x + self.attn(self.norm1(x), position)

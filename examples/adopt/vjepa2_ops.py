@@ -9,7 +9,8 @@ import math
 import torch
 from torch import nn
 
-from ajepa_kernels import AdamWEMA, Rotary, SwiGLU, axial_angles, latent_l2_loss, masked_attention
+from ajepa_kernels import AdamWEMA, PreNormResidual, Rotary, axial_angles, latent_l2_loss, masked_attention
+from ajepa_kernels import SwiGLU as SwiGLUFFN
 
 FRAMES, SIDE, TUBELET, PATCH = 8, 32, 2, 8
 TIME, GRID = FRAMES // TUBELET, SIDE // PATCH  # 4 x 4 x 4 patches
@@ -44,7 +45,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = RoPEAttention(dim, num_heads), SwiGLU(dim, 168)
+        self.attn, self.mlp = RoPEAttention(dim, num_heads), SwiGLUFFN(dim, 4 * dim)
 
     def forward(self, x, position):
         x = x + self.attn(self.norm1(x), position)
@@ -56,7 +57,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         size = (TUBELET, PATCH, PATCH)
         self.patch_embed = nn.Conv3d(3, WIDTH, size, size)
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(PreNormResidual.of(Block(WIDTH, HEADS)) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
 
     def forward(self, clips, mask=None):
@@ -76,7 +77,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.predictor_embed = nn.Linear(WIDTH, WIDTH)
         self.mask_tokens = nn.ParameterList(0.02 * torch.randn(1, 1, WIDTH) for _ in range(kinds))
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(PREDICTOR_DEPTH))
+        self.blocks = nn.ModuleList(PreNormResidual.of(Block(WIDTH, HEADS)) for _ in range(PREDICTOR_DEPTH))
         self.norm, self.predictor_proj = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x, mask_enc, mask_pred, kind: int):
