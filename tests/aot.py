@@ -218,11 +218,33 @@ def layer_norm(
     _add_layer_norm_bwd(normed, total.to(gradient), total, mean, rstd, weight, *dtypes)
 
 
+def scaled_norm(C: int, dtype: torch.dtype, stream: torch.dtype, rms: bool = False, gamma: bool = True) -> None:
+    """With LayerScale (gamma), drop path and the bias of the layer before."""
+    from ajepa_kernels.layer_norm import _add_layer_norm_bwd, _add_layer_norm_fwd
+
+    x, residual = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, C, dtype=stream, **META)
+    weight, kept = torch.empty(C, **META), torch.empty(64, **META)
+    bias, bias_dtype = (None, None) if rms else (weight, torch.float32)
+    normed, *saved = _add_layer_norm_fwd(
+        x, residual, None, weight, bias, 1e-5, dtype, rms, weight if gamma else None, kept
+    )
+    dtypes = (dtype, stream, bias_dtype, torch.float32)
+    _add_layer_norm_bwd(normed, saved[0], *saved, weight, *dtypes, rms, *((x, weight) if gamma else (None, None)), kept)
+
+
 def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
     from ajepa_kernels.bias_gelu import _bias_gelu_bwd, _bias_gelu_fwd
 
     x, bias = torch.empty(4096, C, dtype=dtype, **META), torch.empty(C, **META)
     _bias_gelu_bwd(_bias_gelu_fwd(x, bias, approximate == "tanh", dtype), x, bias, approximate == "tanh")
+
+
+def gated(C: int, dtype: torch.dtype, biases: bool = True) -> None:
+    """Both halves of one tensor."""
+    from ajepa_kernels.swiglu import _swiglu_bwd, _swiglu_fwd
+
+    x, bias = torch.empty(4096, 2 * C, dtype=dtype, **META), torch.empty(C, **META) if biases else None
+    _swiglu_bwd(_swiglu_fwd(x, None, bias, bias, dtype), x, None, bias, bias)
 
 
 def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16, ema_on_skip: bool = False) -> None:
@@ -283,8 +305,11 @@ CORE = {
     "loss 768 of samples": (loss_of_samples, 768, "l1", B),
     "layer norm 768": (layer_norm, 768, B, F),
     "layer norm 768 bf16 gradient": (layer_norm, 768, B, F, True, B),
+    "scaled norm 768": (scaled_norm, 768, B, F),
+    "scaled norm 1024 rms": (scaled_norm, 1024, B, F, True),
     "bias gelu 3072": (gelu, 3072, "none", B),
     "bias gelu 3072 fp32": (gelu, 3072, "none", F),  # spilled once
+    "swiglu 2048": (gated, 2048, B),
     "optimizer": (optimizer, False),
     "optimizer on skip": (optimizer, False, B, True),
     "augment mel 128 x 256": (augment, 128, 256, (16, 16), B),
@@ -303,8 +328,14 @@ REST = {
     "loss 4096 of samples": (loss_of_samples, 4096, "smooth_l1", B),
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 2048, 4096)},
     **{f"layer norm {C} fp32": (layer_norm, C, F, F) for C in (768, 2048, 4096)},
+    **{f"scaled norm {C}": (scaled_norm, C, B, F) for C in (384, 1408, 2048, 4096)},
+    **{f"scaled norm {C} fp32": (scaled_norm, C, F, F) for C in (768, 4096)},
+    "scaled norm 768 drop path": (scaled_norm, 768, B, F, False, False),
+    "scaled norm 768 bf16": (scaled_norm, 768, B, B),
     "layer norm 768 bare": (layer_norm, 768, B, B, False),
     **{f"bias gelu {C} {a}": (gelu, C, a, B) for C, a in ((1536, "none"), (3072, "tanh"), (1000, "tanh"))},
+    **{f"swiglu {C} fp32": (gated, C, F) for C in (2048, 1000)},
+    "swiglu 3072 bare": (gated, 3072, B, False),
     "optimizer remainder": (optimizer, True),
     "optimizer remainder on skip": (optimizer, True, B, True),
     "augment mel 64 x 64 fp32": (augment, 64, 64, (8, 8), F),

@@ -13,7 +13,7 @@ from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, powe
 from ajepa_kernels._tuned import Rows, tuned
 
 
-def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
+def tile_config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
     """Returns (channels, rows, warps, stages) of a program.
 
     A program has at most 1,024 channels; their number divides C if a divisor of at least 128 exists. A thread has 16
@@ -22,8 +22,10 @@ def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
     C = x.shape[1]
     divisor = min(C & -C, 1024)
     block_c = divisor if divisor >= 128 else min(power_of_2(C), 1024)
-    backward = op == "bias_gelu_bwd"
+    backward = op.endswith("_bwd")
     elements = 8192 // x.element_size() if backward else 4096
+    if op == "swiglu_bwd":  # it keeps two sums
+        elements //= 2
     rows = Rows(max(1, min(elements // block_c, 16)), 8, 3 if backward else 1)
     return block_c, *(tuned(x, op, block_c) or rows)
 
@@ -84,7 +86,7 @@ def _bias_gelu_fwd_kernel(
 def _bias_gelu_fwd(x, bias, tanh, dtype):
     """x `[M, C]`."""
     M, C = x.shape
-    block_c, rows, num_warps, _ = _config(x, "bias_gelu_fwd")
+    block_c, rows, num_warps, _ = tile_config(x, "bias_gelu_fwd")
     y, tiles = torch.empty(M, C, dtype=dtype, device=x.device), -(-C // block_c)
     x = dense_rows(x)
     launch(
@@ -131,7 +133,7 @@ def _bias_gelu_bwd_kernel(
 def _bias_gelu_bwd(dy, x, bias, tanh):
     """Returns dx `[M, C]` and dbias `[C]` for dy `[M, C]`."""
     M, C = x.shape
-    block_c, rows, num_warps, stages = _config(x, "bias_gelu_bwd")
+    block_c, rows, num_warps, stages = tile_config(x, "bias_gelu_bwd")
     tiles = -(-C // block_c)
     programs = min(max(1, 4 * multiprocessors(x) // tiles), -(-M // rows))
     dx = torch.empty(M, C, dtype=x.dtype, device=x.device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels import _hopper, products
-from ajepa_kernels._autograd import first_order
+from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels._triton import use_triton
 from ajepa_kernels.layer_norm import ResidualStream
 
@@ -24,40 +24,46 @@ def _kept(x: torch.Tensor) -> int:
     return products.SLOPE if x.shape[1] <= SLOPE_WIDTH else products.Z
 
 
-class _GeluMLP(torch.autograd.Function):
+class _GeluMLP(Function):
     """`how` is "fused"; "triton", where the kernels of `bias_gelu` follow plain products; or "plain".
 
-    Returns the output; or its sum with `residual`, if that is given; and the carrier of the sum, if one is given.
+    Returns the output, or its sum with `residual`, if that is given; the carrier of the sum, if one is given; and what
+    backward needs, if `keep`, as outputs so that differentiating them raises an error.
     """
 
     @staticmethod
-    def forward(ctx, how, keep, residual, carrier, x, w1, b1, w2, b2, *copies):
-        ctx.how, ctx.dtypes = how, [p.dtype for p in (w1, b1, w2, b2)]
+    def forward(how, keep, residual, carrier, x, w1, b1, w2, b2, *copies):
         own_b1 = b1
         w1, b1, w2, b2 = copies or (w1, b1, w2, b2)
-        if how == "triton":
-            b1 = own_b1  # the kernel rounds the gradient to the dtype of the bias that it is given
+        if how == "triton":  # the kernel rounds the gradient to the dtype of the bias that it is given
             kept = F.linear(x, w1)
-            hidden = torch.ops.ajepa.bias_gelu_fwd(kept, b1, False, x.dtype)
+            hidden = torch.ops.ajepa.bias_gelu_fwd(kept, own_b1, False, x.dtype)
         else:
             forward = torch.ops.ajepa.linear_gelu if how == "fused" else products.linear_gelu_plain
             hidden, kept = forward(x, w1, b1, _kept(x) if keep else products.NOTHING)
-        ctx.save_for_backward(*((x, kept, hidden, w1, b1, w2) if keep else ()))
-        ctx.adds, ctx.carried = residual is not None, carrier is not None
-        ctx.set_materialize_grads(False)
+        saved = (kept, hidden) if keep else ()
         if residual is None:
-            return F.linear(hidden, w2, b2)
+            return F.linear(hidden, w2, b2), *saved
         add = products.linear_residual_plain if how == "plain" else torch.ops.ajepa.linear_residual
         total = add(hidden, w2, b2, residual)
-        if carrier is None:
-            return total
-        ctx.mark_non_differentiable(total)
-        return total, carrier.view_as(carrier)
+        return (total, *saved) if carrier is None else (total, carrier.view_as(carrier), *saved)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.how, keep, residual, carrier, x, w1, b1, w2, b2, *copies = inputs
+        ctx.dtypes = [p.dtype for p in (w1, b1, w2, b2)]
+        ctx.adds, ctx.carried = residual is not None, carrier is not None
+        ctx.set_materialize_grads(False)
+        if ctx.carried:
+            ctx.mark_non_differentiable(output[0])
+        if keep:
+            w1, b1, w2 = (copies[0], b1 if ctx.how == "triton" else copies[1], copies[2]) if copies else (w1, b1, w2)
+            ctx.save_for_backward(x, *output[-2:], w1, b1, w2)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, *totals):
-        total = totals[-1]
+        total = totals[1 if ctx.carried else 0]
         if total is None:
             return (None,) * len(ctx.needs_input_grad)
         x, kept, hidden, w1, b1, w2 = saved
@@ -125,7 +131,7 @@ def gelu_mlp(
         sum in its dtype, or as a `ResidualStream` if one was given.
 
     Saved for backward: x, gelu(z), and z or, up to C = 512 and only if fused, gelu'(z). The gradient of b1 is summed in
-    float32. `torch.func.grad` needs impl="reference".
+    float32. `torch.func.grad` works.
 
     Raises:
         ValueError: shapes, dtypes, devices or options are invalid, or a tensor is not aligned.
@@ -168,11 +174,11 @@ def gelu_mlp(
     if how == "plain" and copies is None and carrier is None:
         y = gelu_mlp_reference(x, *params)
         return y if values is None else values + y
-    tensors = tuple(t for t in (x, carrier, *params) if t is not None)
+    tensors = tuple(t for t in (x, values, carrier, *params) if t is not None)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (values, carrier, x)]
     done = _GeluMLP.apply(how, keep, *flat, *params, *(copies or ()))
-    return done.view(shape) if carrier is None else ResidualStream(*(t.view(shape) for t in done))
+    return done[0].view(shape) if carrier is None else ResidualStream(*(t.view(shape) for t in done[:2]))
 
 
 def _choose(impl: str, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> str:
