@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels import _hopper, products
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import first_order
 from ajepa_kernels._triton import use_triton
 from ajepa_kernels.layer_norm import ResidualStream
@@ -129,13 +130,14 @@ def gelu_mlp(
 
     Raises:
         ValueError: shapes, dtypes, devices or options are invalid, or a tensor is not aligned.
+        TypeError: an argument is no tensor.
         RuntimeError: a kernel cannot be launched, or the gradients are differentiated again.
 
     Example::
 
         y = gelu_mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     """
-    params: tuple[torch.Tensor, ...] = (w1, b1, w2, b2)
+    check_tensors("gelu_mlp", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     if x.dim() < 1 or w1.dim() != 2 or w2.dim() != 2 or w1.shape[1:] != x.shape[-1:] or w2.shape[1] != w1.shape[0]:
         raise ValueError(
             "gelu_mlp: x [..., C], w1 [I, C] and w2 [C', I] expected, "
@@ -145,25 +147,11 @@ def gelu_mlp(
         raise ValueError(
             f"gelu_mlp: b1 [{len(w1)}] and b2 [{len(w2)}] expected, got {list(b1.shape)} and {list(b2.shape)}"
         )
-    if copies is not None and [c.shape for c in copies] != [p.shape for p in params]:
-        raise ValueError("gelu_mlp: copies must be four tensors of the shapes of w1, b1, w2, b2")
-    tensors = (x, *params, *(copies or ()))
-    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
-        raise ValueError("gelu_mlp: all tensors must be floating point and on one device")
     if impl not in ("auto", "fused", "triton", "reference"):
         raise ValueError(f"gelu_mlp: impl must be auto, fused, triton or reference, got {impl!r}")
-    if copies is not None:
-        x = x.to(copies[0].dtype)
-    else:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        params = tuple(p.to(x.dtype) for p in params)
-    if any(p.dtype != x.dtype for p in copies or params):
-        raise ValueError("gelu_mlp: copies must share a dtype")
     values, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
     shape = (*x.shape[:-1], len(w2))
-    if values is not None and (values.shape != shape or values.device != x.device):
-        raise ValueError(f"gelu_mlp: the residual must be {list(shape)} on {x.device}, got {list(values.shape)}")
+    x, params = products.operands("gelu_mlp", x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, copies, values)
     how = _choose(impl, x, w1, w2)
     if how == "plain" and copies is None and carrier is None:
         y = gelu_mlp_reference(x, *params)
