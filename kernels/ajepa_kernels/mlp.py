@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from ajepa_kernels import _hopper, products
 from ajepa_kernels._arguments import check_tensors
-from ajepa_kernels._autograd import first_order
-from ajepa_kernels._triton import use_triton
+from ajepa_kernels._autograd import Function, first_order
+from ajepa_kernels._triton import cannot_launch, use_triton
+from ajepa_kernels.bias_gelu import bias_gelu
 from ajepa_kernels.layer_norm import ResidualStream
 
 # Up to this C, forward keeps gelu'(z) instead of z. The epilogue of backward's product is then a multiplication. With
@@ -80,6 +81,53 @@ class _GeluMLP(torch.autograd.Function):
             dy.sum(0, dtype=dtypes[3]) if need[4] else None,
             *[None] * (len(need) - 5),
         )
+
+
+class _LinearGELU(Function):
+    """gelu(x weight^T + bias) and z = x weight^T + bias, which is kept for backward, from one product."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return torch.ops.ajepa.linear_gelu(x, weight, bias, products.Z)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, dy, _):
+        if dy is None:
+            return None, None, None
+        x, weight, bias, z = saved
+        if cannot_launch(x):
+            dz = torch.ops.aten.gelu_backward(dy, z)
+            db = dz.sum(0)
+        else:
+            dz, db = torch.ops.ajepa.bias_gelu_bwd(dy, z, torch.zeros_like(bias), False)  # z holds the bias
+        return dz @ weight, products.weight_gradient(dz, x, weight.dtype), db
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, approximate: str, impl: str) -> torch.Tensor:
+    """gelu(x weight^T + bias), of `LinearGELU`. "auto" is fused where the product's epilogue can be."""
+    if impl in ("auto", "fused") and approximate == "none":
+        half, params = products.operands("LinearGELU", x, {"weight": weight, "bias": bias}, None, None)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (half, *params))
+        name = products.FORWARD[products.Z if keep else products.NOTHING]
+        unfused = products.why_not(half, (name,), *weight.shape)
+        if impl == "fused" and unfused and x.is_cuda:
+            raise ValueError(f"LinearGELU: impl='fused' is impossible: {unfused}; use impl='auto' or 'reference'")
+        if impl == "fused" or not unfused:
+            half = half.reshape(-1, half.shape[-1])
+            y = (_LinearGELU.apply if keep else _without_gradient)(half, *params)[0]
+            return y.view(*x.shape[:-1], len(weight))
+    return bias_gelu(F.linear(x, weight), bias, approximate=approximate, impl=impl)
+
+
+def _without_gradient(x, weight, bias):
+    return torch.ops.ajepa.linear_gelu(x, weight, bias, products.NOTHING)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
