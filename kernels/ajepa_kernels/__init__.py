@@ -19,7 +19,7 @@ from ajepa_kernels.fp8 import (
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import ResidualStream, add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.linear_residual import linear_residual, linear_residual_reference
-from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMel, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
 from ajepa_kernels.segment_pool import segment_pool, segment_pool_reference
@@ -29,6 +29,7 @@ from ajepa_kernels.warmup import warmup
 __all__ = [
     "LOG_MEL_PRESETS",
     "AdamWEMA",
+    "LogMel",
     "LogMelSpec",
     "MelViews",
     "Quantized",
