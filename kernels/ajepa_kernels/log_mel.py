@@ -752,8 +752,8 @@ def log_mel(
     and pre-emphasis, whichever is louder.) There the error of any float32 transform, a few times 2^-24 of the loudest
     amplitude, is larger; torchaudio has it, too.
 
-    The plain definition is differentiable and the kernels are not, so a `pcm` that requires a gradient takes the plain
-    definition. Nothing is detached silently.
+    The plain definition is differentiable and the kernels are not. A `pcm` that requires a gradient therefore takes the
+    plain definition, and `impl="fused"` refuses it; nothing is detached silently.
 
     Args:
         pcm: `[B, S]` int16 (scaled by 1/32768) or float32 in [-1, 1].
@@ -764,8 +764,8 @@ def log_mel(
         dtype: dtype of the result: float32, bfloat16 or float16.
         layout: "patches", "spectrogram" or "mel": the mel values (of `spec.power`) without floor, log, `top_db`, `mean`
             and `std`, which are zero in the frames that a clip does not have.
-        impl: "auto" runs the compiled kernel, or warns once and runs plain PyTorch if the kernel cannot run (float64, a
-            gradient, an `n_fft` without a CUDA kernel); "fused" requires the kernel; "reference" is plain PyTorch.
+        impl: "auto" runs the compiled kernel, or warns once and runs plain PyTorch if the kernel cannot run (float64,
+            or on CUDA an `n_fft` without a kernel); "fused" requires the kernel; "reference" is plain PyTorch.
         check: raise ValueError for NaN or Inf in a clip and for `lengths` out of range, which makes the host wait for
             the device. Without it, lengths are clamped to 0..S.
 
@@ -787,6 +787,8 @@ def log_mel(
         raise ValueError(f"log_mel: impl must be 'auto', 'fused' or 'reference', got {impl!r}")
     if check:
         _check_values(pcm, spec, lengths)
+    if impl == "auto" and pcm.requires_grad and torch.is_grad_enabled():
+        impl = "reference"
     reason = "" if impl == "reference" else _kernel_reason(pcm, spec, dtype)
     if impl != "reference" and not reason:
         return _log_mel_fused(pcm, spec, lengths, dtype, layout)

@@ -17,7 +17,7 @@ from log_mel_cases import DECIBEL, NAT, recordings, rounding_band
 from ajepa.model._torchaudio import has_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
 
-IMPLS = ["reference", *(["fused"] if _extension.AVAILABLE else [])]
+IMPLS = ["reference"] + ["fused"] * _extension.AVAILABLE
 SIGNALS = {
     "noise": lambda t: 0.1 * torch.randn(len(t), generator=torch.Generator().manual_seed(0)),
     "quiet, then noise": lambda t: 0.3 * torch.randn(len(t)) * (t > t[-1] / 2) + 1e-4 * torch.randn(len(t)),
