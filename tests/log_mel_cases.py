@@ -40,7 +40,7 @@ SIGNALS = {
     "least noise": lambda n: torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(0)).float(),
     "silence, then noise": lambda n: torch.where(torch.arange(n) < n // 2, 0.0, torch.randn(n) * 3000),
 }
-PRESETS = ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper"]
+PRESETS = ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper", "clap", "kaldi", "librosa"]
 
 
 def signal_case(name: str, signal: str) -> tuple[torch.Tensor, LogMelSpec]:

@@ -810,6 +810,10 @@ class LogMel(torch.nn.Module):
         layout: "spectrogram" (as torchaudio's), "patches" or "mel".
         dtype: dtype of the result: float32, bfloat16 or float16; float64 runs as plain PyTorch.
 
+    Raises:
+        TypeError, ValueError: `spec` is no LogMelSpec, `lengths` does not have the shape of pcm's leading axes, or
+            `log_mel` refuses the call.
+
     Example::
 
         front_end = LogMel(LogMelSpec(sample_rate=16000, n_mels=64))
@@ -826,9 +830,6 @@ class LogMel(torch.nn.Module):
         """The features `[..., n_mels, frames]`, or `[..., N, P]` for "patches", of `pcm [..., S]`.
 
         The leading axes may be none, one or many. `lengths` has the leading axes' shape.
-
-        Raises:
-            TypeError, ValueError: as `log_mel`.
         """
         check_tensors("LogMel", pcm=pcm, lengths=lengths)
         if pcm.dim() == 0:

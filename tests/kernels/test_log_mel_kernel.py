@@ -1,6 +1,7 @@
 """The compiled CPU kernel of log_mel against float64, on every instruction set that this machine has."""
 
 import random
+import types
 import warnings
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from log_mel_cases import (
 )
 
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
-from ajepa_kernels.log_mel import SIZES, _kernel_tables
+from ajepa_kernels.log_mel import CUDA_SIZES, SIZES, _kernel_reason, _kernel_tables
 
 pytestmark = pytest.mark.skipif(not _extension.AVAILABLE, reason=f"needs the compiled kernels: {_extension.MISSING}")
 
@@ -144,7 +145,7 @@ def test_opcheck(lengths):
     }  # fmt: skip
     ragged = None if lengths is None else torch.tensor(lengths)
     tables = _kernel_tables(LogMelSpec(), torch.device("cpu"))
-    for take_log in ({}, {"take_log": False}):
+    for take_log in ({}, {"take_log": False}, {"pad": 1.0, "factor": 2.0, "n_samples": 3000, "edge": 3}):
         torch.library.opcheck(
             torch.ops.ajepa.log_mel_fwd.default, (clips(4000), ragged, *tables, out), arguments | take_log
         )
@@ -172,6 +173,10 @@ def test_op_refuses_what_it_cannot_take():
         (lambda: op(pcm, None, *tables, out, **{**good, "frame_add": 2}), "out of range"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 500}), "n_fft"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 256}), "longer than n_fft"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "n_fft": 784}), "16 times"),
+        (lambda: op(pcm, None, *tables, out, **good, n_samples=2**32), "out of range"),
+        (lambda: op(pcm, None, *tables, out, **good, n_samples=-1), "out of range"),
+        (lambda: op(pcm, None, *tables, out, **{**good, "edge": 4}), "out of range"),
         (lambda: op(pcm, None, *tables, out, **{**good, "n_frames": 17}), "n_frames"),
         (lambda: op(pcm, None, *tables, out, **{**good, "hop_length": 0}), "out of range"),
         (lambda: op(pcm, None, *tables, out, **{**good, "hop_length": 2**32}), "out of range"),
@@ -219,3 +224,13 @@ def test_without_the_extension(monkeypatch):
         log_mel(pcm, spec)
     with pytest.raises(RuntimeError, match="compiler"):
         log_mel(pcm, spec, impl="fused")
+
+
+def test_sizes_without_a_cuda_kernel(monkeypatch):
+    """On a GPU they run as plain PyTorch, and the warning names the sizes of the kernel."""
+    monkeypatch.setattr(_extension, "CUDA", True)
+    pcm = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.int16, requires_grad=False)
+    for n_fft in SIZES:
+        reason = _kernel_reason(pcm, LogMelSpec(n_fft=n_fft, win_length=100), torch.float32)
+        assert (reason == "") == (n_fft in CUDA_SIZES)
+        assert not reason or (f"no transform of {n_fft} points" in reason and "400, 512, 640" in reason)
