@@ -28,6 +28,7 @@ UNMEASURED = (
 # The benchmarks of each op of `ajepa_kernels`, by its public name.
 OPS = {
     "masked_attention": ("masked_attention",),
+    "rotary_attention": ("rotary_attention",),
     "latent_l2_loss": ("latent_l2_loss",),
     "segment_pool": ("segment_pool",),
     "sigreg": ("sigreg",),

@@ -53,6 +53,7 @@ BENCHMARKS = {  # the root modules of each benchmark file
     "bench_masks": ("ajepa.model.masks",),
     "bench_products": ("ajepa_kernels.products", "ajepa_kernels.bias_gelu"),
     "bench_resample": ("ajepa_kernels.resample",),
+    "bench_rotary": ("ajepa_kernels.attention",),
     "bench_scaling": STEP,
     "bench_segment_pool": ("ajepa_kernels.segment_pool",),
     "bench_sigreg": ("ajepa_kernels.sigreg",),

@@ -182,6 +182,25 @@ def attention_gathered(S: int, D: int, dtype: torch.dtype) -> None:
     _masked_attention_bwd(out, qkv, None, None, out, lse, False, *arguments)
 
 
+def attention_turned(
+    S: int, D: int, dtype: torch.dtype, pairs: int, channels: bool = False, interleaved: bool = True, causal: int = 0
+) -> None:
+    """With rotary tables `[S, .]` that all samples share, of an angle for each pair or each channel; pairs 0: none."""
+    from ajepa_kernels.attention.inputs import Inputs
+    from ajepa_kernels.attention.layout import make_layout
+    from ajepa_kernels.attention.ops import _masked_attention_bwd, _masked_attention_fwd
+    from ajepa_kernels.attention.rotary import Rotary, make_tables
+
+    qkv, tables = torch.empty(4, S, 3, 12, D, dtype=dtype, **META), ()
+    inputs = Inputs(qkv, causal=causal)
+    if pairs:
+        table = torch.empty(S, pairs * (1 + channels), **META)
+        tables = make_tables(inputs, Rotary(table, table, interleaved, pairs), None)
+    operands, arguments = (qkv.flatten(0, 1), None, None), (*make_layout(inputs), 0.125, False, *tables)
+    out, lse = _masked_attention_fwd(*operands, *arguments)
+    _masked_attention_bwd(out, *operands, out, lse, False, *arguments)
+
+
 def loss(C: int, kind: str, dtype: torch.dtype) -> None:
     from ajepa_kernels.latent_loss import _latent_l2_loss_bwd, _latent_l2_loss_fwd
 
@@ -299,6 +318,9 @@ CORE = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S, D in SIZES},
     "attention 64 x 64 gathered": (attention_gathered, 64, 64, B),
     "attention 64 x 64 cross fp16": (attention, 64, 64, torch.float16, False, True),
+    "attention 64 x 64 rotary": (attention_turned, 64, 64, B, 30, True),
+    "attention 300 x 64 rotary": (attention_turned, 300, 64, B, 30, True),
+    "attention 300 x 64 causal": (attention_turned, 300, 64, B, 0, False, True, 1),
     "attention 32 x 64 fp32": (attention, 32, 64, F),
     "attention 32 x 64 tf32": (attention, 32, 64, F, True),
     "loss 768": (loss, 768, "l2", B),
@@ -324,6 +346,28 @@ REST = {
     **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (96, 128, 300) for D in (64, 96, 128)},
     **{f"attention {S} x 64 cross": (attention, S, 64, B, False, True) for S in (16, 96, 128, 300)},
     **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
+    **{
+        f"attention {S} x {D} rotary": (attention_turned, S, D, B, D // 6 * 3, True)
+        for S in (16, 32, 64, 77, 96, 128, 300)
+        for D in (32, 64, 96, 128)
+    },
+    **{
+        f"attention {S} x {D} rotary pairs": (attention_turned, S, D, B, D // 2)
+        for S in (16, 64, 77, 128, 300)
+        for D in (32, 64, 128)
+    },
+    **{
+        f"attention {S} x {D} rotary halves": (attention_turned, S, D, B, D // 2, False, False)
+        for S in (16, 64, 77, 128, 300)
+        for D in (32, 64, 128)
+    },
+    **{
+        f"attention {S} x {D} causal": (attention_turned, S, D, B, 0, False, True, 1)
+        for S in (16, 64, 77, 128, 300)
+        for D in (32, 64, 128)
+    },
+    **{f"attention {S} x 64 rotary causal": (attention_turned, S, 64, B, 30, True, True, 196) for S in (64, 128, 300)},
+    **{f"attention {S} x 64 rotary fp32": (attention_turned, S, 64, F, 30, True) for S in (16, 32, 64, 300)},
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
     "loss 4096 of samples": (loss_of_samples, 4096, "smooth_l1", B),
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 2048, 4096)},

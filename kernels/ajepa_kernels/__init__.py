@@ -6,6 +6,7 @@ PyTorch definition, which runs wherever the kernel cannot.
 
 from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
+from ajepa_kernels.attention.rotary import Rotary, axial_angles
 from ajepa_kernels.augment_mel import MelViews, augment_mel, augment_mel_reference
 from ajepa_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ajepa_kernels.ema_update import ema_update_, ema_update_reference_
@@ -45,6 +46,7 @@ __all__ = [
     "Quantized",
     "Resampler",
     "ResidualStream",
+    "Rotary",
     "Scaling",
     "SwiGLU",
     "add_layer_norm",
@@ -52,6 +54,7 @@ __all__ = [
     "advance_scales_",
     "augment_mel",
     "augment_mel_reference",
+    "axial_angles",
     "bias_gelu",
     "bias_gelu_reference",
     "ema_update_",

@@ -1,8 +1,8 @@
 """Attention in which only visible patches take part.
 
 Read the files in this order: `__init__.py` (the public function), `inputs.py` (its arguments and their checks),
-`layout.py` (which row attends to which, and the plain PyTorch definition), `ops.py` (the registered operations and
-their launches), `kernels.py` (the Triton kernels).
+`rotary.py` (rotary position embeddings), `layout.py` (which row attends to which, and the plain PyTorch definition),
+`ops.py` (the registered operations and their launches), `kernels.py` (the Triton kernels).
 
 Shapes: B samples, N patches, V visible patches; R sequences, T packed tokens (all sequences end to end), S tokens in
 the longest sequence, H heads, D head dim. A *slot* is a position in the list of tokens that the sequences cover. A
@@ -18,6 +18,7 @@ from ajepa_kernels._triton import use_triton
 from ajepa_kernels.attention.inputs import Inputs, can_be_checked_at_once, check_arguments, check_bias, check_contents
 from ajepa_kernels.attention.layout import attention_reference, cast, make_layout, rows, shape_of_result
 from ajepa_kernels.attention.ops import MaskedAttention, why_no_kernel
+from ajepa_kernels.attention.rotary import Rotary, make_tables
 
 
 def masked_attention_reference(
@@ -42,6 +43,9 @@ def masked_attention(
     output: str = "packed",
     scale: float | None = None,
     tf32: bool = False,
+    rotary: Rotary | None = None,
+    rotary_k: Rotary | None = None,
+    causal: int | torch.Tensor = 0,
     check: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
@@ -69,13 +73,26 @@ def masked_attention(
             backward computes while it has them on chip, instead of the layer before (up to 128 tokens of joint qkv;
             elsewhere in a pass of its own). float32 partial sums, one for each sequence, are added up in a set order.
             The keys' part is zero, because a vector that is added to all keys does not change the probabilities.
-        cu_seqlens_k, max_seqlen_k: packed keys of other lengths than the queries (cross-attention).
+        cu_seqlens_k, max_seqlen_k: packed keys of other lengths than the queries (cross-attention), sequence r of the
+            keys for sequence r of the queries. Either may be empty. A predictor can so take its mask tokens as queries
+            and the context as keys, see the last example.
         output: where `visible` is given, "packed" returns visible patches only, `[B, V, H, D]` or `[T, H, D]`;
             "scattered" returns `[B, N, H, D]`, zero where not visible. A boolean `visible` with "packed" reads T from
             the device: the host waits, and a CUDA graph cannot capture it. Indices with either output, and booleans
             with "scattered", never make the host wait.
         scale: factor of the scores; 1 / sqrt(D) by default.
         tf32: let float32 products round their operands to tf32. By default they are true float32 products.
+        rotary: tables by which pairs of channels of q and k are turned before the product (`Rotary.of`; for positions
+            on a grid `axial_angles`). Their rows are those of the input, not of `visible`: packed `[T]`; dense `[N]`,
+            which all samples share, or `[B, N]`. The kernels turn q and k as they load them and turn the gradients back
+            before they store them, so that turned q and k never reach memory.
+        rotary_k: tables of keys of another length than the queries; by default those of the queries.
+        causal: 0 for none; 1 for a causal mask; F for blocks of F tokens, where a token sees its own block and earlier
+            ones (F tokens of a frame: V-JEPA 2-AC, arXiv 2506.09985). It counts places in the sequence; with `visible`
+            those among the visible patches, with `key_mask` those among all. Or an int32 or int64 tensor, `[T]`, `[N]`
+            or `[B, N]`, that numbers the rows, e.g. the frame of each token where masked tokens are left out: key k
+            counts for query q where `causal[k] <= causal[q]`. For self-attention only. Beyond 128 tokens, the kernels
+            skip tiles that an integer masks entirely; a tensor skips none.
         check: verify offsets and indices on the device and wait for the answer. By default they are trusted on a GPU
             and verified on a CPU, where reading them costs nothing.
         impl: "auto" (Triton on a GPU; where no kernel fits, the plain definition and one warning), "triton" or
@@ -91,6 +108,7 @@ def masked_attention(
 
     Raises:
         ValueError: invalid shapes, dtypes, devices or options; raised before any launch.
+        TypeError: an array or list where a tensor is due.
         RuntimeError: the gradients are differentiated again.
 
     Example::
@@ -102,9 +120,22 @@ def masked_attention(
         qkv = torch.randn(8, 196, 3, 12, 64, device="cuda", dtype=torch.bfloat16)
         visible = torch.rand(8, 196, device="cuda").argsort(1)[:, :64]
         out = masked_attention(qkv, visible=visible)  # [8, 64, 12, 64]
+
+        # V-JEPA 2: the places of 4 x 7 x 7 patches
+        grid = torch.cartesian_prod(*(torch.arange(n, device="cuda") for n in (4, 7, 7)))
+        rotary = Rotary.of(axial_angles(grid, [20, 20, 20], tiled=True))
+        out = masked_attention(qkv, visible=visible, rotary=rotary, causal=grid[:, 0])  # also block-causal by frame
+
+        # a predictor: 5 and 3 mask tokens as queries, 64 and 37 context tokens as keys
+        q, k, v = (torch.randn(n, 12, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 101, 101))
+        cu = torch.tensor([0, 5, 8], device="cuda", dtype=torch.int32)
+        out = masked_attention(
+            q, k, v, cu_seqlens=cu, max_seqlen=5, cu_seqlens_k=cu_seqlens, max_seqlen_k=64
+        )  # [8, 12, 64]
     """
-    inputs = Inputs(qkv, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, visible, key_mask, output)
+    inputs = Inputs(qkv, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, visible, key_mask, output, causal)
     check_arguments(inputs)
+    tables = make_tables(inputs, rotary, rotary_k)
     check_bias(qkv_bias, inputs)
     if check or can_be_checked_at_once(inputs):
         check_contents(inputs)
@@ -113,13 +144,15 @@ def masked_attention(
     q, k, v = rows(inputs)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernel, bias = use_triton("masked_attention", impl, q, why_no_kernel(q)), qkv_bias
-    if bias is not None and not (kernel and k is None):
+    # the kernels take it that a vector added to all keys changes nothing, and that each query of a sequence has a key
+    sums_hold = k is None and rotary is None and not (layout.order is not None and key_mask is not None)
+    if bias is not None and not (kernel and sums_hold):
         q, k, v = _with_bias_gradient(q, k, v, bias)
         bias = None
     if kernel:
-        out, _ = MaskedAttention.apply(q, k, v, bias, float(scale), tf32, *layout)
+        out, _ = MaskedAttention.apply(q, k, v, bias, float(scale), tf32, *tables, *layout)
     else:
-        out = attention_reference(q, k, v, layout, scale)
+        out = attention_reference(q, k, v, layout, scale, tables)
     return out.unflatten(0, shape) if shape else out
 
 

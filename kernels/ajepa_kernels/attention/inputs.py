@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ajepa_kernels._arguments import check_tensors
+
 OFFSET_DTYPES = (torch.int32, torch.int64)
 
 
@@ -23,6 +25,7 @@ class Inputs(NamedTuple):
     visible: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
     output: str = "packed"
+    causal: int | torch.Tensor = 0
 
 
 def is_packed(x: Inputs) -> bool:
@@ -31,11 +34,11 @@ def is_packed(x: Inputs) -> bool:
 
 
 def check_arguments(x: Inputs) -> None:
-    """Check everything that is known without reading the device. Raises ValueError."""
+    """Check everything that is known without reading the device. Raises ValueError, or TypeError for what is no
+    tensor."""
     named = {"cu_seqlens": x.cu_seqlens, "cu_seqlens_k": x.cu_seqlens_k, "visible": x.visible, "key_mask": x.key_mask}
-    for name, tensor in {"qkv": x.qkv, "k": x.k, "v": x.v, **named}.items():
-        optional = name != "qkv"
-        _require(isinstance(tensor, torch.Tensor) or (optional and tensor is None), f"{name} must be a tensor")
+    check_tensors("masked_attention", qkv=x.qkv, k=x.k, v=x.v, **named)
+    _require(x.qkv is not None, "qkv must be a tensor")
     _check_operands(x)
     for name, tensor in named.items():
         _require(tensor is None or tensor.device == x.qkv.device, f"{name} must be on {x.qkv.device}")
@@ -48,12 +51,14 @@ def check_arguments(x: Inputs) -> None:
     else:
         _check_dense(x)
     _check_masks(x)
+    _check_causal(x)
 
 
 def check_bias(bias: torch.Tensor | None, x: Inputs) -> None:
     if bias is None:
         return
-    _require(isinstance(bias, torch.Tensor) and bias.is_floating_point(), "qkv_bias must be a floating-point tensor")
+    check_tensors("masked_attention", qkv_bias=bias)
+    _require(bias.is_floating_point(), "qkv_bias must be a floating-point tensor")
     H, D = x.qkv.shape[-2:]
     shapes = ((3, H, D), (3 * H * D,))
     _require(tuple(bias.shape) in shapes, f"qkv_bias must be {list(shapes[0])} or flat, got {list(bias.shape)}")
@@ -122,6 +127,25 @@ def _check_masks(x: Inputs) -> None:
     if key_mask is not None:
         keys = (q if k is None else k).shape[: 1 if is_packed(x) else 2]
         _require(key_mask.dtype == torch.bool and key_mask.shape == keys, f"key_mask must be boolean {list(keys)}")
+
+
+def _check_causal(x: Inputs) -> None:
+    q, k, order = x.qkv, x.k, x.causal
+    if isinstance(order, numbers.Real | torch.SymInt):
+        _require(_is_count(order), f"causal must be an int of 0 or more, got {order!r}")
+        if not order:
+            return
+    else:
+        check_tensors("masked_attention", causal=order)
+        _require(isinstance(order, torch.Tensor), "causal must be an int or a tensor; 0 for none")
+        assert isinstance(order, torch.Tensor)
+        tokens = q.shape[: 1 if is_packed(x) else 2]
+        fits = order.shape == tokens or (not is_packed(x) and order.shape == tokens[1:])
+        _require(fits, f"causal must have a number for each row, {list(tokens)}, got {list(order.shape)}")
+        _require(order.dtype in OFFSET_DTYPES, f"a causal tensor must be int32 or int64, got {order.dtype}")
+        _require(order.device == q.device, f"causal must be on {q.device}")
+    same = x.cu_seqlens_k is None and (k is None or k.shape == q.shape)
+    _require(same, "causal is for self-attention, where row i of q and of k are the same token")
 
 
 def check_contents(x: Inputs) -> None:

@@ -34,6 +34,121 @@ def _store(ptr, x, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @jit
+def _absolute(rows_ptr, first, rows):
+    """The rows in memory of the rows of `_tile`."""
+    return rows + first if rows_ptr is None else rows
+
+
+@jit
+def _table_rows(rows, period):
+    """The rows of the rotary tables, which repeat with a period where one is given."""
+    rows = rows.to(tl.int32)
+    return rows if period is None else rows % period
+
+
+@jit
+def _table(ptr, rows, valid, other, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr):
+    """The entries of the pairs' first and second channels, `[S, BLOCK_D // 2]` each. `other` where no pair is."""
+    PAIRS: tl.constexpr = ROTARY[0]
+    WIDTH: tl.constexpr = ROTARY[1]
+    INTERLEAVED: tl.constexpr = ROTARY[2]
+    p = tl.arange(0, BLOCK_D // 2)[None, :]
+    row = rows[:, None] * WIDTH
+    mask = valid[:, None] & (p < PAIRS)
+    if WIDTH == PAIRS:
+        first = tl.load(ptr + (row + p), mask=mask, other=other)
+        second = first
+    elif INTERLEAVED:
+        d = tl.arange(0, BLOCK_D)[None, :]
+        both = tl.load(ptr + (row + d), mask=valid[:, None] & (d < WIDTH), other=other)
+        first, second = tl.split(tl.reshape(both, [rows.shape[0], BLOCK_D // 2, 2]))
+    else:
+        first = tl.load(ptr + (row + p), mask=mask, other=other)
+        second = tl.load(ptr + (row + p + PAIRS), mask=mask, other=other)
+    return first, second
+
+
+@jit
+def _halves(D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr):
+    """The channels that stand first and second in a tile whose pairs are channels p and PAIRS + p. Channels that do not
+    turn follow in pairs of their own."""
+    p = tl.arange(0, BLOCK_D // 2)[None, :]
+    if 2 * PAIRS == D:
+        first = p
+        second = p + D // 2
+    else:
+        first = tl.where(p < PAIRS, p, p + PAIRS)
+        second = tl.where(p < PAIRS, p + PAIRS, p + D // 2)
+    return first, second
+
+
+@jit
+def _load_turned(ptr, rows, valid, stride, turns, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr):
+    """A tile of q or k, whose pairs are turned in float32 and then rounded. Its channels are in the order of the pairs,
+    which the scores do not notice, because q and k share it."""
+    if turns[0] is None:
+        x = _load(ptr, rows, valid, stride, D, BLOCK_D)
+    else:
+        S: tl.constexpr = rows.shape[0]
+        PAIRS: tl.constexpr = ROTARY[0]
+        INTERLEAVED: tl.constexpr = ROTARY[2]
+        if INTERLEAVED:
+            x = _load(ptr, rows, valid, stride, D, BLOCK_D)
+            x1, x2 = tl.split(tl.reshape(x, [S, BLOCK_D // 2, 2]))
+        else:
+            d1, d2 = _halves(D, BLOCK_D, PAIRS)
+            mask = valid[:, None] & (tl.arange(0, BLOCK_D // 2)[None, :] < D // 2)
+            x1 = tl.load(ptr + rows[:, None] * stride + d1, mask=mask, other=0.0)
+            x2 = tl.load(ptr + rows[:, None] * stride + d2, mask=mask, other=0.0)
+        cos1, cos2 = _table(turns[0], turns[2], valid, 1.0, BLOCK_D, ROTARY)
+        sin1, sin2 = _table(turns[1], turns[2], valid, 0.0, BLOCK_D, ROTARY)
+        x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
+        y = tl.join(x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2)
+        # The maximum of one element each is no instruction. It keeps the compiler from turning the tile anew for each
+        # product, in the layout of its operand.
+        x = tl.max(tl.reshape(y, [S, BLOCK_D, 1]), 2).to(ptr.dtype.element_ty)
+    return x
+
+
+@jit
+def _store_turned(ptr, dy, rows, valid, stride, turns, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr):
+    """Store the gradient of a tile of `_load_turned`: dy, float32, times the transpose of the turns."""
+    if turns[0] is None:
+        _store(ptr, dy, rows, valid, stride, D, BLOCK_D)
+    else:
+        S: tl.constexpr = rows.shape[0]
+        PAIRS: tl.constexpr = ROTARY[0]
+        INTERLEAVED: tl.constexpr = ROTARY[2]
+        dy1, dy2 = tl.split(tl.reshape(dy, [S, BLOCK_D // 2, 2]))
+        cos1, cos2 = _table(turns[0], turns[2], valid, 1.0, BLOCK_D, ROTARY)
+        sin1, sin2 = _table(turns[1], turns[2], valid, 0.0, BLOCK_D, ROTARY)
+        dx1 = (dy1 * cos1 + dy2 * sin2).to(ptr.dtype.element_ty)
+        dx2 = (dy2 * cos2 - dy1 * sin1).to(ptr.dtype.element_ty)
+        if INTERLEAVED:
+            _store(ptr, tl.reshape(tl.join(dx1, dx2), [S, BLOCK_D]), rows, valid, stride, D, BLOCK_D)
+        else:
+            d1, d2 = _halves(D, BLOCK_D, PAIRS)
+            mask = valid[:, None] & (tl.arange(0, BLOCK_D // 2)[None, :] < D // 2)
+            tl.store(ptr + rows[:, None] * stride + d1, dx1, mask=mask)
+            tl.store(ptr + rows[:, None] * stride + d2, dx2, mask=mask)
+
+
+@jit
+def _limits(order_ptr, causal, rows, places, valid):
+    """For each query, the largest number of a key that counts: its own, or the last place of its block of tokens."""
+    if order_ptr is None:
+        limits = places if causal is None else (places // causal + 1) * causal - 1
+    else:
+        limits = tl.load(order_ptr + rows, mask=valid, other=0)
+    return limits
+
+
+@jit
+def _numbers(order_ptr, rows, places, valid):
+    return places if order_ptr is None else tl.load(order_ptr + rows, mask=valid, other=0)
+
+
+@jit
 def _store_sum(ptr, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     tl.store(ptr + d, x, mask=d < D)
@@ -45,6 +160,11 @@ def _scores(q, k, mask, scale, PRECISION: tl.constexpr):
     instruction of its own, but registers."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     return tl.where(mask[None, :], s, float("-inf")) if mask.dtype == tl.int1 else s + mask[None, :]
+
+
+@jit
+def _causal_scores(s, numbers, limits, CAUSAL: tl.constexpr):
+    return tl.where(numbers[None, :] <= limits[:, None], s, float("-inf")) if CAUSAL else s
 
 
 @jit
@@ -102,10 +222,11 @@ def _origin(rows_ptr, first, stride: tl.constexpr):
 def _masked_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
+    order_ptr, causal, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, q_period, k_period,
     scale, heads, tiles,
     H: tl.constexpr, stride_q: tl.constexpr, stride_k: tl.constexpr, stride_v: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
-    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """All keys of a sequence at once: BLOCK_K of them, and TAIL more, as tiles have powers of two as edges.
 
@@ -113,6 +234,7 @@ def _masked_attention_fwd_kernel(
     those of this head are multiplied.
     """
     WHOLE: tl.constexpr = BLOCK_Q >= BLOCK_K + TAIL
+    CAUSAL: tl.constexpr = causal is not None or order_ptr is not None
     first, last, r = _head_group(H, heads)
     tile = 0 if WHOLE else r % tiles
     r = r if WHOLE else r // tiles
@@ -132,19 +254,29 @@ def _masked_attention_fwd_kernel(
     v_ptr += _origin(k_rows_ptr, k_start, stride_v)
     if TAIL:
         tail_valid, tail_rows = _tile(k_rows_ptr, k_start, k_start + BLOCK_K, k_end, TAIL)
+    q_places = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_rows_, k_rows_ = _absolute(q_rows_ptr, q_first, q_rows), _absolute(k_rows_ptr, k_start, k_rows)
+    limits = _limits(order_ptr, causal, q_rows_, q_places, q_valid)
+    numbers = _numbers(order_ptr, k_rows_, tl.arange(0, BLOCK_K), k_valid)
+    q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_rows_, q_period))
+    k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_rows_, k_period))
     mask = _mask(k_valid)
     if TAIL:
         tail_mask = _mask(tail_valid)
+        tail_rows_ = _absolute(k_rows_ptr, k_start, tail_rows)
+        tail_numbers = _numbers(order_ptr, tail_rows_, BLOCK_K + tl.arange(0, TAIL), tail_valid)
+        tail_turns = (k_cos_ptr, k_sin_ptr, _table_rows(tail_rows_, k_period))
     scale = scale * 1.4426950408889634  # GPUs have an instruction for exp2, but none for exp
     for h in range(first, last):
-        q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
-        k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+        q = _load_turned(q_ptr + h * D, q_rows, q_valid, stride_q, q_turns, D, BLOCK_D, ROTARY)
+        k = _load_turned(k_ptr + h * D, k_rows, k_valid, stride_k, k_turns, D, BLOCK_D, ROTARY)
         v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
-        s = _scores(q, k, mask, scale, PRECISION)
+        s = _causal_scores(_scores(q, k, mask, scale, PRECISION), numbers, limits, CAUSAL)
         if TAIL:
-            k_tail = _load(k_ptr + h * D, tail_rows, tail_valid, stride_k, D, BLOCK_D)
+            k_tail = _load_turned(k_ptr + h * D, tail_rows, tail_valid, stride_k, tail_turns, D, BLOCK_D, ROTARY)
             v_tail = _load(v_ptr + h * D, tail_rows, tail_valid, stride_v, D, BLOCK_D)
             s_tail = _scores(q, k_tail, tail_mask, scale, PRECISION)
+            s_tail = _causal_scores(s_tail, tail_numbers, limits, CAUSAL)
             m = _finite(tl.maximum(tl.max(s, 1), tl.max(s_tail, 1)))
             p, p_tail = tl.exp2(s - m[:, None]), tl.exp2(s_tail - m[:, None])
             total = tl.sum(p, 1) + tl.sum(p_tail, 1)
@@ -162,13 +294,17 @@ def _masked_attention_fwd_kernel(
 def _masked_attention_long_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
+    order_ptr, causal, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, q_period, k_period,
     stride_q, stride_k, stride_v, slots, scale, H, tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """Keys tile by tile, with a running maximum and sum. lse `[H, slots]` is in base 2."""
+    CAUSAL: tl.constexpr = causal is not None or order_ptr is not None
     pid = tl.program_id(0)  # the heads of one sequence run side by side, because their rows are neighbours in memory
     h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
+    if causal is not None:
+        tile = tiles - 1 - tile  # tiles with more keys begin first
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
     k_start, k_end = _span(k_start_ptr, k_end_ptr, r)
     q_slot = q_start + tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -176,26 +312,35 @@ def _masked_attention_long_fwd_kernel(
     if q_start + tile * BLOCK_Q >= q_end:
         return
     q_rows = _rows(q_rows_ptr, q_slot, q_valid)
-    q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
+    limits = _limits(order_ptr, causal, q_rows, q_slot - q_start, q_valid)
+    q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_rows, q_period))
+    q = _load_turned(q_ptr + h * D, q_rows, q_valid, stride_q, q_turns, D, BLOCK_D, ROTARY)
     scale = scale * 1.4426950408889634  # GPUs have an instruction for exp2, but none for exp
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if causal is not None:  # the blocks of tokens up to that of the last query
+        k_end = tl.minimum(k_end, k_start + ((tile * BLOCK_Q + BLOCK_Q - 1) // causal + 1) * causal)
     for start in range(k_start, k_end, BLOCK_K):
         k_slot = start + tl.arange(0, BLOCK_K)
         k_valid = k_slot < k_end
         k_rows = _rows(k_rows_ptr, k_slot, k_valid)
-        k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+        k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_rows, k_period))
+        k = _load_turned(k_ptr + h * D, k_rows, k_valid, stride_k, k_turns, D, BLOCK_D, ROTARY)
         s = _scores(q, k, _mask(k_valid), scale, PRECISION)
-        m_new = tl.maximum(m, tl.max(s, 1))  # finite, because every tile holds a key
-        p = tl.exp2(s - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
+        s = _causal_scores(s, _numbers(order_ptr, k_rows, k_slot - k_start, k_valid), limits, CAUSAL)
+        m_new = tl.maximum(m, tl.max(s, 1))  # finite, because every tile holds a key, of which causal may leave none
+        m_finite = _finite(m_new) if CAUSAL else m_new
+        p = tl.exp2(s - m_finite[:, None])
+        shrink = tl.exp2(m - m_finite)
         total = total * shrink + tl.sum(p, 1)
         v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
         m = m_new
     total = tl.where(total == 0.0, 1.0, total)
     out = out / total[:, None]
+    if CAUSAL:
+        m = tl.where(m == float("-inf"), float("inf"), m)  # so that the probabilities of backward are 0
     tl.store(lse_ptr + h.to(tl.int64) * slots + q_slot, m + tl.log2(total), mask=q_valid)
     out_rows = q_rows if SCATTER else q_slot.to(tl.int64)
     _store(out_ptr + h * D, out, out_rows, q_valid, H * D, D, BLOCK_D)
@@ -215,11 +360,12 @@ def _sum_rows(x, dtype: tl.constexpr):
 def _masked_attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
+    order_ptr, causal, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, q_period, k_period,
     scale, heads, H: tl.constexpr,
     stride_q: tl.constexpr, stride_k: tl.constexpr, stride_v: tl.constexpr,
     stride_dq: tl.constexpr, stride_dk: tl.constexpr, stride_dv: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
-    SCATTER: tl.constexpr, PRECISION: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr, ROTARY: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """All queries and keys of a sequence at once; keys and heads as in the forward pass. The probabilities are computed
     again, without the output and log-sum-exp.
@@ -227,6 +373,7 @@ def _masked_attention_bwd_kernel(
     sums `[R, 2, H, D]`, if it is given, gets the sums of dq and dv over the tokens of each sequence, where rows without
     a token are zero. The sum of dk is zero: a vector added to all keys does not change the probabilities.
     """
+    CAUSAL: tl.constexpr = causal is not None or order_ptr is not None
     first, last, r = _head_group(H, heads)
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
     k_start, k_end = (q_start, q_end) if k_start_ptr is None else _span(k_start_ptr, k_end_ptr, r)
@@ -247,17 +394,27 @@ def _masked_attention_bwd_kernel(
     mask = _mask(k_valid) if k_start_ptr is None else k_valid  # keys of their own leave fewer registers
     if TAIL:
         tail_mask = _mask(tail_valid)
+    q_rows_, k_rows_ = _absolute(q_rows_ptr, q_start, q_rows), _absolute(k_rows_ptr, k_start, k_rows)
+    limits = _limits(order_ptr, causal, q_rows_, tl.arange(0, BLOCK_Q), q_valid)
+    numbers = _numbers(order_ptr, k_rows_, tl.arange(0, BLOCK_K), k_valid)
+    q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_rows_, q_period))
+    k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_rows_, k_period))
+    if TAIL:
+        tail_rows_ = _absolute(k_rows_ptr, k_start, tail_rows)
+        tail_numbers = _numbers(order_ptr, tail_rows_, BLOCK_K + tl.arange(0, TAIL), tail_valid)
+        tail_turns = (k_cos_ptr, k_sin_ptr, _table_rows(tail_rows_, k_period))
     log2e_scale = scale * 1.4426950408889634
     for h in range(first, last):
-        q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
-        k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+        q = _load_turned(q_ptr + h * D, q_rows, q_valid, stride_q, q_turns, D, BLOCK_D, ROTARY)
+        k = _load_turned(k_ptr + h * D, k_rows, k_valid, stride_k, k_turns, D, BLOCK_D, ROTARY)
         v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
         do = _load(do_ptr + h * D, do_rows, q_valid, H * D, D, BLOCK_D)  # zero for padded queries
-        s = _scores(q, k, mask, log2e_scale, PRECISION)
+        s = _causal_scores(_scores(q, k, mask, log2e_scale, PRECISION), numbers, limits, CAUSAL)
         if TAIL:
-            k_tail = _load(k_ptr + h * D, tail_rows, tail_valid, stride_k, D, BLOCK_D)
+            k_tail = _load_turned(k_ptr + h * D, tail_rows, tail_valid, stride_k, tail_turns, D, BLOCK_D, ROTARY)
             v_tail = _load(v_ptr + h * D, tail_rows, tail_valid, stride_v, D, BLOCK_D)
             s_tail = _scores(q, k_tail, tail_mask, log2e_scale, PRECISION)
+            s_tail = _causal_scores(s_tail, tail_numbers, limits, CAUSAL)
             m = _finite(tl.maximum(tl.max(s, 1), tl.max(s_tail, 1)))
             p, p_tail = tl.exp2(s - m[:, None]), tl.exp2(s_tail - m[:, None])
             inverse = _inverse(tl.sum(p, 1) + tl.sum(p_tail, 1))
@@ -293,26 +450,28 @@ def _masked_attention_bwd_kernel(
         dq = tl.dot(ds, k, input_precision=PRECISION)
         if TAIL:
             dq = tl.dot(ds_tail, k_tail, dq, input_precision=PRECISION)
-        _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
+        _store_turned(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, q_turns, D, BLOCK_D, ROTARY)
         if sums_ptr is not None:
             dq_sum = _sum_rows(dq, q.dtype) if SUM_BY_PRODUCT else tl.sum(dq, 0)
             _store_sum(sums_ptr + (2 * r.to(tl.int64) * H + h) * D, dq_sum, D, BLOCK_D)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
+        _store_turned(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, k_turns, D, BLOCK_D, ROTARY)
         if TAIL:
             dk_tail = tl.trans(tl.dot(tl.trans(q), ds_tail, input_precision=PRECISION))
-            _store(dk_ptr + h * D, dk_tail, tail_rows, tail_valid, stride_dk, D, BLOCK_D)
+            _store_turned(dk_ptr + h * D, dk_tail, tail_rows, tail_valid, stride_dk, tail_turns, D, BLOCK_D, ROTARY)
 
 
 @jit
 def _masked_attention_tiled_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
+    order_ptr, causal, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, q_period, k_period,
     stride_q, stride_k, stride_v, stride_dq, stride_dk, stride_dv, scale, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """As above, for scores that do not fit the registers: a loop over tiles of queries accumulates dk and dv."""
+    CAUSAL: tl.constexpr = causal is not None or order_ptr is not None
     pid = tl.program_id(0)
     h, r = pid % H, pid // H
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
@@ -320,7 +479,9 @@ def _masked_attention_tiled_bwd_kernel(
     k_slot = k_start + tl.arange(0, BLOCK_K)
     k_valid = k_slot < k_end
     k_rows = _rows(k_rows_ptr, k_slot, k_valid)
-    k = _load(k_ptr + h * D, k_rows, k_valid, stride_k, D, BLOCK_D)
+    numbers = _numbers(order_ptr, k_rows, k_slot - k_start, k_valid)
+    k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_rows, k_period))
+    k = _load_turned(k_ptr + h * D, k_rows, k_valid, stride_k, k_turns, D, BLOCK_D, ROTARY)
     v = _load(v_ptr + h * D, k_rows, k_valid, stride_v, D, BLOCK_D)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -329,9 +490,12 @@ def _masked_attention_tiled_bwd_kernel(
         q_slot = start + tl.arange(0, BLOCK_Q)
         q_valid = q_slot < q_end
         q_rows = _rows(q_rows_ptr, q_slot, q_valid)
-        q = _load(q_ptr + h * D, q_rows, q_valid, stride_q, D, BLOCK_D)
+        limits = _limits(order_ptr, causal, q_rows, q_slot - q_start, q_valid)
+        q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_rows, q_period))
+        q = _load_turned(q_ptr + h * D, q_rows, q_valid, stride_q, q_turns, D, BLOCK_D, ROTARY)
         do = _load(do_ptr + h * D, q_rows if SCATTER else q_slot.to(tl.int64), q_valid, H * D, D, BLOCK_D)
         s = _scores(q, k, _mask(k_valid), scale * 1.4426950408889634, PRECISION)
+        s = _causal_scores(s, numbers, limits, CAUSAL)
         p = tl.exp2(s - _finite(tl.max(s, 1))[:, None])
         p = p * _inverse(tl.sum(p, 1))[:, None]
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
@@ -339,12 +503,12 @@ def _masked_attention_tiled_bwd_kernel(
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION)
-        _store(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, D, BLOCK_D)
+        _store_turned(dq_ptr + h * D, dq, q_rows, q_valid, stride_dq, q_turns, D, BLOCK_D, ROTARY)
         if sums_ptr is not None:
             dq_sum += tl.sum(dq, 0)
     k_rows = _rows(k_rows_ptr, k_slot, k_valid)  # loaded again, so that they occupy no registers during the products
     _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
-    _store(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, D, BLOCK_D)
+    _store_turned(dk_ptr + h * D, dk, k_rows, k_valid, stride_dk, k_turns, D, BLOCK_D, ROTARY)
     if sums_ptr is not None:
         sums_ptr += (r.to(tl.int64) * 2 * H + h) * D
         _store_sum(sums_ptr, dq_sum, D, BLOCK_D)
@@ -371,11 +535,13 @@ def _masked_attention_delta_kernel(
 def _masked_attention_long_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_start_ptr, q_end_ptr, q_rows_ptr, k_start_ptr, k_end_ptr, k_rows_ptr,
+    order_ptr, causal, q_cos_ptr, q_sin_ptr, k_cos_ptr, k_sin_ptr, q_period, k_period,
     stride_q, stride_k, stride_v, stride_dq, stride_dk, stride_dv, slots, scale, H, tiles,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCATTER: tl.constexpr, PRECISION: tl.constexpr,
+    SCATTER: tl.constexpr, PRECISION: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys with all queries (dk, dv), then one tile of queries with all keys (dq), without atomics."""
+    CAUSAL: tl.constexpr = causal is not None or order_ptr is not None
     pid = tl.program_id(0)
     h, tile, r = pid % H, pid // H % tiles, pid // H // tiles
     q_start, q_end = _span(q_start_ptr, q_end_ptr, r)
@@ -392,43 +558,60 @@ def _masked_attention_long_bwd_kernel(
     k_valid = k_slot < k_end
     if k_start + tile * BLOCK_K < k_end:
         k_rows = _rows(k_rows_ptr, k_slot, k_valid)
-        k = _load(k_ptr, k_rows, k_valid, stride_k, D, BLOCK_D)
+        numbers = _numbers(order_ptr, k_rows, k_slot - k_start, k_valid)
+        k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_rows, k_period))
+        k = _load_turned(k_ptr, k_rows, k_valid, stride_k, k_turns, D, BLOCK_D, ROTARY)
         v = _load(v_ptr, k_rows, k_valid, stride_v, D, BLOCK_D)
         dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        for start in range(q_start, q_end, BLOCK_Q):
+        first = (
+            q_start if causal is None else q_start + tile * BLOCK_K // causal * causal
+        )  # the first query of the block
+        for start in range(first, q_end, BLOCK_Q):
             slot = start + tl.arange(0, BLOCK_Q)
             valid = slot < q_end
             rows = _rows(q_rows_ptr, slot, valid)
-            q = _load(q_ptr, rows, valid, stride_q, D, BLOCK_D)
+            q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(rows, q_period))
+            q = _load_turned(q_ptr, rows, valid, stride_q, q_turns, D, BLOCK_D, ROTARY)
             do = _load(do_ptr, rows if SCATTER else slot.to(tl.int64), valid, H * D, D, BLOCK_D)
             lse = tl.load(lse_ptr + slot, mask=valid, other=float("inf"))  # p = 0 for padded queries
             delta = tl.load(delta_ptr + slot, mask=valid, other=0.0)
             # transposed scores, so that both products below need no transpose; padded keys are not stored
             p_t = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2e_scale - lse[None, :])
+            if CAUSAL:
+                limits = _limits(order_ptr, causal, rows, slot - q_start, valid)
+                p_t = tl.where(numbers[:, None] <= limits[None, :], p_t, 0.0)
             dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
             dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             dk = tl.dot((p_t * (dp_t - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
         _store(dv_ptr + h * D, dv, k_rows, k_valid, stride_dv, D, BLOCK_D)
-        _store(dk_ptr + h * D, dk * scale, k_rows, k_valid, stride_dk, D, BLOCK_D)
+        _store_turned(dk_ptr + h * D, dk * scale, k_rows, k_valid, stride_dk, k_turns, D, BLOCK_D, ROTARY)
 
     q_slot = q_start + tile * BLOCK_K + tl.arange(0, BLOCK_K)
     q_valid = q_slot < q_end
     if q_start + tile * BLOCK_K < q_end:
         q_rows = _rows(q_rows_ptr, q_slot, q_valid)
-        q = _load(q_ptr, q_rows, q_valid, stride_q, D, BLOCK_D)
+        limits = _limits(order_ptr, causal, q_rows, q_slot - q_start, q_valid)
+        q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_rows, q_period))
+        q = _load_turned(q_ptr, q_rows, q_valid, stride_q, q_turns, D, BLOCK_D, ROTARY)
         do = _load(do_ptr, q_rows if SCATTER else q_slot.to(tl.int64), q_valid, H * D, D, BLOCK_D)
         lse = tl.load(lse_ptr + q_slot, mask=q_valid, other=float("inf"))
         delta = tl.load(delta_ptr + q_slot, mask=q_valid, other=0.0)
         dq = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        if causal is not None:
+            k_end = tl.minimum(k_end, k_start + ((tile * BLOCK_K + BLOCK_K - 1) // causal + 1) * causal)
         for start in range(k_start, k_end, BLOCK_Q):
             slot = start + tl.arange(0, BLOCK_Q)
             valid = slot < k_end
             rows = _rows(k_rows_ptr, slot, valid)
-            k = _load(k_ptr, rows, valid, stride_k, D, BLOCK_D)
+            k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(rows, k_period))
+            k = _load_turned(k_ptr, rows, valid, stride_k, k_turns, D, BLOCK_D, ROTARY)
             v = _load(v_ptr, rows, valid, stride_v, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2e_scale
             p = tl.where(valid[None, :], tl.exp2(s - lse[:, None]), 0.0)
+            if CAUSAL:
+                numbers = _numbers(order_ptr, rows, slot - k_start, valid)
+                p = tl.where(numbers[None, :] <= limits[:, None], p, 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
-        _store(dq_ptr + h * D, dq * scale, q_rows, q_valid, stride_dq, D, BLOCK_D)
+        _store_turned(dq_ptr + h * D, dq * scale, q_rows, q_valid, stride_dq, q_turns, D, BLOCK_D, ROTARY)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels.attention.inputs import Inputs, is_packed
+from ajepa_kernels.attention.rotary import Tables, turn_both
 
 
 class Layout(NamedTuple):
@@ -29,6 +30,8 @@ class Layout(NamedTuple):
     max_k: int
     slots: int  # number of query slots
     scatter: bool  # True: the output has a row for each row of q; False: a row for each slot
+    causal: int = 0  # tokens of a block, which sees itself and earlier blocks by their place in the sequence; 0: all
+    order: torch.Tensor | None = None  # a number for each row; a key counts where its number is at most the query's
 
     def keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self[:3] if self.k_start is None else self[3:6]  # type: ignore[return-value]
@@ -37,10 +40,29 @@ class Layout(NamedTuple):
 def make_layout(x: Inputs) -> Layout:
     """The layout of checked inputs. It stays on the device, except for a boolean `visible` with packed output."""
     if is_packed(x):
-        return _packed_layout(x)
-    if x.visible is not None:
-        return _visible_layout(x, x.visible)
-    return _dense_layout(x)
+        layout = _packed_layout(x)
+    elif x.visible is not None:
+        layout = _visible_layout(x, x.visible)
+    else:
+        layout = _dense_layout(x)
+    if isinstance(x.causal, torch.Tensor):
+        tokens = x.qkv.shape[: 1 if is_packed(x) else 2]
+        return layout._replace(order=x.causal.expand(tokens).reshape(-1))
+    if not x.causal:
+        return layout
+    if x.key_mask is None:
+        return layout._replace(causal=int(x.causal) if isinstance(x.causal, bool) else x.causal)
+    return layout._replace(order=_places(x) // x.causal)  # slots of kept keys are not their places
+
+
+def _places(x: Inputs) -> torch.Tensor:
+    """The place of each row in its sequence, where all rows of the sequence are queries."""
+    if not is_packed(x):
+        B, N = x.qkv.shape[:2]
+        return torch.arange(N, device=x.qkv.device).repeat(B)
+    assert x.cu_seqlens is not None
+    row = torch.arange(x.qkv.shape[0], device=x.qkv.device)
+    return row - x.cu_seqlens[:-1].long()[_sequences(x.cu_seqlens, len(row))]
 
 
 def rows(x: Inputs) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -128,10 +150,14 @@ def _visible_rows(visible_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return visible_BN.flatten().nonzero().squeeze(1), cu
 
 
+def _sequences(cu: torch.Tensor, T: int) -> torch.Tensor:
+    """The sequence of each of T packed tokens."""
+    return torch.searchsorted(cu[1:].contiguous(), torch.arange(T, device=cu.device, dtype=cu.dtype), right=True)
+
+
 def _packed_key_rows(key_mask_T: torch.Tensor, cu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`_partition` for packed sequences: rows with the kept keys of each sequence first, and the end of those keys."""
-    T = key_mask_T.shape[0]
-    sequence = torch.searchsorted(cu[1:].contiguous(), torch.arange(T, device=cu.device, dtype=cu.dtype), right=True)
+    sequence = _sequences(cu, key_mask_T.shape[0])
     kept = F.pad(key_mask_T.cumsum(0), (1, 0))[cu.long()]
     return torch.argsort(2 * sequence + ~key_mask_T, stable=True), cu[:-1] + kept.diff()
 
@@ -154,10 +180,11 @@ def _pad(x: torch.Tensor, rows: torch.Tensor | None, place: torch.Tensor, R: int
     return padded[:-1].view(R, length, *x.shape[1:]).transpose(1, 2)
 
 
-def attention_reference(q, k, v, layout: Layout, scale: float | None) -> torch.Tensor:
+def attention_reference(q, k, v, layout: Layout, scale: float | None, tables: Tables | None = None) -> torch.Tensor:
     """Attention over a layout in plain PyTorch. `k` None: `q` is `[rows, 3, H, D]`. Differentiable."""
     if k is None:
         q, k, v = q.unbind(1)
+    q, k = (q, k) if tables is None else turn_both(q, k, tables)
     rows, (H, D) = q.shape[0] if layout.scatter else layout.slots, q.shape[1:]
     R, S = layout.q_start.shape[0], layout.max_q
     if 0 in (layout.slots, R, S, layout.max_k, k.shape[0]):
@@ -165,24 +192,44 @@ def attention_reference(q, k, v, layout: Layout, scale: float | None) -> torch.T
     k_start, k_end, k_rows = layout.keys()
     if layout.q_rows is None and k_rows is None and q.shape[0] == R * S and R * layout.max_k == k.shape[0]:
         # every sequence is full, so there is nothing to pad or mask
+        order = None if layout.order is None else layout.order.view(R, 1, S, 1)
+        keys = _causal_keys(layout, order, order, q.device)
         q = q.unflatten(0, (R, S)).transpose(1, 2)
         k, v = (x.unflatten(0, (R, layout.max_k)).transpose(1, 2) for x in (k, v))
-        return _attend(q, k, v, None, scale).transpose(1, 2).reshape(rows, H, D)
+        return _attend(q, k, v, keys, scale).transpose(1, 2).reshape(rows, H, D)
     q_place, _ = _positions(layout.slots, layout.q_start, layout.q_end, S)
     k_place, real = _positions(k.shape[0] if k_rows is None else k_rows.shape[0], k_start, k_end, layout.max_k)
+    keys, none = real[:, None, None, :], None
+    if layout.causal or layout.order is not None:
+        order = None if layout.order is None else layout.order[:, None, None]
+        q_order = None if order is None else _pad(order, layout.q_rows, q_place, R, S)
+        k_order = None if order is None else _pad(order, k_rows, k_place, R, layout.max_k)
+        keys = keys & _causal_keys(layout, q_order, k_order, q.device)
+        none = ~keys.any(-1, keepdim=True)
     # a sequence without keys attends to its padding, whose values are zero, so that the result is zero and not NaN
-    keys = (real | ~real.any(1, keepdim=True))[:, None, None, :]
+    keys = keys | ~keys.any(-1, keepdim=True)
     q = _pad(q, layout.q_rows, q_place, R, S)
     k, v = (_pad(x, k_rows, k_place, R, layout.max_k) for x in (k, v))
-    out = _attend(q, k, v, keys, scale).transpose(1, 2).reshape(R * S, H, D)
+    out = _attend(q, k, v, keys, scale)
+    out = (out if none is None else out.where(~none, 0)).transpose(1, 2).reshape(R * S, H, D)
     if layout.q_rows is None:
         return out.index_select(0, q_place)
     out = out.index_select(0, q_place.clamp(max=R * S - 1)).where((q_place < R * S)[:, None, None], 0)
     return out.new_zeros(rows, H, D).index_copy(0, layout.q_rows.long(), out) if layout.scatter else out
 
 
+def _causal_keys(layout: Layout, q_order, k_order, device) -> torch.Tensor | None:
+    """Which keys a query sees, `[R or 1, 1, S, S_k]`, by their numbers `[R, 1, ., 1]` or their places."""
+    if layout.causal:
+        q_order, k_order = (
+            torch.arange(n, device=device)[:, None] // layout.causal for n in (layout.max_q, layout.max_k)
+        )
+        return (k_order.mT <= q_order)[None, None]
+    return None if layout.order is None else k_order.mT <= q_order
+
+
 def _attend(q, k, v, keys: torch.Tensor | None, scale: float | None) -> torch.Tensor:
-    """SDPA over `[R, H, S, D]`; `keys` is boolean `[R, 1, 1, S_k]`, or None where every key counts.
+    """SDPA over `[R, H, S, D]`; `keys` is boolean `[R, 1, 1 or S, S_k]`, or None where every key counts.
 
     On a CPU, SDPA's backward in half precision takes six times as long as two batched products and a softmax, whose
     scores of short sequences stay in the cache.

@@ -16,6 +16,7 @@ from ajepa_kernels.attention.kernels import (
     _masked_attention_tiled_bwd_kernel,
 )
 from ajepa_kernels.attention.layout import Layout
+from ajepa_kernels.attention.rotary import Tables
 
 HEAD_DIMS = (32, 64, 96, 128)
 
@@ -46,6 +47,12 @@ def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Til
     return True, next(filter(None, between), None) or tuned(q, op, bits, tile, D)
 
 
+def _turning(q: torch.Tensor, one_tile: bool, config: Tiles, op: str) -> Tiles:
+    """The configuration in place of `config` for kernels that turn q and k, which takes registers."""
+    length = config.block_k + config.tail if one_tile else LONG
+    return tuned(q, op, 8 * q.element_size(), length, power_of_2(q.shape[-1])) or config
+
+
 def _options(config: Tiles) -> dict[str, int | None]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
 
@@ -71,6 +78,13 @@ def _keys(one_tile: bool, q_start, q_end, q_rows, k_start, k_end, k_rows):
     return (None, None, q_rows) if one_tile else (q_start, q_end, q_rows)
 
 
+def _tables(q, k, q_cos, q_sin, k_cos, k_sin):
+    """The rotary tables of q and k, and after how many rows they repeat; None where they do not."""
+    k_cos, k_sin = (q_cos, q_sin) if k_cos is None else (k_cos, k_sin)
+    periods = (None if t is None or len(t) == len(x) else len(t) for x, t in ((q, q_cos), (k, k_cos)))
+    return (q_cos, q_sin, k_cos, k_sin, *periods)
+
+
 def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
     """q, k and v as the `[rows, H, D]` views that the kernels take: heads and channels contiguous."""
     tensors = q.unbind(1) if k is None or v is None else (q, k, v)
@@ -78,7 +92,8 @@ def _operands(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None):
 
 
 def _masked_attention_fwd_fake(
-    q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+    q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, causal, order, scale, tf32,
+    q_cos=None, q_sin=None, k_cos=None, k_sin=None, interleaved=True, pairs=0,
 ):  # fmt: skip
     H, D = q.shape[-2:]
     one_tile = max_q <= _longest_tile(q) and max_k <= _longest_tile(q)
@@ -89,7 +104,8 @@ def _masked_attention_fwd_fake(
 
 _LAYOUT = (
     "Tensor q_start, Tensor q_end, Tensor? q_rows, Tensor? k_start, Tensor? k_end, Tensor? k_rows, "
-    "SymInt max_q, SymInt max_k, SymInt slots, bool scatter, float scale, bool tf32"
+    "SymInt max_q, SymInt max_k, SymInt slots, bool scatter, SymInt causal, Tensor? order, float scale, bool tf32, "
+    "Tensor? q_cos=None, Tensor? q_sin=None, Tensor? k_cos=None, Tensor? k_sin=None, bool interleaved=True, int pairs=0"
 )
 
 
@@ -98,10 +114,14 @@ _LAYOUT = (
     _masked_attention_fwd_fake,
 )
 def _masked_attention_fwd(
-    q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32
+    q, k, v, q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, causal, order, scale, tf32,
+    q_cos=None, q_sin=None, k_cos=None, k_sin=None, interleaved=True, pairs=0,
 ):  # fmt: skip
-    """If k is None, q is `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is written only for long sequences."""
+    """If k is None, q is `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is written only for long sequences. `causal` and
+    `order` as in `Layout`, the tables as in `Tables`."""
     one_tile, config = _config(q, max_q, max_k, "attention_fwd")
+    if q_cos is not None:
+        config = _turning(q, one_tile, config, "attention_rotary_fwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns must be zero
     H, D = q.shape[-2:]
@@ -109,8 +129,10 @@ def _masked_attention_fwd(
     lse = allocate(0 if one_tile else H, slots, dtype=torch.float32, device=q.device)
     q, k, v = _operands(q, k, v)
     R, tiles, strides = q_start.shape[0], -(-max_q // config.block_q), [x.stride(0) for x in (q, k, v)]
-    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows)
-    sizes, consts = (D, power_of_2(D), config.block_q, config.block_k), (scatter, "tf32" if tf32 else "ieee")
+    tables = _tables(q, k, q_cos, q_sin, k_cos, k_sin)
+    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, causal or None, *tables)
+    sizes = (D, power_of_2(D), config.block_q, config.block_k)
+    consts = (scatter, "tf32" if tf32 else "ieee", None if q_cos is None else (pairs, q_cos.shape[1], interleaved))
     if one_tile:
         heads, groups = _heads(q, config, R * tiles)
         launch(
@@ -127,7 +149,8 @@ def _masked_attention_fwd(
 
 def _masked_attention_bwd_fake(
     do, q, k, v, out, lse, bias,
-    q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32,
+    q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, causal, order, scale, tf32,
+    q_cos=None, q_sin=None, k_cos=None, k_sin=None, interleaved=True, pairs=0,
 ):  # fmt: skip
     dbias = q.new_empty(q.shape[1:] if bias else 0, dtype=torch.float32)
     if k is None:
@@ -142,11 +165,14 @@ def _masked_attention_bwd_fake(
 )
 def _masked_attention_bwd(
     do, q, k, v, out, lse, bias,
-    q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, scale, tf32,
+    q_start, q_end, q_rows, k_start, k_end, k_rows, max_q, max_k, slots, scatter, causal, order, scale, tf32,
+    q_cos=None, q_sin=None, k_cos=None, k_sin=None, interleaved=True, pairs=0,
 ):  # fmt: skip
     """If k is None, dq holds all three gradients. out and lse are read only for long sequences. `bias` asks for dbias,
     the sum of dq over its rows in float32, where k is None."""
     one_tile, config = _config(q, max_q, max_k, "attention_bwd")
+    if q_cos is not None:
+        config = _turning(q, one_tile, config, "attention_rotary_bwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     # where rows are gathered, a row that no sequence owns has zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
@@ -156,8 +182,10 @@ def _masked_attention_bwd(
     q_, k_, v_ = _operands(q, k, v)
     do = do.contiguous()
     strides = [x.stride(0) for x in (q_, k_, v_, dq, dk, dv)]
-    R, layout = q_start.shape[0], (q_start, q_end, q_rows, k_start, k_end, k_rows)
-    sizes, consts = (D, power_of_2(D), config.block_q, config.block_k), (scatter, "tf32" if tf32 else "ieee")
+    R, tables = q_start.shape[0], _tables(q_, k_, q_cos, q_sin, k_cos, k_sin)
+    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, causal or None, *tables)
+    sizes = (D, power_of_2(D), config.block_q, config.block_k)
+    consts = (scatter, "tf32" if tf32 else "ieee", None if q_cos is None else (pairs, q_cos.shape[1], interleaved))
     options = _options(config)
     # for each sequence, a row of sums for the queries and one for the values
     sums = torch.empty(R, 2, H, D, dtype=torch.float32, device=q.device) if bias and one_tile else None
@@ -199,19 +227,23 @@ class MaskedAttention(Function):
     """Returns the output, and the log-sum-exps that its backward may need. `bias` goes with joint qkv, see qkv_bias."""
 
     @staticmethod
-    def forward(q, k, v, bias, scale, tf32, *layout):
-        return torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32)
+    def forward(q, k, v, bias, scale, tf32, *rest):
+        tables, layout = rest[: len(Tables._fields)], rest[len(Tables._fields) :]
+        return torch.ops.ajepa.masked_attention_fwd(q, k, v, *layout, scale, tf32, *tables)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, bias, ctx.scale, ctx.tf32, *layout = inputs
+        q, k, v, bias, ctx.scale, ctx.tf32, *rest = inputs
+        tables, layout = Tables(*rest[: len(Tables._fields)]), Layout(*rest[len(Tables._fields) :])
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        ctx.numbers = layout[6:]
+        ctx.numbers, ctx.pairs = layout[6:-1], tables[4:]
         # short sequences recompute their probabilities from q and k
-        ctx.save_for_backward(q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6])
+        ctx.save_for_backward(
+            q, k, v, *((out, lse) if lse.shape[0] else (None, None)), *layout[:6], layout.order, *tables[:4]
+        )
 
     @staticmethod
     @first_order
@@ -220,8 +252,17 @@ class MaskedAttention(Function):
         if do is not None:
             sums = ctx.bias is not None and ctx.needs_input_grad[3]
             dq, dk, dv, dbias = torch.ops.ajepa.masked_attention_bwd(
-                do, *saved[:5], sums, *saved[5:], *ctx.numbers, ctx.scale, ctx.tf32
+                do,
+                *saved[:5],
+                sums,
+                *saved[5:11],
+                *ctx.numbers,
+                saved[11],
+                ctx.scale,
+                ctx.tf32,
+                *saved[12:],
+                *ctx.pairs,
             )
             dk, dv = (None, None) if saved[1] is None else (dk, dv)
             dbias = dbias.view(ctx.bias[0]).to(ctx.bias[1]) if sums else None
-        return dq, dk, dv, dbias, *[None] * (2 + len(Layout._fields))
+        return dq, dk, dv, dbias, *[None] * (2 + len(Tables._fields) + len(Layout._fields))
