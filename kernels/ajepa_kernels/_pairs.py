@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of names that wrappers add
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # parts of names that wrappers add
 
 
 def _named(module: nn.Module, buffers: bool) -> dict[str, torch.Tensor]:

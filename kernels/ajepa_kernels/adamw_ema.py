@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +12,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ajepa_kernels._adamw_ema import Rows, launch_adamw_ema, launch_rows, updated_together
 from ajepa_kernels._pairs import named_pairs
+from ajepa_kernels._schedules import Schedules
 from ajepa_kernels._tables import KERNEL_DTYPES, all_tensors, capturing, unsupported
 from ajepa_kernels._triton import arch, check_impl, register, use_triton
 from ajepa_kernels.ema_update import checked_decay, ema_update_reference_, scalar
 from ajepa_kernels.fp8 import STATE, note_largest_, round_e4m3
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
-SCHEDULES = ("lr", "weight_decay", "ema_decay")
 HOW = ("fused", "foreach", "capturable", "differentiable")  # how a group's step is computed, not its result
 
 
@@ -103,15 +102,6 @@ def _tensor_or_number(x: float | torch.Tensor | None) -> tuple[torch.Tensor | No
     return (x, 0.0) if isinstance(x, torch.Tensor) else (None, x or 0.0)
 
 
-def _checked_schedules(schedules: Mapping[str, Callable[[int], float]]) -> dict[str, Callable[[int], float]]:
-    for name, schedule in schedules.items():
-        if name not in SCHEDULES:
-            raise ValueError(f"AdamWEMA: schedules are of {', '.join(SCHEDULES)}, got {name!r}")
-        if not callable(schedule):
-            raise TypeError(f"AdamWEMA: the schedule of {name} must be a function of the number of finished steps")
-    return dict(schedules)
-
-
 class AdamWEMA(torch.optim.AdamW):
     """`torch.optim.AdamW` that also updates EMA copies and low-precision copies of its parameters, in one launch.
 
@@ -176,10 +166,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     _plan: _Plan | None = None  # the plan of the last step, without its tensors
     apart: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()  # pairs that `ema_update_` updates beside the launch
-    schedules: Mapping[str, Callable[[int], float]] = MappingProxyType({})
-    finished_steps = 0
+    schedules: Schedules | None = None
     ema_on_skip = False
-    _scheduled_decay: float | torch.Tensor | None = None
 
     def __init__(
         self, params, ema: Pairs = (), copies: Pairs = (), scalings: Pairs = (),
@@ -188,11 +176,8 @@ class AdamWEMA(torch.optim.AdamW):
     ):  # fmt: skip
         check_impl("AdamWEMA", impl)
         super().__init__(params, **{"fused": True, **kwargs})
-        self.schedules, self.ema_on_skip = _checked_schedules(schedules or {}), ema_on_skip
-        self._decays: list[bool] = []  # whether each group's weight decay was not zero when it was made
-        self._note_groups()
-        if "weight_decay" in self.schedules and not any(self._decays):
-            raise ValueError("AdamWEMA: the weight decay of every group is zero, so its schedule has nothing to set")
+        self.schedules = Schedules(schedules, self.param_groups) if schedules else None
+        self.ema_on_skip = ema_on_skip
         self.ema_sources: list[torch.Tensor] = []
         self.ema_targets: list[torch.Tensor] = []
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -210,7 +195,7 @@ class AdamWEMA(torch.optim.AdamW):
         It optimises the parameters that require a gradient, in two groups: those with two or more axes have weight
         decay, biases and norms have none. A parameter that does not require a gradient, such as a fixed position
         embedding, is averaged only. A parameter that several modules share is optimised and averaged once. The prefixes
-        of DistributedDataParallel, FSDP1 and torch.compile do not count.
+        of DistributedDataParallel, torch.compile and `checkpoint_wrapper` do not count.
 
         Args:
             model: the context encoder.
@@ -295,48 +280,19 @@ class AdamWEMA(torch.optim.AdamW):
         self.ema_sources, self.ema_targets = [p for p, _ in ema], [t for _, t in ema]
         self.copies, self.scalings = copies, scalings
 
-    # --- schedules ---
+    @property
+    def finished_steps(self) -> int:
+        """How many steps the schedules have counted."""
+        return 0 if self.schedules is None else self.schedules.finished_steps
 
     def advance(self) -> None:
         """Sets the values of the schedules for the next step, which the caller takes in a captured graph or compiled.
 
         An eager `step` does this itself. Raises ValueError if a schedule gives a value that is not allowed.
         """
-        self._set_schedules()
-        self.finished_steps += 1
-
-    def _note_groups(self) -> None:
-        """A group that `add_param_group` adds is noted before a schedule reaches it."""
-        if "weight_decay" in self.schedules:  # reads a tensor
-            self._decays += [bool(group["weight_decay"] != 0) for group in self.param_groups[len(self._decays) :]]
-
-    def _set_schedules(self) -> None:
-        n = self.finished_steps
-        values = {name: float(schedule(n)) for name, schedule in self.schedules.items()}
-        for name, value in values.items():
-            if not 0.0 <= value < float("inf") or (name == "ema_decay" and value > 1.0):
-                raise ValueError(f"AdamWEMA: the schedule of {name} gave {value} after {n} steps")
-        self._note_groups()
-        for name in ("lr", "weight_decay"):
-            for i, group in enumerate(self.param_groups):
-                if name not in values or (name == "weight_decay" and not self._decays[i]):
-                    continue
-                if isinstance(group[name], torch.Tensor):
-                    group[name].fill_(values[name])
-                else:
-                    group[name] = values[name]
-        if "ema_decay" in values:
-            self._scheduled_decay = self._filled_decay(values["ema_decay"])
-
-    def _filled_decay(self, value: float) -> float | torch.Tensor:
-        """The decay as a number, or as a tensor, always the same one, where a learning rate is a tensor."""
-        rates = [group["lr"] for group in self.param_groups if isinstance(group["lr"], torch.Tensor)]
-        if not rates:
-            return value
-        if isinstance(self._scheduled_decay, torch.Tensor):
-            return self._scheduled_decay.fill_(value)
-        device = next((p.device for group in self.param_groups for p in group["params"]), rates[0].device)
-        return torch.full((), value, dtype=torch.float32, device=device)
+        if self.schedules is not None:
+            self.schedules.set_values(self.param_groups)
+            self.schedules.finished_steps += 1
 
     # --- the step ---
 
@@ -357,20 +313,19 @@ class AdamWEMA(torch.optim.AdamW):
         Raises ValueError, before parameters change, if the decay is outside [0, 1] or an argument is not a scalar or is
         on another device, or if a schedule gives a value that is not allowed.
         """
-        advances = not torch.compiler.is_compiling() and bool(self.schedules) and not self._is_captured()
-        if advances:
-            self._set_schedules()
-        if ema_decay is None and "ema_decay" in self.schedules:
-            ema_decay = self._scheduled_decay
-            if ema_decay is None:
-                raise ValueError("AdamWEMA: call advance() before a captured or compiled step, which cannot call it")
+        schedules = self.schedules
+        frozen = schedules is None or torch.compiler.is_compiling() or self._is_captured()
+        if schedules is not None:
+            if not frozen:
+                schedules.set_values(self.param_groups)
+            ema_decay = schedules.ema_decay() if ema_decay is None else ema_decay
         ema_decay, grad_scale, found_inf = self._scalars(ema_decay, grad_scale, found_inf)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if advances:
-            self.finished_steps += 1
+        if schedules is not None and not frozen:
+            schedules.finished_steps += 1
         self._update(ema_decay, grad_scale, found_inf)
         return loss
 
@@ -637,14 +592,14 @@ class AdamWEMA(torch.optim.AdamW):
     def __getstate__(self) -> dict:
         own = (
             "ema_sources", "ema_targets", "apart", "copies", "scalings", "remainder", "impl", "ema_on_skip",
-            "schedules", "finished_steps", "_decays", "_scheduled_decay", "_step_supports_amp_scaling",
+            "schedules", "_step_supports_amp_scaling",
         )  # fmt: skip
         return super().__getstate__() | {name: self.__dict__[name] for name in own if name in self.__dict__}
 
     def state_dict(self) -> dict:
         """As torch's; with schedules, each group also has "finished_steps"."""
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"] if self.schedules else ():
+        for group in state_dict["param_groups"] if self.schedules is not None else ():
             group["finished_steps"] = self.finished_steps
         return state_dict
 
@@ -666,9 +621,8 @@ class AdamWEMA(torch.optim.AdamW):
     def _restore(self, how: list[dict], given: dict) -> None:
         self._plan = None
         finished = [group.pop("finished_steps", None) for group in self.param_groups]
-        if self.schedules:
-            steps = [int(state["step"]) for state in given["state"].values() if "step" in state]
-            self.finished_steps = max(steps, default=0) if finished[0] is None else finished[0]
+        if self.schedules is not None:
+            self.schedules.loaded(finished[0], given["state"])
         for group, own, saved in zip(self.param_groups, how, given["param_groups"], strict=True):
             group.update(own)
             on_device = group["fused"] or group["capturable"]

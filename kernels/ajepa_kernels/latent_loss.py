@@ -115,21 +115,21 @@ def _add_triples(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
 
 
-def _latent_l2_loss_fwd_fake(prediction, latents, index, kind, normalize, eps, grad_factor, with_grad, *options):
+def _latent_l2_loss_fwd_fake(prediction, latents, index, kind, normalize, eps, divisor, with_grad, *options):
     (T, C), n = prediction.shape, prediction.shape[0] if with_grad else 0
     return prediction.new_empty(T, dtype=torch.float32), prediction.new_empty(n, C)
 
 
 @register(
     "latent_l2_loss_fwd(Tensor prediction, Tensor latents, Tensor index, str kind, bool normalize, float eps, "
-    "float grad_factor, bool with_grad, float beta=1.0, Tensor? weights=None, SymInt rows=0) "
+    "SymInt divisor, bool with_grad, float beta=1.0, Tensor? weights=None, SymInt rows=0) "
     "-> (Tensor loss, Tensor grad)",
     _latent_l2_loss_fwd_fake,
 )
 def _latent_l2_loss_fwd(
-    prediction, latents, index, kind, normalize, eps, grad_factor, with_grad, beta=1.0, weights=None, rows=0
+    prediction, latents, index, kind, normalize, eps, divisor, with_grad, beta=1.0, weights=None, rows=0
 ):
-    """Returns each token's float32 loss `[T]` and, if `with_grad`, its gradient times `grad_factor` `[T, C]`.
+    """Returns each token's float32 loss `[T]` and, if `with_grad`, its gradient divided by `divisor` `[T, C]`.
 
     kind: as in `latent_l2_loss`, with "l1" and "half_l2" for its "lp".
     rows: for latents `[B, P, C]`, how many successive tokens belong to one sample.
@@ -144,7 +144,7 @@ def _latent_l2_loss_fwd(
     launch(
         _latent_l2_loss_fwd_kernel, -(-T // config.rows), prediction,
         prediction, latents, index.contiguous(), None if weights is None else weights.contiguous(), loss,
-        grad if with_grad else None, prediction.stride(0), stride, *of_sample, grad_factor, eps,
+        grad if with_grad else None, prediction.stride(0), stride, *of_sample, 1.0 / divisor, eps,
         C, *chunks, config.rows, kind, normalize, beta, num_warps=config.num_warps,
     )  # fmt: skip
     return loss, grad
@@ -181,14 +181,14 @@ def _latent_l2_loss_bwd(grad, upstream, factor):
     torch.autograd.graph.increment_version(grad)
 
 
-def _factors(prediction: torch.Tensor, reduction: str) -> tuple[float, float, float]:
-    """Returns the factors of the loss, of the gradient in the forward pass, and of the gradient in the backward pass.
+def _factors(prediction: torch.Tensor, reduction: str) -> tuple[float, int, float]:
+    """Returns the factor of the loss, the divisor of the gradient in the forward pass, and its factor in backward.
 
     A float16 gradient divided by millions of tokens would underflow, so the division waits until backward, which also
-    multiplies by the loss scale.
+    multiplies by the loss scale. The divisor is an integer, because torch.compile would recompile for each new factor.
     """
-    mean = 1.0 / max(prediction.shape[0], 1) if reduction == "mean" else 1.0
-    return (mean, 1.0, mean) if prediction.dtype == torch.float16 else (mean, mean, 1.0)
+    tokens = max(prediction.shape[0], 1) if reduction == "mean" else 1
+    return (1.0 / tokens, 1, 1.0 / tokens) if prediction.dtype == torch.float16 else (1.0 / tokens, tokens, 1.0)
 
 
 class _LatentL2Loss(Function):
@@ -196,9 +196,9 @@ class _LatentL2Loss(Function):
 
     @staticmethod
     def forward(prediction, latents, index, weights, kind, normalize, eps, beta, rows, reduction, with_grad):
-        mean, factor, _ = _factors(prediction, reduction)
+        mean, divisor, _ = _factors(prediction, reduction)
         loss, grad = torch.ops.ajepa.latent_l2_loss_fwd(
-            prediction, latents, index, kind, normalize, eps, factor, with_grad, beta, weights, rows
+            prediction, latents, index, kind, normalize, eps, divisor, with_grad, beta, weights, rows
         )
         return loss if reduction == "none" else loss.sum() * mean, grad
 
@@ -238,10 +238,10 @@ def _check_options(kind: str, reduction: str, p: float, beta: float) -> None:
 
 
 def _check_tensors(prediction: torch.Tensor, latents: torch.Tensor, index: Index, weights: torch.Tensor | None) -> None:
-    masks = isinstance(index, list | tuple)
-    indices: dict[str, Any] = {f"index[{k}]": i for k, i in enumerate(index)} if masks else {"index": index}
-    check_tensors("latent_l2_loss", prediction=prediction, latents=latents, weights=weights, **indices)
-    tensors: list[torch.Tensor] = list(indices.values())
+    listed = isinstance(index, list | tuple)
+    tensors: list[Any] = [*index] if listed else [index]
+    names = {f"index[{k}]": i for k, i in enumerate(tensors)} if listed else {"index": index}
+    check_tensors("latent_l2_loss", prediction=prediction, latents=latents, weights=weights, **names)
     if latents.dim() not in (2, 3) or prediction.shape[-1:] != latents.shape[-1:]:
         raise ValueError(
             f"latent_l2_loss: prediction [..., C] and latents [M, C] or [B, P, C] must share C, "
@@ -249,33 +249,42 @@ def _check_tensors(prediction: torch.Tensor, latents: torch.Tensor, index: Index
         )
     if not (prediction.is_floating_point() and latents.is_floating_point()):
         raise ValueError("latent_l2_loss: prediction and latents must be floating point")
-    B, shapes = latents.shape[0], [list(i.shape) for i in tensors]
-    if latents.dim() == 2:
-        valid, what = "index" in indices and len(shapes[0]) == 1, "[T] for latents [M, C]"
-        wanted = [[*shapes[0]]] if valid else []
-    elif "index" in indices:
-        valid, what = len(shapes[0]) in (2, 3) and shapes[0][0] == B, f"[{B}, N] or [{B}, K, N], for latents [B, P, C]"
-        wanted = [shapes[0]]
-    else:
-        valid, what = bool(shapes) and all(len(s) == 2 and s[0] == B for s in shapes), f"a list of tensors [{B}, N]"
-        wanted = [[sum(i.numel() for i in tensors)]]
-        if valid and all(s == shapes[0] for s in shapes):
-            wanted.append([len(shapes) * B, shapes[0][1]])
-    if not valid:
-        raise ValueError(f"latent_l2_loss: index must be {what}, got {shapes[0] if 'index' in indices else shapes}")
-    if list(prediction.shape[:-1]) not in wanted:
-        of = " or ".join(str([*shape, "C"]).replace("'", "") for shape in wanted[::-1])
-        raise ValueError(f"latent_l2_loss: prediction must be {of}, one for each index, got {list(prediction.shape)}")
-    if any(i.dtype not in (torch.int32, torch.int64) for i in tensors):
-        raise ValueError(f"latent_l2_loss: index must be int32 or int64, got {tensors[0].dtype}")
-    if weights is not None:
-        if not weights.is_floating_point():
-            raise ValueError(f"latent_l2_loss: weights must be floating point, got {weights.dtype}")
-        if list(weights.shape) != wanted[0]:
-            raise ValueError(f"latent_l2_loss: weights must be {wanted[0]}, got {list(weights.shape)}")
-        tensors.append(weights)
-    if any(x.device != prediction.device for x in (latents, *tensors)):
+    for i in tensors:
+        if i.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"latent_l2_loss: index must be int32 or int64 numbers of patches, got {i.dtype}")
+        if i.device != prediction.device:
+            raise ValueError("latent_l2_loss: prediction, latents, index and weights must share a device")
+    if latents.device != prediction.device:
         raise ValueError("latent_l2_loss: prediction, latents, index and weights must share a device")
+    _check_shapes(prediction, latents, tensors, listed)
+    if weights is not None:
+        shape = (sum(i.numel() for i in tensors),) if listed else tensors[0].shape
+        if not weights.is_floating_point() or weights.shape != shape or weights.device != prediction.device:
+            raise ValueError(
+                f"latent_l2_loss: weights must be floating point {list(shape)} on {prediction.device}, "
+                f"got {weights.dtype} {list(weights.shape)} on {weights.device}"
+            )
+
+
+def _check_shapes(prediction: torch.Tensor, latents: torch.Tensor, index: list[torch.Tensor], listed: bool) -> None:
+    B, shapes = latents.shape[0], [i.shape for i in index]
+    if latents.dim() == 2:
+        valid, what = not listed and len(shapes[0]) == 1, "[T] for latents [M, C]"
+    elif listed:
+        valid, what = bool(shapes) and all(len(s) == 2 and s[0] == B for s in shapes), f"a list of tensors [{B}, N]"
+    else:
+        valid, what = len(shapes[0]) in (2, 3) and shapes[0][0] == B, f"[{B}, N] or [{B}, K, N] for latents [B, P, C]"
+    if not valid:
+        raise ValueError(
+            f"latent_l2_loss: index must be {what}, got {[*map(list, shapes)] if listed else [*shapes[0]]}"
+        )
+    wanted = [shapes[0]]
+    if listed:
+        equal = all(s == shapes[0] for s in shapes)
+        wanted = [(len(shapes) * B, shapes[0][1])] * equal + [(B * sum(s[1] for s in shapes),)]
+    if prediction.shape[:-1] not in wanted:
+        of = " or ".join(f"[{', '.join(map(str, shape))}, C]" for shape in wanted)
+        raise ValueError(f"latent_l2_loss: prediction must be {of}, one for each index, got {list(prediction.shape)}")
 
 
 def _targets(latents: torch.Tensor, index: Index) -> torch.Tensor:
