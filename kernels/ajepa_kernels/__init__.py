@@ -24,7 +24,7 @@ from ajepa_kernels.fp8 import (
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import ResidualStream, add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.linear_residual import linear_residual, linear_residual_reference
-from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMel, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
 from ajepa_kernels.modules import MLP, LinearGELU, PreNormResidual, SwiGLU
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
@@ -40,6 +40,7 @@ __all__ = [
     "MLP",
     "AdamWEMA",
     "LinearGELU",
+    "LogMel",
     "LogMelSpec",
     "MelViews",
     "PreNormResidual",
