@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import Function, autocast_dtype, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
@@ -195,6 +196,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none",
 
     Raises:
         ValueError: shapes, dtypes, devices or options are invalid; raised before any launch.
+        TypeError: an argument is no tensor.
         RuntimeError: the gradients are differentiated again.
 
     Example::
@@ -203,6 +205,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none",
         x = bias_gelu(x, mlp.fc1.bias)
         x = mlp.fc2(x)
     """
+    check_tensors("bias_gelu", x=x, bias=bias)
     if x.dim() < 1 or bias.shape != x.shape[-1:]:
         raise ValueError(f"bias_gelu: x [..., C] and bias [C] must share C, got {list(x.shape)} and {list(bias.shape)}")
     if x.device != bias.device or not (x.is_floating_point() and bias.is_floating_point()):

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels import _hopper, products
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import Function, first_order
-from ajepa_kernels._triton import use_triton
+from ajepa_kernels._triton import cannot_launch, use_triton
+from ajepa_kernels.bias_gelu import bias_gelu
 from ajepa_kernels.layer_norm import ResidualStream
 
 # Up to this C, forward keeps gelu'(z) instead of z. The epilogue of backward's product is then a multiplication. With
@@ -87,6 +89,53 @@ class _GeluMLP(Function):
         )
 
 
+class _LinearGELU(Function):
+    """gelu(x weight^T + bias) and z = x weight^T + bias, which is kept for backward, from one product."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return torch.ops.ajepa.linear_gelu(x, weight, bias, products.Z)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, dy, _):
+        if dy is None:
+            return None, None, None
+        x, weight, bias, z = saved
+        if cannot_launch(x):
+            dz = torch.ops.aten.gelu_backward(dy, z)
+            db = dz.sum(0)
+        else:
+            dz, db = torch.ops.ajepa.bias_gelu_bwd(dy, z, torch.zeros_like(bias), False)  # z holds the bias
+        return dz @ weight, products.weight_gradient(dz, x, weight.dtype), db
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, approximate: str, impl: str) -> torch.Tensor:
+    """gelu(x weight^T + bias), of `LinearGELU`. "auto" is fused where the product's epilogue can be."""
+    if impl in ("auto", "fused") and approximate == "none":
+        half, params = products.operands("LinearGELU", x, {"weight": weight, "bias": bias}, None, None)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (half, *params))
+        name = products.FORWARD[products.Z if keep else products.NOTHING]
+        unfused = products.why_not(half, (name,), *weight.shape)
+        if impl == "fused" and unfused and x.is_cuda:
+            raise ValueError(f"LinearGELU: impl='fused' is impossible: {unfused}; use impl='auto' or 'reference'")
+        if impl == "fused" or not unfused:
+            half = half.reshape(-1, half.shape[-1])
+            y = (_LinearGELU.apply if keep else _without_gradient)(half, *params)[0]
+            return y.view(*x.shape[:-1], len(weight))
+    return bias_gelu(F.linear(x, weight), bias, approximate=approximate, impl=impl)
+
+
+def _without_gradient(x, weight, bias):
+    return torch.ops.ajepa.linear_gelu(x, weight, bias, products.NOTHING)
+
+
 # --- public -----------------------------------------------------------------------------------------------------------
 
 
@@ -135,13 +184,14 @@ def gelu_mlp(
 
     Raises:
         ValueError: shapes, dtypes, devices or options are invalid, or a tensor is not aligned.
+        TypeError: an argument is no tensor.
         RuntimeError: a kernel cannot be launched, or the gradients are differentiated again.
 
     Example::
 
         y = gelu_mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     """
-    params: tuple[torch.Tensor, ...] = (w1, b1, w2, b2)
+    check_tensors("gelu_mlp", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     if x.dim() < 1 or w1.dim() != 2 or w2.dim() != 2 or w1.shape[1:] != x.shape[-1:] or w2.shape[1] != w1.shape[0]:
         raise ValueError(
             "gelu_mlp: x [..., C], w1 [I, C] and w2 [C', I] expected, "
@@ -151,25 +201,11 @@ def gelu_mlp(
         raise ValueError(
             f"gelu_mlp: b1 [{len(w1)}] and b2 [{len(w2)}] expected, got {list(b1.shape)} and {list(b2.shape)}"
         )
-    if copies is not None and [c.shape for c in copies] != [p.shape for p in params]:
-        raise ValueError("gelu_mlp: copies must be four tensors of the shapes of w1, b1, w2, b2")
-    tensors = (x, *params, *(copies or ()))
-    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
-        raise ValueError("gelu_mlp: all tensors must be floating point and on one device")
     if impl not in ("auto", "fused", "triton", "reference"):
         raise ValueError(f"gelu_mlp: impl must be auto, fused, triton or reference, got {impl!r}")
-    if copies is not None:
-        x = x.to(copies[0].dtype)
-    else:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        params = tuple(p.to(x.dtype) for p in params)
-    if any(p.dtype != x.dtype for p in copies or params):
-        raise ValueError("gelu_mlp: copies must share a dtype")
     values, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
     shape = (*x.shape[:-1], len(w2))
-    if values is not None and (values.shape != shape or values.device != x.device):
-        raise ValueError(f"gelu_mlp: the residual must be {list(shape)} on {x.device}, got {list(values.shape)}")
+    x, params = products.operands("gelu_mlp", x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, copies, values)
     how = _choose(impl, x, w1, w2)
     if how == "plain" and copies is None and carrier is None:
         y = gelu_mlp_reference(x, *params)

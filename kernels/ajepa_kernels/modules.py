@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from ajepa_kernels.bias_gelu import bias_gelu
 from ajepa_kernels.layer_norm import add_layer_norm
-from ajepa_kernels.mlp import gelu_mlp
+from ajepa_kernels.mlp import gelu_mlp, linear_gelu
 from ajepa_kernels.swiglu import swiglu
 
 # --- the pre-norm block -----------------------------------------------------------------------------------------------
@@ -435,20 +435,24 @@ def _share(op: str, module: nn.Module, layers: tuple[str, ...], kind: type[nn.Mo
 
 
 class LinearGELU(nn.Linear):
-    """gelu(x weight^T + bias): a `torch.nn.Linear` and the GELU after it (arXiv 1606.08415), by `bias_gelu`.
+    """gelu(x weight^T + bias): a `torch.nn.Linear` and the GELU after it (arXiv 1606.08415).
 
-    Its state dict is that of `torch.nn.Linear`. Backward computes the gradients of x and of the bias in one pass.
+    Its state dict is that of `torch.nn.Linear`. On a Hopper GPU, bias and exact GELU are the epilogue of the product,
+    as in `gelu_mlp`. Elsewhere `bias_gelu` computes them. Backward computes the gradients of the product and of the
+    bias in one pass.
 
     Args:
         in_features, out_features, device, dtype: as in `torch.nn.Linear`.
         approximate: "none" or "tanh", as in `torch.nn.GELU`.
-        impl: of `bias_gelu`.
+        impl: "auto" fuses the product on a Hopper GPU in bfloat16, where the compiled products are there, and runs
+            `bias_gelu` elsewhere. "fused" requires that, and on a CPU runs its steps as plain products. "triton" and
+            "reference" are those of `bias_gelu`.
 
     `forward` takes `[..., in_features]` and returns `[..., out_features]`, in x's dtype or, under autocast, autocast's.
-    Saved for backward: x, the weight, and the product without its bias.
+    Saved for backward: x, the weight, and the product, if fused with its bias.
 
     Raises:
-        ValueError: `approximate` or `impl` is invalid.
+        ValueError: `approximate` or `impl` is invalid, or the product cannot be fused.
 
     Example::
 
@@ -470,7 +474,7 @@ class LinearGELU(nn.Linear):
         self.approximate, self.impl = approximate, impl
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return bias_gelu(F.linear(x, self.weight), self.bias, approximate=self.approximate, impl=self.impl)
+        return linear_gelu(x, self.weight, self.bias, self.approximate, self.impl)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, approximate={self.approximate!r}"

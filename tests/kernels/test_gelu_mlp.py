@@ -205,7 +205,7 @@ def test_the_products_that_a_width_needs(monkeypatch, width):
         ({"b1": torch.randn(16)}, r"b1 \[32\] and b2 \[16\] expected"),
         ({"x": torch.ones(2, 16, dtype=torch.int64)}, "floating point"),
         ({"b2": torch.randn(16, device="meta")}, "one device"),
-        ({"copies": tuple(make(9, 16, 24)[1:])}, "four tensors of the shapes"),
+        ({"copies": tuple(make(9, 16, 24)[1:])}, "copies must be 4 tensors of the shapes of w1, b1, w2, b2"),
         ({"copies": (*make(9, 16, 32)[1:4], torch.zeros(16).half())}, "copies must share a dtype"),
         ({"impl": "tf32"}, "auto, fused, triton or reference"),
     ],

@@ -387,6 +387,23 @@ def test_mlps(module, plain, autocast, impl):
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("impl", ["fused", *IMPLS])
+def test_linear_gelu_by_the_fused_product(impl):
+    """Its steps, as plain products on a CPU, against the two plain layers; without a gradient nothing is kept."""
+    if impl == "fused" and DEVICE == "cuda":
+        pytest.skip("test_products.py runs the fused products on a GPU")
+    torch.manual_seed(0)
+    fused, plain = LinearGELU(C, C, impl=impl).to(DEVICE), nn.Linear(C, C).to(DEVICE)
+    plain.load_state_dict(fused.state_dict())
+    assert_same(train(fused, fused), train(plain, lambda x: F.gelu(plain(x))))
+    x = torch.randn(B, N, C, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), F.gelu(F.linear(x, fused.weight, fused.bias)))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), fused(x))
+    torch.testing.assert_close(fused(x[:0]), x[:0])
+
+
 def test_mlps_take_over_layers():
     x = torch.randn(B, N, C)
     for plain, cls in ((Mlp(), MLP), (Mlp(partial(nn.GELU, "tanh")), MLP), (SwiGLUFFN(), SwiGLU)):
