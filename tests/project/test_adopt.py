@@ -30,8 +30,11 @@ def directions(z: torch.Tensor, step: int) -> torch.Tensor:
     return torch.ops.ajepa.sigreg_plain_directions(torch.tensor(step), 256, z.shape[-1], torch.float32).to(z)
 
 
+# Shifts that the following layer takes away again: their gradient is rounding noise, which Adam scales up. The keys'
+# part of a qkv bias does not change a softmax, unless rotary tables turn it; a batch norm subtracts the mean.
+NO_GRADIENT = {"lejepa": ("norm.bias", "projector.0.bias", "projector.1.running_mean")}
 INTERPRETED = CAN_LAUNCH and DEVICE == "cpu"  # kernels take seconds there
-TINY = {"BATCH": 2, "DEPTH": 1, "PREDICTOR_DEPTH": 1} if INTERPRETED else {}
+TINY = {"BATCH": 2, "WIDTH": 32, "HEADS": 1, "DEPTH": 1, "PREDICTOR_DEPTH": 1} if INTERPRETED else {}
 
 
 def both(family: str, steps: int, monkeypatch) -> list[tuple[torch.Tensor, list[dict[str, torch.Tensor]]]]:
@@ -59,7 +62,7 @@ def kernels_on_any_device(monkeypatch) -> None:
 @pytest.mark.parametrize("family", diffs.FAMILIES)
 def test_training_is_the_same(family, monkeypatch):
     """In float32, the losses agree to 1e-4, and each weight to 1e-3 of its change and 1e-6 of its size."""
-    steps = 2 if INTERPRETED else 20
+    steps = 1 if INTERPRETED else 20
     if CAN_LAUNCH:
         kernels_on_any_device(monkeypatch)
     start = both(family, 0, monkeypatch)[0][1]
@@ -70,7 +73,9 @@ def test_training_is_the_same(family, monkeypatch):
         assert {name for name in want if not name.startswith("log_mel.")} <= set(got)
         for name in want.keys() & got.keys():
             tensors = [x[name].float() for x in (first, want, got)]
-            if name.endswith("qkv.bias") and family != "vjepa2":  # the gradient of the keys' part is rounding noise
+            if name in NO_GRADIENT.get(family, ()):
+                continue
+            if name.endswith("qkv.bias") and family != "vjepa2":
                 tensors = [x.unflatten(0, (3, -1))[::2] for x in tensors]
             x, w, g = tensors
             assert (g - w).norm() <= 1e-3 * (w - x).norm() + 1e-6 * w.norm(), name
