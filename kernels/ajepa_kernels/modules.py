@@ -76,7 +76,7 @@ class PreNormResidual(nn.Module):
     second half on, the addition of the half before, its LayerScale (arXiv 2103.17239) and its drop path (arXiv
     1603.09382) are computed in the pass of the norm, by `add_layer_norm`; backward likewise.
 
-    `PreNormResidual.of(block)` takes over a block of timm, I-JEPA, V-JEPA 2, DINOv2 and the like; `chain` runs blocks
+    `PreNormResidual.of(block)` takes over a block of timm, I-JEPA, V-JEPA 2 and the like; `chain` runs blocks
     one after the other, so that the last addition of each is fused with the first norm of the next.
 
     Args:
