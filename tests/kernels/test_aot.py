@@ -20,7 +20,7 @@ BYTES_IN_FLIGHT = {80: 16 << 10, 86: 8 << 10, 90: 32 << 10, 100: 48 << 10}
 STREAMING = {
     *("_latent_l2_loss_fwd_kernel", "_add_layer_norm_fwd_kernel", "_add_layer_norm_bwd_kernel"),
     *("_bias_gelu_fwd_kernel", "_bias_gelu_bwd_kernel", "_adamw_ema_kernel", "_ema_update_kernel"),
-    *("_segment_pool_fwd_kernel", "_segment_pool_bwd_kernel"),
+    *("_segment_pool_fwd_kernel", "_segment_pool_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel"),
 }
 
 
@@ -54,7 +54,8 @@ def check(name: str, arch: int, reports: list, share: float = 1.0) -> None:
                 assert min(2, r.blocks) * r.shared >= BYTES_IN_FLIGHT[arch], f"{name}: too little on its way: {r}"
             else:
                 assert r.blocks * r.threads >= 512, f"{name}: too few threads on sm_{arch}: {r}"
-            if re.fullmatch("_(add_layer_norm|bias_gelu)_bwd_kernel", r.kernel) and "1000" not in name:  # aligned rows
+            prefetching = re.fullmatch("_(add_layer_norm|bias_gelu|swiglu)_bwd_kernel", r.kernel)
+            if prefetching and "1000" not in name:  # aligned rows
                 assert "a" in r.order, f"{name}: the next rows are not prefetched on sm_{arch}: {r}"
             if r.kernel == "_latent_l2_loss_fwd_kernel":
                 assert not r.apart, f"{name}: a load behind a sum on sm_{arch}: {r}"
