@@ -16,7 +16,7 @@ from ajepa_kernels._triton import triton
 
 TESTS = [
     *("kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm", "bias_gelu", "fp8"),
-    *("augment_mel", "segment_pool", "sigreg", "gelu_mlp"),
+    *("augment_mel", "segment_pool", "sigreg", "gelu_mlp", "attention_head_dims"),
     "engine_interpreted",
 ]
 
