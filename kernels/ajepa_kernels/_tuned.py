@@ -41,8 +41,8 @@ class Rows(NamedTuple):
 LONG = 0  # the length in the key of sequences that are too long for one tile
 
 # Keys of attention: (operation, bits of the dtype, length, head dim). Lengths and head dims are rounded up to powers of
-# two from 16 and from 32, and lengths to 80 or 96 where the table has an entry for that. None, or no entry, means that
-# this length does not fit in one tile.
+# two from 16 and from 32, but a head dim's own entry comes first, as do lengths of 80 and 96. None, or no entry, means
+# that this length does not fit in one tile.
 # Keys of row-wise operations: (operation, channels of a program).
 _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "any": {
@@ -121,6 +121,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),
         ("attention_bwd", 32, LONG, 128): Tiles(16, 32, 8),
+        **{("attention_bwd", 16, 128, D): Tiles(64, 128, 8) for D in (40, 48, 56)},  # masks need registers of their own
         ("attention_fwd", 16, 64, 256): Tiles(64, 64, 8, 1, 255),
         ("attention_bwd", 16, LONG, 256): Tiles(64, 64, 8),
     },

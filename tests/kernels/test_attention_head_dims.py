@@ -9,7 +9,7 @@ from oracle import DEVICE, IMPLS, needs_kernel, poison  # noqa: F401
 from test_masked_attention import check, oracle, packed_spans
 
 from ajepa_kernels import _triton, masked_attention
-from ajepa_kernels.attention.ops import HEAD_DIMS, _block_d, why_no_kernel
+from ajepa_kernels.attention.ops import HEAD_DIMS, _block_d, _longest_tile, why_no_kernel
 
 DIMS = (8, 24, 40, 80, 88, 104, 120, 200, 256)
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -25,11 +25,10 @@ LENGTHS = [([5, 0, 1, 13], HALF), ([40, 33], HALF), ([16, 3], torch.float32), ([
 def test_packed(D, lengths, dtype, impl):
     (spans, cu), T = packed_spans(lengths), sum(lengths)
     cu = cu.to(DEVICE, torch.int32)
-    attend = lambda impl: (
-        lambda x, b: masked_attention(  # noqa: E731
-            x, cu_seqlens=cu, max_seqlen=max(lengths), qkv_bias=b, impl=impl
-        )
-    )
+
+    def attend(impl):
+        return lambda x, b: masked_attention(x, cu_seqlens=cu, max_seqlen=max(lengths), qkv_bias=b, impl=impl)
+
     wanted = lambda x, b: oracle(*(x + b - b.detach()).unbind(1), spans)  # noqa: E731
     leaves = [torch.randn(T, 3, 2, D), torch.randn(3, 2, D)]
     check(attend(impl), attend("reference"), wanted, leaves, torch.randn(T, 2, D), dtype)
@@ -49,11 +48,11 @@ def test_visible(D, impl):
     """Three heads of 8 channels make rows of which not every one is aligned to more than 16 bytes."""
     index = torch.tensor([[8, 0, 3], [2, 1, 7]])
     spans = [(rows, rows) for rows in (index + 9 * torch.arange(2)[:, None]).tolist()]
-    attend = lambda impl: (
-        lambda x: masked_attention(  # noqa: E731
-            x.unflatten(0, (2, 9)), visible=index.to(DEVICE), output="scattered", impl=impl
-        ).flatten(0, 1)
-    )
+
+    def attend(impl):
+        visible = {"visible": index.to(DEVICE), "output": "scattered", "impl": impl}
+        return lambda x: masked_attention(x.unflatten(0, (2, 9)), **visible).flatten(0, 1)
+
     wanted = lambda x: oracle(*x.unbind(1), spans)  # noqa: E731
     check(attend(impl), attend("reference"), wanted, [torch.randn(18, 3, 3, D)], torch.randn(18, 3, D), HALF)
 
@@ -65,10 +64,12 @@ def test_visible(D, impl):
 def test_cross(D, S, impl):
     ends, ends_k = (torch.tensor([0, *n]).cumsum(0).tolist() for n in ([3, S, 0], [5, 4, 3]))
     spans = [(list(range(*a)), list(range(*b))) for a, b in zip(pairwise(ends), pairwise(ends_k), strict=True)]
-    attend = lambda impl: lambda *qkv: masked_attention(  # noqa: E731
-        *qkv, cu_seqlens=torch.tensor(ends, device=DEVICE), max_seqlen=S,
-        cu_seqlens_k=torch.tensor(ends_k, device=DEVICE), max_seqlen_k=5, impl=impl,
-    )  # fmt: skip
+    kwargs = {"cu_seqlens": torch.tensor(ends, device=DEVICE), "max_seqlen": S}
+    kwargs |= {"cu_seqlens_k": torch.tensor(ends_k, device=DEVICE), "max_seqlen_k": 5}
+
+    def attend(impl):
+        return lambda *qkv: masked_attention(*qkv, **kwargs, impl=impl)
+
     leaves = [torch.randn(n, 2, D) for n in (ends[-1], ends_k[-1], ends_k[-1])]
     wanted = lambda *qkv: oracle(*qkv, spans)  # noqa: E731
     check(attend(impl), attend("reference"), wanted, leaves, torch.randn(ends[-1], 2, D), torch.float32)
@@ -84,6 +85,24 @@ def test_tiles_of_256_channels(arch, lengths, monkeypatch):
     keys where shared memory is small; of 65 tokens it is several tiles everywhere."""
     monkeypatch.setattr(_triton, "_recorded_arch", arch)
     test_packed(248, lengths, HALF, "triton")
+
+
+@pytest.mark.parametrize(
+    ("dims", "tokens", "with_little_shared_memory", "float32"),
+    [((8, 32), 128, 128, 64), ((40, 64), 128, 128, 64), ((72, 128), 128, 64, 16), ((136, 256), 64, 32, 16)],
+)
+def test_longest_tile(dims, tokens, with_little_shared_memory, float32):
+    """The table in docs/kernels.md."""
+    longest = lambda arch, D, dtype: _with_arch(arch, torch.empty(1, 3, 1, D, dtype=dtype, device="meta"))  # noqa: E731
+    for D in dims:
+        assert {longest(arch, D, torch.bfloat16) for arch in (80, 90, 100)} == {tokens}
+        assert {longest(arch, D, torch.bfloat16) for arch in (86, 89, 120)} == {with_little_shared_memory}
+        assert {longest(arch, D, torch.float32) for arch in (80, 86, 90, 100, 120)} == {float32}
+
+
+def _with_arch(arch, q):
+    with _triton.record_launches(arch):
+        return _longest_tile(q)
 
 
 def test_tile_channels():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ajepa_kernels._autograd import Function, first_order
@@ -36,21 +38,26 @@ def _block_d(D: int) -> int:
     return max(power_of_2(D), 32)
 
 
+def _tiles(q: torch.Tensor, op: str, S: int) -> Any:
+    """The table's entry for this head dim, or for the channels of its tiles."""
+    bits, D = 8 * q.element_size(), q.shape[-1]
+    return tuned(q, op, bits, S, D) or tuned(q, op, bits, S, _block_d(D))
+
+
 def _longest_tile(q: torch.Tensor) -> int:
     """The longest sequence, a power of two, whose keys fit on chip at once. Both passes are then one launch each."""
-    bits, D = 8 * q.element_size(), _block_d(q.shape[-1])
-    fits = lambda S: tuned(q, "attention_fwd", bits, S, D) and tuned(q, "attention_bwd", bits, S, D)  # noqa: E731
+    fits = lambda S: _tiles(q, "attention_fwd", S) and _tiles(q, "attention_bwd", S)  # noqa: E731
     return max(S for S in (16, 32, 64, 128) if fits(S))
 
 
 def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Tiles]:
     """Whether one tile holds all keys, and the launch configuration for this GPU, dtype and rounded size."""
-    longest, bits, D = max(max_q, max_k), 8 * q.element_size(), _block_d(q.shape[-1])
+    longest = max(max_q, max_k)
     tile = max(power_of_2(longest), 16)
     if tile > _longest_tile(q):
-        return False, tuned(q, op, bits, LONG, D)
-    between = (tuned(q, op, bits, S, D) for S in (80, 96) if 64 < longest <= S)
-    return True, next(filter(None, between), None) or tuned(q, op, bits, tile, D)
+        return False, _tiles(q, op, LONG)
+    between = (_tiles(q, op, S) for S in (80, 96) if 64 < longest <= S)
+    return True, next(filter(None, between), None) or _tiles(q, op, tile)
 
 
 def _turning(q: torch.Tensor, one_tile: bool, config: Tiles, op: str) -> Tiles:
