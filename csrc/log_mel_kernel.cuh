@@ -32,10 +32,11 @@ struct Shape {
   static constexpr int kLanes = N / kRadix;                             // threads of a frame that hold them
   static constexpr int kThreads = kPowerOfTwo ? kLanes : N == 600 ? 32 : 16;  // all threads of a frame
   static constexpr int kPair = 2 * kThreads;                  // threads of two frames, whose powers lie side by side
+  // With 25 points a thread needs 96 registers (ptxas spills at 80 for sm_100), which 640 threads of a multiprocessor have.
   static constexpr int kMost = N == 600 ? 128 : 256;  // threads of a block, unless a pair has more
   static constexpr int kTogether = kPair >= kMost ? 1 : kMost / kPair < kChunk / 2 ? kMost / kPair : kChunk / 2;  // pairs
   static constexpr int kBlock = kPair * kTogether;
-  static constexpr int kResident = (kPowerOfTwo ? 1024 : N == 600 ? 640 : 768) / kBlock;  // per SM: 64, 96, 80 registers
+  static constexpr int kResident = (kPowerOfTwo ? 1024 : N == 600 ? 640 : 768) / kBlock;  // blocks of a multiprocessor
   static constexpr int kWide = passes(N, kRadix);                    // passes of radix kRadix,
   static constexpr int kMiddle = N == 320 ? 4 : 1;                   // then one of radix kMiddle
   static constexpr int kLast = rest(N, kRadix) / kMiddle;            // and one of radix kLast

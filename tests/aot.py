@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 ARCHS = (80, 90, 100)
+SMALL_ARCHS = (86, 120)  # RTX, L4 and L40, RTX 50: an A100's products and less shared memory
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
@@ -41,10 +42,10 @@ class Report:
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor holds: 64 Ki registers; shared memory of 164, 100 (sm_86) or 228 KiB."""
+        """Blocks that a multiprocessor holds: 64 Ki registers; shared memory of 164, 100 (sm_86, sm_120) or 228 KiB."""
         registers = self.threads * -(-self.registers // 8) * 8
-        shared = {80: 164, 86: 100}.get(self.arch, 228) * 1024
-        threads, most = (1536, 16) if self.arch == 86 else (2048, 32)
+        shared = {80: 164, 86: 100, 120: 100}.get(self.arch, 228) * 1024
+        threads, most = {86: (1536, 16), 120: (1536, 24)}.get(self.arch, (2048, 32))
         return min(65536 // registers, shared // (self.shared + 1024), threads // self.threads, most)
 
     @property
@@ -313,7 +314,8 @@ def gaussian(D: int, S: int, dtype: torch.dtype) -> None:
 
 B, F = torch.bfloat16, torch.float32
 SIZES = ((16, 32), (64, 64), (77, 64), (128, 32), (128, 64), (128, 128), (300, 64))
-# head dim 96 is compiled as 128, float16 as bfloat16
+SIZES += ((64, 80), (64, 256), (300, 104), (300, 256))
+# head dims are compiled as the next of 32, 64, 128 and 256, float16 as bfloat16
 CORE = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S, D in SIZES},
     "attention 64 x 64 gathered": (attention_gathered, 64, 64, B),
@@ -345,6 +347,14 @@ REST = {
     **{f"attention {S} x {D} tf32": (attention, S, D, F, True) for S in (16, 64, 300) for D in (32, 64)},
     **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (96, 128, 300) for D in (64, 96, 128)},
     **{f"attention {S} x 64 cross": (attention, S, 64, B, False, True) for S in (16, 96, 128, 300)},
+    # one masked head dim for each width of a tile; 96 is that of 128 above
+    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 64, 77, 128, 300) for D in (24, 40)},
+    **{f"attention {S} x {D}": (attention, S, D, B) for S, D in ((77, 80), (128, 88))},
+    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 300) for D in (200, 256)},
+    **{f"attention {S} x 200 gathered": (attention_gathered, S, 200, B) for S in (64, 300)},
+    **{f"attention {S} x 200 cross": (attention, S, 200, B, False, True) for S in (64, 300)},
+    **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 300) for D in (40, 80, 200)},
+    **{f"attention {S} x 200 tf32": (attention, S, 200, F, True) for S in (16, 300)},
     **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
     **{
         f"attention {S} x {D} rotary": (attention_turned, S, D, B, D // 6 * 3, True)
@@ -390,8 +400,9 @@ REST = {
 REST = {name: case for name, case in REST.items() if name not in CORE}
 
 
-# GPUs with an A100's products and less shared memory: RTX, L4, L40
+# compiled for the GPUs with less shared memory as well
 SMALL = {name: CORE[name] for name in ("attention 64 x 64", "attention 77 x 64", "attention 128 x 128", "loss 768")}
+SMALL |= {"attention 300 x 256": CORE["attention 300 x 256"]}
 SMALL |= {"layer norm 4096 fp32": REST["layer norm 4096 fp32"]}
 
 
@@ -408,4 +419,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    print(table(compile_all(CORE | REST) | compile_all(SMALL, (86,))))
+    print(table(compile_all(CORE | REST, (*ARCHS, 120)) | compile_all(SMALL, (86,))))

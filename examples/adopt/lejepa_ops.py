@@ -53,7 +53,7 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         spec = LogMelSpec(RATE, N_FFT, WINDOW, HOP, MELS, 0.0, convention="torchaudio", n_frames=FRAMES)
-        self.log_mel = LogMel(spec, layout="spectrogram")
+        self.log_mel = LogMel(spec)
         self.patch_embed = nn.Conv2d(1, WIDTH, PATCH, PATCH)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, MELS * FRAMES // PATCH**2, WIDTH))
         self.blocks = nn.ModuleList(PreNormResidual.of(Block(WIDTH, HEADS)) for _ in range(DEPTH))

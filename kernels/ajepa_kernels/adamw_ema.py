@@ -324,9 +324,9 @@ class AdamWEMA(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update(ema_decay, grad_scale, found_inf)
         if schedules is not None and not frozen:
             schedules.finished_steps += 1
-        self._update(ema_decay, grad_scale, found_inf)
         return loss
 
     def _is_captured(self) -> bool:
@@ -604,9 +604,13 @@ class AdamWEMA(torch.optim.AdamW):
         return state_dict
 
     def load_state_dict(self, state_dict) -> None:
-        """Loads as torch does, but keeps this optimizer's `fused` and similar options, moves scalars to the device that
-        those options require, and does not round moments to bfloat16 if the parameter has a remainder."""
+        """Loads as torch does, but keeps this optimizer's `fused` and similar options and the tensors that schedules
+        fill, moves scalars to the device that those options require, and does not round moments to bfloat16 if the
+        parameter has a remainder."""
         how = [{name: group[name] for name in HOW} for group in self.param_groups]
+        for own, group in zip(how, self.param_groups, strict=True):
+            filled = () if self.schedules is None else self.schedules.functions.keys() & {"lr", "weight_decay"}
+            own.update((name, group[name]) for name in filled if isinstance(group[name], torch.Tensor))
         given: list[dict] = []  # the state dict after the pre-hooks
         hooks = (
             self.register_load_state_dict_pre_hook(lambda _, given_dict: given.append(given_dict)),

@@ -278,7 +278,7 @@ def _check_shapes(prediction: torch.Tensor, latents: torch.Tensor, index: list[t
         raise ValueError(
             f"latent_l2_loss: index must be {what}, got {[*map(list, shapes)] if listed else [*shapes[0]]}"
         )
-    wanted = [shapes[0]]
+    wanted: list[tuple[int, ...]] = [shapes[0]]
     if listed:
         equal = all(s == shapes[0] for s in shapes)
         wanted = [(len(shapes) * B, shapes[0][1])] * equal + [(B * sum(s[1] for s in shapes),)]

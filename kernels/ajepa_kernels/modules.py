@@ -76,7 +76,7 @@ class PreNormResidual(nn.Module):
     second half on, the addition of the half before, its LayerScale (arXiv 2103.17239) and its drop path (arXiv
     1603.09382) are computed in the pass of the norm, by `add_layer_norm`; backward likewise.
 
-    `PreNormResidual.of(block)` takes over a block of timm, I-JEPA, V-JEPA 2, DINOv2 and the like; `chain` runs blocks
+    `PreNormResidual.of(block)` takes over a block of timm, I-JEPA, V-JEPA 2 and the like; `chain` runs blocks
     one after the other, so that the last addition of each is fused with the first norm of the next.
 
     Args:
@@ -253,7 +253,9 @@ class PreNormResidual(nn.Module):
     def _norm(self, name: str, stream: torch.Tensor, pending: _Pending | None) -> tuple[torch.Tensor, torch.Tensor]:
         norm: Any = self._modules[name]
         rms = not isinstance(norm, nn.LayerNorm)
-        eps = torch.finfo(stream.dtype).eps if norm.eps is None else norm.eps
+        eps = norm.eps
+        if eps is None:  # the default of torch.nn.RMSNorm: that of the dtype in which the norm is computed
+            eps = torch.finfo(torch.promote_types(stream.dtype, torch.float32)).eps
         affine = norm.weight, None if rms else norm.bias
         if pending is None:
             return add_layer_norm(stream, None, *affine, eps, rms=rms, impl=self.impl)

@@ -9,6 +9,7 @@ import torch
 from ajepa_kernels._triton import cannot_launch
 from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention
+from ajepa_kernels.attention.rotary import Rotary
 from ajepa_kernels.bias_gelu import bias_gelu
 from ajepa_kernels.ema_update import ema_update_
 from ajepa_kernels.latent_loss import latent_l2_loss
@@ -28,6 +29,8 @@ def warmup(
     offsets: Iterable[torch.dtype] = (torch.int32,),
     gathered: bool = False,
     projection: tuple[int, int, int] | None = None,
+    rotary: Iterable[Rotary] = (),
+    causal: Iterable[int] = (),
 ) -> bool:
     """Compiles the forward and backward kernels of a model of these sizes, by running each operation on a few rows.
 
@@ -49,6 +52,8 @@ def warmup(
         gathered: also compile attention on dense inputs with int64 indices `visible`, for both outputs.
         projection: also compile `segment_pool` for the first width with int32 offsets, and `sigreg` for two views of
             this (width, directions, knots), in `dtype` and in float32, on one rank.
+        rotary: also compile packed attention with tables of these columns, pairs and orders, whatever their rows.
+        causal: also compile packed attention with these integers, alone and with each of `rotary`.
 
     Returns:
         False if there is no GPU or no Triton to compile for, else True.
@@ -64,6 +69,7 @@ def warmup(
     if (device.type == "cuda" and not torch.cuda.is_available()) or cannot_launch(torch.empty(0, device=device)):
         return False
     heads, max_seqlens, widths, offsets = tuple(heads), tuple(max_seqlens), tuple(widths), tuple(offsets)
+    rotary, causal = tuple(rotary), tuple(causal)
     ones = functools.partial(torch.ones, device=device)  # not random, so the caller's generator does not advance
     leaf = functools.partial(ones, dtype=dtype, requires_grad=True)
     for (H, D), S in itertools.product(heads, max_seqlens):
@@ -76,6 +82,15 @@ def warmup(
         for output in ("packed", "scattered") if gathered else ():
             visible = torch.arange(S, device=device).expand(2, S)
             masked_attention(leaf(2, S, 3, H, D), visible=visible, output=output, impl="triton").sum().backward()
+        for turn, block in itertools.product((None, *rotary), (0, *causal)):
+            if turn is not None or block:
+                cu_seqlens = torch.tensor([0, S, 2 * S], dtype=offsets[0], device=device)
+                if turn is not None:
+                    turn = turn._replace(cos=ones(2 * S, turn.cos.shape[-1]), sin=ones(2 * S, turn.sin.shape[-1]))
+                out = masked_attention(
+                    leaf(2 * S, 3, H, D), cu_seqlens=cu_seqlens, max_seqlen=S, rotary=turn, causal=block, impl="triton"
+                )
+                out.sum().backward()
     for C in widths:
         weight, bias = (ones(C, requires_grad=True) for _ in range(2))
         streams = [leaf(16, C), ones(16, C, requires_grad=True)]

@@ -60,6 +60,21 @@ class Attention(Case):
         return k.masked_attention(self.qkv(x).unflatten(-1, (3, 1, C)), visible=visible, impl=self.impl)
 
 
+class RotaryAttention(Case):
+    """Rotary tables of two axes, and blocks of two tokens, each of which sees itself and those before it."""
+
+    def build(self):
+        self.qkv = nn.Linear(C, 3 * C)
+        places = torch.stack((torch.arange(N) // 2, torch.arange(N) % 2), -1)
+        rotary = k.Rotary.of(k.axial_angles(places, (C // 2, C // 2)))
+        self.register_buffer("cos", rotary.cos)
+        self.register_buffer("sin", rotary.sin)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, 1, C))
+        return k.masked_attention(qkv, rotary=k.Rotary(self.cos, self.sin), causal=2, impl=self.impl)
+
+
 class LatentLoss(Case):
     """Two masks of four and of three patches in each sample."""
 
@@ -134,6 +149,18 @@ class SwiGLU(Case):
         return k.swiglu(gate, value, self.fc1.bias, self.fc2.bias, impl=self.impl)
 
 
+class Modules(Case):
+    """A block of the package's modules."""
+
+    def build(self):
+        mlps = k.MLP(C, 2 * C, impl=self.impl), k.SwiGLU(C, 2 * C, impl=self.impl)
+        self.block = k.PreNormResidual(*((nn.LayerNorm(C), mlp) for mlp in mlps), impl=self.impl)
+        self.layer = k.LinearGELU(C, C, impl=self.impl)
+
+    def forward(self, x):
+        return self.layer(k.PreNormResidual.chain([self.block], x))
+
+
 class LinearResidual(Case):
     def forward(self, x):
         return k.linear_residual(x, self.linear.weight, self.linear.bias, x)
@@ -157,13 +184,15 @@ class SigReg(Case):
 
 class LogMel(Case):
     gradient = False
-    spec = k.LogMelSpec(n_mels=16, n_frames=16, patch=(8, 8))
+
+    def build(self):
+        self.log_mel = k.LogMel(k.LogMelSpec(n_mels=16, n_frames=16))
 
     def draw(self):
         return torch.randn(B, 3200).clamp(-1, 1)
 
     def forward(self, x):
-        return k.log_mel(x, self.spec)
+        return self.log_mel(x)
 
 
 class AugmentMel(Case):
@@ -234,6 +263,7 @@ class Average(Update):
 
 CASES: dict[str, type[Case]] = {
     "masked_attention": Attention,
+    "masked_attention, rotary and causal": RotaryAttention,
     "latent_l2_loss, a list of masks": LatentLoss,
     "latent_l2_loss, weights": WeightedLatentLoss,
     "add_layer_norm": AddLayerNorm,
@@ -242,9 +272,10 @@ CASES: dict[str, type[Case]] = {
     "gelu_mlp": GeluMLP,
     "swiglu": SwiGLU,
     "linear_residual": LinearResidual,
+    "PreNormResidual, with MLP, SwiGLU and LinearGELU": Modules,
     "segment_pool": SegmentPool,
     "sigreg": SigReg,
-    "log_mel": LogMel,
+    "LogMel, by log_mel": LogMel,
     "augment_mel": AugmentMel,
     "resample": Resample,
 }
@@ -272,6 +303,7 @@ def table() -> str:
     for name in NAMES:
         cells = (reason(name, feature) or WAYS.get((name, feature), "yes") for feature in FEATURES)
         operation, comma, form = name.partition(",")
+        form = re.sub(r"\b(?:MLP|SwiGLU|LinearGELU|log_mel)\b", lambda found: f"`{found[0]}`", form)
         lines.append(f"| `{operation}`{comma}{form} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -357,6 +357,26 @@ def test_state_dicts_without_schedules_are_as_before():
     assert all("finished_steps" not in group for group in plain.state_dict()["param_groups"])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loading_keeps_the_tensors_that_graphs_read(impl):
+    encoder, target, _ = made()
+    saved = AdamWEMA.from_model(encoder, target, lr=0.5, weight_decay=0.5, schedules=SCHEDULES, impl=impl)
+    saved.step()
+    lr, weight_decay = tensor(0.1), tensor(0.2)
+    optimizer = AdamWEMA.from_model(
+        encoder, target, lr=lr, weight_decay=weight_decay, schedules=SCHEDULES, betas=(0.5, 0.5), impl=impl
+    )
+    optimizer.advance()
+    decay = optimizer.schedules.ema_decay()
+    optimizer.load_state_dict(saved.state_dict())
+    optimizer.step()
+    group, other = optimizer.param_groups
+    assert group["lr"] is other["lr"] is lr and group["weight_decay"] is weight_decay
+    assert optimizer.schedules.ema_decay() is decay and group["betas"] == saved.param_groups[0]["betas"]
+    got = [x.item() for x in (lr, weight_decay, decay)]
+    assert got == pytest.approx([LR(1), WEIGHT_DECAY(1), EMA_DECAY(1)]) and optimizer.finished_steps == 2
+
+
 def test_invalid_schedules():
     encoder, target, _ = made()
     with pytest.raises(ValueError, match="schedules are of lr, weight_decay, ema_decay, got 'momentum'"):

@@ -221,6 +221,15 @@ def test_checkpoints_fit_both_ways(name):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), others.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_default_eps_of_rms_norm(dtype):
+    """It depends on the dtype, and counts where the stream is small."""
+    torch.manual_seed(0)
+    plain = ScaledByParameters().to(DEVICE, dtype)
+    x = (1e-3 * torch.randn(B, N, C, device=DEVICE)).to(dtype)
+    torch.testing.assert_close(PreNormResidual.of(plain, impl="reference")(x), plain(x), rtol=1e-2, atol=1e-5)
+
+
 def test_of_shares_the_parameters():
     block = TimmBlock()
     fused = PreNormResidual.of(block)

@@ -30,11 +30,20 @@ def directions(z: torch.Tensor, step: int) -> torch.Tensor:
     return torch.ops.ajepa.sigreg_plain_directions(torch.tensor(step), 256, z.shape[-1], torch.float32).to(z)
 
 
+# Shifts that the following layer takes away again: their gradient is rounding noise, which Adam scales up. The keys'
+# part of a qkv bias does not change a softmax, unless rotary tables turn it; a batch norm subtracts the mean.
+NO_GRADIENT = {"lejepa": ("norm.bias", "projector.0.bias", "projector.1.running_mean")}
+INTERPRETED = CAN_LAUNCH and DEVICE == "cpu"  # kernels take seconds there
+TINY = {"BATCH": 2, "WIDTH": 32, "HEADS": 1, "DEPTH": 1, "PREDICTOR_DEPTH": 1} if INTERPRETED else {}
+
+
 def both(family: str, steps: int, monkeypatch) -> list[tuple[torch.Tensor, list[dict[str, torch.Tensor]]]]:
     """(losses, state dicts) of the plain training and of the one with the operations."""
     results = []
     for name in (family, f"{family}_ops"):
         module = load(name)
+        for size, value in TINY.items():
+            monkeypatch.setattr(module, size, value, raising=False)
         if hasattr(module, "directions"):
             monkeypatch.setattr(module, "directions", directions)
         losses, networks = module.train(steps, DEVICE)
@@ -52,21 +61,24 @@ def kernels_on_any_device(monkeypatch) -> None:
 
 @pytest.mark.parametrize("family", diffs.FAMILIES)
 def test_training_is_the_same(family, monkeypatch):
-    """In float32, 20 steps of both trainings agree to 1e-3 of the loss, and to 1e-2 of the change of each weight."""
-    steps = 2 if CAN_LAUNCH and DEVICE == "cpu" else 20
+    """In float32, the losses agree to 1e-4, and each weight to 1e-3 of its change and 1e-6 of its size."""
+    steps = 1 if INTERPRETED else 20
     if CAN_LAUNCH:
         kernels_on_any_device(monkeypatch)
     start = both(family, 0, monkeypatch)[0][1]
     (plain, before), (ops, after) = both(family, steps, monkeypatch)
-    torch.testing.assert_close(ops, plain, rtol=1e-3, atol=0)
+    torch.testing.assert_close(ops, plain, rtol=1e-4, atol=0)
     assert steps < 20 or plain[-3:].mean() < 0.9 * plain[:3].mean()
     for first, want, got in zip(start, before, after, strict=True):
-        assert set(want) - {"log_mel.filters", "log_mel.window"} <= set(got)
+        assert {name for name in want if not name.startswith("log_mel.")} <= set(got)
         for name in want.keys() & got.keys():
-            if name.endswith("qkv.bias") and family != "vjepa2":  # the keys' third has no gradient but rounding noise
-                first[name], want[name], got[name] = (x[name].unflatten(0, (3, -1))[::2] for x in (first, want, got))
-            moved = (want[name] - first[name]).float().norm()
-            assert (got[name] - want[name]).float().norm() <= 1e-2 * moved, name
+            tensors = [x[name].float() for x in (first, want, got)]
+            if name in NO_GRADIENT.get(family, ()):
+                continue
+            if name.endswith("qkv.bias") and family != "vjepa2":
+                tensors = [x.unflatten(0, (3, -1))[::2] for x in tensors]
+            x, w, g = tensors
+            assert (g - w).norm() <= 1e-3 * (w - x).norm() + 1e-6 * w.norm(), name
 
 
 @pytest.mark.parametrize("family", diffs.FAMILIES)
