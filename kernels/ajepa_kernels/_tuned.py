@@ -79,7 +79,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 256): Tiles(32, 64, 8),
         ("attention_fwd", 32, LONG, 256): Tiles(32, 16, 8),
         ("attention_bwd", 32, LONG, 256): Tiles(16, 16, 8),
-        # kernels that turn q and k, where the entries above leave too few registers for that; tune.py does not tune them
+        # kernels that turn q and k, where the entries above leave too few registers; tune.py does not tune these
         ("attention_rotary_fwd", 16, 32, 128): Tiles(32, 32, 4),
         ("attention_rotary_bwd", 16, 16, 128): Tiles(16, 16, 4),
         ("attention_rotary_bwd", 16, 32, 128): Tiles(32, 32, 8),

@@ -27,7 +27,7 @@ def why_no_kernel(q: torch.Tensor) -> str:
     """The reason why no kernel takes `q`; empty where one does."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {q.dtype}"
-    if (D := q.shape[-1]) not in HEAD_DIMS:
+    if (D := q.shape[-1]) % 8 or not 8 <= D <= 256:  # torch.compile cannot look a symbolic size up in a range
         remedy = f": pad q, k and v with {-D % 8} channels of zeros, and pass scale={D} ** -0.5" if D < 256 else ""
         return f"no kernel for head dim {D}, only for multiples of 8 up to 256{remedy}"
     return ""
