@@ -28,7 +28,8 @@ CASES = {
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x `[B, N, H, D]` with its first channels turned in float32, as public code does. cos, sin: `[B, N, 1, 2 P]`."""
-    turned, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = turned.to(torch.promote_types(x.dtype, torch.float32))
     x1, x2 = turned.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.cat([(turned * cos + torch.stack([-x2, x1], -1).flatten(-2) * sin).to(x.dtype), rest], -1)
 
@@ -72,7 +73,7 @@ def test_rotary(clips, frames, side, visible, D, way, interleave, record):
     for name in ("ajepa masked_attention", "plain PyTorch", "torch.compile"):
         if name in functions:
             for got, right in zip(both_ways(functions[name], x), want, strict=True):
-                assert (got[:2].double() - right).norm() < 4 * torch.finfo(DTYPE).eps * right.norm(), name
+                assert (got[:2].double() - right).norm() < 8 * torch.finfo(DTYPE).eps * right.norm(), name
     tensors = {"forward": 4, "forward + backward": 11}[way]
     moved = tensors * clips * visible * H * D * x.element_size()
     run = {n: functools.partial(both_ways, f) if "backward" in way else f for n, f in functions.items()}

@@ -320,9 +320,8 @@ CORE = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S, D in SIZES},
     "attention 64 x 64 gathered": (attention_gathered, 64, 64, B),
     "attention 64 x 64 cross fp16": (attention, 64, 64, torch.float16, False, True),
-    "attention 64 x 64 rotary": (attention_turned, 64, 64, B, 30, True),
-    "attention 300 x 64 rotary": (attention_turned, 300, 64, B, 30, True),
-    "attention 300 x 64 causal": (attention_turned, 300, 64, B, 0, False, True, 1),
+    "rotary attention 64 x 64": (attention_turned, 64, 64, B, 30, True),
+    "rotary causal attention 300 x 64": (attention_turned, 300, 64, B, 30, True, True, 196),
     "attention 32 x 64 fp32": (attention, 32, 64, F),
     "attention 32 x 64 tf32": (attention, 32, 64, F, True),
     "loss 768": (loss, 768, "l2", B),
@@ -357,27 +356,27 @@ REST = {
     **{f"attention {S} x 200 tf32": (attention, S, 200, F, True) for S in (16, 300)},
     **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
     **{
-        f"attention {S} x {D} rotary": (attention_turned, S, D, B, D // 6 * 3, True)
+        f"rotary attention {S} x {D}{' halves' * (not adjacent)}": (
+            attention_turned,
+            S,
+            D,
+            B,
+            D // 6 * 3,
+            True,
+            adjacent,
+        )
         for S in (16, 32, 64, 77, 96, 128, 300)
-        for D in (32, 64, 96, 128)
+        for D in (32, 64, 128)
+        for adjacent in (True, False)
     },
+    **{f"rotary attention {S} x 64 pairs": (attention_turned, S, 64, B, 32) for S in (64, 77, 128, 300)},
+    **{f"rotary attention {S} x 64 fp32": (attention_turned, S, 64, F, 30, True) for S in (16, 32, 300)},
+    **{f"rotary causal attention {S} x 64": (attention_turned, S, 64, B, 30, True, True, 196) for S in (64, 128)},
     **{
-        f"attention {S} x {D} rotary pairs": (attention_turned, S, D, B, D // 2)
+        f"causal attention {S} x {D}": (attention_turned, S, D, B, 0, False, True, 1)
         for S in (16, 64, 77, 128, 300)
         for D in (32, 64, 128)
     },
-    **{
-        f"attention {S} x {D} rotary halves": (attention_turned, S, D, B, D // 2, False, False)
-        for S in (16, 64, 77, 128, 300)
-        for D in (32, 64, 128)
-    },
-    **{
-        f"attention {S} x {D} causal": (attention_turned, S, D, B, 0, False, True, 1)
-        for S in (16, 64, 77, 128, 300)
-        for D in (32, 64, 128)
-    },
-    **{f"attention {S} x 64 rotary causal": (attention_turned, S, 64, B, 30, True, True, 196) for S in (64, 128, 300)},
-    **{f"attention {S} x 64 rotary fp32": (attention_turned, S, 64, F, 30, True) for S in (16, 32, 64, 300)},
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
     "loss 4096 of samples": (loss_of_samples, 4096, "smooth_l1", B),
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 2048, 4096)},
@@ -403,6 +402,7 @@ REST = {name: case for name, case in REST.items() if name not in CORE}
 # compiled for the GPUs with less shared memory as well
 SMALL = {name: CORE[name] for name in ("attention 64 x 64", "attention 77 x 64", "attention 128 x 128", "loss 768")}
 SMALL |= {"attention 300 x 256": CORE["attention 300 x 256"]}
+SMALL |= {name: (REST | CORE)[name] for name in ("rotary attention 64 x 64", "rotary attention 300 x 128")}
 SMALL |= {"layer norm 4096 fp32": REST["layer norm 4096 fp32"]}
 
 

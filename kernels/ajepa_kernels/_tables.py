@@ -105,6 +105,21 @@ def is_aligned(tensors: Iterable[torch.Tensor | None]) -> bool:
     return all(x is None or (x.data_ptr() % 16 == 0 and x.numel() % 16 == 0) for x in tensors)
 
 
+def split_alike(rows: Iterable[Sequence[torch.Tensor | None]]) -> bool:
+    """Whether the tensors of each row are DTensors that are split alike over the ranks, or none is one. An update
+    element by element is then that of the parts."""
+    for row in rows:
+        splits = {(getattr(x, "device_mesh", None), getattr(x, "placements", ())) for x in row if x is not None}
+        if len(splits) > 1 or any(placement.is_partial() for _, placements in splits for placement in placements):
+            return False
+    return True
+
+
+def own_part(x: Any) -> Any:
+    """The part of a DTensor that this rank holds; anything else as it is."""
+    return getattr(x, "_local_tensor", x)
+
+
 def _axes(x: torch.Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the axes that have a stride."""
     return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]

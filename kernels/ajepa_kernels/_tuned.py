@@ -79,6 +79,14 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 256): Tiles(32, 64, 8),
         ("attention_fwd", 32, LONG, 256): Tiles(32, 16, 8),
         ("attention_bwd", 32, LONG, 256): Tiles(16, 16, 8),
+        # kernels that turn q and k, where the entries above leave too few registers; tune.py does not tune these
+        ("attention_rotary_fwd", 16, 32, 128): Tiles(32, 32, 4),
+        ("attention_rotary_bwd", 16, 16, 128): Tiles(16, 16, 4),
+        ("attention_rotary_bwd", 16, 32, 128): Tiles(32, 32, 8),
+        **{("attention_rotary_bwd", 16, 64, D): Tiles(64, 64, 8, 1, None, 0, 12) for D in (32, 64)},
+        ("attention_rotary_bwd", 16, 64, 128): Tiles(32, 64, 8),
+        **{("attention_rotary_bwd", 16, S, D): Tiles(D // 2, 128, 8) for S in (80, 96, 128) for D in (32, 64)},
+        ("attention_rotary_fwd", 16, LONG, 128): Tiles(64, 64, 8, 2),
     },
     "sm_80": {  # products take their operands from registers, which leaves no room for 128 x 128 scores
         ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4, 2, None, 0, 12),
@@ -90,12 +98,20 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 16, 64, 256): Tiles(64, 64, 8),
         ("attention_fwd", 16, LONG, 256): Tiles(64, 64, 8, 2),
+        ("attention_rotary_fwd", 16, 64, 64): Tiles(64, 64, 8, 2, None, 0, 12),
+        ("attention_rotary_fwd", 16, 64, 128): Tiles(64, 64, 16, 1, None, 0, 12),
+        **{("attention_rotary_fwd", 16, 64 + tail, D): Tiles(128, 64, 8, 1, None, tail, 12)
+           for tail in (16, 32) for D in (32, 64)},
+        **{("attention_rotary_fwd", 16, 128, D): Tiles(64, 128, 8, 1, None, 0, 12) for D in (32, 64)},
+        **{("attention_rotary_bwd", 16, LONG, D): Tiles(32, 64, 8) for D in (64, 128)},
     },
     "sm_86": {  # differs from sm_80 in the shared memory of a block: 99 KiB
         ("attention_bwd", 16, 128, 128): None,
         ("attention_bwd", 16, 64, 256): None,
         ("attention_fwd", 16, LONG, 256): Tiles(64, 32, 8, 2),
         ("attention_bwd", 16, LONG, 256): Tiles(16, 64, 8, 2),
+        ("attention_rotary_fwd", 16, 64, 64): Tiles(64, 64, 8, 1, None, 0, 12),
+        ("attention_rotary_fwd", 16, LONG, 128): Tiles(64, 64, 8),
     },
     "sm_120": {  # differs from sm_86 in the compiler, which spills some of its float32 products
         ("attention_bwd", 32, 32, 64): Tiles(32, 32, 8),
@@ -110,6 +126,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
         ("attention_bwd", 16, LONG, 256): Tiles(16, 64, 8, 2),
+        ("attention_rotary_bwd", 16, LONG, 128): Tiles(32, 32, 8),
     },
     "sm_100": {
         ("attention_fwd", 16, 16, 64): Tiles(16, 16, 1, 1, 128),
@@ -124,6 +141,12 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         **{("attention_bwd", 16, 128, D): Tiles(64, 128, 8) for D in (40, 48, 56)},  # masks need registers of their own
         ("attention_fwd", 16, 64, 256): Tiles(64, 64, 8, 1, 255),
         ("attention_bwd", 16, LONG, 256): Tiles(64, 64, 8),
+        ("attention_rotary_fwd", 16, 16, 64): Tiles(16, 16, 2),
+        **{("attention_rotary_bwd", 16, 16, D): Tiles(16, 16, 2) for D in (32, 64)},
+        ("attention_rotary_fwd", 16, 64, 128): Tiles(64, 64, 16, 1, None, 0, 12),
+        ("attention_rotary_bwd", 16, LONG, 64): Tiles(32, 64, 8, 2),
+        ("attention_rotary_bwd", 16, LONG, 128): Tiles(32, 64, 8),
+        ("attention_rotary_fwd", 32, 64, 64): Tiles(16, 64, 4),
     },
 }  # fmt: skip
 

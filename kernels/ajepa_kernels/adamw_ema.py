@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ajepa_kernels._adamw_ema import Rows, launch_adamw_ema, launch_rows, updated_together
 from ajepa_kernels._pairs import named_pairs
 from ajepa_kernels._schedules import Schedules
-from ajepa_kernels._tables import KERNEL_DTYPES, all_tensors, capturing, unsupported
+from ajepa_kernels._tables import KERNEL_DTYPES, all_tensors, capturing, own_part, split_alike, unsupported
 from ajepa_kernels._triton import arch, check_impl, register, use_triton
 from ajepa_kernels.ema_update import checked_decay, ema_update_reference_, scalar
 from ajepa_kernels.fp8 import STATE, note_largest_, round_e4m3
@@ -84,6 +84,13 @@ def _together(t: _Tensors) -> list[tuple[torch.Tensor | None, ...]]:
     )
 
 
+def _own_parts(t: _Tensors) -> _Tensors:
+    """`t` with the parts of DTensors that this rank holds, where tensors that are updated together are split alike."""
+    if not any(hasattr(p, "placements") for p in t.params) or not split_alike(_together(t)):
+        return t
+    return _Tensors(*([own_part(x) for x in values] for values in t))
+
+
 class _Plan(NamedTuple):
     """The launches of one step."""
 
@@ -117,6 +124,7 @@ class AdamWEMA(torch.optim.AdamW):
     `grad_scale`, `found_inf` and a group's weight decay may be scalar tensors on the device, which a captured CUDA
     graph reads again at each replay; numbers are frozen into the graph. Addresses that are new at the capture are
     copied to the device at each replay. The kernel does not change `.grad`, which torch's AdamW divides by the scale.
+    Of parameters that FSDP2 has split (DTensors), it updates this rank's parts, if the averages are split alike.
 
     `from_model` pairs the parameters of two modules by name. `schedules` replaces the loop's own bookkeeping:
 
@@ -341,9 +349,10 @@ class AdamWEMA(torch.optim.AdamW):
         if plan is None:
             tensors = _Tensors(*([] for _ in _Tensors._fields))
             self._init_group(with_ema, *tensors)
-            together = _together(tensors)
+            parts = _own_parts(tensors) if eager else tensors
+            together = _together(parts)
             fused = bool(together) and use_triton(
-                "AdamWEMA", self.impl, tensors.params[0], self._unsupported(tensors, together)
+                "AdamWEMA", self.impl, parts.params[0], self._unsupported(parts, together)
             )
             if tensors.sources:
                 self._update_apart(tensors.sources, tensors.targets, ema_decay, found_inf)
@@ -352,8 +361,10 @@ class AdamWEMA(torch.optim.AdamW):
             if not fused:
                 self._step_reference(tensors, ema_decay, grad_scale, found_inf)
                 return
-            if not eager:
-                self._step_operation(tensors, ema_decay, grad_scale, found_inf)
+            if not eager or parts is not tensors:
+                self._step_operation(parts, ema_decay, grad_scale, found_inf)
+                if parts is not tensors:  # the operation has counted the versions of the parts
+                    torch.autograd.graph.increment_version([*tensors.params, *tensors.emas])
                 return
             rates, groups, _ = self._rates()
             kinds = launch_rows(together, tensors.steps, tensors.scalings, rates, tensors.places, groups)

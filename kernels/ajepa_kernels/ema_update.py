@@ -16,6 +16,8 @@ from ajepa_kernels._tables import (
     is_aligned,
     load_pointer,
     load_size,
+    own_part,
+    split_alike,
     table,
     tl_dtype,
     unsupported,
@@ -120,7 +122,8 @@ def ema_update_(
     num_batches_tracked of a batch norm) are copied from their sources.
 
     Args:
-        targets: tensors to update. The kernel takes tensors that are dense in memory and have their sources' strides.
+        targets: tensors to update. The kernel takes tensors that are dense in memory and have their sources' strides,
+            and the parts that a rank has of DTensors (FSDP2) that are split like their sources.
         sources: tensors of the same shapes and devices.
         decay: a number, or a scalar tensor on the device, which a captured CUDA graph reads again at each replay.
         impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
@@ -151,7 +154,9 @@ def ema_update_(
         return
     decay = checked_decay("ema_update_", decay, targets[0].device)
     averages, counters = _split(targets, sources)
-    if not use_triton("ema_update_", impl, targets[0], unsupported(averages)):
+    if not torch.compiler.is_compiling() and split_alike(averages):  # of DTensors, this rank's parts
+        averages = [(own_part(t), own_part(s)) for t, s in averages]
+    if not use_triton("ema_update_", impl, own_part(targets[0]), unsupported(averages)):
         ema_update_reference_(targets, sources, decay)
         return
     for t, s in counters:
@@ -159,3 +164,5 @@ def ema_update_(
     if averages:
         tensor, number = (decay, 0.0) if isinstance(decay, torch.Tensor) else (None, decay)
         torch.ops.ajepa.ema_update_([t for t, _ in averages], [s.detach() for _, s in averages], tensor, number)
+        if split := [t for t in targets if own_part(t) is not t]:
+            torch.autograd.graph.increment_version(split)

@@ -159,7 +159,7 @@ def share(name: str, feature: str, rank: int) -> None:
     torch.manual_seed(0)
     if name in c.UPDATES:
         layer, x = torch.nn.Linear(c.C, c.C), torch.randn(4, c.C)
-        plain, split = c.UPDATES[name](copy.deepcopy(layer), impl), c.UPDATES[name](layer, "auto", spread)
+        plain, split = c.UPDATES[name](copy.deepcopy(layer), impl), c.UPDATES[name](layer, impl, spread)
         model = DistributedDataParallel(split.layer) if feature == "ddp" else split.layer
         for decay in (0.9, 0.8):
             plain.layer(x).square().mean().backward()

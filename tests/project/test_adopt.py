@@ -102,6 +102,7 @@ def test_counts_leave_out_blank_lines(tmp_path, monkeypatch):
     assert diffs.counts("a") == (1, 1)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="is tested without the interpreter")
 @pytest.mark.parametrize("name", [f"{family}{end}" for family in diffs.FAMILIES for end in ("", "_ops")])
 def test_example_runs_by_itself(name):
     """It prints a loss for each step, without the trainer and its dependencies."""

@@ -101,11 +101,11 @@ def masked_attention(
     Returns:
         `[T, H, D]`, or the dense shapes described under `output`, in the dtype of the input.
 
-    Saved for backward: only q, k and v up to 128 tokens, or 64 above head dim 128 (float32: 64 tokens, and 16 above
-    head dim 64); their backward is one launch. Longer sequences also save the output and the `[H, T]` log-sum-exps, and
-    so do GPUs with less shared memory than an A100 (L4, L40, RTX) above 64 tokens at head dims above 64, and above 32
-    tokens at those above 128. The scheme for long sequences is that of FlashAttention-2 (arXiv 2307.08691).
-    `torch.func.grad` works; `torch.vmap` needs impl="reference".
+    Saved for backward: only q, k and v up to 128 tokens, or 64 above head dim 128 and, with `rotary`, above head dim 64
+    (float32: 64 tokens, and 16 above head dim 64); their backward is one launch. Longer sequences also save the output
+    and the `[H, T]` log-sum-exps, and so do GPUs with less shared memory than an A100 (L4, L40, RTX) above 64 tokens at
+    head dims above 64, and above 32 tokens at those above 128. The scheme for long sequences is that of
+    FlashAttention-2 (arXiv 2307.08691). `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
         ValueError: invalid shapes, dtypes, devices or options; raised before any launch.

@@ -27,7 +27,7 @@ def why_no_kernel(q: torch.Tensor) -> str:
     """The reason why no kernel takes `q`; empty where one does."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {q.dtype}"
-    if (D := q.shape[-1]) not in HEAD_DIMS:
+    if (D := q.shape[-1]) % 8 or not 8 <= D <= 256:  # torch.compile cannot look a symbolic size up in a range
         remedy = f": pad q, k and v with {-D % 8} channels of zeros, and pass scale={D} ** -0.5" if D < 256 else ""
         return f"no kernel for head dim {D}, only for multiples of 8 up to 256{remedy}"
     return ""
@@ -60,10 +60,19 @@ def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Til
     return True, next(filter(None, between), None) or _tiles(q, op, tile)
 
 
-def _turning(q: torch.Tensor, one_tile: bool, config: Tiles, op: str) -> Tiles:
-    """The configuration in place of `config` for kernels that turn q and k, which takes registers."""
+def _one_tile(q: torch.Tensor, max_q: int, max_k: int, turns: bool) -> bool:
+    """Whether one tile holds all keys. Kernels that turn q and k have no registers for more than 64 wide ones."""
+    longest = min(_longest_tile(q), 64 if turns and q.shape[-1] > 64 else 128)
+    return max_q <= longest and max_k <= longest
+
+
+def _turning_config(q: torch.Tensor, max_q: int, max_k: int, way: str) -> tuple[bool, Tiles]:
+    """`_config` for kernels that turn q and k, with entries of their own where they need more registers."""
+    one_tile, config = _config(q, max_q, max_k, f"attention_{way}")
+    if not _one_tile(q, max_q, max_k, True):
+        one_tile, config = False, _tiles(q, f"attention_{way}", LONG)
     length = config.block_k + config.tail if one_tile else LONG
-    return tuned(q, op, 8 * q.element_size(), length, _block_d(q.shape[-1])) or config
+    return one_tile, _tiles(q, f"attention_rotary_{way}", length) or config
 
 
 def _options(config: Tiles) -> dict[str, int | None]:
@@ -109,7 +118,7 @@ def _masked_attention_fwd_fake(
     q_cos=None, q_sin=None, k_cos=None, k_sin=None, interleaved=True, pairs=0,
 ):  # fmt: skip
     H, D = q.shape[-2:]
-    one_tile = max_q <= _longest_tile(q) and max_k <= _longest_tile(q)
+    one_tile = _one_tile(q, max_q, max_k, q_cos is not None)
     return q.new_empty(q.shape[0] if scatter else slots, H, D), q.new_empty(
         (0 if one_tile else H, slots), dtype=torch.float32
     )
@@ -132,9 +141,10 @@ def _masked_attention_fwd(
 ):  # fmt: skip
     """If k is None, q is `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is written only for long sequences. `causal` and
     `order` as in `Layout`, the tables as in `Tables`."""
-    one_tile, config = _config(q, max_q, max_k, "attention_fwd")
-    if q_cos is not None:
-        config = _turning(q, one_tile, config, "attention_rotary_fwd")
+    if q_cos is None:
+        one_tile, config = _config(q, max_q, max_k, "attention_fwd")
+    else:
+        one_tile, config = _turning_config(q, max_q, max_k, "fwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns must be zero
     H, D = q.shape[-2:]
@@ -183,9 +193,10 @@ def _masked_attention_bwd(
 ):  # fmt: skip
     """If k is None, dq holds all three gradients. out and lse are read only for long sequences. `bias` asks for dbias,
     the sum of dq over its rows in float32, where k is None."""
-    one_tile, config = _config(q, max_q, max_k, "attention_bwd")
-    if q_cos is not None:
-        config = _turning(q, one_tile, config, "attention_rotary_bwd")
+    if q_cos is None:
+        one_tile, config = _config(q, max_q, max_k, "attention_bwd")
+    else:
+        one_tile, config = _turning_config(q, max_q, max_k, "bwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     # where rows are gathered, a row that no sequence owns has zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
