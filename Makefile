@@ -43,6 +43,11 @@ $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet 'ajepa[docs]'
 	touch $@
 
+HUB ?= build/hub
+.PHONY: hub
+hub: install  ## ajepa_kernels in the layout of the Hugging Face Kernel Hub, in HUB; `kernels` loads that folder
+	$(BIN)/python kernels/hub_layout.py $(HUB)
+
 bench: install  ## speed on this machine: benchmarks/results/<device>.json, the documentation's tables and the plots
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/report.py

@@ -8,6 +8,7 @@ backward pass moves q, k, v, dO, dq, dk and dv.
 
 The first cases are those of a step of `audio-jepa`. The context encoder attends over 51 to 77 visible patches per clip
 and the target encoder over all 128, both with head dim 64. The predictor attends over all 128 with head dim 32.
+Others have the head dims of larger models: 80 of ViT-H, 104 of ViT-G, and 256, the largest that the kernels take.
 """
 
 import functools
@@ -36,6 +37,8 @@ if not QUICK:
     CASES += [(STEP_BATCH, tokens, D, way) for tokens, D in others for way in ("forward", "backward")]
     batches, ways = [64, 256, 1024] if DEVICE == "cuda" else [16], ["forward", "backward", "forward + backward"]
     CASES += [(batch, tokens, 64, way) for batch in batches for tokens in ("64", "32-96") for way in ways]
+    larger = [("77", 80), ("256", 80), ("64", 88), ("64", 104), ("64", 256), ("256", 256)]
+    CASES += [(max(STEP_BATCH // 16, 2), tokens, D, way) for tokens, D in larger for way in ("forward", "backward")]
 FLEX = {("64", 64), ("32-96", 64)}  # tokens and head dim of the cases that FlexAttention is compiled for
 
 

@@ -19,6 +19,8 @@ C = 768
 # A step of 1,024 clips predicts 65,536 tokens.
 TOKENS = [65536, 4096] if DEVICE == "cuda" else [256] if QUICK else [4096]
 KINDS = ["l2", "smooth_l1", "cosine"]
+# Four target blocks in each of 128 images, as I-JEPA predicts them, or of two on a CPU.
+BLOCKS, SAMPLES, PATCHES, N = 4, 128 if DEVICE == "cuda" else 2, 256, 32
 CHECKED = 8192  # tokens that are compared with float64
 
 
@@ -34,34 +36,48 @@ def test_latent_loss(T, kind, interleave, record):
         prediction, latents = (torch.randn(n, C, device=DEVICE, dtype=DTYPE) for n in (tokens, 2 * tokens))
         return prediction.requires_grad_(), latents, torch.randperm(2 * tokens, device=DEVICE)[:tokens]
 
+    compare(f"{T} x {C}, {kind}", T, {"kind": kind}, make, make(min(T, CHECKED)), interleave, record)
+
+
+@pytest.mark.skipif(QUICK, reason="a quick run has one case of each operation")
+def test_blocks_of_samples(interleave, record):
+    """The list of masks of I-JEPA and V-JEPA 2, with the loss of V-JEPA 2."""
+
+    def make():
+        blocks = [torch.rand(SAMPLES, PATCHES, device=DEVICE).argsort(1)[:, :N] for _ in range(BLOCKS)]
+        shapes = ((BLOCKS * SAMPLES, N, C), (SAMPLES, PATCHES, C))
+        prediction, latents = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in shapes)
+        return prediction.requires_grad_(), latents, blocks
+
+    shape, T = f"{BLOCKS} blocks of {N} in {SAMPLES} samples x {C}, lp", BLOCKS * SAMPLES * N
+    compare(shape, T, {"kind": "lp", "p": 1, "eps": 1e-5}, make, make(), interleave, record)
+
+
+def compare(shape, T, options, make, checked, interleave, record):
+    """Check all implementations on `checked` against float64, and time them on what `make` returns."""
     functions = {
-        "ajepa latent_l2_loss": functools.partial(latent_l2_loss, kind=kind),
-        "plain PyTorch": functools.partial(latent_l2_loss_reference, kind=kind),
+        "ajepa latent_l2_loss": functools.partial(latent_l2_loss, **options),
+        "plain PyTorch": functools.partial(latent_l2_loss_reference, **options),
     }
     if QUICK:
         left_out({"torch.compile": "compiled peers are left out of a quick run"})
     else:
         torch.compiler.reset()  # together with dynamic=False, so that each case is compiled for its own shapes
         functions["torch.compile"] = torch.compile(functions["plain PyTorch"], dynamic=False)
-    prediction, latents, index = make(min(T, CHECKED))
+    prediction, latents, index = checked
     want = both_ways(functions["plain PyTorch"], prediction.detach().double().requires_grad_(), latents.double(), index)
     for name, function in functions.items():
         got = both_ways(function, prediction, latents, index)
         assert (got.double() - want).norm() < 4 * torch.finfo(DTYPE).eps * want.norm(), name
-    size = prediction.element_size()
-    timed = {
-        name: rotating(functools.partial(both_ways, function), make, 3 * T * C * size)
-        for name, function in functions.items()
-    }
-    floor = 3 * T * C * size / copy_bytes_per_ms()
-    shape = f"{T} x {C}, {kind}, forward + backward"
+    size = 3 * T * C * prediction.element_size()
+    timed = {name: rotating(functools.partial(both_ways, function), make, size) for name, function in functions.items()}
     record(
         "latent_l2_loss",
-        shape,
+        f"{shape}, forward + backward",
         interleave(timed, SECONDS),
         plain="plain PyTorch",
         peers=["torch.compile"],
-        floor_ms=floor,
+        floor_ms=size / copy_bytes_per_ms(),
     )
     if DEVICE == "cpu":
         left_out({"the kernel": "needs a GPU; on a CPU latent_l2_loss runs its plain definition"})

@@ -12,7 +12,12 @@ If all tensors have one dtype, x and residual share one gradient, so that 4 tens
 "With the bias" also wants the gradient of the bias of the layer before, as the step does. It is timed against a pass of
 its own over the gradient of x. "bf16 gradient" rounds the gradient of the stream to bfloat16, so that x and residual
 share one gradient and a backward pass moves 10 bytes per element.
+
+"RMS norm" subtracts no mean. "Scaled" multiplies x by LayerScale's factors of the channels and by drop path's factors
+of samples of 64 rows; its backward pass also reads x, 18 bytes per element in all. Plain PyTorch makes a pass for each.
 """
+
+import functools
 
 import pytest
 import torch
@@ -28,6 +33,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SIZES = [(65536, 768), (131072, 384)] if DEVICE == "cuda" else [(256, 64)] if QUICK else [(4096, 768), (8192, 384)]
 CHECKED = 8192  # rows that are compared with float64
 BYTES = {"forward": 12, "backward": 16}  # per element, with a float32 stream
+TOKENS = 64  # of a sample
 
 
 def plain(x, residual, weight, bias):
@@ -46,6 +52,40 @@ def plain_with_bias(x, residual, weight, bias, x_bias):
 
 def sum_apart(x, residual, weight, bias, x_bias):
     return add_layer_norm(BiasGradient.apply(x, x_bias), residual, weight, bias)
+
+
+def rms_norm(x, residual, weight):
+    return add_layer_norm(x, residual, weight, rms=True)
+
+
+def plain_rms_norm(x, residual, weight):
+    total = x + residual
+    return F.rms_norm(total, total.shape[-1:], weight, 1e-5).to(x.dtype), total
+
+
+@functools.cache
+def kept(samples, dtype):
+    """Return the factors of a drop path that drops every tenth sample."""
+    return (torch.arange(samples, device=DEVICE) % 10 > 0).to(dtype) / 0.9
+
+
+def scaled(function):
+    """Return `function` of tensors `[M, C]` that sees samples `[B, TOKENS, C]`, and their factors."""
+
+    def call(x, residual, *vectors):
+        x, residual = (t.view(-1, TOKENS, t.shape[-1]) for t in (x, residual))
+        return tuple(t.flatten(0, 1) for t in function(x, residual, *vectors, kept(len(x), x.dtype)))
+
+    return call
+
+
+def scaled_norm(x, residual, weight, bias, gamma, factors):
+    return add_layer_norm(x, residual, weight, bias, layer_scale=gamma, sample_scale=factors)
+
+
+def plain_scaled_norm(x, residual, weight, bias, gamma, factors):
+    total = residual + x * gamma * factors[:, None, None]
+    return F.layer_norm(total, total.shape[-1:], weight, bias).to(x.dtype), total
 
 
 def both_ways(function, leaves, upstream):
@@ -116,6 +156,23 @@ def test_bias_of_the_layer_before(M, C, interleave, record):
     shape, nbytes = f"{M} x {C}, fp32 stream, with the bias, backward", BYTES["backward"] * M * C
     options = {"ours": ours, "plain": plain_with_bias, "vectors": 3}
     compare(shape, M, C, torch.bfloat16, torch.float32, "backward", nbytes, interleave, record, **options)
+
+
+@pytest.mark.parametrize("way", BYTES)
+@pytest.mark.parametrize(("M", "C"), SIZES[:1])
+def test_rms_norm(M, C, way, interleave, record):
+    shape, nbytes = f"{M} x {C}, fp32 stream, RMS norm, {way}", BYTES[way] * M * C
+    options = {"ours": {"ajepa add_layer_norm": rms_norm}, "plain": plain_rms_norm, "vectors": 1}
+    compare(shape, M, C, torch.bfloat16, torch.float32, way, nbytes, interleave, record, **options)
+
+
+@pytest.mark.parametrize("way", BYTES)
+@pytest.mark.parametrize(("M", "C"), SIZES[:1])
+def test_scaled(M, C, way, interleave, record):
+    """Time LayerScale and drop path in the pass of the norm."""
+    shape, nbytes = f"{M} x {C}, fp32 stream, scaled, {way}", (BYTES[way] + 2 * (way == "backward")) * M * C
+    options = {"ours": {"ajepa add_layer_norm": scaled(scaled_norm)}, "plain": scaled(plain_scaled_norm), "vectors": 3}
+    compare(shape, M, C, torch.bfloat16, torch.float32, way, nbytes, interleave, record, **options)
 
 
 @pytest.mark.parametrize(("M", "C"), SIZES)

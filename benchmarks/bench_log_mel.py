@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BATCH = 256 if DEVICE == "cuda" else 2 if QUICK else 8
 THREADS = sorted({1, torch.get_num_threads()}) if DEVICE == "cpu" and not QUICK else [1]
 RECIPES = ["audio-jepa", "a-jepa"]
-CASES = {name: LOG_MEL_PRESETS[name] for name in (*RECIPES, "audio-jepa-16k")} | {
+CASES = {name: LOG_MEL_PRESETS[name] for name in (*RECIPES, "audio-jepa-16k", "librosa")} | {
+    # Whisper's transform on clips of 10 s without its padding to 30 s, and 25 ms at 48 kHz: 200 and 600 complex points.
+    "whisper, 400 points": replace(LOG_MEL_PRESETS["whisper"], n_samples=None, n_frames=None),
+    "1200 points": replace(LOG_MEL_PRESETS["clap"], n_fft=1200, win_length=1200),
     "1024 points": LogMelSpec(  # the front end of PANNs (arXiv 1912.10211)
         sample_rate=32000, n_fft=1024, win_length=1024, hop_length=320, n_mels=64, f_min=50.0, f_max=14000.0,
         convention="torchaudio", mel_scale="slaney", mel_norm="slaney", log="db",
@@ -53,7 +57,7 @@ def mel_spectrogram(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
     transforms = import_torchaudio().transforms
     mel = transforms.MelSpectrogram(
         spec.sample_rate, spec.n_fft, spec.win_length, spec.hop_length, f_min=spec.f_min, f_max=spec.f_max,
-        n_mels=spec.n_mels,
+        n_mels=spec.n_mels, mel_scale=spec.mel_scale, norm=spec.mel_norm,
     ).to(x.device)  # fmt: skip
     return lambda: mel(x)  # without the logarithm, which makes this peer faster
 

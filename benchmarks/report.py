@@ -35,6 +35,7 @@ OPS = {
     "AdamWEMA": ("adamw_ema",),
     "add_layer_norm": ("add_layer_norm",),
     "bias_gelu": ("bias_gelu",),
+    "swiglu": ("swiglu",),
     "gelu_mlp": ("gelu_mlp", "linear_gelu", "linear_dgelu"),
     "linear_residual": ("linear_residual",),
     "fp8_linear": ("fp8_linear", "fp8_mlp"),

@@ -58,6 +58,7 @@ BENCHMARKS = {  # the root modules of each benchmark file
     "bench_segment_pool": ("ajepa_kernels.segment_pool",),
     "bench_sigreg": ("ajepa_kernels.sigreg",),
     "bench_step": STEP,
+    "bench_swiglu": ("ajepa_kernels.swiglu",),
     "bench_train_step": STEP,
 }
 

@@ -21,6 +21,7 @@ from ajepa_kernels import _tuned, add_layer_norm, bias_gelu, latent_l2_loss, mas
 from ajepa_kernels._tuned import LONG, Rows, Tiles
 
 TOKENS, HEADS, GAIN = 65536, 12, 0.98
+LENGTHS = (16, 32, 64, 80, 96, 128, LONG)
 REGISTERS = 255  # a thread has at most so many
 Case = tuple[tuple, list, Callable[[str], list[torch.Tensor]]]  # key, candidates, function of impl
 
@@ -44,12 +45,14 @@ def tiles(op: str, bits: int, S: int, D: int, shared: int) -> list[Tiles]:
     This is decided by arithmetic, because compiling a candidate takes seconds.
     """
     back, size = op == "attention_bwd", bits // 8
-    least = 2 if bits == 32 else 4 if S == 16 else 8  # the fewest scores of a thread
+    wide = D == 256  # rows are so long that tiles hold fewer of them
+    least = (2 if bits == 32 else 4 if S == 16 else 8) >> wide  # the fewest scores of a thread
     tail = S - 64 if 64 < S < 128 else 0
     if tail and bits == 32:
         return []
-    keys = (32, 64, 128) if S == LONG else (64,) if tail else (S,)
-    queries = (32, 64, 128) if S == LONG and bits == 16 else (16, 32, 64, 128)  # with few queries, keys are read often
+    keys = (16, 32, 64, 128)[bits == 16 or not wide :] if S == LONG else (64,) if tail else (S,)
+    # with few queries, keys are read often
+    queries = (32, 64, 128) if S == LONG and bits == 16 and not wide else (16, 32, 64, 128)
     found = []
     for q, k, warps in ((q, k, w) for k in keys for q in queries for w in (1, 2, 4, 8)):
         threads = 32 * warps
@@ -92,7 +95,7 @@ def rows(op: str, block: int) -> list[Rows]:
 def cases() -> Iterator[Case]:
     """Yield the recipe's cases before others. A backward pass is timed with its forward pass, which is tuned first."""
     recipe = [(16, S, D) for S in (64, 80, 128) for D in (64, 32)]
-    every = [(bits, S, D) for bits in (16, 32) for D in (32, 64, 128) for S in (16, 32, 64, 80, 96, 128, LONG)]
+    every = [(bits, S, D) for bits in (16, 32) for D in (32, 64, 128, 256) for S in LENGTHS]
     for size in recipe:
         yield from attention(*size)
     for C in (768, 384):

@@ -30,7 +30,9 @@ cudaError_t launch_all(const LogMel& p, cudaStream_t stream) {
     case 256: error = launch<256, Sample>(p, stream); break;
     case 400: error = launch<400, Sample>(p, stream); break;
     case 512: error = launch<512, Sample>(p, stream); break;
+    case 640: error = launch<640, Sample>(p, stream); break;
     case 1024: error = launch<1024, Sample>(p, stream); break;
+    case 1200: error = launch<1200, Sample>(p, stream); break;
     case 2048: error = launch<2048, Sample>(p, stream); break;
     case 4096: error = launch<4096, Sample>(p, stream); break;
     case 8192: error = launch<8192, Sample>(p, stream); break;

@@ -22,11 +22,13 @@ constexpr int W = AJEPA_LANES;
 
 // Strides of 2^n bytes would put all inputs of a butterfly into one set of the cache, so a padding value follows each
 // block of 2^granule values. Smaller blocks have no padding inside.
-constexpr int kMaxPasses = 5, kNoPads = 31;
+constexpr int kMaxPasses = 7, kNoPads = 31;  // 3888 is 8 x 3^5 x 2
 inline int padded(int j, int granule) { return j + (j >> granule); }
 
-struct Plan {  // a complex transform of `size` points
-  int size = 0, passes = 0, radix[kMaxPasses];
+struct Plan {  // a complex transform of `size` points, 8 times a product of 2, 3 and 5
+  explicit Plan(int size);
+  ~Plan();
+  int size, passes = 0, radix[kMaxPasses];
   int granule[kMaxPasses];      // for each pass, log2 of the values between two padding values
   float* twiddles[kMaxPasses];  // for each pass, [its size / radix, radix - 1, 2]
   float* post;                  // [size / 2 + 1, 2]: exp(-i pi k / size)
@@ -60,6 +62,7 @@ void transform(const Plan& plan, int level, vf* x, int size, int blocks = 1, int
   const int radix = plan.radix[level], granule = plan.granule[level];
   switch (radix) {
     case 2: pass<2>(x, size, plan.twiddles[level], granule, blocks, apart); break;
+    case 3: pass<3>(x, size, plan.twiddles[level], granule, blocks, apart); break;
     case 4: pass<4>(x, size, plan.twiddles[level], granule, blocks, apart); break;
     case 5: pass<5>(x, size, plan.twiddles[level], granule, blocks, apart); break;
     default: pass<8>(x, size, plan.twiddles[level], granule, blocks, apart);
@@ -70,51 +73,55 @@ void transform(const Plan& plan, int level, vf* x, int size, int blocks = 1, int
   for (int q = 0; left > 1 && q < radix; ++q) transform(plan, level + 1, x + q * next, size);
 }
 
-Plan make_plan(int size) {
-  Plan plan;
-  plan.size = size;
+Plan::Plan(int points) : size(points) {
   int rest = size;
-  for (; rest % 8 == 0; rest /= 8) plan.radix[plan.passes++] = 8;
-  for (; rest % 5 == 0; rest /= 5) plan.radix[plan.passes++] = 5;
-  if (rest > 1) plan.radix[plan.passes++] = rest;
-  for (int p = 0; p < plan.passes; ++p)
-    plan.granule[p] = size < 1024 ? (p || size % 64 ? kNoPads : __builtin_ctz(size / 8)) : p < 2 ? __builtin_ctz(size / 64) : kNoPads;
+  for (; rest % 8 == 0; rest /= 8) radix[passes++] = 8;
+  for (int prime = 5; prime > 2; prime -= 2)
+    for (; rest % prime == 0; rest /= prime) radix[passes++] = prime;
+  if (rest > 1) radix[passes++] = rest;
+  const bool power_of_two = (size & (size - 1)) == 0;  // other strides spread over the cache by themselves
+  for (int p = 0; p < passes; ++p)
+    granule[p] = !power_of_two ? kNoPads
+                 : size < 1024 ? (p ? kNoPads : __builtin_ctz(size / 8))
+                               : p < 2 ? __builtin_ctz(size / 64) : kNoPads;
   int span = size;
-  for (int p = 0; p < plan.passes; span /= plan.radix[p++]) {
-    const int radix = plan.radix[p], stride = span / radix;
-    float* w = plan.twiddles[p] = new float[size_t(2) * stride * (radix - 1)];
+  for (int p = 0; p < passes; span /= radix[p++]) {
+    const int stride = span / radix[p];
+    float* w = twiddles[p] = new float[size_t(2) * stride * (radix[p] - 1)];
     for (int j = 0; j < stride; ++j)
-      for (int q = 1; q < radix; ++q, w += 2) {
+      for (int q = 1; q < radix[p]; ++q, w += 2) {
         const double angle = -2 * M_PI * j * q / span;
         w[0] = float(cos(angle)), w[1] = float(sin(angle));
       }
   }
-  plan.post = new float[size + 2];
+  post = new float[size + 2];
   for (int k = 0; k <= size / 2; ++k)
-    plan.post[2 * k] = float(cos(-M_PI * k / size)), plan.post[2 * k + 1] = float(sin(-M_PI * k / size));
-  plan.slot = new int32_t[size];
+    post[2 * k] = float(cos(-M_PI * k / size)), post[2 * k + 1] = float(sin(-M_PI * k / size));
+  slot = new int32_t[size];
   for (int k = 0; k < size; ++k) {
     int at = 0, rest_k = k, block = size;
-    for (int p = 0; p < plan.passes; ++p) {
-      block /= plan.radix[p];
-      at += rest_k % plan.radix[p] * block, rest_k /= plan.radix[p];
+    for (int p = 0; p < passes; ++p) {
+      block /= radix[p];
+      at += rest_k % radix[p] * block, rest_k /= radix[p];
     }
-    plan.slot[k] = 2 * padded(at, plan.granule[0]);
+    slot[k] = 2 * padded(at, granule[0]);
   }
-  return plan;
+}
+
+Plan::~Plan() {
+  for (int p = 0; p < passes; ++p) delete[] twiddles[p];
+  delete[] post, delete[] slot;
 }
 
 const Plan& plan_for(int size) {  // plans are made once and never freed
-  switch (size) {
-#define AJEPA_PLAN(n) \
-  case n: {           \
-    static const Plan plan = make_plan(n); \
-    return plan;      \
-  }
-    AJEPA_PLAN(64) AJEPA_PLAN(128) AJEPA_PLAN(256) AJEPA_PLAN(512) AJEPA_PLAN(1024) AJEPA_PLAN(2048) AJEPA_PLAN(4096)
-    default: AJEPA_PLAN(200)
-#undef AJEPA_PLAN
-  }
+  static const Plan* plans[8192 / 16 + 1];
+  const Plan*& place = plans[size / 8];
+  const Plan* plan = __atomic_load_n(&place, __ATOMIC_ACQUIRE);
+  if (plan) return *plan;
+  const Plan* const made = new Plan(size);
+  if (__atomic_compare_exchange_n(&place, &plan, made, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) return *made;
+  delete made;  // another thread was faster
+  return *plan;
 }
 
 // The power spectrum of the real signal from the complex transform, in the order of bins. The window has the factor 1/2.
@@ -204,7 +211,10 @@ void load_and_pass(const LogMel& p, const Plan& plan, const T* clip, int64_t len
     row[lane] = clip + start;
     if (start < 0 || start + p.win_length > length) {
       T* edge = edge_rows + int64_t(lane) * p.win_length;
-      for (int i = 0; i < p.win_length; ++i) edge[i] = clip[p.mirror(int(start) + i, int(length))];
+      for (int i = 0; i < p.win_length; ++i) {
+        const int at = p.place(int(start) + i, int(length));
+        edge[i] = at < 0 ? T(clip_mean) : clip[at];  // a zero once the mean is subtracted
+      }
       row[lane] = edge;
     }
     if (p.remove_dc) offset[lane] = float(sum(row[lane], p.win_length) / p.win_length);
@@ -268,9 +278,9 @@ void spread_weights(const LogMel& p, float* weights, int32_t* starts) {
 
 template <int Power, bool Log>
 void mel_bands(const LogMel& p, const float* weights, const int32_t* starts, const vf* spectrum, float gain, int valid,
-               vf* bands) {
+               vf missing, vf* bands) {
   const float floor = p.floor, log_scale = p.log_scale, log_shift = p.log_shift;
-  vi outside;  // lanes after the clip's last frame, whose rows are zeros
+  vi outside;  // lanes after the clip's last frame, whose values are `missing`
   for (int lane = 0; lane < W; ++lane) outside[lane] = lane < valid ? 0 : -1;
   vf rising = vf{};  // sum of interval i - 1 for band i - 1
   for (int i = 0; i <= p.n_mels; ++i) {
@@ -286,9 +296,9 @@ void mel_bands(const LogMel& p, const float* weights, const int32_t* starts, con
     if constexpr (Log) {
       const vf log = ln(mel > floor ? mel : vf{} + floor);
       const vf value = mel <= 3.4e38f ? log : mel;  // Inf and NaN are kept
-      bands[i - 1] = (outside ? vf{} : value) * log_scale + log_shift;
+      bands[i - 1] = outside ? missing : value * log_scale + log_shift;
     } else {
-      bands[i - 1] = outside ? vf{} : mel;
+      bands[i - 1] = outside ? missing : mel;
     }
   }
 }
@@ -373,10 +383,13 @@ void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
     const int64_t clip = item / groups;
     const int first = int(item % groups) * W, count = rows - first < W ? rows - first : W;
     const int64_t length = p.length(clip);
-    const int valid = p.frames(length) - first;
-    float peak = -INFINITY;
+    const int valid = p.frames(length) - first, all = p.all_frames(length) - first;
+    vf missing;
+    for (int lane = 0; lane < W; ++lane) missing[lane] = lane < all ? p.silence : p.pad;
+    float peak = valid < all ? p.silence : -INFINITY;
     if (valid > 0) {
-      const float mean = p.stats ? p.stats[2 * clip] : 0.0f, gain = p.stats ? p.stats[2 * clip + 1] : p.scale;
+      const float mean = p.stats ? p.stats[2 * clip] : 0.0f;
+      const float gain = (p.stats ? p.stats[2 * clip + 1] : p.scale) * p.factor;
       int frame[W];
       for (int lane = 0; lane < W; ++lane) frame[lane] = first + (lane < valid ? lane : valid - 1);
       if (p.is_int16)
@@ -389,12 +402,12 @@ void run(const LogMel& p, int64_t begin, int64_t end, float* scratch) {
       power_spectrum(plan, x, frames);
       const auto bands_of = p.power == 2 ? (p.take_log ? mel_bands<2, true> : mel_bands<2, false>)
                                          : (p.take_log ? mel_bands<1, true> : mel_bands<1, false>);
-      bands_of(p, weights, starts, frames, p.power == 2 ? gain * gain : gain, valid, bands);
+      bands_of(p, weights, starts, frames, p.power == 2 ? gain * gain : gain, valid, missing, bands);
       if (p.peaks)
         for (int mel = 0; mel < p.n_mels; ++mel)
           for (int lane = 0; lane < W && lane < valid; ++lane) peak = bands[mel][lane] > peak ? bands[mel][lane] : peak;
     } else {
-      for (int mel = 0; mel < p.n_mels; ++mel) bands[mel] = vf{} + p.log_shift;
+      for (int mel = 0; mel < p.n_mels; ++mel) bands[mel] = missing;
     }
     if (p.peaks) p.peaks[item] = peak;
     if (p.dtype == Out::kFloat) store_bands<float>(p, clip, first, count, bands);

@@ -1,9 +1,9 @@
 // Log-mel on the GPU: one kernel computes patches from PCM. A waveform norm and top_db need one more tiny kernel each.
 // A block computes kChunk frames of one clip. A real frame of N samples is a complex transform of N / 2 points, whose
-// real parts are the even samples. A thread holds 16 points, passes have radix 16 (20 and 10 for n_fft 400), and the
-// passes exchange values through shared memory (Stockham, natural order). All arithmetic is fp32, because tf32 or fp16
-// would cause an error of a nat in quiet bins. Nothing here needs nvcc: the tests run this file on a CPU, with one fiber
-// per CUDA thread.
+// real parts are the even samples. A thread holds 16 points and passes have radix 16; 200 points are 20 x 10, 320 are
+// 20 x 4 x 4 and 600 are 25 x 24, with 20 or 25 points a thread. The passes exchange values through shared memory
+// (Stockham, natural order). All arithmetic is fp32, because tf32 or fp16 would cause an error of a nat in quiet bins.
+// Nothing here needs nvcc: the tests run this file on a CPU, with one fiber per CUDA thread.
 #pragma once
 #include <type_traits>
 
@@ -28,22 +28,31 @@ template <int Points>  // samples of a frame, padded by zeros
 struct Shape {
   static constexpr int N = Points / 2;  // points of the transform
   static constexpr bool kPowerOfTwo = (N & (N - 1)) == 0;
-  static constexpr int kRadix = kPowerOfTwo ? 16 : 20;        // complex values that a thread holds
-  static constexpr int kLanes = N / kRadix;                   // threads of a frame that hold values
-  static constexpr int kThreads = kPowerOfTwo ? kLanes : 16;  // all threads of a frame
+  static constexpr int kRadix = kPowerOfTwo ? 16 : N == 600 ? 25 : 20;  // of the first pass, whose inputs a thread holds
+  static constexpr int kLanes = N / kRadix;                             // threads of a frame that hold them
+  static constexpr int kThreads = kPowerOfTwo ? kLanes : N == 600 ? 32 : 16;  // all threads of a frame
   static constexpr int kPair = 2 * kThreads;                  // threads of two frames, whose powers lie side by side
-  static constexpr int kTogether = kPair >= 256 ? 1 : 256 / kPair < kChunk / 2 ? 256 / kPair : kChunk / 2;  // pairs
+  // With 25 points a thread needs 96 registers (ptxas spills at 80 for sm_100), which 640 threads of a multiprocessor have.
+  static constexpr int kMost = N == 600 ? 128 : 256;  // threads of a block, unless a pair has more
+  static constexpr int kTogether = kPair >= kMost ? 1 : kMost / kPair < kChunk / 2 ? kMost / kPair : kChunk / 2;  // pairs
   static constexpr int kBlock = kPair * kTogether;
-  static constexpr int kResident = (kPowerOfTwo ? 1024 : 768) / kBlock;  // blocks per multiprocessor (64, 80 registers)
-  static constexpr int kWide = passes(N, kRadix), kLast = rest(N, kRadix);  // passes of kRadix, then one of radix kLast
-  static constexpr int kValues = N + N / kRadix;  // of a frame in shared memory, padded to avoid bank conflicts
+  static constexpr int kResident = (kPowerOfTwo ? 1024 : N == 600 ? 640 : 768) / kBlock;  // blocks of a multiprocessor
+  static constexpr int kWide = passes(N, kRadix);                    // passes of radix kRadix,
+  static constexpr int kMiddle = N == 320 ? 4 : 1;                   // then one of radix kMiddle
+  static constexpr int kLast = rest(N, kRadix) / kMiddle;            // and one of radix kLast
+  static constexpr int kFinal = kLast > 1 ? kLast : kRadix;          // radix of the pass that ends the transform
+  static constexpr int kEach = kRadix / kFinal;                      // its butterflies of a thread
+  static constexpr int kHeld = kEach * kFinal, kEnders = N / kHeld;  // bins of a thread at the end, and threads with bins
+  static constexpr int kPad = kRadix % 2 == 0;  // values are padded against bank conflicts where the radix is even
+  static constexpr int kValues = N + (kPad ? N / kRadix : 3);  // of a frame in shared memory
   static constexpr int kPowers = N + 2;           // where the powers of a pair begin among its values
   static constexpr int kRoots = twiddle_rows(Points) - N / 4;  // where those of `split` begin among the twiddles
   static constexpr bool kInWarp = kPair <= 32;    // a warp owns its pairs, and no other warp needs to wait for it
-  static_assert((kPowerOfTwo || Points == 400) && 2 * N + 6 <= 2 * kValues);
+  static_assert((kPowerOfTwo || N == 200 || N == 320 || N == 600) && N + 3 <= kValues && kHeld % 2 == 0);
 
-  static __device__ __forceinline__ int padded(int i) { return i + int(unsigned(i) / kRadix); }
+  static __device__ __forceinline__ constexpr int padded(int i) { return kPad ? i + int(unsigned(i) / kRadix) : i; }
   static __device__ __forceinline__ bool holds(int t) { return kLanes == kThreads || t < kLanes; }
+  static __device__ __forceinline__ bool ends(int t) { return kEnders == kThreads || t < kEnders; }
   static __device__ __forceinline__ void sync() {  // the threads of a pair
     if constexpr (kInWarp) __syncwarp();
     else __syncthreads();
@@ -86,6 +95,22 @@ __device__ __forceinline__ float2 root(int i) {  // exp(-2 pi i / R)^i, a consta
                                 -1.0f, -0.95105651629515357f, -0.80901699437494742f, -0.58778525229247313f, -0.30901699437494742f,
                                 0.0f,  0.30901699437494742f,  0.58778525229247313f,  0.80901699437494742f,  0.95105651629515357f};
     return make_float2(kCos[i % 20], kCos[(i + 5) % 20]);
+  } else if constexpr (R == 24) {
+    constexpr float kCos[24] = {1.0f,  0.96592582628906829f,  0.86602540378443865f,  0.70710678118654752f,  0.5f,  0.25881904510252076f,
+                                0.0f,  -0.25881904510252076f, -0.5f, -0.70710678118654752f, -0.86602540378443865f, -0.96592582628906829f,
+                                -1.0f, -0.96592582628906829f, -0.86602540378443865f, -0.70710678118654752f, -0.5f, -0.25881904510252076f,
+                                0.0f,  0.25881904510252076f,  0.5f,  0.70710678118654752f,  0.86602540378443865f,  0.96592582628906829f};
+    return make_float2(kCos[i % 24], kCos[(i + 6) % 24]);
+  } else if constexpr (R == 25) {  // up to 4 x 4, as no product of two indices is larger
+    constexpr float kCos[17] = {1.0f, 0.96858316112863108f, 0.87630668004386358f, 0.72896862742141155f, 0.53582679497899655f,
+                                0.30901699437494745f, 0.06279051952931353f, -0.1873813145857246f, -0.42577929156507272f, -0.63742398974868975f,
+                                -0.80901699437494734f, -0.92977648588825135f, -0.99211470131447776f, -0.99211470131447788f, -0.92977648588825146f,
+                                -0.80901699437494778f, -0.63742398974868952f};
+    constexpr float kSin[17] = {0.0f, 0.24868988716485479f, 0.48175367410171532f, 0.68454710592868862f, 0.84432792550201508f,
+                                0.95105651629515353f, 0.99802672842827156f, 0.98228725072868872f, 0.90482705246601947f, 0.77051324277578925f,
+                                0.58778525229247325f, 0.36812455268467814f, 0.12533323356430454f, -0.12533323356430429f, -0.36812455268467792f,
+                                -0.58778525229247269f, -0.77051324277578936f};
+    return make_float2(kCos[i], -kSin[i]);
   } else {
     static_assert(R == 16);
     constexpr float kCos[16] = {1.0f,  0.92387953251128674f,  0.70710678118654752f,  0.38268343236508977f,
@@ -111,6 +136,13 @@ __device__ __forceinline__ void dft<2>(float2* a) {
   a[0] = add(a[0], a[1]), a[1] = t;
 }
 template <>
+__device__ __forceinline__ void dft<3>(float2* a) {
+  constexpr float s = 0.86602540378443865f;
+  const float2 p = add(a[1], a[2]), d = times_minus_i(sub(a[1], a[2]));
+  const float2 r = make_float2(a[0].x - 0.5f * p.x, a[0].y - 0.5f * p.y);
+  a[0] = add(a[0], p), a[1] = make_float2(r.x + s * d.x, r.y + s * d.y), a[2] = make_float2(r.x - s * d.x, r.y - s * d.y);
+}
+template <>
 __device__ __forceinline__ void dft<4>(float2* a) {
   const float2 s = add(a[0], a[2]), d = sub(a[0], a[2]), t = add(a[1], a[3]), e = times_minus_i(sub(a[1], a[3]));
   a[0] = add(s, t), a[1] = add(d, e), a[2] = sub(s, t), a[3] = sub(d, e);
@@ -133,7 +165,7 @@ __device__ __forceinline__ void dft4_of_three(float2* a) {  // a[3] is zero
 }
 template <int A, int B, int Count = A * B>  // only the first Count values may differ from zero
 __device__ __forceinline__ void dft_of_two_factors(float2* a) {
-  constexpr int Roots = 20 % (A * B) == 0 ? 20 : 16;
+  constexpr int Roots = 20 % (A * B) == 0 ? 20 : 16 % (A * B) == 0 ? 16 : A * B;
   float2 column[A][B];
 #pragma unroll
   for (int i = 0; i < A; ++i) {
@@ -161,6 +193,10 @@ template <>
 __device__ __forceinline__ void dft<16>(float2* a) { dft_of_two_factors<4, 4>(a); }
 template <>
 __device__ __forceinline__ void dft<20>(float2* a) { dft_of_two_factors<4, 5>(a); }
+template <>
+__device__ __forceinline__ void dft<24>(float2* a) { dft_of_two_factors<3, 8>(a); }
+template <>
+__device__ __forceinline__ void dft<25>(float2* a) { dft_of_two_factors<5, 5>(a); }
 
 // a[q] *= w^q, from w and w^4. The rounding error of w grows with the power and is the same in all frames. A longer
 // chain of powers would therefore produce an echo 100 dB below a loud bin.
@@ -180,7 +216,7 @@ __device__ __forceinline__ void twist(float2* a, float2 w, float2 w4) {
   }
 }
 
-// The transform of a frame after its first pass, whose results `a` holds. `a` receives the spectrum at bins t + j kLanes, in the
+// The transform of a frame after its first pass, whose results `a` holds. `a` receives the spectrum at bins t + j kEnders, in the
 // order of `bin_of`. Offsets are split so that one register plus immediate values address all values of a thread.
 // `twiddles` holds w and w^4 for the threads of each pass, one pass after the other. When this returns, the threads of
 // the pair have read all values, so their memory is free.
@@ -190,7 +226,7 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
   float2* const mine = z + S::padded(t);
   if (S::holds(t)) {
 #pragma unroll
-    for (int q = 0; q < R; ++q) z[(R + 1) * t + q] = a[q];
+    for (int q = 0; q < R; ++q) z[(R + S::kPad) * t + q] = a[q];
   }
   S::sync();
 #pragma unroll
@@ -216,16 +252,44 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
     }
     S::sync();
   }
-  if constexpr (S::kLast > 1) {
-    constexpr int Last = S::kLast, each = R / Last, L = S::N / Last;
+  if constexpr (S::kMiddle > 1) {  // kLanes is no multiple of kRadix here, so that each butterfly finds its own places
+    constexpr int M = S::kMiddle, L = R, apart = S::padded(S::N / M), to_apart = S::padded(L);
     if (S::holds(t)) {
 #pragma unroll
-      for (int i = 0; i < each; ++i)
+      for (int i = 0; i < R / M; ++i) {
+        const float2* const from = z + S::padded(t + i * T);
 #pragma unroll
-        for (int q = 0; q < Last; ++q) a[i * Last + q] = mine[S::padded(i * T + q * L)];
+        for (int q = 0; q < M; ++q) a[i * M + q] = from[q * apart];
+      }
     }
     S::sync();
-    const float4 first = twiddles[S::holds(t) ? t : 0];  // loaded here to keep registers free
+    if (S::holds(t)) {
+#pragma unroll
+      for (int i = 0; i < R / M; ++i) {
+        const int k = (t + i * T) % L;
+        const float4 w = twiddles[k];
+        twist<M>(a + i * M, make_float2(w.x, w.y), make_float2(w.z, w.w));
+        dft<M>(a + i * M);
+        float2* const to = z + (t + i * T) / L * M * to_apart + k;
+#pragma unroll
+        for (int q = 0; q < M; ++q) to[q * to_apart] = a[i * M + q];
+      }
+    }
+    S::sync();
+    twiddles += L;
+  }
+  if constexpr (S::kLast > 1) {
+    constexpr int Last = S::kLast, each = S::kEach, T = S::kEnders, L = S::N / Last;
+    if (S::ends(t)) {
+#pragma unroll
+      for (int i = 0; i < each; ++i) {
+        const float2* const from = S::kMiddle > 1 ? z + S::padded(t + i * T) : mine + S::padded(i * T);
+#pragma unroll
+        for (int q = 0; q < Last; ++q) a[i * Last + q] = from[S::padded(q * L)];
+      }
+    }
+    S::sync();
+    const float4 first = twiddles[S::ends(t) ? t : 0];  // loaded here to keep registers free
     const float2 w = make_float2(first.x, first.y), w4 = make_float2(first.z, first.w);
 #pragma unroll
     for (int i = 0; i < each; ++i) {
@@ -234,11 +298,10 @@ __device__ __forceinline__ void transform(float2 (&a)[S::kRadix], float2* z, int
     }
   }
 }
-// Where `transform` leaves bin t + j kLanes.
+// Where `transform` leaves bin t + j kEnders.
 template <class S>
 __device__ __forceinline__ constexpr int bin_of(int j) {
-  constexpr int Last = S::kLast > 1 ? S::kLast : S::kRadix, each = S::kRadix / Last;
-  return j % each * Last + j / each;
+  return j % S::kEach * S::kFinal + j / S::kEach;
 }
 
 // Computes the powers of a frame's bins from the transform z of its samples, x of the even and y of the odd ones:
@@ -246,18 +309,18 @@ __device__ __forceinline__ constexpr int bin_of(int j) {
 // w = exp(-i pi / N). A thread has the bins Z[k] below N / 2 in registers and gets Z[N - k] from another thread.
 template <class S>
 __device__ __forceinline__ void split(const LogMel& p, const float2 (&a)[S::kRadix], float2* values, const float2* roots) {
-  constexpr int N = S::N, R = S::kRadix, T = S::kLanes;
+  constexpr int N = S::N, R = S::kHeld, T = S::kEnders;
   const int number = thread_number(), f = number / S::kThreads % 2, t = number % S::kThreads;
   float2* const pair = values + number / S::kPair * 2 * S::kValues;
   float2* const upper = pair + f * (N / 2 + 1);  // Z[N / 2] to Z[N] = Z[0]
   float* const powers = reinterpret_cast<float*>(pair + S::kPowers) + f;
-  if (S::holds(t)) {
+  if (S::ends(t)) {
 #pragma unroll
     for (int j = R / 2; j < R; ++j) upper[t + (j - R / 2) * T] = a[bin_of<S>(j)];
     if (t == 0) upper[N / 2] = a[0];
   }
   S::sync();
-  if (S::holds(t)) {
+  if (S::ends(t)) {
     const float2* const mirrored = upper + N / 2 - t;
     float *const up = powers + 2 * t, *const down = powers + 2 * (N - t);
 #pragma unroll
@@ -327,7 +390,7 @@ __device__ __forceinline__ float mean_of(int sum, int count, float inverse) {  /
 }
 
 struct Chunk {  // the frames of a block; in shared memory, to save registers
-  int clip, length, first, valid;  // `first`: first frame; `valid`: frames of the chunk that the clip has
+  int clip, length, first, valid;  // `first`: first frame; `valid`: frames of the chunk that the clip reaches
   float mean, unit;                // `unit`: factor of the powers (or magnitudes), which are those of twice the spectrum
   float log_scale, inverse;        // of log2; 1 / win_length
   int column;                      // of the first frame in its patch
@@ -410,7 +473,10 @@ __device__ __forceinline__ void load_frame(const LogMel& p, const Chunk& chunk, 
   const bool inside = start >= 0 && start + p.win_length <= length;
   const int t = min(thread, S::kLanes - 1), left = p.win_length - 2 * t;  // idle threads follow the last one
   const Sample* const from = clip + start + 2 * t;
-  const auto mirrored = [&](int i) { return clip[p.mirror(i, length)]; };
+  const auto sample = [&](int i) {
+    const int at = p.place(i, length);
+    return at < 0 ? Sample(chunk.mean) : clip[at];  // a zero once the mean is subtracted
+  };
 
   Sum sum = 0;
   if (inside) {
@@ -420,7 +486,7 @@ __device__ __forceinline__ void load_frame(const LogMel& p, const Chunk& chunk, 
     if (!S::holds(thread)) sum = 0;
   } else {
 #pragma unroll 1
-    for (int n = thread; n < p.win_length; n += S::kThreads) sum += mirrored(start + n);
+    for (int n = thread; n < p.win_length; n += S::kThreads) sum += sample(start + n);
   }
   float offset = chunk.mean;
   if (p.remove_dc) offset = mean_of(sum_of_threads<S>(sum, scratch), p.win_length, chunk.inverse);
@@ -433,10 +499,10 @@ __device__ __forceinline__ void load_frame(const LogMel& p, const Chunk& chunk, 
   } else {  // rare, so a loop; it uses the shared memory that this thread writes next
     const auto weighed = [&](int n) {
       if (n >= p.win_length) return 0.0f;
-      const float x = float(mirrored(start + n)) - offset, last = float(mirrored(start + max(n - 1, 0))) - offset;
+      const float x = float(sample(start + n)) - offset, last = float(sample(start + max(n - 1, 0))) - offset;
       return fmaf(-c, last, x) * p.window[n];
     };
-    float2* const places = values + number / S::kThreads * S::kValues + (S::kRadix + 1) * thread;
+    float2* const places = values + number / S::kThreads * S::kValues + (S::kRadix + S::kPad) * thread;
     if (S::holds(thread)) {
 #pragma unroll 1
       for (int q = 0; q < 2 * S::kRadix; ++q)
@@ -588,7 +654,7 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
     chunk.clip = blockIdx.x / chunks, chunk.first = int(blockIdx.x % chunks) * kChunk;
     chunk.length = int(p.length(chunk.clip)), chunk.valid = min(p.frames(chunk.length) - chunk.first, kChunk);
     chunk.mean = p.stats ? p.stats[2 * int64_t(chunk.clip)] : 0.0f;
-    const float half = 0.5f * (p.stats ? p.stats[2 * int64_t(chunk.clip) + 1] : p.scale);
+    const float half = 0.5f * p.factor * (p.stats ? p.stats[2 * int64_t(chunk.clip) + 1] : p.scale);
     chunk.unit = p.power == 2 ? half * half : half, chunk.log_scale = p.log_scale * 0.69314718055994531f;
     chunk.column = chunk.first % p.patch_frames;
     chunk.out = int64_t(chunk.clip) * p.patch_rows * p.patch_mels * p.patches * p.patch_frames;
@@ -608,15 +674,16 @@ __global__ void __launch_bounds__(Shape<Points>::kBlock, Shape<Points>::kResiden
     __syncthreads();
   }
 
-  if (chunk.valid < kChunk) {  // rows of zeros after the clip's last frame
+  if (chunk.valid < kChunk) {  // frames that no sample reaches: silence, or beyond the last frame
+    const int all = p.all_frames(chunk.length) - chunk.first;
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.n_mels * kChunk; i += S::kBlock)
-      if (i % kChunk >= chunk.valid) stage[i / kChunk * kStageStride + i % kChunk] = p.log_shift;
+      if (i % kChunk >= chunk.valid) stage[i / kChunk * kStageStride + i % kChunk] = i % kChunk < all ? p.silence : p.pad;
     __syncthreads();
   }
   store_chunk<S::kBlock>(p, chunk, stage);
   if (p.peaks && chunk.valid > 0) {
-    float peak = -INFINITY;
+    float peak = p.n_samples ? p.silence : -INFINITY;  // no frame is below silence
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.n_mels * kChunk; i += S::kBlock)
       if (i % kChunk < chunk.valid) peak = fmaxf(peak, stage[i / kChunk * kStageStride + i % kChunk]);
@@ -663,7 +730,7 @@ __global__ void __launch_bounds__(kStatsBlock) log_mel_stats_kernel(const LogMel
 template <class Value>
 __global__ void log_mel_limit_kernel(const LogMel p) {
   const int64_t clip = blockIdx.y;
-  const int frames = p.frames(p.length(clip));
+  const int frames = p.all_frames(p.length(clip));
   const int key = reinterpret_cast<const int*>(p.peaks)[clip];
   const float cutoff = __int_as_float(key >= 0 ? key : key ^ 0x7fffffff) - p.top;
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < int64_t(p.n_mels) * frames; i += gridDim.x * blockDim.x) {

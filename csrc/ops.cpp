@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
@@ -58,7 +59,8 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
                 const Tensor& intervals, const Tensor& twiddles, Tensor& out, int64_t n_fft,
                 int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias, int64_t frame_add, int64_t min_samples,
                 int64_t n_frames, bool remove_dc, double preemphasis, int64_t waveform_norm, int64_t power, double floor,
-                double log_scale, double log_shift, double top, bool take_log) {
+                double log_scale, double log_shift, double top, bool take_log, double pad, double factor,
+                int64_t n_samples) {
   STD_TORCH_CHECK(pcm.dim() == 2 && pcm.is_contiguous(), "log_mel_fwd: pcm must be contiguous [B, S]");
   const auto in = pcm.scalar_type(), dtype = out.scalar_type();
   STD_TORCH_CHECK(in == ScalarType::Short || in == ScalarType::Float, "log_mel_fwd: pcm must be int16 or float32");
@@ -66,17 +68,17 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
                   "log_mel_fwd: out must be float32, float16 or bfloat16");
   STD_TORCH_CHECK(out.dim() == 5 && out.is_contiguous() && out.size(0) == pcm.size(0) && out.device() == pcm.device(),
                   "log_mel_fwd: out must be contiguous [B, F, T, patch mels, patch frames] on pcm's device");
-  STD_TORCH_CHECK((n_fft >= 128 && n_fft <= 8192 && (n_fft & (n_fft - 1)) == 0) || n_fft == 400,
-                  "log_mel_fwd: n_fft must be a power of two in 128..8192 or 400, got ", n_fft);
+  STD_TORCH_CHECK(ajepa::has_transform(n_fft),
+                  "log_mel_fwd: n_fft must be 16 times a product of 2, 3 and 5 in 128..8192, got ", n_fft);
   // The kernels' 32-bit arithmetic stays below 2^31: a frame's index is at most samples + frame_bias + first_sample.
   const auto below = [](int64_t bits, std::initializer_list<int64_t> values) {
     return std::all_of(values.begin(), values.end(), [=](int64_t x) { return x >> bits == 0 || x >> bits == -1; });
   };
-  STD_TORCH_CHECK(hop_length > 0 && min_samples > 0 && below(30, {hop_length, min_samples, pcm.size(1)}) &&
-                      below(29, {first_sample, frame_bias}) && (frame_add == 0 || frame_add == 1) && edge >= 0 && edge <= 2 &&
+  STD_TORCH_CHECK(hop_length > 0 && min_samples > 0 && below(30, {hop_length, min_samples, pcm.size(1), n_samples}) && n_samples >= 0 &&
+                      below(29, {first_sample, frame_bias}) && (frame_add == 0 || frame_add == 1) && edge >= 0 && edge <= 3 &&
                       (power == 1 || power == 2) && waveform_norm >= 0 && waveform_norm <= 2,
-                  "log_mel_fwd: hop_length, min_samples, first_sample, frame_bias, frame_add, edge, power, waveform_norm "
-                  "or the length of pcm is out of range");
+                  "log_mel_fwd: hop_length, min_samples, first_sample, frame_bias, frame_add, edge, power, waveform_norm, "
+                  "n_samples or the length of pcm is out of range");
   STD_TORCH_CHECK(below(30, {out.size(1), out.size(2), out.size(3), out.size(4)}) && below(30, {out.size(2) * out.size(4)}) &&
                       out.size(3) > 0 && out.size(4) > 0,
                   "log_mel_fwd: out must have patches that are not empty, and fewer than 2^30 frames");
@@ -111,6 +113,8 @@ LogMel describe(const Tensor& pcm, const std::optional<Tensor>& lengths, const T
             : dtype == ScalarType::Half ? ajepa::Out::kHalf : ajepa::Out::kBFloat16;
   p.preemphasis = float(preemphasis), p.scale = p.is_int16 ? 1.0f / 32768 : 1.0f, p.floor = float(floor);
   p.log_scale = float(log_scale), p.log_shift = float(log_shift), p.top = float(top);
+  p.factor = float(factor), p.pad = float(pad), p.n_samples = int(n_samples);
+  p.silence = take_log ? float(std::log(floor) * log_scale + log_shift) : 0.0f;
   return p;
 }
 
@@ -142,7 +146,7 @@ float* scratch(size_t floats) {  // scratch memory of this thread, kept between 
 
 template <class T, class Load, class Store>
 void limit_range(const LogMel& p, int64_t clip, float cutoff, Load load, Store store) {
-  const int frames = p.frames(p.length(clip));
+  const int frames = p.all_frames(p.length(clip));
   for (int mel = 0; mel < p.n_mels; ++mel)
     for (int t = 0; t < frames; ++t) {
       T* at = static_cast<T*>(p.out) + p.out_index(clip, mel, t);
@@ -186,11 +190,11 @@ void log_mel_cpu(const LogMel& described) {
       Tensor twiddles, Tensor out, int64_t n_fft, int64_t hop_length, int64_t first_sample, int64_t edge, int64_t frame_bias,         \
       int64_t frame_add, int64_t min_samples, int64_t n_frames, bool remove_dc, double preemphasis,                  \
       int64_t waveform_norm, int64_t power, double floor, double log_scale, double log_shift, double top, \
-      bool take_log
+      bool take_log, double pad, double factor, int64_t n_samples
 #define LOG_MEL_DESCRIBE                                                                                              \
   describe(pcm, lengths, window, weights, intervals, twiddles, out, n_fft, hop_length, first_sample, edge, frame_bias, \
            frame_add, min_samples, n_frames, remove_dc, preemphasis, waveform_norm, power, floor, log_scale,         \
-           log_shift, top, take_log)
+           log_shift, top, take_log, pad, factor, n_samples)
 
 void log_mel_fwd_cpu(LOG_MEL_ARGS) {
   const LogMel p = LOG_MEL_DESCRIBE;
@@ -356,7 +360,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ajepa, m) {
       "log_mel_fwd(Tensor pcm, Tensor? lengths, Tensor window, Tensor weights, Tensor intervals, "
       "Tensor twiddles, Tensor(a!) out, int n_fft, int hop_length, int first_sample, int edge, int frame_bias, int frame_add, "
       "int min_samples, int n_frames, bool remove_dc, float preemphasis, int waveform_norm, int power, float floor, "
-      "float log_scale, float log_shift, float top, bool take_log=True) -> ()");
+      "float log_scale, float log_shift, float top, bool take_log=True, float pad=0.0, float factor=1.0, "
+      "int n_samples=0) -> ()");
   m.def(
       "resample_fwd(Tensor pcm, Tensor? lengths, Tensor rows, Tensor twiddles, Tensor response, Tensor positions, "
       "Tensor(a!) out, int up, int down, int half, int phases, bool interpolated, int size_in, int size_out, int hop, "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 ARCHS = (80, 90, 100)
+SMALL_ARCHS = (86, 120)  # RTX, L4 and L40, RTX 50: an A100's products and less shared memory
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
@@ -41,10 +42,10 @@ class Report:
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor holds: 64 Ki registers; shared memory of 164, 100 (sm_86) or 228 KiB."""
+        """Blocks that a multiprocessor holds: 64 Ki registers; shared memory of 164, 100 (sm_86, sm_120) or 228 KiB."""
         registers = self.threads * -(-self.registers // 8) * 8
-        shared = {80: 164, 86: 100}.get(self.arch, 228) * 1024
-        threads, most = (1536, 16) if self.arch == 86 else (2048, 32)
+        shared = {80: 164, 86: 100, 120: 100}.get(self.arch, 228) * 1024
+        threads, most = {86: (1536, 16), 120: (1536, 24)}.get(self.arch, (2048, 32))
         return min(65536 // registers, shared // (self.shared + 1024), threads // self.threads, most)
 
     @property
@@ -69,7 +70,7 @@ def _specialise(kernel, args, options):
     counts = {p.name for p in kernel.params if p.do_not_specialize}
     anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
     for name, x in bound.items():
-        if name in counts:
+        if name in counts and x is not None:
             signature[name] = "i32"
         elif name in constexpr or x is None or (isinstance(x, int) and not isinstance(x, bool) and x == 1):
             signature[name], constants[name] = "constexpr", x
@@ -210,6 +211,18 @@ def loss(C: int, kind: str, dtype: torch.dtype) -> None:
         _latent_l2_loss_bwd(grad, upstream, 1.0)
 
 
+def loss_of_samples(C: int, kind: str, dtype: torch.dtype) -> None:
+    """Of samples without their class token, weighted."""
+    from ajepa_kernels.latent_loss import _latent_l2_loss_bwd, _latent_l2_loss_fwd
+
+    latents = torch.empty(64, 197, C, dtype=dtype, **META)[:, 1:]
+    prediction, index = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, dtype=torch.int64, **META)
+    weights = torch.empty(4096, **META)
+    options = (kind, True, 1e-6, 1.0, True, 0.5 if kind == "smooth_l1" else 1.0, weights, 16)
+    _, grad = _latent_l2_loss_fwd(prediction, latents, index, *options)
+    _latent_l2_loss_bwd(grad, weights, 1.0)
+
+
 def layer_norm(
     C: int, dtype: torch.dtype, stream: torch.dtype, affine: bool = True, gradient: torch.dtype | None = None
 ) -> None:
@@ -225,6 +238,20 @@ def layer_norm(
     _add_layer_norm_bwd(normed, total.to(gradient), total, mean, rstd, weight, *dtypes)
 
 
+def scaled_norm(C: int, dtype: torch.dtype, stream: torch.dtype, rms: bool = False, gamma: bool = True) -> None:
+    """With LayerScale (gamma), drop path and the bias of the layer before."""
+    from ajepa_kernels.layer_norm import _add_layer_norm_bwd, _add_layer_norm_fwd
+
+    x, residual = torch.empty(4096, C, dtype=dtype, **META), torch.empty(4096, C, dtype=stream, **META)
+    weight, kept = torch.empty(C, **META), torch.empty(64, **META)
+    bias, bias_dtype = (None, None) if rms else (weight, torch.float32)
+    normed, *saved = _add_layer_norm_fwd(
+        x, residual, None, weight, bias, 1e-5, dtype, rms, weight if gamma else None, kept
+    )
+    dtypes = (dtype, stream, bias_dtype, torch.float32)
+    _add_layer_norm_bwd(normed, saved[0], *saved, weight, *dtypes, rms, *((x, weight) if gamma else (None, None)), kept)
+
+
 def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
     from ajepa_kernels.bias_gelu import _bias_gelu_bwd, _bias_gelu_fwd
 
@@ -232,7 +259,15 @@ def gelu(C: int, approximate: str, dtype: torch.dtype) -> None:
     _bias_gelu_bwd(_bias_gelu_fwd(x, bias, approximate == "tanh", dtype), x, bias, approximate == "tanh")
 
 
-def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16) -> None:
+def gated(C: int, dtype: torch.dtype, biases: bool = True) -> None:
+    """Both halves of one tensor."""
+    from ajepa_kernels.swiglu import _swiglu_bwd, _swiglu_fwd
+
+    x, bias = torch.empty(4096, 2 * C, dtype=dtype, **META), torch.empty(C, **META) if biases else None
+    _swiglu_bwd(_swiglu_fwd(x, None, bias, bias, dtype), x, None, bias, bias)
+
+
+def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16, ema_on_skip: bool = False) -> None:
     from ajepa_kernels._adamw_ema import _adamw_ema
     from ajepa_kernels.ema_update import _ema_update
 
@@ -243,7 +278,7 @@ def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16) -> None:
     _adamw_ema(
         params, draw(weights), draw(torch.float32), draw(torch.float32), [scalar], remainders, emas, [],
         draw(ema_copy), scalings, [scalar], [0 if remainder else -1, 0, -1, 0, 0, len(scalings) - 1], [0, -1],
-        [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0,
+        [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0, ema_on_skip,
     )  # fmt: skip
     _ema_update(emas, params, scalar, 0.0)
 
@@ -279,7 +314,8 @@ def gaussian(D: int, S: int, dtype: torch.dtype) -> None:
 
 B, F = torch.bfloat16, torch.float32
 SIZES = ((16, 32), (64, 64), (77, 64), (128, 32), (128, 64), (128, 128), (300, 64))
-# head dim 96 is compiled as 128, float16 as bfloat16
+SIZES += ((64, 80), (64, 256), (300, 104), (300, 256))
+# head dims are compiled as the next of 32, 64, 128 and 256, float16 as bfloat16
 CORE = {
     **{f"attention {S} x {D}": (attention, S, D, B) for S, D in SIZES},
     "attention 64 x 64 gathered": (attention_gathered, 64, 64, B),
@@ -289,11 +325,16 @@ CORE = {
     "attention 32 x 64 fp32": (attention, 32, 64, F),
     "attention 32 x 64 tf32": (attention, 32, 64, F, True),
     "loss 768": (loss, 768, "l2", B),
+    "loss 768 of samples": (loss_of_samples, 768, "l1", B),
     "layer norm 768": (layer_norm, 768, B, F),
     "layer norm 768 bf16 gradient": (layer_norm, 768, B, F, True, B),
+    "scaled norm 768": (scaled_norm, 768, B, F),
+    "scaled norm 1024 rms": (scaled_norm, 1024, B, F, True),
     "bias gelu 3072": (gelu, 3072, "none", B),
     "bias gelu 3072 fp32": (gelu, 3072, "none", F),  # spilled once
+    "swiglu 2048": (gated, 2048, B),
     "optimizer": (optimizer, False),
+    "optimizer on skip": (optimizer, False, B, True),
     "augment mel 128 x 256": (augment, 128, 256, (16, 16), B),
     "segment pool 768": (pool, 768, B),
     "sigreg 768": (gaussian, 768, 1024, B),
@@ -305,6 +346,14 @@ REST = {
     **{f"attention {S} x {D} tf32": (attention, S, D, F, True) for S in (16, 64, 300) for D in (32, 64)},
     **{f"attention {S} x {D} gathered": (attention_gathered, S, D, B) for S in (96, 128, 300) for D in (64, 96, 128)},
     **{f"attention {S} x 64 cross": (attention, S, 64, B, False, True) for S in (16, 96, 128, 300)},
+    # one masked head dim for each width of a tile; 96 is that of 128 above
+    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 64, 77, 128, 300) for D in (24, 40)},
+    **{f"attention {S} x {D}": (attention, S, D, B) for S, D in ((77, 80), (128, 88))},
+    **{f"attention {S} x {D}": (attention, S, D, B) for S in (16, 32, 64, 300) for D in (200, 256)},
+    **{f"attention {S} x 200 gathered": (attention_gathered, S, 200, B) for S in (64, 300)},
+    **{f"attention {S} x 200 cross": (attention, S, 200, B, False, True) for S in (64, 300)},
+    **{f"attention {S} x {D} fp32": (attention, S, D, F) for S in (16, 300) for D in (40, 80, 200)},
+    **{f"attention {S} x 200 tf32": (attention, S, 200, F, True) for S in (16, 300)},
     **{f"attention 64 x {D} fp32 gathered": (attention_gathered, 64, D, F) for D in (32, 64)},
     **{
         f"rotary attention {S} x {D}{' halves' * (not adjacent)}": (
@@ -329,11 +378,19 @@ REST = {
         for D in (32, 64, 128)
     },
     **{f"loss {C} {k}": (loss, C, k, B) for C, k in ((384, "l2"), (768, "cosine"), (1024, "smooth_l1"), (4096, "l2"))},
+    "loss 4096 of samples": (loss_of_samples, 4096, "smooth_l1", B),
     **{f"layer norm {C}": (layer_norm, C, B, F) for C in (384, 1024, 2048, 4096)},
     **{f"layer norm {C} fp32": (layer_norm, C, F, F) for C in (768, 2048, 4096)},
+    **{f"scaled norm {C}": (scaled_norm, C, B, F) for C in (384, 1408, 2048, 4096)},
+    **{f"scaled norm {C} fp32": (scaled_norm, C, F, F) for C in (768, 4096)},
+    "scaled norm 768 drop path": (scaled_norm, 768, B, F, False, False),
+    "scaled norm 768 bf16": (scaled_norm, 768, B, B),
     "layer norm 768 bare": (layer_norm, 768, B, B, False),
     **{f"bias gelu {C} {a}": (gelu, C, a, B) for C, a in ((1536, "none"), (3072, "tanh"), (1000, "tanh"))},
+    **{f"swiglu {C} fp32": (gated, C, F) for C in (2048, 1000)},
+    "swiglu 3072 bare": (gated, 3072, B, False),
     "optimizer remainder": (optimizer, True),
+    "optimizer remainder on skip": (optimizer, True, B, True),
     "augment mel 64 x 64 fp32": (augment, 64, 64, (8, 8), F),
     "augment mel 80 x 101": (augment, 80, 101, (5, 3), torch.float16),
     **{f"segment pool {C}{' fp32' * (t is F)}": (pool, C, t) for C, t in ((384, B), (1280, B), (128, F), (768, F))},
@@ -342,8 +399,9 @@ REST = {
 REST = {name: case for name, case in REST.items() if name not in CORE}
 
 
-# GPUs with an A100's products and less shared memory: RTX, L4, L40
+# compiled for the GPUs with less shared memory as well
 SMALL = {name: CORE[name] for name in ("attention 64 x 64", "attention 77 x 64", "attention 128 x 128", "loss 768")}
+SMALL |= {"attention 300 x 256": CORE["attention 300 x 256"]}
 SMALL |= {name: (REST | CORE)[name] for name in ("rotary attention 64 x 64", "rotary attention 300 x 128")}
 SMALL |= {"layer norm 4096 fp32": REST["layer norm 4096 fp32"]}
 
@@ -361,4 +419,4 @@ def table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    print(table(compile_all(CORE | REST) | compile_all(SMALL, (86,))))
+    print(table(compile_all(CORE | REST, (*ARCHS, 120)) | compile_all(SMALL, (86,))))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel_reference
+from ajepa_kernels.log_mel import _mel_bank, _spectra, _waveforms
 
 AUDIO = (".wav", ".flac")
 NAT, DECIBEL = 2e-3, 1e-2  # largest allowed error against float64, before the cast to the output dtype
@@ -39,13 +40,13 @@ SIGNALS = {
     "least noise": lambda n: torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(0)).float(),
     "silence, then noise": lambda n: torch.where(torch.arange(n) < n // 2, 0.0, torch.randn(n) * 3000),
 }
-PRESETS = ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper"]
+PRESETS = ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper", "clap", "kaldi", "librosa"]
 
 
 def signal_case(name: str, signal: str) -> tuple[torch.Tensor, LogMelSpec]:
     """A signal of about 20 frames and its front end. The floor is raised above the transform's rounding error, which is
     1e-14 of the power of a full-scale frame; only the constant signal keeps the preset's floor."""
-    spec = replace(LOG_MEL_PRESETS[name], n_frames=None, patch=(16, 8))
+    spec = replace(LOG_MEL_PRESETS[name], n_frames=None, n_samples=None, patch=(16, 8))
     if signal != "constant":
         spec = replace(spec, floor=1e-7)
     pcm = SIGNALS[signal](spec.n_fft + 20 * spec.hop_length)
@@ -60,19 +61,41 @@ def recordings(folder: Path, each: int) -> torch.Tensor:
     return torch.cat([torch.from_numpy(x.copy()) for x in found])[None]
 
 
+def frame_counts(spec: LogMelSpec, samples: int, batch: int, lengths: torch.Tensor | None) -> torch.Tensor:
+    """The number of frames of each clip."""
+    return torch.tensor([spec.frames(n) for n in ([samples] * batch if lengths is None else lengths.tolist())])
+
+
+def rounding_band(
+    pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None = None, bits: int = 24
+) -> torch.Tensor:
+    """How much 2^-bits of the amplitude of the frame's loudest bin changes each value of the spectrogram `[B, M, T]`.
+
+    The bin is the loudest before or after the subtraction of the mean and the pre-emphasis. A band's amplitude is the
+    weighted mean of its bins. The result is zero in frames that a clip does not have."""
+    scaled = pcm.double() / 32768 if pcm.dtype == torch.int16 else pcm.double()
+    value = log_mel_reference(scaled, spec, lengths=lengths, layout="mel").clamp_min(spec.log_floor)
+    frames = min(spec.frames(pcm.shape[1]), value.shape[2])
+    waveforms, ends = _waveforms(scaled[:, : spec.n_samples], spec, lengths)
+    plain = replace(spec, preemphasis=0.0, remove_dc_offset=False)
+    spectra = [_spectra(waveforms, kind, ends, frames) for kind in ((spec,) if spec == plain else (spec, plain))]
+    loudest = torch.nn.functional.pad(torch.cat(spectra, -1).amax(-1), (0, value.shape[2] - frames))
+    counts = frame_counts(spec, pcm.shape[1], len(pcm), lengths)
+    loudest = loudest.masked_fill(torch.arange(value.shape[2]) >= counts[:, None], 0)[:, None]
+    ratio = (loudest * _mel_bank(spec).double().sum(0)[:, None] / value) ** (1 / spec.power)
+    neper = spec.std * (math.log(10) / 20 if spec.log == "db" else 1 / spec.power)  # of amplitude, for one unit
+    return 2.0**-bits * ratio / neper
+
+
 def assert_exact(out: torch.Tensor, pcm: torch.Tensor, spec: LogMelSpec, **arguments) -> None:
-    """Compare `out` with the float64 definition. The allowed error is the tolerance or, if larger, 2^-24 of the
-    amplitude of the frame's loudest band before pre-emphasis. The second bound counts for bands more than 90 dB below
-    the loudest one: a float32 transform, torchaudio's included, leaves that much rounding error in every bin."""
+    """Compare `out` with the float64 definition. The allowed error is the tolerance or, if larger, the change by 2^-24
+    of the amplitude of the frame's loudest bin. The second bound counts for bands more than 90 dB below that bin: a
+    float32 transform, torchaudio's included, leaves about that rounding error in every bin."""
     scaled = pcm.double() / 32768 if pcm.dtype == torch.int16 else pcm.double()
     exact = log_mel_reference(scaled, spec, **arguments)
-    flat = log_mel_reference(scaled, replace(spec, preemphasis=0.0), **{**arguments, "layout": "spectrogram"})
-    loudest = flat.amax(1, keepdim=True).expand_as(flat)
+    rounding = rounding_band(pcm, spec, arguments.get("lengths"))
     if arguments.get("layout") != "spectrogram":
-        loudest = patches(loudest, spec, pcm.shape[1])
-    # nepers of amplitude per unit of `out`
-    neper = spec.std * (math.log(10) / 20 if spec.log == "db" else 1 / spec.power)
-    rounding = 2.0**-24 * ((loudest - exact) * neper).exp() / neper
+        rounding = patches(rounding, spec, pcm.shape[1])
     allowed = rounding.clamp_min((NAT if spec.log == "ln" else DECIBEL) / spec.std)
     error = (out.double() - exact).abs()
     assert not out.isnan().any()
@@ -83,15 +106,14 @@ def assert_exact(out: torch.Tensor, pcm: torch.Tensor, spec: LogMelSpec, **argum
 def assert_exact_mel(mel: torch.Tensor, pcm: torch.Tensor, spec: LogMelSpec, **arguments) -> None:
     """Compare layout "mel", after floor, log and normalisation in float64, with the float64 definition of the
     spectrogram, by the same tolerance. Frames that a clip does not have must be exactly zero."""
-    spec, lengths = replace(spec, top_db=None), arguments.get("lengths")
-    samples = [pcm.shape[1]] * len(pcm) if lengths is None else lengths.tolist()
-    counts = torch.tensor([spec.frames(n) for n in samples])
+    spec = replace(spec, top_db=None)
+    counts = frame_counts(spec, pcm.shape[1], len(pcm), arguments.get("lengths"))
     outside = (torch.arange(mel.shape[2]) >= counts[:, None])[:, None].expand_as(mel)
     assert not mel[outside].any()
     out = mel.double().clamp_min(spec.log_floor).log()
     if spec.log == "db":
         out *= (10 if spec.power == 2 else 20) / math.log(10)
-    out = (out.masked_fill(outside, 0) - spec.mean) / spec.std
+    out = (out.masked_fill(outside, spec.pad_value) - spec.mean) / spec.std
     assert_exact(out, pcm, spec, layout="spectrogram", **arguments)
 
 

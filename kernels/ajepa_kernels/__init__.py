@@ -1,4 +1,8 @@
-"""Drop-in operations for joint-embedding predictive architectures. It needs only torch, and imports without a GPU."""
+"""Operations for joint-embedding predictive architectures (I-JEPA, V-JEPA, LeJEPA) that replace lines of a model.
+
+The package needs only torch, and imports without a GPU, a compiler or Triton. Beside every operation stands its plain
+PyTorch definition, which runs wherever the kernel cannot.
+"""
 
 from ajepa_kernels.adamw_ema import AdamWEMA
 from ajepa_kernels.attention import masked_attention, masked_attention_reference
@@ -20,23 +24,33 @@ from ajepa_kernels.fp8 import (
 from ajepa_kernels.latent_loss import latent_l2_loss, latent_l2_loss_reference
 from ajepa_kernels.layer_norm import ResidualStream, add_layer_norm, add_layer_norm_reference
 from ajepa_kernels.linear_residual import linear_residual, linear_residual_reference
-from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
+from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMel, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
+from ajepa_kernels.modules import MLP, LinearGELU, SwiGLU
+from ajepa_kernels.pre_norm import PreNormResidual
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
 from ajepa_kernels.segment_pool import segment_pool, segment_pool_reference
 from ajepa_kernels.sigreg import sigreg, sigreg_reference
+from ajepa_kernels.swiglu import swiglu, swiglu_reference
 from ajepa_kernels.warmup import warmup
+
+__version__ = "0.2.0"
 
 __all__ = [
     "LOG_MEL_PRESETS",
+    "MLP",
     "AdamWEMA",
+    "LinearGELU",
+    "LogMel",
     "LogMelSpec",
     "MelViews",
+    "PreNormResidual",
     "Quantized",
     "Resampler",
     "ResidualStream",
     "Rotary",
     "Scaling",
+    "SwiGLU",
     "add_layer_norm",
     "add_layer_norm_reference",
     "advance_scales_",
@@ -71,5 +85,7 @@ __all__ = [
     "segment_pool_reference",
     "sigreg",
     "sigreg_reference",
+    "swiglu",
+    "swiglu_reference",
     "warmup",
 ]

@@ -31,10 +31,10 @@ def _adamw_ema_kernel(
     table_ptr, grads_ptr, chunk_row_ptr, hyper_ptr, grad_scale_ptr, found_inf_ptr, decay_ptr, decay, done_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, EMA: tl.constexpr,
     COPY: tl.constexpr, EMA_COPY: tl.constexpr, REMAINDER: tl.constexpr, ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EMA_ON_SKIP: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if found_inf_ptr is not None:  # noqa: SIM102 (the outer condition is decided at compile time)
+    if found_inf_ptr is not None and not EMA_ON_SKIP:  # noqa: SIM102 (the outer condition is decided at compile time)
         if tl.load(found_inf_ptr) != 0.0:
             return
     row = tl.load(chunk_row_ptr + pid)
@@ -52,6 +52,8 @@ def _adamw_ema_kernel(
     has_ema_copy = tl.load(row_ptr + 7) != 0
     ema_copy_ptr = load_pointer(row_ptr, 7, EMA_COPY, ALIGNED)
     has_grad = tl.load(row_ptr + 8) != 0
+    if found_inf_ptr is not None and EMA_ON_SKIP:  # the average moves as that of a parameter without a gradient
+        has_grad &= tl.load(found_inf_ptr) == 0.0
     size = load_size(row_ptr + 13, ALIGNED)
     start = (pid - tl.load(row_ptr)) * CHUNK
 
@@ -184,7 +186,7 @@ def _array(values: list, dtype: torch.dtype, x: torch.Tensor) -> tuple[torch.Ten
 
 
 def launch_adamw_ema(
-    kinds: dict[tuple, Rows], grads: list[int], x, hyper, grad_scale, found_inf, decay_tensor, decay
+    kinds: dict[tuple, Rows], grads: list[int], x, hyper, grad_scale, found_inf, decay_tensor, decay, ema_on_skip
 ) -> None:
     """kinds: result of `launch_rows`; grads: addresses; x: a tensor that is written; the rest as in the operation."""
     logarithms = lambda beta: math.log(beta) if beta else -math.inf  # noqa: E731
@@ -201,7 +203,8 @@ def launch_adamw_ema(
         launch(
             _adamw_ema_kernel, len(made.chunk_row), x,
             made.rows, grad_table, made.chunk_row, hyper, grad_scale, found_inf, decay_tensor, decay, made.done,
-            *map(tl_dtype, kind[:6]), *kind[6:], made.rows.shape[1], CHUNK, BLOCK, num_warps=4,
+            *map(tl_dtype, kind[:6]), *kind[6:], made.rows.shape[1], CHUNK, BLOCK,
+            ema_on_skip, num_warps=4,
         )  # fmt: skip
 
 
@@ -209,12 +212,12 @@ def launch_adamw_ema(
     "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] steps, Tensor(e!)[] remainders, Tensor(f!)[] emas, Tensor(g!)[] copies, Tensor(h!)[] ema_copies, "
     "Tensor(i!)[] scalings, Tensor[] rates, int[] places, int[] groups, float[] hyper, Tensor? grad_scale, "
-    "Tensor? found_inf, Tensor? decay_tensor, float decay) -> ()",
+    "Tensor? found_inf, Tensor? decay_tensor, float decay, bool ema_on_skip=False) -> ()",
     lambda *args: None,
 )
 def _adamw_ema(
     params, grads, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies, scalings,
-    rates, places, groups, hyper, grad_scale, found_inf, decay_tensor, decay,
+    rates, places, groups, hyper, grad_scale, found_inf, decay_tensor, decay, ema_on_skip=False,
 ):  # fmt: skip
     """The first `len(grads)` parameters have a gradient and moments; of the rest, only average and copies are updated.
 
@@ -223,10 +226,11 @@ def _adamw_ema(
     scalings: states of the `Scaling` of float8 copies.
     groups: for each group, the indices in `rates` of its learning rate and weight decay (-1: a number in `hyper`).
     hyper: for each group, beta1, beta2, eps, learning rate, weight decay, and 1, or -1 to maximise.
+    ema_on_skip: `found_inf` stops the update of the parameters only, not that of averages and copies.
     """
     together = updated_together(params, grads, exp_avgs, exp_avg_sqs, remainders, emas, copies, ema_copies, places)
     kinds = launch_rows(together, steps, scalings, rates, places, groups)
     addresses = [grad.data_ptr() for grad in grads]
-    launch_adamw_ema(kinds, addresses, params[0], hyper, grad_scale, found_inf, decay_tensor, decay)
+    launch_adamw_ema(kinds, addresses, params[0], hyper, grad_scale, found_inf, decay_tensor, decay, ema_on_skip)
     for mutated in (params, exp_avgs, exp_avg_sqs, steps, remainders, emas, copies, ema_copies, scalings):
         torch.autograd.graph.increment_version(mutated)

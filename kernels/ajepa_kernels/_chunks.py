@@ -23,16 +23,16 @@ class Chunks(NamedTuple):
     vector: int
 
 
-def row_chunks(op: str, *tensors: torch.Tensor | None) -> tuple[Chunks, Rows]:
+def row_chunks(op: str, *tensors: torch.Tensor | None, widest: int = 768) -> tuple[Chunks, Rows]:
     """Chooses the chunks of a row, and how many rows and warps a program has.
 
-    A warp holds up to 768 channels, 24 per thread; sums along such a row need no barrier. A block of 768 channels would
-    be padded to 1,024, whereas chunks leave no thread idle. A thread holds the same channels of every tensor, 16 bytes
-    of the widest one, so that values never move between threads.
+    A warp holds up to `widest` channels; sums along such a row need no barrier. 768 channels are 24 per thread. A block
+    of 768 would be padded to 1,024, whereas chunks leave no thread idle. A thread holds the same channels of every
+    tensor, 16 bytes of the widest one, so that values never move between threads.
     """
     present = [t for t in tensors if t is not None]
     C, vector = present[0].shape[1], 16 // max(t.element_size() for t in present)
-    warps_per_row = power_of_2(-(-C // 768))
+    warps_per_row = power_of_2(-(-C // widest))
     rows = tuned(present[0], op, power_of_2(C)) or Rows(
         max(1, 4 // warps_per_row), max(4, warps_per_row), 3 if C <= 2048 else 2
     )
@@ -61,8 +61,14 @@ def load_vector(ptr, c, C: tl.constexpr, ROWS: tl.constexpr):
 
 
 @jit
-def centre(chunks, eps, C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr):
-    """Returns chunks minus their row's mean (zero beyond channel C), the mean, and 1 / sqrt(variance + eps)."""
+def centre(
+    chunks, eps, C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
+    RMS: tl.constexpr = False,
+):  # fmt: skip
+    """Returns chunks minus their row's mean (zero beyond channel C), the mean, and 1 / sqrt(variance + eps).
+
+    With RMS, the mean is taken to be zero: chunks stay as they are, and the variance is their mean square.
+    """
     total = chunks[0]
     for i in tl.static_range(1, COUNT):
         total += chunks[i]
@@ -70,9 +76,12 @@ def centre(chunks, eps, C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexp
     total = tl.zeros_like(total)
     centred = ()
     for i in tl.static_range(COUNT):
-        x = chunks[i] - mean[:, None]
-        if (i + 1) * WIDTH > C:
-            x = tl.where(channels(i, WIDTH, VECTOR) < C, x, 0.0)
+        if RMS:
+            x = chunks[i]
+        else:
+            x = chunks[i] - mean[:, None]
+            if (i + 1) * WIDTH > C:
+                x = tl.where(channels(i, WIDTH, VECTOR) < C, x, 0.0)
         centred += (x,)
         total += x * x
     return centred, mean, 1.0 / tl.sqrt_rn(tl.sum(total, 1) / C + eps)

@@ -36,7 +36,7 @@ _cached: OrderedDict[tuple, _Made] = OrderedDict()
 _captured: list[tuple[StorageWeakRef, Any]] = []
 
 
-def _capturing(x: torch.Tensor) -> bool:
+def capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -55,18 +55,18 @@ def cached(key: tuple, make: Callable[[], tuple[torch.Tensor, ...]], x: torch.Te
 
     x: a tensor that the launch writes.
     """
-    capturing = _capturing(x)
-    if capturing and key not in _cached:
+    captured = capturing(x)
+    if captured and key not in _cached:
         return make()  # not cached: only replays fill these tensors, and the graph owns their memory
     made = _cached.pop(key, None)
-    stream = None if capturing or not x.is_cuda else torch.cuda.current_stream(x.device)
+    stream = None if captured or not x.is_cuda else torch.cuda.current_stream(x.device)
     if made is None:
         value = make()
         made = _Made(value, None if stream is None else stream.record_event(), set())
     _cached[key] = made
     if len(_cached) > 32:
         _cached.popitem(last=False)
-    if capturing:
+    if captured:
         _keep(made.value, x)  # needs no wait: torch.cuda.graph synchronizes the device before it captures
     elif stream is not None and stream.cuda_stream not in made.streams:
         assert made.ready is not None
@@ -82,7 +82,7 @@ def to_device(host: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if not x.is_cuda:
         return host
     host = host.pin_memory()
-    if _capturing(x):
+    if capturing(x):
         _keep(host, x)  # each replay copies from it again
     return host.to(x.device, non_blocking=True)
 
@@ -105,6 +105,21 @@ def is_aligned(tensors: Iterable[torch.Tensor | None]) -> bool:
     return all(x is None or (x.data_ptr() % 16 == 0 and x.numel() % 16 == 0) for x in tensors)
 
 
+def split_alike(rows: Iterable[Sequence[torch.Tensor | None]]) -> bool:
+    """Whether the tensors of each row are DTensors that are split alike over the ranks, or none is one. An update
+    element by element is then that of the parts."""
+    for row in rows:
+        splits = {(getattr(x, "device_mesh", None), getattr(x, "placements", ())) for x in row if x is not None}
+        if len(splits) > 1 or any(placement.is_partial() for _, placements in splits for placement in placements):
+            return False
+    return True
+
+
+def own_part(x: Any) -> Any:
+    """The part of a DTensor that this rank holds; anything else as it is."""
+    return getattr(x, "_local_tensor", x)
+
+
 def _axes(x: torch.Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the axes that have a stride."""
     return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
@@ -118,6 +133,13 @@ def _is_dense(x: torch.Tensor) -> bool:
             return False
         end *= size
     return True
+
+
+def all_tensors(op: str, name: str, xs: Iterable[Any]) -> None:
+    """Raises TypeError for the first of `xs` that is not a tensor."""
+    for i, x in enumerate(xs):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{op}: number {i} of {name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def unsupported(rows: Iterable[Sequence[torch.Tensor | None]], dtypes: Sequence[torch.dtype] = KERNEL_DTYPES) -> str:

@@ -36,7 +36,7 @@ def jit(fn: Callable) -> Any:
     if triton is None:
         return fn
     names = inspect.signature(fn).parameters.keys()
-    counts = {"T", "M", "slots", "tiles", "rows", "programs", "heads"}
+    counts = {"T", "M", "slots", "tiles", "rows", "samples", "programs", "heads"}
     scalars = {"grad_scale_ptr", "found_inf_ptr", "decay_ptr"}
     return triton.jit(
         fn, do_not_specialize=sorted(counts & names), do_not_specialize_on_alignment=sorted(scalars & names)

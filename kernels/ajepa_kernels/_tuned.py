@@ -41,16 +41,16 @@ class Rows(NamedTuple):
 LONG = 0  # the length in the key of sequences that are too long for one tile
 
 # Keys of attention: (operation, bits of the dtype, length, head dim). Lengths and head dims are rounded up to powers of
-# two, and lengths to 80 or 96 where the table has an entry for that. None means that this length does not fit in one
-# tile.
+# two from 16 and from 32, but a head dim's own entry comes first, as do lengths of 80 and 96. None, or no entry, means
+# that this length does not fit in one tile.
 # Keys of row-wise operations: (operation, channels of a program).
 _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     "any": {
         **{
             (op, 16, S, D): Tiles(S, S, warps)
             for (S, D), both in {
-                (16, 32): (1, 1), (16, 64): (1, 1), (16, 128): (2, 2),
-                (32, 32): (2, 2), (32, 64): (2, 4), (32, 128): (4, 4),
+                (16, 32): (1, 1), (16, 64): (1, 1), (16, 128): (2, 2), (16, 256): (4, 4),
+                (32, 32): (2, 2), (32, 64): (2, 4), (32, 128): (4, 4), (32, 256): (4, 4),
             }.items()
             for op, warps in zip(("attention_fwd", "attention_bwd"), both, strict=True)
         },
@@ -58,6 +58,8 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         **{("attention_fwd", 16, 64, D): Tiles(64, 64, warps, 2, None, 0, 12)
            for D, warps in ((32, 4), (64, 4), (128, 8))},
         **{("attention_bwd", 16, 64, D): Tiles(64, 64, warps) for D, warps in ((32, 4), (64, 4), (128, 8))},
+        ("attention_fwd", 16, 64, 256): Tiles(64, 64, 8),
+        ("attention_bwd", 16, 64, 256): Tiles(32, 64, 8),
         **{("attention_fwd", 16, 64 + tail, D): Tiles(128, 64, 8, 2, None, tail, 12)
            for tail in (16, 32) for D in (32, 64, 128)},
         **{("attention_fwd", 16, 128, D): Tiles(128, 128, 8, 2, None, 0, 12) for D in (32, 64, 128)},
@@ -71,6 +73,12 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         **{("attention_fwd", 16, LONG, D): Tiles(64, 64, 4, 2) for D in (32, 64, 128)},
         **{("attention_bwd", 16, LONG, D): Tiles(32, 64, 4, 2) for D in (32, 64, 128)},
         **{(op, 32, LONG, D): Tiles(32, 32, 8) for op in ("attention_fwd", "attention_bwd") for D in (32, 64, 128)},
+        ("attention_fwd", 32, 16, 256): Tiles(16, 16, 4),
+        ("attention_bwd", 32, 16, 256): Tiles(16, 16, 8),
+        ("attention_fwd", 16, LONG, 256): Tiles(128, 32, 8, 2),
+        ("attention_bwd", 16, LONG, 256): Tiles(32, 64, 8),
+        ("attention_fwd", 32, LONG, 256): Tiles(32, 16, 8),
+        ("attention_bwd", 32, LONG, 256): Tiles(16, 16, 8),
         # kernels that turn q and k, where the entries above leave too few registers; tune.py does not tune them
         ("attention_rotary_fwd", 16, 32, 128): Tiles(32, 32, 4),
         ("attention_rotary_bwd", 16, 16, 128): Tiles(16, 16, 4),
@@ -88,6 +96,8 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, 128, 64): Tiles(32, 128, 8),
         ("attention_bwd", 16, 128, 128): Tiles(16, 128, 8),
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
+        ("attention_bwd", 16, 64, 256): Tiles(64, 64, 8),
+        ("attention_fwd", 16, LONG, 256): Tiles(64, 64, 8, 2),
         ("attention_rotary_fwd", 16, 64, 64): Tiles(64, 64, 8, 2, None, 0, 12),
         ("attention_rotary_fwd", 16, 64, 128): Tiles(64, 64, 16, 1, None, 0, 12),
         **{("attention_rotary_fwd", 16, 64 + tail, D): Tiles(128, 64, 8, 1, None, tail, 12)
@@ -97,8 +107,15 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
     },
     "sm_86": {  # differs from sm_80 in the shared memory of a block: 99 KiB
         ("attention_bwd", 16, 128, 128): None,
+        ("attention_bwd", 16, 64, 256): None,
+        ("attention_fwd", 16, LONG, 256): Tiles(64, 32, 8, 2),
+        ("attention_bwd", 16, LONG, 256): Tiles(16, 64, 8, 2),
         ("attention_rotary_fwd", 16, 64, 64): Tiles(64, 64, 8, 1, None, 0, 12),
         ("attention_rotary_fwd", 16, LONG, 128): Tiles(64, 64, 8),
+    },
+    "sm_120": {  # differs from sm_86 in the compiler, which spills some of its float32 products
+        ("attention_bwd", 32, 32, 64): Tiles(32, 32, 8),
+        ("attention_bwd", 32, LONG, 128): Tiles(16, 32, 8),
     },
     "sm_90": {
         ("attention_fwd", 16, 32, 128): Tiles(32, 32, 2),
@@ -108,6 +125,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
            for tail in (16, 32) for D in (32, 64)},
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 32, LONG, 128): Tiles(64, 32, 8),
+        ("attention_bwd", 16, LONG, 256): Tiles(16, 64, 8, 2),
         ("attention_rotary_bwd", 16, LONG, 128): Tiles(32, 32, 8),
     },
     "sm_100": {
@@ -120,6 +138,9 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 64): Tiles(64, 64, 4, 2),
         ("attention_bwd", 32, LONG, 64): Tiles(16, 32, 8),
         ("attention_bwd", 32, LONG, 128): Tiles(16, 32, 8),
+        **{("attention_bwd", 16, 128, D): Tiles(64, 128, 8) for D in (40, 48, 56)},  # masks need registers of their own
+        ("attention_fwd", 16, 64, 256): Tiles(64, 64, 8, 1, 255),
+        ("attention_bwd", 16, LONG, 256): Tiles(64, 64, 8),
         ("attention_rotary_fwd", 16, 16, 64): Tiles(16, 16, 2),
         ("attention_rotary_fwd", 16, LONG, 32): Tiles(64, 64, 8, 2),
         ("attention_rotary_fwd", 16, 128, 64): Tiles(64, 128, 8, 1, None, 0, 12),
@@ -148,7 +169,9 @@ def model(index: int) -> str:
 
 
 def _capability(arch: int) -> tuple[str, ...]:
-    if arch in (86, 87, 88, 89) or arch >= 120:  # RTX, L4, L40: less shared memory, no warp-group products
+    if arch >= 120:  # RTX 50: as below
+        return "sm_120", "sm_86", "sm_80"
+    if arch in (86, 87, 88, 89):  # RTX, L4, L40: less shared memory, no warp-group products
         return "sm_86", "sm_80"
     return ("sm_80" if arch < 90 else "sm_90" if arch < 100 else "sm_100",)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.optim.adam import adam
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ajepa_kernels._adamw_ema import Rows, launch_adamw_ema, launch_rows, updated_together
-from ajepa_kernels._tables import KERNEL_DTYPES, unsupported
+from ajepa_kernels._pairs import named_pairs
+from ajepa_kernels._schedules import Schedules
+from ajepa_kernels._tables import KERNEL_DTYPES, all_tensors, capturing, own_part, split_alike, unsupported
 from ajepa_kernels._triton import arch, check_impl, register, use_triton
 from ajepa_kernels.ema_update import checked_decay, ema_update_reference_, scalar
 from ajepa_kernels.fp8 import STATE, note_largest_, round_e4m3
@@ -55,6 +58,8 @@ class _Tensors(NamedTuple):
     ema_copies: list
     scalings: list
     places: list  # six numbers for each parameter, see `_adamw_ema`
+    sources: list  # pairs that another launch updates
+    targets: list
 
 
 def join_remainder(param: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
@@ -77,6 +82,13 @@ def _together(t: _Tensors) -> list[tuple[torch.Tensor | None, ...]]:
     return updated_together(
         t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.remainders, t.emas, t.copies, t.ema_copies, t.places
     )
+
+
+def _own_parts(t: _Tensors) -> _Tensors:
+    """`t` with the parts of DTensors that this rank holds, where tensors that are updated together are split alike."""
+    if not any(hasattr(p, "placements") for p in t.params) or not split_alike(_together(t)):
+        return t
+    return _Tensors(*([own_part(x) for x in values] for values in t))
 
 
 class _Plan(NamedTuple):
@@ -112,22 +124,40 @@ class AdamWEMA(torch.optim.AdamW):
     `grad_scale`, `found_inf` and a group's weight decay may be scalar tensors on the device, which a captured CUDA
     graph reads again at each replay; numbers are frozen into the graph. Addresses that are new at the capture are
     copied to the device at each replay. The kernel does not change `.grad`, which torch's AdamW divides by the scale.
+    Of parameters that FSDP2 has split (DTensors), it updates this rank's parts, if the averages are split alike.
+
+    `from_model` pairs the parameters of two modules by name. `schedules` replaces the loop's own bookkeeping:
+
+    - Each `step` first sets lr of every group, weight decay of the groups whose weight decay was not zero when they
+      were made, and the average's decay, to the values of the schedules at the number of steps that were finished.
+      Tensors in groups are filled in place. An `ema_decay` given to `step` wins.
+    - A step that `found_inf` skips counts too, as in loops that call their schedulers once for each batch, because the
+      host does not wait to read it. Torch's bias correction does not count it.
+    - The count is saved in the state dict as `finished_steps` of the groups. A state dict without it, such as AdamW's,
+      continues at the largest step count of its parameters.
+    - A graph capture and torch.compile would freeze a number that the host computed, so a step inside them evaluates
+      no schedule. Make lr and weight decay tensors, and call `advance` before each replay or compiled step: it fills
+      the tensors, and also the decay, which is a tensor where a learning rate is one.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
-        ema: pairs (parameter, its EMA tensor). A parameter without a pair has no average. A pair is averaged even if
-            its parameter has no gradient.
+        ema: pairs (parameter or buffer, its EMA tensor). A parameter without a pair has no average. A pair is averaged
+            even if its parameter has no gradient. An integer or boolean tensor is copied instead, as by `ema_update_`.
         copies: pairs (parameter or EMA tensor, low-precision tensor of its shape). Each step writes the second tensor.
         scalings: pairs (float8_e4m3fn copy of an EMA tensor, state of its `Scaling`). Each step that updates the
             average writes the copy with the state's scale and notes the largest magnitude; see `quantize`.
         remainder: keep bfloat16 parameters in float32 precision, with 16 more bits in the state ("remainder") and
             moments in float32. AdamW, and AdamWEMA without this option, load such a state dict rounded. A state dict of
             AdamW is loaded with remainders of zero.
+        schedules: functions of the number of finished steps, for some of "lr", "weight_decay" and "ema_decay".
+        ema_on_skip: the averages and copies also move on a step that `found_inf` skips, towards the unchanged
+            parameters, as in I-JEPA's loop. By default such a step changes nothing.
         impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
             a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
         **kwargs: arguments of AdamW. `fused=True` is the default; the kernel replaces torch's fused step.
 
     Raises:
+        TypeError: a member of a pair is not a tensor, or a schedule is not a function.
         ValueError: pairs or options are invalid, or AdamW refuses an argument.
 
     Example::
@@ -143,13 +173,19 @@ class AdamWEMA(torch.optim.AdamW):
     """
 
     _plan: _Plan | None = None  # the plan of the last step, without its tensors
+    apart: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()  # pairs that `ema_update_` updates beside the launch
+    schedules: Schedules | None = None
+    ema_on_skip = False
 
     def __init__(
         self, params, ema: Pairs = (), copies: Pairs = (), scalings: Pairs = (),
-        *, remainder=False, impl="auto", **kwargs,
+        *, remainder=False, schedules: Mapping[str, Callable[[int], float]] | None = None, ema_on_skip=False,
+        impl="auto", **kwargs,
     ):  # fmt: skip
         check_impl("AdamWEMA", impl)
         super().__init__(params, **{"fused": True, **kwargs})
+        self.schedules = Schedules(schedules, self.param_groups) if schedules else None
+        self.ema_on_skip = ema_on_skip
         self.ema_sources: list[torch.Tensor] = []
         self.ema_targets: list[torch.Tensor] = []
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -157,15 +193,77 @@ class AdamWEMA(torch.optim.AdamW):
         self.remainder, self.impl = remainder, impl
         self.add_pairs(ema, copies, scalings)
 
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, target: nn.Module, *others: nn.Module,
+        weight_decay: float | torch.Tensor = 1e-2, decay_1d: bool = False, buffers: bool = True, **options: Any,
+    ) -> AdamWEMA:  # fmt: skip
+        """The optimizer of `model` and `others`, which averages `model` into `target`, paired by name.
+
+        It optimises the parameters that require a gradient, in two groups: those with two or more axes have weight
+        decay, biases and norms have none. A parameter that does not require a gradient, such as a fixed position
+        embedding, is averaged only. A parameter that several modules share is optimised and averaged once. The prefixes
+        of DistributedDataParallel, torch.compile and `checkpoint_wrapper` do not count.
+
+        Args:
+            model: the context encoder.
+            target: the target encoder, whose parameters require no gradient.
+            others: modules without an average, such as the predictor.
+            weight_decay: of the first group.
+            decay_1d: all parameters have weight decay, in one group.
+            buffers: also update the target's persistent buffers: average floating-point numbers, copy others.
+            options: of `AdamWEMA`, such as lr, schedules and copies.
+
+        Raises:
+            TypeError: an argument is not a module.
+            ValueError: names or shapes of the two modules differ, or a parameter of the target requires a gradient.
+
+        Example::
+
+            import copy
+            encoder = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True, device="cuda")
+            target = copy.deepcopy(encoder).requires_grad_(False)
+            predictor = torch.nn.Linear(32, 32, device="cuda")
+            optimizer = AdamWEMA.from_model(
+                encoder, target, predictor, weight_decay=0.04,
+                schedules={
+                    "lr": lambda n: 1e-3 * min(1.0, (n + 1) / 100),
+                    "weight_decay": lambda n: 0.04 + 0.36 * n / 1000,
+                    "ema_decay": lambda n: 0.996 + 0.004 * n / 1000,
+                },
+            )
+            x = torch.randn(2, 16, 32, device="cuda")
+            latent_l2_loss(predictor(encoder(x)), target(x), torch.arange(16, device="cuda").expand(2, 16)).backward()
+            optimizer.step()
+        """
+        for module in (model, target, *others):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"AdamWEMA.from_model: a torch.nn.Module is needed, got {type(module).__name__}")
+        pairs = named_pairs(model, target, buffers)
+        trained = dict.fromkeys(p for module in (model, *others) for p in module.parameters() if p.requires_grad)
+        decayed = [p for p in trained if decay_1d or p.dim() >= 2]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": [p for p in trained if not (decay_1d or p.dim() >= 2)], "weight_decay": 0.0},
+        ]
+        return cls([group for group in groups if group["params"]], ema=pairs, **options)
+
     def add_pairs(self, ema: Pairs = (), copies: Pairs = (), scalings: Pairs = ()) -> None:
         """Adds averages and copies, for example those of a new param group. Raises the errors of `AdamWEMA`."""
-        ema, copies = [*zip(self.ema_sources, self.ema_targets, strict=True), *ema], [*self.copies, *copies]
+        ema, copies = (
+            [*zip(self.ema_sources, self.ema_targets, strict=True), *self.apart, *ema],
+            [*self.copies, *copies],
+        )
         scalings = [*self.scalings, *scalings]
+        for name, pairs in (("ema", ema), ("copies", copies), ("scalings", scalings)):
+            all_tensors("AdamWEMA", name, (x for pair in pairs for x in pair))
         for source, target in ema + copies:
             if source.shape != target.shape or source.device != target.device:
                 raise ValueError("AdamWEMA: the tensors of a pair must have equal shapes and devices")
-            if source is target or not target.is_floating_point():
-                raise ValueError("AdamWEMA: an average or a copy must be another tensor, of floating-point numbers")
+            if source is target:
+                raise ValueError("AdamWEMA: an average or a copy must be another tensor than its source")
+        if not all(target.is_floating_point() for _, target in copies):
+            raise ValueError("AdamWEMA: a copy must be a tensor of floating-point numbers")
         for pairs in (ema, copies):
             if len({source for source, _ in pairs}) < len(pairs):
                 raise ValueError("AdamWEMA: a tensor has two averages or two copies; give each tensor one of each")
@@ -177,8 +275,34 @@ class AdamWEMA(torch.optim.AdamW):
             raise ValueError("AdamWEMA: float8_e4m3fn is for copies of averages, and each has one scaling")
         if any(s.shape != (STATE,) or s.dtype != torch.float32 or s.device != copy.device for copy, s in scalings):
             raise ValueError(f"AdamWEMA: the state of a scaling must be float32 [{STATE}] on the copy's device")
+        # A counter, or a buffer of a dtype that the kernel lacks, must not keep all others from the kernel.
+        together = {p for group in self.param_groups for p in group["params"]} | {source for source, _ in copies}
+        self.apart = [
+            (source, target)
+            for source, target in ema
+            if not target.is_floating_point()
+            or (together.isdisjoint((source, target)) and not {source.dtype, target.dtype} <= {*KERNEL_DTYPES})
+        ]
+        apart = {target for _, target in self.apart}
+        ema = [(source, target) for source, target in ema if target not in apart]
         self.ema_sources, self.ema_targets = [p for p, _ in ema], [t for _, t in ema]
         self.copies, self.scalings = copies, scalings
+
+    @property
+    def finished_steps(self) -> int:
+        """How many steps the schedules have counted."""
+        return 0 if self.schedules is None else self.schedules.finished_steps
+
+    def advance(self) -> None:
+        """Sets the values of the schedules for the next step, which the caller takes in a captured graph or compiled.
+
+        An eager `step` does this itself. Raises ValueError if a schedule gives a value that is not allowed.
+        """
+        if self.schedules is not None:
+            self.schedules.set_values(self.param_groups)
+            self.schedules.finished_steps += 1
+
+    # --- the step ---
 
     @torch.no_grad()
     def step(
@@ -192,14 +316,32 @@ class AdamWEMA(torch.optim.AdamW):
         """Performs one update. It divides gradients by `grad_scale`, and changes nothing if `found_inf` is 1.
 
         Both are scalar tensors. A `GradScaler` may set them, too; its scale and this one multiply. Without `ema_decay`
-        the averages do not change. Raises ValueError, before anything changes, if the decay is outside [0, 1] or an
-        argument is not a scalar or is on another device.
+        and its schedule the averages do not change. With `ema_on_skip`, `found_inf` does not stop the averages.
+
+        Raises ValueError, before parameters change, if the decay is outside [0, 1] or an argument is not a scalar or is
+        on another device, or if a schedule gives a value that is not allowed.
         """
+        schedules = self.schedules
+        frozen = schedules is None or torch.compiler.is_compiling() or self._is_captured()
+        if schedules is not None:
+            if not frozen:
+                schedules.set_values(self.param_groups)
+            ema_decay = schedules.ema_decay() if ema_decay is None else ema_decay
         ema_decay, grad_scale, found_inf = self._scalars(ema_decay, grad_scale, found_inf)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update(ema_decay, grad_scale, found_inf)
+        if schedules is not None and not frozen:
+            schedules.finished_steps += 1
+        return loss
+
+    def _is_captured(self) -> bool:
+        p = next((p for group in self.param_groups for p in group["params"]), None)
+        return p is not None and capturing(p)
+
+    def _update(self, ema_decay, grad_scale, found_inf) -> None:
         # an active dispatch mode must see the operation
         eager = not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
         with_ema = ema_decay is not None
@@ -207,23 +349,39 @@ class AdamWEMA(torch.optim.AdamW):
         if plan is None:
             tensors = _Tensors(*([] for _ in _Tensors._fields))
             self._init_group(with_ema, *tensors)
-            if not tensors.params:
-                return loss
-            together = _together(tensors)
-            if not use_triton("AdamWEMA", self.impl, tensors.params[0], self._unsupported(tensors, together)):
+            parts = _own_parts(tensors) if eager else tensors
+            together = _together(parts)
+            fused = bool(together) and use_triton(
+                "AdamWEMA", self.impl, parts.params[0], self._unsupported(parts, together)
+            )
+            if tensors.sources:
+                self._update_apart(tensors.sources, tensors.targets, ema_decay, found_inf)
+            if not together:
+                return
+            if not fused:
                 self._step_reference(tensors, ema_decay, grad_scale, found_inf)
-                return loss
-            if not eager:
-                self._step_operation(tensors, ema_decay, grad_scale, found_inf)
-                return loss
+                return
+            if not eager or parts is not tensors:
+                self._step_operation(parts, ema_decay, grad_scale, found_inf)
+                if parts is not tensors:  # the operation has counted the versions of the parts
+                    torch.autograd.graph.increment_version([*tensors.params, *tensors.emas])
+                return
             rates, groups, _ = self._rates()
             kinds = launch_rows(together, tensors.steps, tensors.scalings, rates, tensors.places, groups)
             plan = _Plan(kinds, *self._inspect(with_ema))
             self._plan = plan._replace(grads=[], written=[])
-        decay = _tensor_or_number(ema_decay)
-        launch_adamw_ema(plan.kinds, plan.grads, plan.written[0], self._rates()[2], grad_scale, found_inf, *decay)
+        elif with_ema and self.apart:
+            self._update_apart([s for s, _ in self.apart], [t for _, t in self.apart], ema_decay, found_inf)
+        launch_adamw_ema(
+            plan.kinds, plan.grads, plan.written[0], self._rates()[2], grad_scale, found_inf,
+            *_tensor_or_number(ema_decay), self.ema_on_skip and with_ema,
+        )  # fmt: skip
         torch.autograd.graph.increment_version(plan.written)
-        return loss
+
+    def _update_apart(self, sources: list, targets: list, ema_decay, found_inf) -> None:
+        if found_inf is not None and not self.ema_on_skip:
+            sources = [torch.where(found_inf > 0, t, s) for t, s in zip(targets, sources, strict=True)]
+        ema_update_reference_(targets, sources, ema_decay)
 
     def _scalars(self, ema_decay, grad_scale, found_inf):
         """Checks the scalar arguments of a step and combines them with the attributes that GradScaler sets."""
@@ -287,6 +445,9 @@ class AdamWEMA(torch.optim.AdamW):
                 groups.get(p, 0),
                 place(t.scalings, None if ema_copy is None else scalings.get(ema_copy)),
             ])  # fmt: skip
+        for source, target in self.apart if with_ema else ():
+            t.sources.append(source)
+            t.targets.append(target)
 
     # --- plain definition ---
 
@@ -333,6 +494,8 @@ class AdamWEMA(torch.optim.AdamW):
                 p.copy_(high)
                 remainder.copy_(low)
         if t.emas:
+            if self.ema_on_skip:
+                found_inf = None
             if found_inf is not None:
                 ema_decay = torch.where(found_inf > 0, 1.0, ema_decay)
             ema_update_reference_(t.emas, [p for p, i in zip(values, t.places[1::6], strict=True) if i >= 0], ema_decay)
@@ -391,6 +554,7 @@ class AdamWEMA(torch.optim.AdamW):
         torch.ops.ajepa.adamw_ema_(
             t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.steps, t.remainders, t.emas, t.copies, t.ema_copies,
             t.scalings, rates, t.places, groups, hyper, grad_scale, found_inf, *_tensor_or_number(ema_decay),
+            self.ema_on_skip and ema_decay is not None,
         )  # fmt: skip
 
     # --- repeating the last step's launch, which takes a quarter of the host's time ---
@@ -437,13 +601,27 @@ class AdamWEMA(torch.optim.AdamW):
     # --- state ---
 
     def __getstate__(self) -> dict:
-        own = ("ema_sources", "ema_targets", "copies", "scalings", "remainder", "impl", "_step_supports_amp_scaling")
+        own = (
+            "ema_sources", "ema_targets", "apart", "copies", "scalings", "remainder", "impl", "ema_on_skip",
+            "schedules", "_step_supports_amp_scaling",
+        )  # fmt: skip
         return super().__getstate__() | {name: self.__dict__[name] for name in own if name in self.__dict__}
 
+    def state_dict(self) -> dict:
+        """As torch's; with schedules, each group also has "finished_steps"."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"] if self.schedules is not None else ():
+            group["finished_steps"] = self.finished_steps
+        return state_dict
+
     def load_state_dict(self, state_dict) -> None:
-        """Loads as torch does, but keeps this optimizer's `fused` and similar options, moves scalars to the device that
-        those options require, and does not round moments to bfloat16 if the parameter has a remainder."""
+        """Loads as torch does, but keeps this optimizer's `fused` and similar options and the tensors that schedules
+        fill, moves scalars to the device that those options require, and does not round moments to bfloat16 if the
+        parameter has a remainder."""
         how = [{name: group[name] for name in HOW} for group in self.param_groups]
+        for own, group in zip(how, self.param_groups, strict=True):
+            filled = () if self.schedules is None else self.schedules.functions.keys() & {"lr", "weight_decay"}
+            own.update((name, group[name]) for name in filled if isinstance(group[name], torch.Tensor))
         given: list[dict] = []  # the state dict after the pre-hooks
         hooks = (
             self.register_load_state_dict_pre_hook(lambda _, given_dict: given.append(given_dict)),
@@ -457,6 +635,9 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _restore(self, how: list[dict], given: dict) -> None:
         self._plan = None
+        finished = [group.pop("finished_steps", None) for group in self.param_groups]
+        if self.schedules is not None:
+            self.schedules.loaded(finished[0], given["state"])
         for group, own, saved in zip(self.param_groups, how, given["param_groups"], strict=True):
             group.update(own)
             on_device = group["fused"] or group["capturable"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import Function, autocast_dtype, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, power_of_2, register, tl, use_triton
 from ajepa_kernels._tuned import Rows, tuned
 
 
-def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
+def tile_config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
     """Returns (channels, rows, warps, stages) of a program.
 
     A program has at most 1,024 channels; their number divides C if a divisor of at least 128 exists. A thread has 16
@@ -22,8 +23,10 @@ def _config(x: torch.Tensor, op: str) -> tuple[int, int, int, int]:
     C = x.shape[1]
     divisor = min(C & -C, 1024)
     block_c = divisor if divisor >= 128 else min(power_of_2(C), 1024)
-    backward = op == "bias_gelu_bwd"
+    backward = op.endswith("_bwd")
     elements = 8192 // x.element_size() if backward else 4096
+    if op == "swiglu_bwd":  # it keeps two sums
+        elements //= 2
     rows = Rows(max(1, min(elements // block_c, 16)), 8, 3 if backward else 1)
     return block_c, *(tuned(x, op, block_c) or rows)
 
@@ -84,7 +87,7 @@ def _bias_gelu_fwd_kernel(
 def _bias_gelu_fwd(x, bias, tanh, dtype):
     """x `[M, C]`."""
     M, C = x.shape
-    block_c, rows, num_warps, _ = _config(x, "bias_gelu_fwd")
+    block_c, rows, num_warps, _ = tile_config(x, "bias_gelu_fwd")
     y, tiles = torch.empty(M, C, dtype=dtype, device=x.device), -(-C // block_c)
     x = dense_rows(x)
     launch(
@@ -131,7 +134,7 @@ def _bias_gelu_bwd_kernel(
 def _bias_gelu_bwd(dy, x, bias, tanh):
     """Returns dx `[M, C]` and dbias `[C]` for dy `[M, C]`."""
     M, C = x.shape
-    block_c, rows, num_warps, stages = _config(x, "bias_gelu_bwd")
+    block_c, rows, num_warps, stages = tile_config(x, "bias_gelu_bwd")
     tiles = -(-C // block_c)
     programs = min(max(1, 4 * multiprocessors(x) // tiles), -(-M // rows))
     dx = torch.empty(M, C, dtype=x.dtype, device=x.device)
@@ -193,6 +196,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none",
 
     Raises:
         ValueError: shapes, dtypes, devices or options are invalid; raised before any launch.
+        TypeError: an argument is no tensor.
         RuntimeError: the gradients are differentiated again.
 
     Example::
@@ -201,6 +205,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, approximate: str = "none",
         x = bias_gelu(x, mlp.fc1.bias)
         x = mlp.fc2(x)
     """
+    check_tensors("bias_gelu", x=x, bias=bias)
     if x.dim() < 1 or bias.shape != x.shape[-1:]:
         raise ValueError(f"bias_gelu: x [..., C] and bias [C] must share C, got {list(x.shape)} and {list(bias.shape)}")
     if x.device != bias.device or not (x.is_floating_point() and bias.is_floating_point()):

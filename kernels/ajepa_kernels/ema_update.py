@@ -11,10 +11,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ajepa_kernels._tables import (
     BLOCK,
     CHUNK,
+    all_tensors,
     cached,
     is_aligned,
     load_pointer,
     load_size,
+    own_part,
+    split_alike,
     table,
     tl_dtype,
     unsupported,
@@ -119,13 +122,15 @@ def ema_update_(
     num_batches_tracked of a batch norm) are copied from their sources.
 
     Args:
-        targets: tensors to update. The kernel takes tensors that are dense in memory and have their sources' strides.
+        targets: tensors to update. The kernel takes tensors that are dense in memory and have their sources' strides,
+            and the parts that a rank has of DTensors (FSDP2) that are split like their sources.
         sources: tensors of the same shapes and devices.
         decay: a number, or a scalar tensor on the device, which a captured CUDA graph reads again at each replay.
         impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
             a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Raises:
+        TypeError: a target or a source is not a tensor.
         ValueError: the lists do not match, a target is listed twice, or the decay is outside [0, 1] or on another
             device.
 
@@ -137,6 +142,8 @@ def ema_update_(
         ema_update_(target_encoder.parameters(), encoder.parameters(), decay=0.999)
     """
     targets, sources = list(targets), list(sources)
+    all_tensors("ema_update_", "targets", targets)
+    all_tensors("ema_update_", "sources", sources)
     if len(targets) != len(sources) or any(t.shape != s.shape for t, s in zip(targets, sources, strict=False)):
         raise ValueError("ema_update_: targets and sources must be equally many tensors of equal shapes")
     if any(t.device != s.device for t, s in zip(targets, sources, strict=True)):
@@ -147,7 +154,9 @@ def ema_update_(
         return
     decay = checked_decay("ema_update_", decay, targets[0].device)
     averages, counters = _split(targets, sources)
-    if not use_triton("ema_update_", impl, targets[0], unsupported(averages)):
+    if not torch.compiler.is_compiling() and split_alike(averages):  # of DTensors, this rank's parts
+        averages = [(own_part(t), own_part(s)) for t, s in averages]
+    if not use_triton("ema_update_", impl, own_part(targets[0]), unsupported(averages)):
         ema_update_reference_(targets, sources, decay)
         return
     for t, s in counters:
@@ -155,3 +164,5 @@ def ema_update_(
     if averages:
         tensor, number = (decay, 0.0) if isinstance(decay, torch.Tensor) else (None, decay)
         torch.ops.ajepa.ema_update_([t for t, _ in averages], [s.detach() for _, s in averages], tensor, number)
+        if split := [t for t in targets if own_part(t) is not t]:
+            torch.autograd.graph.increment_version(split)

@@ -1,4 +1,4 @@
-"""Residual addition and layer norm in one pass over memory.
+"""Residual addition and layer norm or RMS norm in one pass over memory.
 
 Shapes: M rows (all leading axes), C width.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import BiasGradient, Function, autocast_dtype, first_order
 from ajepa_kernels._chunks import MAX_WIDTH, centre, channels, chunk, load_vector, row_chunks
 from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, register, tl, use_triton
@@ -24,8 +25,10 @@ from ajepa_kernels._triton import dense_rows, jit, launch, multiprocessors, regi
 def sum_rows(
     x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, residual_row, valid,
     C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
+    layer_scale_ptr=None, row_scale=None,
 ):  # fmt: skip
-    """Float32 chunks of x + residual, rounded as they are stored for backward; chunks of x if there is no residual."""
+    """Float32 chunks of residual + row_scale * layer_scale * x, rounded as they are stored for backward; chunks of x if
+    there is no residual."""
     loaded = ()
     for i in tl.static_range(COUNT):  # all loads are issued before the first store
         c, mask = chunk(i, valid, C, WIDTH, VECTOR)
@@ -38,7 +41,12 @@ def sum_rows(
             sums += (loaded[i].to(tl.float32),)
         else:
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
-            rounded = (loaded[2 * i].to(tl.float32) + loaded[2 * i + 1].to(tl.float32)).to(sum_ptr.dtype.element_ty)
+            x = loaded[2 * i].to(tl.float32)
+            if layer_scale_ptr is not None:
+                x *= load_vector(layer_scale_ptr, c, C, row.shape[0])
+            if row_scale is not None:
+                x *= row_scale[:, None]
+            rounded = (x + loaded[2 * i + 1].to(tl.float32)).to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + row[:, None] * C + c, rounded, mask=mask)
             sums += (rounded.to(tl.float32),)
     return sums
@@ -48,15 +56,24 @@ def sum_rows(
 def _add_layer_norm_fwd_kernel(
     x_ptr, residual_ptr, rows_ptr, weight_ptr, bias_ptr, normed_ptr, sum_ptr, mean_ptr, rstd_ptr, stride_x, stride_r,
     M, eps, C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    layer_scale_ptr, sample_scale_ptr, rows,
 ):  # fmt: skip
+    """rows: of each sample; all of a sample's share one element of `sample_scale`. RMS norm has no mean_ptr."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < M
     residual_row = row
     if rows_ptr is not None:
         residual_row = tl.load(rows_ptr + row, mask=valid, other=0).to(tl.int64)
-    sums = sum_rows(x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, residual_row, valid, C, WIDTH, COUNT, VECTOR)
-    centred, mean, rstd = centre(sums, eps, C, WIDTH, COUNT, VECTOR)
-    tl.store(mean_ptr + row[:, None], mean[:, None], mask=valid[:, None])
+    row_scale = None
+    if sample_scale_ptr is not None:
+        row_scale = tl.load(sample_scale_ptr + row // rows, mask=valid, other=0.0).to(tl.float32)
+    sums = sum_rows(
+        x_ptr, residual_ptr, sum_ptr, stride_x, stride_r, row, residual_row, valid, C, WIDTH, COUNT, VECTOR,
+        layer_scale_ptr, row_scale,
+    )  # fmt: skip
+    centred, mean, rstd = centre(sums, eps, C, WIDTH, COUNT, VECTOR, mean_ptr is None)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row[:, None], mean[:, None], mask=valid[:, None])
     tl.store(rstd_ptr + row[:, None], rstd[:, None], mask=valid[:, None])
     normed = ()
     for i in tl.static_range(COUNT):
@@ -72,34 +89,47 @@ def _add_layer_norm_fwd_kernel(
         tl.store(normed_ptr + row[:, None] * C + c, normed[i], mask=mask)
 
 
-def _add_layer_norm_fwd_fake(x, residual, rows, weight, bias, eps, dtype):
+def _add_layer_norm_fwd_fake(
+    x, residual, rows, weight, bias, eps, dtype, rms=False, layer_scale=None, sample_scale=None
+):
     total = x.new_empty(0)
     if residual is not None:
         dtype_of_sum = torch.promote_types(x.dtype, residual.dtype)
+        if layer_scale is not None:
+            dtype_of_sum = torch.promote_types(dtype_of_sum, layer_scale.dtype)
         total = torch.empty_like(x, dtype=dtype_of_sum, memory_format=torch.contiguous_format)
     normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    return normed, total, *(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
+    return normed, total, *(x.new_empty(n, dtype=torch.float32) for n in (0 if rms else len(x), len(x)))
 
 
 @register(
     "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? rows, Tensor? weight, Tensor? bias, float eps, "
-    "ScalarType dtype) -> (Tensor normed, Tensor sum, Tensor mean, Tensor rstd)",
+    "ScalarType dtype, bool rms=False, Tensor? layer_scale=None, Tensor? sample_scale=None)"
+    " -> (Tensor normed, Tensor sum, Tensor mean, Tensor rstd)",
     _add_layer_norm_fwd_fake,
 )
-def _add_layer_norm_fwd(x, residual, rows, weight, bias, eps, dtype):
-    """x `[M, C]`; mean, rstd float32 `[M]`. Without a residual the sum is x itself and is not returned."""
+def _add_layer_norm_fwd(x, residual, rows, weight, bias, eps, dtype, rms=False, layer_scale=None, sample_scale=None):
+    """x `[M, C]`; mean (empty if `rms`), rstd float32 `[M]`; sample_scale `[B]`, where B divides M. Without a residual
+    the sum is x itself and is not returned."""
     M, C = x.shape
     chunks, config = row_chunks("add_layer_norm_fwd", x, residual)
-    normed, total, mean, rstd = _add_layer_norm_fwd_fake(x, residual, rows, weight, bias, eps, dtype)
+    normed, total, mean, rstd = _add_layer_norm_fwd_fake(
+        x, residual, rows, weight, bias, eps, dtype, rms, layer_scale
+    )  # fmt: skip
     x, residual = dense_rows(x), None if residual is None else dense_rows(residual)
-    rows, weight, bias = (None if p is None else p.contiguous() for p in (rows, weight, bias))
+    vectors = (rows, weight, bias, layer_scale, sample_scale)
+    rows, weight, bias, layer_scale, sample_scale = (None if p is None else p.contiguous() for p in vectors)
     launch(
         _add_layer_norm_fwd_kernel, -(-M // config.rows), x,
-        x, residual, rows, weight, bias, normed, total, mean, rstd,
+        x, residual, rows, weight, bias, normed, total, None if rms else mean, rstd,
         x.stride(0), 0 if residual is None else residual.stride(0), M, eps, C, *chunks, config.rows,
-        num_warps=config.num_warps,
+        layer_scale, sample_scale, _rows_of_a_sample(M, sample_scale), num_warps=config.num_warps,
     )  # fmt: skip
     return normed, total, mean, rstd
+
+
+def _rows_of_a_sample(M: int, sample_scale: torch.Tensor | None) -> int | None:
+    return None if sample_scale is None else M // max(len(sample_scale), 1)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -111,13 +141,18 @@ def _add_layer_norm_bwd_kernel(
     dweight_ptr, dbias_ptr, dx_bias_ptr, stride_s, stride_dn, stride_ds, M, programs,
     C: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, layer_scale_ptr, dlayer_scale_ptr, sample_scale_ptr, stride_x, rows,
 ):  # fmt: skip
-    """A fixed number of programs loops over the rows: few partial sums for the vectors, in a fixed order."""
+    """A fixed number of programs loops over the rows: few partial sums for the vectors, in a fixed order.
+
+    RMS norm has no mean_ptr. With a scale, dx is the gradient of the sum times the scale; dresidual is that of the sum.
+    """
     pid = tl.program_id(0)
     weights = ()
     dweights = ()
     dbiases = ()
     dx_biases = ()
+    dlayer_scales = ()
     for i in tl.static_range(COUNT):
         c = channels(i, WIDTH, VECTOR)
         if weight_ptr is not None:
@@ -126,10 +161,13 @@ def _add_layer_norm_bwd_kernel(
         dbiases += (tl.zeros([ROWS, WIDTH], tl.float32),)
         if dx_bias_ptr is not None:
             dx_biases += (tl.zeros([ROWS, WIDTH], tl.float32),)
+        if layer_scale_ptr is not None:
+            dlayer_scales += (tl.zeros([ROWS, WIDTH], tl.float32),)
     for start in tl.range(pid * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < M
-        mean = tl.load(mean_ptr + row, mask=valid, other=0.0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + row, mask=valid, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)
         sum_dy_xhat = tl.zeros([ROWS, WIDTH], tl.float32)
         sum_dy = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -141,7 +179,9 @@ def _add_layer_norm_bwd_kernel(
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             x = tl.load(sum_ptr + row[:, None] * stride_s + c, mask=mask, other=0.0).to(tl.float32)
             dy = tl.load(dnormed_ptr + row[:, None] * stride_dn + c, mask=mask, other=0.0).to(tl.float32)
-            xhat = (x - mean[:, None]) * rstd[:, None]
+            if mean_ptr is not None:
+                x -= mean[:, None]
+            xhat = x * rstd[:, None]
             dws += (dweights[i] + dy * xhat,)
             dbs += (dbiases[i] + dy,)
             if weight_ptr is not None:
@@ -155,23 +195,39 @@ def _add_layer_norm_bwd_kernel(
         sum_dy_xhat, sum_dy = tl.reduce((sum_dy_xhat, sum_dy), 1, _add_pairs)
         mean_dy_xhat = sum_dy_xhat / C
         mean_dy = sum_dy / C
+        if sample_scale_ptr is not None:
+            row_scale = tl.load(sample_scale_ptr + row // rows, mask=valid, other=0.0).to(tl.float32)
+        dsums = ()
         dxs = ()
         dxbs = ()
+        dlss = ()
         for i in tl.static_range(COUNT):
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
-            dx = (dys[i] - mean_dy[:, None] - xhats[i] * mean_dy_xhat[:, None]) * rstd[:, None]
+            dx = dys[i]
+            if mean_ptr is not None:
+                dx -= mean_dy[:, None]
+            dx = (dx - xhats[i] * mean_dy_xhat[:, None]) * rstd[:, None]
             if dsum_ptr is not None:
                 dx += tl.load(dsum_ptr + row[:, None] * stride_ds + c, mask=mask, other=0.0).to(tl.float32)
+            dsums += (dx,)
+            if sample_scale_ptr is not None:
+                dx *= row_scale[:, None]
+            if layer_scale_ptr is not None:
+                x = tl.load(x_ptr + row[:, None] * stride_x + c, mask=mask, other=0.0).to(tl.float32)
+                dlss += (dlayer_scales[i] + dx * x,)
+                dx *= load_vector(layer_scale_ptr, c, C, ROWS)
             dxs += (dx,)
             if dx_bias_ptr is not None:
                 dxbs += (dx_biases[i] + dx,)  # rows beyond M add 0, because their rstd is 0
         if dx_bias_ptr is not None:
             dx_biases = dxbs
+        if layer_scale_ptr is not None:
+            dlayer_scales = dlss
         for i in tl.static_range(COUNT):
             c, mask = chunk(i, valid, C, WIDTH, VECTOR)
             tl.store(dx_ptr + row[:, None] * C + c, dxs[i].to(dx_ptr.dtype.element_ty), mask=mask)
             if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + row[:, None] * C + c, dxs[i].to(dresidual_ptr.dtype.element_ty), mask=mask)
+                tl.store(dresidual_ptr + row[:, None] * C + c, dsums[i].to(dresidual_ptr.dtype.element_ty), mask=mask)
     for i in tl.static_range(COUNT):
         c = channels(i, WIDTH, VECTOR)
         if dweight_ptr is not None:
@@ -180,6 +236,8 @@ def _add_layer_norm_bwd_kernel(
             tl.store(dbias_ptr + pid * C + c, tl.sum(dbiases[i], 0)[None, :], mask=c < C)
         if dx_bias_ptr is not None:
             tl.store(dx_bias_ptr + pid * C + c, tl.sum(dx_biases[i], 0)[None, :], mask=c < C)
+        if layer_scale_ptr is not None:
+            tl.store(dlayer_scale_ptr + pid * C + c, tl.sum(dlayer_scales[i], 0)[None, :], mask=c < C)
 
 
 @jit
@@ -188,42 +246,61 @@ def _add_pairs(a0, a1, b0, b1):
 
 
 def _add_layer_norm_bwd_fake(
-    dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype
+    dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype,
+    rms=False, x=None, layer_scale=None, sample_scale=None,
 ):  # fmt: skip
     dx = torch.empty_like(total, dtype=x_dtype, memory_format=torch.contiguous_format)
-    dresidual = dx.new_empty(0) if residual_dtype in (None, x_dtype) else torch.empty_like(dx, dtype=residual_dtype)
-    vectors = (None if weight is None else weight.dtype, bias_dtype, x_bias_dtype)
-    return dx, dresidual, *(total.new_empty(0 if d is None else total.shape[1], dtype=d) for d in vectors)
+    shared = residual_dtype == x_dtype and layer_scale is None and sample_scale is None
+    dresidual = dx.new_empty(0) if residual_dtype is None or shared else torch.empty_like(dx, dtype=residual_dtype)
+    dtypes = _dtypes_of_vectors(weight, bias_dtype, x_bias_dtype, layer_scale)
+    return dx, dresidual, *(total.new_empty(0 if d is None else total.shape[1], dtype=d) for d in dtypes)
+
+
+def _dtypes_of_vectors(weight, bias_dtype, x_bias_dtype, layer_scale):
+    weight_dtype, layer_scale_dtype = (None if p is None else p.dtype for p in (weight, layer_scale))
+    return weight_dtype, bias_dtype, x_bias_dtype, layer_scale_dtype
 
 
 @register(
     "add_layer_norm_bwd(Tensor dnormed, Tensor? dsum, Tensor sum, Tensor mean, Tensor rstd, Tensor? weight, "
-    "ScalarType x_dtype, ScalarType? residual_dtype, ScalarType? bias_dtype, ScalarType? x_bias_dtype)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
+    "ScalarType x_dtype, ScalarType? residual_dtype, ScalarType? bias_dtype, ScalarType? x_bias_dtype, "
+    "bool rms=False, Tensor? x=None, Tensor? layer_scale=None, Tensor? sample_scale=None)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias, Tensor dlayer_scale)",
     _add_layer_norm_bwd_fake,
 )
 def _add_layer_norm_bwd(
-    dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype
+    dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype,
+    rms=False, x=None, layer_scale=None, sample_scale=None,
 ):  # fmt: skip
-    """dx and dresidual are the gradient of the sum, each in its own dtype; dresidual is empty where that is x_dtype. A
-    dtype of None: this gradient is not needed."""
+    """dresidual is the gradient of the sum, and dx that times the scales, each in its own dtype; dresidual is empty
+    where both are the same. A dtype of None: this gradient is not needed. x is needed for the layer scale alone."""
     M, C = total.shape
-    chunks, config = row_chunks("add_layer_norm_bwd", total, dnormed, dsum)
+    if layer_scale is None:
+        chunks, config = row_chunks("add_layer_norm_bwd", total, dnormed, dsum)
+    else:  # with its sums, 24 channels of a row would not fit the registers of a thread
+        chunks, config = row_chunks("scaled_layer_norm_bwd", total, dnormed, dsum, x, widest=512)
     programs = min(2 * multiprocessors(total), -(-M // config.rows))
+    scaled = layer_scale is not None or sample_scale is not None
     dx = torch.empty(M, C, dtype=x_dtype, device=total.device)
-    dresidual = None if residual_dtype in (None, x_dtype) else torch.empty_like(dx, dtype=residual_dtype)
-    dtypes = (None if weight is None else weight.dtype, bias_dtype, x_bias_dtype)
+    apart = residual_dtype is not None and (scaled or residual_dtype != x_dtype)
+    dresidual = torch.empty_like(dx, dtype=residual_dtype) if apart else None
+    dtypes = _dtypes_of_vectors(weight, bias_dtype, x_bias_dtype, layer_scale)
     partial = [
         None if dtype is None else torch.empty(programs, C, dtype=torch.float32, device=total.device)
         for dtype in dtypes
     ]
     total, dnormed = dense_rows(total), dense_rows(dnormed)
-    dsum = None if dsum is None else dense_rows(dsum)
+    dsum, x = (None if t is None else dense_rows(t) for t in (dsum, x))
+    weight, layer_scale, sample_scale = (
+        None if p is None else p.contiguous() for p in (weight, layer_scale, sample_scale)
+    )
     launch(
         _add_layer_norm_bwd_kernel, programs, total,
-        total, mean, rstd, None if weight is None else weight.contiguous(), dnormed, dsum, dx, dresidual, *partial,
+        total, None if rms else mean, rstd, weight, dnormed, dsum, dx, dresidual, *partial[:3],
         total.stride(0), dnormed.stride(0), 0 if dsum is None else dsum.stride(0), M, programs,
-        C, *chunks, config.rows, config.num_stages, num_warps=config.num_warps,
+        C, *chunks, config.rows, config.num_stages,
+        x, layer_scale, partial[3], sample_scale, None if x is None else x.stride(0),
+        _rows_of_a_sample(M, sample_scale), num_warps=config.num_warps,
     )  # fmt: skip
     vectors = (
         total.new_empty(0) if sums is None else sums.sum(0).to(dtype)
@@ -237,8 +314,12 @@ class _AddLayerNorm(Function):
     of the sum; then the sum's carrier where x or residual has one: see `ResidualStream`."""
 
     @staticmethod
-    def forward(x, x_carrier, residual, residual_carrier, rows, weight, bias, x_bias, eps, dtype):
-        normed, total, mean, rstd = torch.ops.ajepa.add_layer_norm_fwd(x, residual, rows, weight, bias, eps, dtype)
+    def forward(
+        x, x_carrier, residual, residual_carrier, rows, weight, bias, x_bias, eps, dtype, rms, layer_scale, sample_scale
+    ):
+        normed, total, mean, rstd = torch.ops.ajepa.add_layer_norm_fwd(
+            x, residual, rows, weight, bias, eps, dtype, rms, layer_scale, sample_scale
+        )
         carrier = x_carrier if residual_carrier is None else residual_carrier
         carriers = () if carrier is None else (_carrier(x, carrier.dtype),)
         if residual is None:
@@ -247,12 +328,13 @@ class _AddLayerNorm(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, x_carrier, residual, residual_carrier, rows, weight, bias, x_bias, *_ = inputs
+        x, x_carrier, residual, residual_carrier, rows, weight, bias, x_bias, _, _, ctx.rms, layer_scale, scale = inputs
         _, mean, rstd, *sums = output
         ctx.set_materialize_grads(False)
         carried = x_carrier is not None or residual_carrier is not None
         ctx.mark_non_differentiable(mean, rstd, *(sums[:-1] if carried else ()))  # a carrier comes last
-        ctx.save_for_backward(x if residual is None else sums[0], mean, rstd, weight)
+        total, branch = x if residual is None else sums[0], None if layer_scale is None else x
+        ctx.save_for_backward(total, mean, rstd, weight, branch, layer_scale, scale)
         takes_x, takes_residual = x if x_carrier is None else x_carrier, residual
         if rows is not None or residual_carrier is not None:
             takes_residual = residual_carrier
@@ -262,26 +344,36 @@ class _AddLayerNorm(Function):
     @staticmethod
     @first_order
     def backward(ctx, saved, dnormed, _mean, _rstd, *dsums):
-        (total, mean, rstd, weight), (x_dtype, residual_dtype, bias_dtype, x_bias_dtype) = saved, ctx.dtypes
+        total, mean, rstd, weight, x, layer_scale, sample_scale = saved
+        x_dtype, residual_dtype, bias_dtype, x_bias_dtype = ctx.dtypes
         dsum = dsums[-1] if dsums else None
         if not ctx.needs_input_grad[2] and not ctx.needs_input_grad[3]:
             residual_dtype = None
-        dx = dresidual = dweight = dbias = dx_bias = None
+        dx = dresidual = dweight = dbias = dx_bias = dlayer_scale = None
         if dnormed is not None:
-            dx, dresidual, dweight, dbias, dx_bias = torch.ops.ajepa.add_layer_norm_bwd(
-                dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype
-            )
-            dresidual = dx if residual_dtype == x_dtype else dresidual
+            dx, dresidual, dweight, dbias, dx_bias, dlayer_scale = torch.ops.ajepa.add_layer_norm_bwd(
+                dnormed, dsum, total, mean, rstd, weight, x_dtype, residual_dtype, bias_dtype, x_bias_dtype,
+                ctx.rms, x, layer_scale, sample_scale,
+            )  # fmt: skip
+            shared = residual_dtype == x_dtype and layer_scale is None and sample_scale is None
+            dresidual = dx if shared else dresidual
         elif dsum is not None:
-            dx, dresidual = dsum.to(x_dtype), None if residual_dtype is None else dsum.to(residual_dtype)
-            dx_bias = None if x_bias_dtype is None else dsum.sum(0, dtype=x_bias_dtype)
+            dbranch = dsum
+            if sample_scale is not None:
+                row_scale = sample_scale.repeat_interleave(_rows_of_a_sample(len(dsum), sample_scale))
+                dbranch = dbranch * row_scale[:, None]
+            if layer_scale is not None:
+                dlayer_scale, dbranch = (dbranch * x).sum(0, dtype=layer_scale.dtype), dbranch * layer_scale
+            dx, dresidual = dbranch.to(x_dtype), None if residual_dtype is None else dsum.to(residual_dtype)
+            dx_bias = None if x_bias_dtype is None else dbranch.sum(0, dtype=x_bias_dtype)
         x_is_carried, residual_is_carried = ctx.carriers
         return (
             *((None, dx) if x_is_carried else (dx, None)),
             *((None, dresidual) if residual_is_carried else (None if residual_dtype is None else dresidual, None)),
             None,
             None if weight is None else dweight, None if bias_dtype is None else dbias,
-            None if x_bias_dtype is None else dx_bias, None, None,
+            None if x_bias_dtype is None else dx_bias, None, None, None,
+            None if layer_scale is None else dlayer_scale, None,
         )  # fmt: skip
 
 
@@ -375,6 +467,9 @@ def add_layer_norm_reference(
     *,
     x_bias: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    rms: bool = False,
+    layer_scale: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | ResidualStream]:
     """Plain PyTorch definition of `add_layer_norm`: the norm in float32 (float64 for float64), rounded to `dtype`."""
     stream = next((t for t in (residual, x) if isinstance(t, ResidualStream)), None)
@@ -383,16 +478,22 @@ def add_layer_norm_reference(
     total = x.joined() if isinstance(x, ResidualStream) else x
     dtype = total.dtype if dtype is None else dtype
     total = total if x_bias is None else BiasGradient.apply(total, x_bias)
+    total = total if layer_scale is None else total * layer_scale
+    if sample_scale is not None:
+        factors = sample_scale.to(total.dtype)
+        total = total * factors.reshape(factors.shape + (1,) * (total.dim() - factors.dim()))
     if residual is not None:
         total = total + (residual if rows is None else residual[rows])
     compute = torch.promote_types(total.dtype, torch.float32)
     weight, bias = (None if p is None else p.to(compute) for p in (weight, bias))
-    if stream is None:
-        return F.layer_norm(total.to(compute), total.shape[-1:], weight, bias, eps).to(dtype), total
-    values, carrier = _Split.apply(total, stream.carrier.dtype)
-    total = _Join.apply(values, carrier)
-    normed = F.layer_norm(total.to(compute), total.shape[-1:], weight, bias, eps)
-    return normed.to(dtype), ResidualStream(values, carrier)
+    out: Any = total
+    if stream is not None:
+        out = ResidualStream(*_Split.apply(total, stream.carrier.dtype))
+        total = _Join.apply(*out)
+    shape = total.shape[-1:]
+    if rms:
+        return F.rms_norm(total.to(compute), shape, weight, eps).to(dtype), out
+    return F.layer_norm(total.to(compute), shape, weight, bias, eps).to(dtype), out
 
 
 def add_layer_norm(
@@ -404,9 +505,15 @@ def add_layer_norm(
     *,
     x_bias: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    rms: bool = False,
+    layer_scale: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, Any]:
     """sum = x + residual; normed = (sum - mean) / sqrt(variance + eps) * weight + bias, over the last axis.
+
+    With scales, sum = residual + sample_scale * layer_scale * x. With `rms`, normed = sum / sqrt(mean(sum^2) + eps) *
+    weight (RMSNorm, arXiv 1910.07467).
 
     This is the step between the halves of a pre-norm transformer block (arXiv 2002.04745): x is the output of the
     previous half, and residual is the stream that it is added to.
@@ -422,20 +529,27 @@ def add_layer_norm(
             over all rows, so that no other pass has to read that gradient.
         rows: int64 or int32, of x's shape without C. The residual is then a table `[R, C]` without a gradient, such as
             position embeddings, and residual[rows] is added.
+        rms: RMS norm in place of layer norm; bias must be None.
+        layer_scale: `[C]`, LayerScale's factor of each channel of x (arXiv 2103.17239). Needs a residual.
+        sample_scale: drop path's factor of each sample (stochastic depth, arXiv 1603.09382): 0, or 1 / the probability
+            of keeping it. `[B]` for x `[B, ..., C]`, or of x's shape without C, one for each row. It gets no gradient.
+            Needs a residual.
         impl: "auto" runs the Triton kernel on a GPU, or warns once and runs plain PyTorch if the kernel cannot run; on
             a CPU it runs plain PyTorch. "triton" requires the kernel, "reference" is plain PyTorch.
 
     Returns:
-        normed, in the dtype of x or, under autocast, in autocast's; and sum, in the wider dtype of x and residual
-        (without a residual, x itself), or as a `ResidualStream` if one was given. Both are computed in float32.
+        normed, in the dtype of x or, under autocast, in autocast's; and sum, in the widest dtype of x, residual and
+        layer_scale (without a residual, x itself), or as a `ResidualStream` if one was given. Both are computed in
+        float32.
 
-    Saved for backward: sum, weight, and the mean and 1 / standard deviation of each row. The gradients of weight, bias
-    and x_bias are summed in a fixed order.
+    Saved for backward: sum, weight, and the mean (not with `rms`) and 1 / standard deviation of each row; x, if there
+    is a layer_scale; the scales. The gradients of weight, bias, x_bias and layer_scale are summed in a fixed order.
     `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
-        ValueError: shapes or devices are invalid, or a residual with `rows` requires a gradient; raised before any
-            launch.
+        ValueError: shapes or devices are invalid; a residual with `rows`, or sample_scale, requires a gradient; there
+            is a bias with `rms`, or a scale without a residual. Raised before any launch.
+        TypeError: an argument is no tensor.
         RuntimeError: the gradients are differentiated again.
 
     Example::
@@ -444,30 +558,41 @@ def add_layer_norm(
         stream = torch.randn(8, 64, 768, device="cuda")
         x = torch.randn(8, 64, 768, device="cuda", dtype=torch.bfloat16)  # output of attention or an MLP
         normed, stream = add_layer_norm(x, stream, norm.weight, norm.bias, norm.eps)
+
+        gamma = torch.full((768,), 1e-5, device="cuda", requires_grad=True)  # LayerScale
+        kept = torch.empty(8, device="cuda").bernoulli_(0.9) / 0.9  # drop path
+        normed, stream = add_layer_norm(x, stream, norm.weight, rms=True, layer_scale=gamma, sample_scale=kept)
     """
+    given = x, residual
     x, x_carrier = x if isinstance(x, ResidualStream) else (x, None)
     residual, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
-    _check(x, x_carrier, residual, weight, bias, x_bias, rows)
-    tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
+    vectors = {"weight": weight, "bias": bias, "x_bias": x_bias, "layer_scale": layer_scale}
+    check_tensors("add_layer_norm", x=x, residual=residual, rows=rows, sample_scale=sample_scale, **vectors)
+    _check(x, x_carrier, residual, rows, sample_scale, vectors)
+    if rms and bias is not None:
+        raise ValueError("add_layer_norm: RMS norm has no bias; pass bias=None with rms=True")
+    tensors = [t for t in (x, residual, sample_scale, *vectors.values()) if t is not None]
     dtype, unsupported, C = autocast_dtype(x), "", x.shape[-1]
     if others := {t.dtype for t in tensors} - {torch.float32, torch.float16, torch.bfloat16}:
         unsupported = f"no kernel for {', '.join(sorted(map(str, others)))}"
     elif not 1 <= C <= MAX_WIDTH:
         unsupported = f"no kernel for width {C}, only up to {MAX_WIDTH}"
     if not use_triton("add_layer_norm", impl, x, unsupported):
-        x_again = x if x_carrier is None else ResidualStream(x, x_carrier)
-        residual_again = residual if residual is None or carrier is None else ResidualStream(residual, carrier)
-        return add_layer_norm_reference(x_again, residual_again, weight, bias, eps, dtype, x_bias=x_bias, rows=rows)
+        options: dict[str, Any] = {"x_bias": x_bias, "rows": rows, "rms": rms}
+        options |= {"layer_scale": layer_scale, "sample_scale": sample_scale}
+        return add_layer_norm_reference(given[0], given[1], weight, bias, eps, dtype, **options)
     flat = [None if t is None else t.reshape(-1, C) for t in (x, x_carrier, residual, carrier)]
-    rows = None if rows is None else rows.flatten()
-    normed, _, _, *sums = _AddLayerNorm.apply(*flat, rows, weight, bias, x_bias, eps, dtype)
+    rows, sample_scale = (None if t is None else t.flatten() for t in (rows, sample_scale))
+    normed, _, _, *sums = _AddLayerNorm.apply(
+        *flat, rows, weight, bias, x_bias, eps, dtype, rms, layer_scale, sample_scale
+    )  # fmt: skip
     normed, sums = normed.view(x.shape), [t.view(x.shape) for t in sums]
     if x_carrier is None and carrier is None:
         return normed, sums[0] if sums else x
     return normed, ResidualStream(*(sums if residual is not None else (x, *sums)))
 
 
-def _check(x, x_carrier, residual, weight, bias, x_bias, rows) -> None:
+def _check(x, x_carrier, residual, rows, sample_scale, vectors) -> None:
     table = rows is not None
     if x.dim() < 1 or (residual is not None and not table and residual.shape != x.shape):
         raise ValueError(
@@ -482,9 +607,16 @@ def _check(x, x_carrier, residual, weight, bias, x_bias, rows) -> None:
         raise ValueError("add_layer_norm: a residual that is read by rows gets no gradient; detach it")
     if x_carrier is not None and residual is not None:
         raise ValueError("add_layer_norm: x may be a ResidualStream only where there is no residual")
-    for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+    for name, p in vectors.items():
         if p is not None and p.shape != x.shape[-1:]:
             raise ValueError(f"add_layer_norm: {name} must be [{x.shape[-1]}], got {list(p.shape)}")
-    tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
+    if residual is None and (sample_scale is not None or vectors["layer_scale"] is not None):
+        raise ValueError("add_layer_norm: layer_scale and sample_scale need a residual")
+    if sample_scale is not None and (x.dim() < 2 or sample_scale.shape not in (x.shape[:1], x.shape[:-1])):
+        shapes = " or ".join(dict.fromkeys((str(list(x.shape[:1])), str(list(x.shape[:-1])))))
+        raise ValueError(f"add_layer_norm: sample_scale must be {shapes}, got {list(sample_scale.shape)}")
+    if sample_scale is not None and sample_scale.requires_grad:
+        raise ValueError("add_layer_norm: sample_scale gets no gradient; detach it")
+    tensors = [t for t in (x, residual, sample_scale, *vectors.values()) if t is not None]
     if any(t.device != x.device or not t.is_floating_point() for t in tensors):
         raise ValueError("add_layer_norm: all tensors must be floating point and on one device")

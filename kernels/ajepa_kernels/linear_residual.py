@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels import _hopper, products
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels.layer_norm import ResidualStream
 
@@ -93,6 +94,7 @@ def linear_residual(
 
     Raises:
         ValueError: shapes, dtypes, devices or options are invalid, or a tensor is not aligned.
+        TypeError: an argument is no tensor.
         RuntimeError: a kernel cannot be launched, or the gradients are differentiated again.
 
     Example::
@@ -105,30 +107,15 @@ def linear_residual(
             normed, stream = add_layer_norm(stream, None, norm.weight, norm.bias)
     """
     values, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
+    check_tensors("linear_residual", x=x, weight=weight, bias=bias, residual=values)
     if x.dim() < 1 or weight.dim() != 2 or weight.shape[1:] != x.shape[-1:] or bias.shape != weight.shape[:1]:
         raise ValueError(
             "linear_residual: x [..., K], weight [N, K] and bias [N] expected, "
             f"got {list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
         )
-    if values.shape != (*x.shape[:-1], len(weight)):
-        raise ValueError(
-            f"linear_residual: the residual must be {[*x.shape[:-1], len(weight)]}, got {list(values.shape)}"
-        )
-    if copies is not None and [c.shape for c in copies] != [weight.shape, bias.shape]:
-        raise ValueError("linear_residual: copies must be two tensors of the shapes of weight and bias")
-    tensors = (x, weight, bias, values, *(copies or ()))
-    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
-        raise ValueError("linear_residual: all tensors must be floating point and on one device")
     if impl not in ("auto", "fused", "reference"):
         raise ValueError(f"linear_residual: impl must be auto, fused or reference, got {impl!r}")
-    if copies is not None:
-        x = x.to(copies[0].dtype)
-    else:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if any(p.dtype != x.dtype for p in copies or (weight, bias)):
-        raise ValueError("linear_residual: copies must share a dtype")
+    x, (weight, bias) = products.operands("linear_residual", x, {"weight": weight, "bias": bias}, copies, values)
     unfused = products.why_not(x, (products.RESIDUAL,), *weight.shape)
     if impl == "fused" and unfused and x.is_cuda:
         raise ValueError(f"linear_residual: impl='fused' is impossible: {unfused}; use impl='auto' or 'reference'")

@@ -7,7 +7,7 @@ import ast
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -15,12 +15,22 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ajepa_kernels import _extension
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._triton import constant
 
 KALDI_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of mel power
 LARGEST = 2**30  # limit of sizes, because the kernels compute them with 32 bits
 PEAK_EPS = 1e-6  # below one step of int16 (3e-5), so that a silent clip stays silent
 Layout = Literal["patches", "spectrogram", "mel"]
+
+
+def _has_transform(n_fft: int) -> bool:
+    """Whether n_fft is 16 times a product of 2, 3 and 5 in 128..8192. (Divisors of 30^13 have no other primes.)"""
+    return 128 <= n_fft <= 8192 and n_fft % 16 == 0 and 30**13 % n_fft == 0
+
+
+SIZES = tuple(n_fft for n_fft in range(128, 8193) if _has_transform(n_fft))
+CUDA_SIZES = frozenset({400, 640, 1200, *(2**i for i in range(7, 14))})  # with a template in csrc/log_mel.cu
 
 
 def _number(field: str, value: Any, kind: type) -> Any:
@@ -36,7 +46,7 @@ def _number(field: str, value: Any, kind: type) -> Any:
 
 @dataclass(frozen=True)
 class LogMelSpec:
-    """A front end: PCM -> waveform norm -> frames -> window -> |FFT|^power -> mel -> log -> (x - mean) / std.
+    """A front end: PCM -> norm, scale -> frames -> window -> |FFT|^power -> mel -> log -> (x - mean) / std.
 
     Convention "kaldi" is `torchaudio.compliance.kaldi.fbank` (each frame minus its mean, y[n] = x[n] - c x[n-1] with
     x[-1] = x[0], symmetric window, triangles linear in mel, Nyquist bin unused). Convention "torchaudio" is
@@ -55,7 +65,8 @@ class LogMelSpec:
     sample_rate: int = 16000
     """Sampling rate of the front end in Hz."""
     n_fft: int = 512
-    """Size of the transform: a power of two from 128 to 8192, or 400 (Whisper's)."""
+    """Size of the transform: 16 times a product of 2, 3 and 5, from 128 to 8192. The CUDA kernel has the powers of two,
+    400 (Whisper's), 640 and 1200; other sizes run as plain PyTorch on a GPU."""
     win_length: int = 400
     """Length of the window in samples."""
     hop_length: int = 160
@@ -68,7 +79,7 @@ class LogMelSpec:
     """Upper edge of the highest mel band in Hz. None: the Nyquist frequency."""
     convention: Literal["kaldi", "torchaudio"] = "kaldi"
     """Library whose arithmetic the front end follows."""
-    window: Literal["hann", "povey", "hamming"] = "hann"
+    window: Literal["hann", "povey", "hamming", "blackman"] = "hann"
     """Window of a frame. povey is Hann to the power 0.85, for Kaldi only."""
     power: Literal[1, 2] = 2
     """2: power spectrum. 1: magnitude spectrum."""
@@ -79,7 +90,7 @@ class LogMelSpec:
     snip_edges: bool = True
     """Kaldi only. If off, a clip has round(S / hop) frames and its ends are mirrored, with the edge sample repeated."""
     center: bool = True
-    """torchaudio only: centre frame t on sample t * hop. The ends are mirrored without repeating the edge sample."""
+    """torchaudio only: centre frame t on sample t * hop; `pad_mode` says what lies beyond the clip's ends."""
     mel_scale: Literal["htk", "slaney"] = "htk"
     """torchaudio only: the formula of the mel scale."""
     mel_norm: Literal["slaney"] | None = None
@@ -89,10 +100,11 @@ class LogMelSpec:
     floor: float | None = None
     """Smallest mel value before the log. None: float32 epsilon for Kaldi, 1e-10 for torchaudio."""
     top_db: float | None = None
-    """In dB: values below the clip's maximum minus this are raised to that level. (torchaudio takes the maximum over a
-    whole [B, S] batch, and over one clip only if it is called clip by clip.)"""
+    """In dB: values below the clip's maximum minus this are raised to that level. Frames that `n_frames` crops do not
+    count for the maximum, as in Whisper. (torchaudio takes the maximum over a whole [B, S] batch, and over one clip
+    only if it is called clip by clip.)"""
     n_frames: int | None = None
-    """Number of frames: longer results are cropped, shorter ones padded with zeros. None: all frames."""
+    """Number of frames: longer results are cropped, shorter ones padded with `pad_value`. None: all frames."""
     waveform_norm: Literal["none", "mean", "peak"] = "none"
     """Normalisation of each clip. mean: x - mean x. peak: (x - mean x) / (max |x - mean x| + 1e-6)."""
     mean: float = 0.0
@@ -101,32 +113,43 @@ class LogMelSpec:
     """Standard deviation of the data set, which divides last, also padded frames."""
     patch: tuple[int, int] = (16, 16)
     """Size of a patch: mel bands, frames."""
+    pad_mode: Literal["reflect", "constant"] = "reflect"
+    """torchaudio's `center` only. reflect: the ends are mirrored without repeating the edge sample. constant: zeros lie
+    beyond them, also after a waveform norm (librosa's default)."""
+    pad_value: float = 0.0
+    """Value of frames that the clip does not have, before `mean` and `std`."""
+    n_samples: int | None = None
+    """Clips are cropped, or padded with zeros after the waveform norm, to this many samples, so that all have the same
+    frames (Whisper: 480000). None: they stay as they are."""
+    scale: float = 1.0
+    """Factor of the samples after the waveform norm. 32768: the units of int16, in which Kaldi applies its floor."""
     _key: ClassVar[str]  # all fields as a string, which torch.compile treats as a constant
 
     def __post_init__(self):
-        for kind, fields in (
-            (int, ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "power", "n_frames")),
-            (float, ("f_min", "f_max", "preemphasis", "floor", "top_db", "mean", "std")),
+        for kind, names in (
+            (int, ("sample_rate", "n_fft", "win_length", "hop_length", "n_mels", "power", "n_frames", "n_samples")),
+            (float, ("f_min", "f_max", "preemphasis", "floor", "top_db", "mean", "std", "pad_value", "scale")),
         ):
-            for field in fields:
+            for field in names:
                 value = getattr(self, field)
-                if value is not None or field not in ("n_frames", "f_max", "floor", "top_db"):
+                if value is not None or field not in ("n_frames", "n_samples", "f_max", "floor", "top_db"):
                     object.__setattr__(self, field, _number(field, value, kind))
         sizes = self.patch if isinstance(self.patch, Sequence) else (self.patch,)
         object.__setattr__(self, "patch", tuple(_number("patch", size, int) for size in sizes))
         nyquist, kaldi = self.sample_rate / 2, self.convention == "kaldi"
         f_max = nyquist if self.f_max is None else self.f_max
-        power_of_two = 128 <= self.n_fft <= 8192 and self.n_fft & (self.n_fft - 1) == 0
-        choices = {"convention": ("kaldi", "torchaudio"), "window": ("hann", "povey", "hamming"), "power": (1, 2),
-                   "mel_scale": ("htk", "slaney"), "mel_norm": (None, "slaney"), "log": ("ln", "db"),
-                   "waveform_norm": ("none", "mean", "peak")}  # fmt: skip
+        near = sorted(sorted(SIZES, key=lambda size: abs(size - self.n_fft))[:2])
+        choices = {"convention": ("kaldi", "torchaudio"), "window": ("hann", "povey", "hamming", "blackman"),
+                   "power": (1, 2), "mel_scale": ("htk", "slaney"), "mel_norm": (None, "slaney"), "log": ("ln", "db"),
+                   "waveform_norm": ("none", "mean", "peak"), "pad_mode": ("reflect", "constant")}  # fmt: skip
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"LogMelSpec: {field} must be one of {allowed}, got {getattr(self, field)!r}")
         for wrong, message in (
             (not 1 <= self.sample_rate < LARGEST, f"sample_rate must be 1..2^30 - 1 Hz, got {self.sample_rate}"),
-            (not (power_of_two or self.n_fft == 400),
-             f"n_fft must be 400 or a power of two in 128..8192, got {self.n_fft}"),
+            (self.n_fft not in SIZES,
+             "n_fft must be 16 times a product of 2, 3 and 5 in 128..8192 (a power of two, 400, "
+             f"640, 1200, ...), got {self.n_fft}; the nearest are {near[0]} and {near[1]}"),
             (not 2 <= self.win_length <= self.n_fft,
              f"win_length {self.win_length} must be 2..n_fft; raise n_fft ({self.n_fft}) or shorten the window"),
             (not 1 <= self.hop_length < LARGEST, f"hop_length must be 1..2^30 - 1 samples, got {self.hop_length}"),
@@ -141,16 +164,24 @@ class LogMelSpec:
              f"n_frames must be None or 1..2^30 - 1, got {self.n_frames}"),
             (not (0 < self.std < math.inf), f"std must be positive, got {self.std}"),
             (not math.isfinite(self.mean), f"mean must be finite, got {self.mean}"),
+            (not math.isfinite(self.pad_value), f"pad_value must be finite, got {self.pad_value}"),
+            (not 0 < self.scale < math.inf, f"scale must be positive, got {self.scale}"),
             (len(self.patch) != 2 or not all(1 <= size < LARGEST for size in self.patch),
              f"patch must be two sizes in 1..2^30 - 1, got {self.patch}"),
             (not kaldi and self.window == "povey", "window 'povey' needs convention='kaldi'; set it or choose 'hann'"),
             (not kaldi and not self.snip_edges, "snip_edges=False needs convention='kaldi'; leave it True"),
+            (self.pad_mode != "reflect" and (kaldi or not self.center),
+             f"pad_mode {self.pad_mode!r} needs convention='torchaudio' and center=True; leave it 'reflect'"),
             (kaldi and not self.center, "center=False needs convention='torchaudio'; leave it True"),
             (kaldi and self.mel_scale != "htk", "mel_scale 'slaney' needs convention='torchaudio'; leave it 'htk'"),
             (kaldi and self.mel_norm is not None, "mel_norm needs convention='torchaudio'; leave it None"),
         ):  # fmt: skip
             if wrong:
                 raise ValueError(f"LogMelSpec: {message}")
+        if self.n_samples is not None and not self._least <= self.n_samples < LARGEST:
+            raise ValueError(
+                f"LogMelSpec: n_samples must be None or {self._least} (one frame) to 2^30 - 1, got {self.n_samples}"
+            )
         object.__setattr__(self, "_key", repr(astuple(self)))
 
     @property
@@ -161,22 +192,29 @@ class LogMelSpec:
         return KALDI_FLOOR if self.convention == "kaldi" else 1e-10
 
     @property
-    def min_samples(self) -> int:
-        """The number of samples of the shortest clip that has a frame."""
+    def _least(self) -> int:
+        """The number of samples, padding included, that one frame takes."""
         if self.convention == "kaldi":  # mirrored ends give round(S / hop) frames
             return self.win_length if self.snip_edges else max(self.win_length, self.hop_length - self.hop_length // 2)
-        return self.n_fft // 2 + 1 if self.center else self.n_fft
+        if not self.center:
+            return self.n_fft
+        return 1 if self.pad_mode == "constant" else self.n_fft // 2 + 1
+
+    @property
+    def min_samples(self) -> int:
+        """The number of samples of the shortest clip that has a frame."""
+        return self._least if self.n_samples is None else 1
 
     @property
     def first_sample(self) -> int:
-        """The sample at which the window of frame 0 starts; negative if the clip's beginning is mirrored."""
+        """The sample at which the window of frame 0 starts; negative if that lies before the clip."""
         if self.convention == "kaldi":
             return 0 if self.snip_edges else self.hop_length // 2 - self.win_length // 2
         return (self.n_fft - self.win_length) // 2 - (self.n_fft // 2 if self.center else 0)
 
     @property
     def frame_rule(self) -> tuple[int, int]:
-        """(a, b) such that a clip of S >= min_samples samples has (S + a) // hop + b frames."""
+        """(a, b) such that S >= min_samples samples (or `n_samples`, if set) have (S + a) // hop + b frames."""
         if self.convention == "kaldi":
             return (-self.win_length, 1) if self.snip_edges else (self.hop_length // 2, 0)
         return (0, 1) if self.center else (-self.n_fft, 1)
@@ -184,10 +222,11 @@ class LogMelSpec:
     def frames(self, samples: int) -> int:
         """The number of frames of a clip of `samples` samples, before padding or cropping to `n_frames`."""
         a, b = self.frame_rule
-        return (samples + a) // self.hop_length + b if samples >= self.min_samples else 0
+        samples = samples if self.n_samples is None else self.n_samples
+        return (samples + a) // self.hop_length + b if samples >= self._least else 0
 
     def patch_grid(self, samples: int) -> tuple[int, int]:
-        """The number of (frequency, time) patches of a clip. Frames are padded with rows of zeros to whole patches."""
+        """The number of (frequency, time) patches of a clip. Frames are padded with `pad_value` to whole patches."""
         if self.n_mels % self.patch[0]:
             raise ValueError(f"LogMelSpec: patch height {self.patch[0]} must divide n_mels {self.n_mels}")
         frames = self.frames(samples) if self.n_frames is None else self.n_frames
@@ -195,8 +234,8 @@ class LogMelSpec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The number of (frequency, time) patches, for a fixed `n_frames`."""
-        if self.n_frames is None:
+        """The number of (frequency, time) patches, for a fixed `n_frames` or `n_samples`."""
+        if self.n_frames is None and self.n_samples is None:
             raise ValueError(
                 "LogMelSpec: grid depends on the clip when n_frames is None; set n_frames or use patch_grid(S)"
             )
@@ -223,12 +262,34 @@ LOG_MEL_PRESETS: dict[str, LogMelSpec] = {
     # arXiv 2311.15830, with AudioMAE's statistics of AudioSet; AudioMAE divides by twice the standard deviation. The
     # waveform's mean is not subtracted, because every frame's own mean is.
     "a-jepa": LogMelSpec(n_frames=1024, mean=-4.2677393, std=2 * 4.5689974),
-    # openai/whisper, for 30 s clips: (log10 + 4) / 4 after raising values below max - 8 to that level, here in dB.
+    # openai/whisper: samples padded to 30 s, the last frame dropped, then (log10 + 4) / 4 after raising values below
+    # max - 8 to that level, here in dB. large-v3 has n_mels=128.
     "whisper": LogMelSpec(
         n_fft=400, n_mels=80, f_min=0.0, convention="torchaudio", mel_scale="slaney", mel_norm="slaney", log="db",
-        top_db=80.0, n_frames=3000, mean=-40.0, std=40.0,
+        top_db=80.0, n_frames=3000, mean=-40.0, std=40.0, n_samples=480_000,
+    ),
+    # arXiv 2211.06687, for 10 s clips, of which shorter ones are padded with zeros ("pad"). To repeat a clip
+    # ("repeatpad", "repeat") and to choose or fuse parts of a longer one is left to the caller. The checkpoints without
+    # fusion ("rand_trunc") have mel_scale="slaney", mel_norm="slaney".
+    "clap": LogMelSpec(
+        sample_rate=48_000, n_fft=1024, win_length=1024, hop_length=480, n_mels=64, f_min=0.0, f_max=14_000.0,
+        convention="torchaudio", log="db", n_samples=480_000,
+    ),
+    # Kaldi's compute-fbank-feats and kaldi-native-fbank, in units of int16 and without dither, with the 80 bands of
+    # speech recognition (both default to 23).
+    "kaldi": LogMelSpec(window="povey", n_mels=80, scale=32768.0),
+    # librosa.power_to_db(librosa.feature.melspectrogram(...)) with its defaults, thus for 22.05 kHz.
+    "librosa": LogMelSpec(
+        sample_rate=22_050, n_fft=2048, win_length=2048, hop_length=512, f_min=0.0, convention="torchaudio",
+        mel_scale="slaney", mel_norm="slaney", log="db", top_db=80.0, pad_mode="constant",
     ),
 }  # fmt: skip
+LOG_MEL_PRESETS |= {
+    # arXiv 2104.01778. The model's patches overlap (stride 10), so it takes layout "spectrogram".
+    "ast": LOG_MEL_PRESETS["a-jepa"],
+    # SeamlessM4T and w2v-BERT 2.0, before they normalise each band over time and stack the frames two by two.
+    "seamless": LOG_MEL_PRESETS["kaldi"],
+}
 
 
 class _Tables(NamedTuple):
@@ -305,7 +366,8 @@ def _mel_bank(spec: LogMelSpec) -> torch.Tensor:
 
 def _window(spec: LogMelSpec) -> torch.Tensor:
     """`[win_length]`, float64."""
-    kind = torch.hamming_window if spec.window == "hamming" else torch.hann_window
+    kinds = {"hamming": torch.hamming_window, "blackman": torch.blackman_window}
+    kind = kinds.get(spec.window, torch.hann_window)
     window = kind(spec.win_length, periodic=spec.convention == "torchaudio", dtype=torch.float64, device="cpu")
     return window.pow(0.85) if spec.window == "povey" else window
 
@@ -318,15 +380,20 @@ def _twiddles(n_fft: int) -> torch.Tensor:
     """Roots of unity for the CUDA kernel, which transforms a frame as n_fft / 2 complex numbers.
 
     First exp(-2 pi i k / N) and its fourth power for each pass after the first, with N points transformed after the
-    pass. Passes have radix 16 (20 for n_fft 400); the last one has the radix that remains. Then exp(-2 pi i k / n_fft)
-    for k < n_fft / 4.
+    pass. Passes have radix 16 and the last one has the radix that remains, but for the sizes named here. Sizes without
+    a CUDA kernel have no passes. Then exp(-2 pi i k / n_fft) for k < n_fft / 4.
     """
-    points, radix, rows = n_fft // 2, 20 if n_fft == 400 else 16, []
-    done = radix
-    while done < points:
-        last = done * radix > points
-        k = torch.arange(points // radix if last else done, dtype=torch.float64, device="cpu")
-        done = points if last else done * radix
+    points, rows = n_fft // 2, []
+    radices = {400: [20, 10], 640: [20, 4, 4], 1200: [25, 24]}.get(n_fft, [16] * 4 if n_fft in CUDA_SIZES else [points])
+    done = radices[0]
+    for most in radices[1:]:
+        if done == points:
+            break
+        radix = min(most, points // done)
+        # A thread of the last pass computes the roots of its further butterflies from those of its first one.
+        threads = points // (radices[0] // radix * radix)
+        k = torch.arange(threads if done * radix == points else done, dtype=torch.float64, device="cpu")
+        done *= radix
         rows.append(torch.outer(k, torch.tensor([1.0, 4.0], dtype=torch.float64, device="cpu")) / done)
     rows.append(torch.arange(n_fft // 4, dtype=torch.float64, device="cpu").view(-1, 2) / n_fft)
     angles = torch.cat(rows) * (-2 * math.pi)
@@ -421,6 +488,7 @@ def _mirror(index: torch.Tensor, length: torch.Tensor | int, repeat_edge: bool) 
 
 
 def _check(pcm: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, dtype: torch.dtype, layout: str) -> None:
+    check_tensors("log_mel", pcm=pcm, lengths=lengths)
     if pcm.dim() != 2:
         raise ValueError(f"log_mel: pcm must be [B, S], got {list(pcm.shape)}; add a batch dimension with pcm[None]")
     if pcm.dtype not in (torch.int16, torch.float32, torch.float64):
@@ -472,16 +540,29 @@ def _normalise_waveform(x: torch.Tensor, kind: str, lengths: torch.Tensor | None
     return x / (peak + PEAK_EPS)
 
 
-def _log_mel_frames(
-    x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, n_frames: int, take_log: bool
-) -> torch.Tensor:
-    """Waveforms `[B, S]` -> `[B, M, n_frames]`: logarithms before the data set's mean and std, or else mel values."""
-    samples = x.shape[1]
-    filled = min(spec.frames(samples), n_frames)
+def _waveforms(
+    x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Waveforms `[B, S]` normalised, scaled and padded to `n_samples`, and their lengths if they still differ."""
     x = _normalise_waveform(x, spec.waveform_norm, lengths)
-    first, span = spec.first_sample, (filled - 1) * spec.hop_length + spec.win_length
-    kaldi = spec.convention == "kaldi"
-    if first < 0 or first + span > samples or (lengths is not None and not (kaldi and spec.snip_edges)):
+    if spec.scale != 1:
+        x = x * spec.scale
+    if spec.n_samples is None:
+        return x, lengths
+    if lengths is not None:
+        x = x.masked_fill(torch.arange(x.shape[1], device=x.device) >= lengths[:, None], 0)
+    return torch.nn.functional.pad(x, (0, spec.n_samples - x.shape[1])), None
+
+
+def _spectra(x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, frames: int) -> torch.Tensor:
+    """Waveforms `[B, S]` -> powers or magnitudes `[B, frames, K]`."""
+    first, span = spec.first_sample, (frames - 1) * spec.hop_length + spec.win_length
+    samples, kaldi = x.shape[1], spec.convention == "kaldi"
+    if spec.pad_mode == "constant":
+        if lengths is not None:
+            x = x.masked_fill(torch.arange(samples, device=x.device) >= lengths[:, None], 0)
+        x = torch.nn.functional.pad(x, (-first, first + span - samples))
+    elif first < 0 or first + span > samples or (lengths is not None and not (kaldi and spec.snip_edges)):
         index = torch.arange(first, first + span, device=x.device)
         if lengths is None:
             x = x[:, _mirror(index, samples, kaldi)]
@@ -495,10 +576,23 @@ def _log_mel_frames(
     if kaldi and spec.preemphasis:
         before = torch.cat((frames_BTW[..., :1], frames_BTW[..., :-1]), -1)
         frames_BTW = frames_BTW - spec.preemphasis * before
-    window, mel = _tables(spec, x.device, x.dtype)
+    window = _tables(spec, x.device, x.dtype)[0]
     spectrum_BTK = torch.fft.rfft(frames_BTW * window, n=spec.n_fft)
     power_BTK = spectrum_BTK.real.square() + spectrum_BTK.imag.square()
-    out = (power_BTK if spec.power == 2 else power_BTK.sqrt()) @ mel
+    if spec.power == 2:
+        return power_BTK
+    if power_BTK.requires_grad:  # the derivative of a root is infinite at 0; the magnitude's is taken as 0 there
+        return torch.where(power_BTK > 0, power_BTK, 1).sqrt() * (power_BTK > 0)
+    return power_BTK.sqrt()
+
+
+def _log_mel_frames(
+    x: torch.Tensor, spec: LogMelSpec, lengths: torch.Tensor | None, n_frames: int, take_log: bool
+) -> torch.Tensor:
+    """Waveforms `[B, S]` -> `[B, M, n_frames]`: logarithms before the data set's mean and std, or else mel values."""
+    filled = min(spec.frames(x.shape[1]), n_frames)
+    x, lengths = _waveforms(x, spec, lengths)
+    out = _spectra(x, spec, lengths, filled) @ _tables(spec, x.device, x.dtype)[1]
     if take_log:
         out = out.clamp_min(spec.log_floor).log()
     inside = None
@@ -512,9 +606,10 @@ def _log_mel_frames(
         if spec.top_db is not None:
             peak = out if inside is None else torch.where(inside, out, -math.inf)
             out = torch.maximum(out, peak.amax((1, 2), keepdim=True) - spec.top_db)
+    missing = spec.pad_value if take_log else 0.0
     if inside is not None:
-        out = torch.where(inside, out, 0)
-    return torch.nn.functional.pad(out.transpose(1, 2), (0, n_frames - filled))
+        out = torch.where(inside, out, missing)
+    return torch.nn.functional.pad(out.transpose(1, 2), (0, n_frames - filled), value=missing)
 
 
 def log_mel_reference(
@@ -525,11 +620,12 @@ def log_mel_reference(
     dtype: torch.dtype = torch.float32,
     layout: Layout = "patches",
 ) -> torch.Tensor:
-    """Plain PyTorch definition of `log_mel`, in float32; in float64 for float64 `pcm` or `dtype`."""
+    """Plain PyTorch definition of `log_mel`: differentiable, in float32, or in float64 for float64 `pcm` or `dtype`."""
     _check(pcm, spec, lengths, dtype, layout)
     if torch.is_autocast_enabled(pcm.device.type):  # autocast would compute the mel product in bfloat16
         with torch.autocast(pcm.device.type, enabled=False):
             return log_mel_reference(pcm, spec, lengths=lengths, dtype=dtype, layout=layout)
+    pcm = pcm[:, : spec.n_samples]
     batch, samples = pcm.shape
     lengths = None if lengths is None else lengths.clamp(0, samples)
     compute = torch.float64 if torch.float64 in (pcm.dtype, dtype) else torch.float32
@@ -551,7 +647,7 @@ def log_mel_reference(
         for i in range(0, batch, step)
     ]
     out = torch.cat(parts) if parts else x.new_empty(0, spec.n_mels, wanted)
-    out = torch.nn.functional.pad(out, (0, n_frames - wanted))
+    out = torch.nn.functional.pad(out, (0, n_frames - wanted), value=0.0 if layout == "mel" else spec.pad_value)
     out = (out if layout == "mel" else (out - spec.mean) / spec.std).to(dtype)
     if layout == "patches":
         out = out.view(batch, freq, spec.patch[0], time, spec.patch[1]).transpose(2, 3)
@@ -569,6 +665,10 @@ def _kernel_reason(pcm: torch.Tensor, spec: LogMelSpec, dtype: torch.dtype) -> s
         return f"ajepa_kernels has no compiled kernels ({_extension.MISSING})"
     if pcm.device.type == "cuda" and not _extension.CUDA:
         return "ajepa_kernels was built without nvcc"
+    if pcm.device.type == "cuda" and spec.n_fft not in CUDA_SIZES:
+        return f"the CUDA kernel has no transform of {spec.n_fft} points, only of {sorted(CUDA_SIZES)}"
+    if pcm.requires_grad and torch.is_grad_enabled():
+        return "pcm requires a gradient, and kernels have no backward"
     return ""
 
 
@@ -581,6 +681,8 @@ def _log_mel_fused(
     op: Callable[..., None] | None = None,  # None: torch.ops.ajepa.log_mel_fwd; tests pass another
 ) -> torch.Tensor:
     batch, samples = pcm.shape
+    if spec.waveform_norm != "none" and pcm.dtype == torch.int16 and (spec.n_samples or spec.pad_mode == "constant"):
+        pcm = pcm.float() / 32768  # zeros after the norm are the clip's mean before it, which int16 cannot hold
     kaldi, frames, take_log = spec.convention == "kaldi", spec.frames(samples), layout != "mel"
     kept = frames if spec.n_frames is None else spec.n_frames
     if layout == "patches":
@@ -588,21 +690,24 @@ def _log_mel_fused(
     else:  # the spectrogram is one patch
         (freq, time), (height, width) = (1, 1), (spec.n_mels, kept)
     out = torch.empty(batch, freq, time, height, width, dtype=dtype, device=pcm.device)
-    bias, add = spec.frame_rule
+    (bias, add), filled = spec.frame_rule, kept
+    edge = (0 if spec.snip_edges else 1) if kaldi else (3 if spec.pad_mode == "constant" else 2 if spec.center else 0)
+    if spec.n_samples is not None:  # the kernel computes the frames that start within the clip; the others are silent
+        bias, add, filled = -spec.first_sample, 1, min(kept, frames)
     db = (10.0 if spec.power == 2 else 20.0) / math.log(10.0)
     (op or torch.ops.ajepa.log_mel_fwd)(
-        pcm.contiguous(),
+        pcm.detach().contiguous(),
         None if lengths is None else lengths.to(torch.int64).contiguous(),
         *_kernel_tables(spec, pcm.device),
         out,
         n_fft=spec.n_fft,
         hop_length=spec.hop_length,
         first_sample=spec.first_sample,
-        edge=(0 if spec.snip_edges else 1) if kaldi else (2 if spec.center else 0),
+        edge=edge,
         frame_bias=bias,
         frame_add=add,
         min_samples=spec.min_samples,
-        n_frames=kept,
+        n_frames=filled,
         remove_dc=kaldi and spec.remove_dc_offset,
         preemphasis=spec.preemphasis if kaldi else 0.0,
         waveform_norm=("none", "mean", "peak").index(spec.waveform_norm),
@@ -612,6 +717,9 @@ def _log_mel_fused(
         log_shift=-spec.mean / spec.std if take_log else 0.0,
         top=spec.top_db / spec.std if take_log and spec.top_db is not None else -1.0,
         take_log=take_log,
+        pad=(spec.pad_value - spec.mean) / spec.std if take_log else 0.0,
+        factor=spec.scale,
+        n_samples=spec.n_samples or 0,
     )
     return out.view(batch, freq * time, height * width) if layout == "patches" else out.view(batch, spec.n_mels, kept)
 
@@ -635,25 +743,29 @@ def log_mel(
 ) -> torch.Tensor:
     """Log-mel features of PCM clips, as patches for a transformer or as a spectrogram, or mel values before the log.
 
-    `LogMelSpec` has the formula and the conventions. No gradient flows to `pcm`. NaN and Inf invalidate the frames that
-    contain them (on CUDA also the frame that shares a transform with such a frame) and, with a waveform norm, the whole
-    clip. With norm "mean" and each frame's own mean subtracted, the other frames may stay valid.
+    `LogMelSpec` has the formula and the conventions. NaN and Inf invalidate the frames that contain them (on CUDA also
+    the frame that shares a transform with such a frame) and, with a waveform norm, the whole clip. With norm "mean" and
+    each frame's own mean subtracted, the other frames may stay valid.
 
-    Computed in float32. The result is within 2e-3 nat (0.01 dB) of float64, except in bands more than 90 dB below the
-    loudest band of their frame. There the error of any float32 transform, 2^-24 of the loudest amplitude, is larger;
-    torchaudio has it, too.
+    Computed in float32. The result is within 2e-3 nat (0.01 dB) of float64, except in bands more than 80 dB below the
+    loudest bin of their frame. (No band need hold that bin. It counts as it is before or after Kaldi's mean subtraction
+    and pre-emphasis, whichever is louder.) There the error of any float32 transform, a few times 2^-24 of the loudest
+    amplitude, is larger; torchaudio has it, too.
+
+    The plain definition is differentiable and the kernels are not. A `pcm` that requires a gradient therefore takes the
+    plain definition, and `impl="fused"` refuses it; nothing is detached silently.
 
     Args:
         pcm: `[B, S]` int16 (scaled by 1/32768) or float32 in [-1, 1].
         spec: the front end.
         lengths: number of samples of each clip, int32 or int64 `[B]` on pcm's device; the rest of a row is ignored.
-            Frames after a clip's last one are rows of zeros (before `mean` and `std`); a clip shorter than
-            `spec.min_samples` has no frames.
+            Frames after a clip's last one are rows of `spec.pad_value` (before `mean` and `std`); a clip shorter than
+            `spec.min_samples` has no frames. With `spec.n_samples` every clip has all frames.
         dtype: dtype of the result: float32, bfloat16 or float16.
         layout: "patches", "spectrogram" or "mel": the mel values (of `spec.power`) without floor, log, `top_db`, `mean`
             and `std`, which are zero in the frames that a clip does not have.
-        impl: "auto" runs the compiled kernel, or warns once and runs plain PyTorch if the kernel cannot run; "fused"
-            requires the kernel; "reference" is plain PyTorch.
+        impl: "auto" runs the compiled kernel, or warns once and runs plain PyTorch if the kernel cannot run (float64,
+            or on CUDA an `n_fft` without a kernel); "fused" requires the kernel; "reference" is plain PyTorch.
         check: raise ValueError for NaN or Inf in a clip and for `lengths` out of range, which makes the host wait for
             the device. Without it, lengths are clamped to 0..S.
 
@@ -675,7 +787,8 @@ def log_mel(
         raise ValueError(f"log_mel: impl must be 'auto', 'fused' or 'reference', got {impl!r}")
     if check:
         _check_values(pcm, spec, lengths)
-    pcm = pcm.detach()
+    if impl == "auto" and pcm.requires_grad and torch.is_grad_enabled():
+        impl = "reference"
     reason = "" if impl == "reference" else _kernel_reason(pcm, spec, dtype)
     if impl != "reference" and not reason:
         return _log_mel_fused(pcm, spec, lengths, dtype, layout)
@@ -684,3 +797,56 @@ def log_mel(
     if reason:
         _extension.warn_plain("log_mel", reason)
     return log_mel_reference(pcm, spec, lengths=lengths, dtype=dtype, layout=layout)
+
+
+class LogMel(torch.nn.Module):
+    """`log_mel` as a module, in the place of torchaudio's `MelSpectrogram` and `AmplitudeToDB`.
+
+    It has neither parameters nor buffers, so a state dict holds nothing of it; the tables of a front end are kept for
+    each device by `log_mel`. A waveform that requires a gradient takes the plain definition, through which it flows.
+
+    Args:
+        spec: the front end.
+        layout: "spectrogram" (as torchaudio's), "patches" or "mel".
+        dtype: dtype of the result: float32, bfloat16 or float16; float64 runs as plain PyTorch.
+
+    Raises:
+        TypeError, ValueError: `spec` is no LogMelSpec, `lengths` does not have the shape of pcm's leading axes, or
+            `log_mel` refuses the call.
+
+    Example::
+
+        front_end = LogMel(LogMelSpec(sample_rate=16000, n_mels=64))
+        features = front_end(torch.randn(2, 1, 16000))  # [2, 1, 64, 98]
+    """
+
+    def __init__(self, spec: LogMelSpec, layout: Layout = "spectrogram", dtype: torch.dtype = torch.float32):
+        super().__init__()
+        if not isinstance(spec, LogMelSpec):
+            raise TypeError(f"LogMel: spec must be a LogMelSpec, e.g. LOG_MEL_PRESETS['whisper'], got {spec!r}")
+        self.spec, self.layout, self.dtype = spec, layout, dtype
+
+    def forward(self, pcm: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The features `[..., n_mels, frames]`, or `[..., N, P]` for "patches", of `pcm [..., S]`.
+
+        The leading axes may be none, one or many. `lengths` has the leading axes' shape.
+        """
+        check_tensors("LogMel", pcm=pcm, lengths=lengths)
+        if pcm.dim() == 0:
+            raise ValueError("LogMel: pcm must be [..., S], got a scalar")
+        leading = pcm.shape[:-1]
+        if lengths is not None:
+            if lengths.shape != leading:
+                raise ValueError(f"LogMel: lengths must be {list(leading)} as pcm's, got {list(lengths.shape)}")
+            lengths = lengths.reshape(-1)
+        clips = pcm.reshape(math.prod(leading), pcm.shape[-1])
+        out = log_mel(clips, self.spec, lengths=lengths, dtype=self.dtype, layout=self.layout)
+        return out.view(*leading, *out.shape[1:])
+
+    def extra_repr(self) -> str:
+        """The layout, the dtype and the fields that differ from LogMelSpec's defaults."""
+        default, options = LogMelSpec(), [f"layout={self.layout!r}", f"dtype={self.dtype}"]
+        for field in fields(self.spec):
+            if getattr(self.spec, field.name) != getattr(default, field.name):
+                options.append(f"{field.name}={getattr(self.spec, field.name)!r}")
+        return ", ".join(options)

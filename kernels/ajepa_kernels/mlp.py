@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels import _hopper, products
-from ajepa_kernels._autograd import first_order
-from ajepa_kernels._triton import use_triton
+from ajepa_kernels._arguments import check_tensors
+from ajepa_kernels._autograd import Function, first_order
+from ajepa_kernels._triton import cannot_launch, use_triton
+from ajepa_kernels.bias_gelu import bias_gelu
 from ajepa_kernels.layer_norm import ResidualStream
 
 # Up to this C, forward keeps gelu'(z) instead of z. The epilogue of backward's product is then a multiplication. With
@@ -24,40 +26,46 @@ def _kept(x: torch.Tensor) -> int:
     return products.SLOPE if x.shape[1] <= SLOPE_WIDTH else products.Z
 
 
-class _GeluMLP(torch.autograd.Function):
+class _GeluMLP(Function):
     """`how` is "fused"; "triton", where the kernels of `bias_gelu` follow plain products; or "plain".
 
-    Returns the output; or its sum with `residual`, if that is given; and the carrier of the sum, if one is given.
+    Returns the output, or its sum with `residual`, if that is given; the carrier of the sum, if one is given; and what
+    backward needs, if `keep`, as outputs so that differentiating them raises an error.
     """
 
     @staticmethod
-    def forward(ctx, how, keep, residual, carrier, x, w1, b1, w2, b2, *copies):
-        ctx.how, ctx.dtypes = how, [p.dtype for p in (w1, b1, w2, b2)]
+    def forward(how, keep, residual, carrier, x, w1, b1, w2, b2, *copies):
         own_b1 = b1
         w1, b1, w2, b2 = copies or (w1, b1, w2, b2)
-        if how == "triton":
-            b1 = own_b1  # the kernel rounds the gradient to the dtype of the bias that it is given
+        if how == "triton":  # the kernel rounds the gradient to the dtype of the bias that it is given
             kept = F.linear(x, w1)
-            hidden = torch.ops.ajepa.bias_gelu_fwd(kept, b1, False, x.dtype)
+            hidden = torch.ops.ajepa.bias_gelu_fwd(kept, own_b1, False, x.dtype)
         else:
             forward = torch.ops.ajepa.linear_gelu if how == "fused" else products.linear_gelu_plain
             hidden, kept = forward(x, w1, b1, _kept(x) if keep else products.NOTHING)
-        ctx.save_for_backward(*((x, kept, hidden, w1, b1, w2) if keep else ()))
-        ctx.adds, ctx.carried = residual is not None, carrier is not None
-        ctx.set_materialize_grads(False)
+        saved = (kept, hidden) if keep else ()
         if residual is None:
-            return F.linear(hidden, w2, b2)
+            return F.linear(hidden, w2, b2), *saved
         add = products.linear_residual_plain if how == "plain" else torch.ops.ajepa.linear_residual
         total = add(hidden, w2, b2, residual)
-        if carrier is None:
-            return total
-        ctx.mark_non_differentiable(total)
-        return total, carrier.view_as(carrier)
+        return (total, *saved) if carrier is None else (total, carrier.view_as(carrier), *saved)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.how, keep, residual, carrier, x, w1, b1, w2, b2, *copies = inputs
+        ctx.dtypes = [p.dtype for p in (w1, b1, w2, b2)]
+        ctx.adds, ctx.carried = residual is not None, carrier is not None
+        ctx.set_materialize_grads(False)
+        if ctx.carried:
+            ctx.mark_non_differentiable(output[0])
+        if keep:
+            w1, b1, w2 = (copies[0], b1 if ctx.how == "triton" else copies[1], copies[2]) if copies else (w1, b1, w2)
+            ctx.save_for_backward(x, *output[-2:], w1, b1, w2)
 
     @staticmethod
     @first_order
     def backward(ctx, saved, *totals):
-        total = totals[-1]
+        total = totals[1 if ctx.carried else 0]
         if total is None:
             return (None,) * len(ctx.needs_input_grad)
         x, kept, hidden, w1, b1, w2 = saved
@@ -79,6 +87,53 @@ class _GeluMLP(torch.autograd.Function):
             dy.sum(0, dtype=dtypes[3]) if need[4] else None,
             *[None] * (len(need) - 5),
         )
+
+
+class _LinearGELU(Function):
+    """gelu(x weight^T + bias) and z = x weight^T + bias, which is kept for backward, from one product."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return torch.ops.ajepa.linear_gelu(x, weight, bias, products.Z)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    @first_order
+    def backward(ctx, saved, dy, _):
+        if dy is None:
+            return None, None, None
+        x, weight, bias, z = saved
+        if cannot_launch(x):
+            dz = torch.ops.aten.gelu_backward(dy, z)
+            db = dz.sum(0)
+        else:
+            dz, db = torch.ops.ajepa.bias_gelu_bwd(dy, z, torch.zeros_like(bias), False)  # z holds the bias
+        return dz @ weight, products.weight_gradient(dz, x, weight.dtype), db
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, approximate: str, impl: str) -> torch.Tensor:
+    """gelu(x weight^T + bias), of `LinearGELU`. "auto" is fused where the product's epilogue can be."""
+    if impl in ("auto", "fused") and approximate == "none":
+        half, params = products.operands("LinearGELU", x, {"weight": weight, "bias": bias}, None, None)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (half, *params))
+        name = products.FORWARD[products.Z if keep else products.NOTHING]
+        unfused = products.why_not(half, (name,), *weight.shape)
+        if impl == "fused" and unfused and x.is_cuda:
+            raise ValueError(f"LinearGELU: impl='fused' is impossible: {unfused}; use impl='auto' or 'reference'")
+        if impl == "fused" or not unfused:
+            half = half.reshape(-1, half.shape[-1])
+            y = (_LinearGELU.apply if keep else _without_gradient)(half, *params)[0]
+            return y.view(*x.shape[:-1], len(weight))
+    return bias_gelu(F.linear(x, weight), bias, approximate=approximate, impl=impl)
+
+
+def _without_gradient(x, weight, bias):
+    return torch.ops.ajepa.linear_gelu(x, weight, bias, products.NOTHING)
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -125,17 +180,18 @@ def gelu_mlp(
         sum in its dtype, or as a `ResidualStream` if one was given.
 
     Saved for backward: x, gelu(z), and z or, up to C = 512 and only if fused, gelu'(z). The gradient of b1 is summed in
-    float32. `torch.func.grad` needs impl="reference".
+    float32. `torch.func.grad` works.
 
     Raises:
         ValueError: shapes, dtypes, devices or options are invalid, or a tensor is not aligned.
+        TypeError: an argument is no tensor.
         RuntimeError: a kernel cannot be launched, or the gradients are differentiated again.
 
     Example::
 
         y = gelu_mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     """
-    params: tuple[torch.Tensor, ...] = (w1, b1, w2, b2)
+    check_tensors("gelu_mlp", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     if x.dim() < 1 or w1.dim() != 2 or w2.dim() != 2 or w1.shape[1:] != x.shape[-1:] or w2.shape[1] != w1.shape[0]:
         raise ValueError(
             "gelu_mlp: x [..., C], w1 [I, C] and w2 [C', I] expected, "
@@ -145,34 +201,20 @@ def gelu_mlp(
         raise ValueError(
             f"gelu_mlp: b1 [{len(w1)}] and b2 [{len(w2)}] expected, got {list(b1.shape)} and {list(b2.shape)}"
         )
-    if copies is not None and [c.shape for c in copies] != [p.shape for p in params]:
-        raise ValueError("gelu_mlp: copies must be four tensors of the shapes of w1, b1, w2, b2")
-    tensors = (x, *params, *(copies or ()))
-    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
-        raise ValueError("gelu_mlp: all tensors must be floating point and on one device")
     if impl not in ("auto", "fused", "triton", "reference"):
         raise ValueError(f"gelu_mlp: impl must be auto, fused, triton or reference, got {impl!r}")
-    if copies is not None:
-        x = x.to(copies[0].dtype)
-    else:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        params = tuple(p.to(x.dtype) for p in params)
-    if any(p.dtype != x.dtype for p in copies or params):
-        raise ValueError("gelu_mlp: copies must share a dtype")
     values, carrier = residual if isinstance(residual, ResidualStream) else (residual, None)
     shape = (*x.shape[:-1], len(w2))
-    if values is not None and (values.shape != shape or values.device != x.device):
-        raise ValueError(f"gelu_mlp: the residual must be {list(shape)} on {x.device}, got {list(values.shape)}")
+    x, params = products.operands("gelu_mlp", x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, copies, values)
     how = _choose(impl, x, w1, w2)
     if how == "plain" and copies is None and carrier is None:
         y = gelu_mlp_reference(x, *params)
         return y if values is None else values + y
-    tensors = tuple(t for t in (x, carrier, *params) if t is not None)
+    tensors = tuple(t for t in (x, values, carrier, *params) if t is not None)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (values, carrier, x)]
     done = _GeluMLP.apply(how, keep, *flat, *params, *(copies or ()))
-    return done.view(shape) if carrier is None else ResidualStream(*(t.view(shape) for t in done))
+    return done[0].view(shape) if carrier is None else ResidualStream(*(t.view(shape) for t in done[:2]))
 
 
 def _choose(impl: str, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> str:

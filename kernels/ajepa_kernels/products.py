@@ -7,6 +7,7 @@ without the compiled kernels, the ops run their plain definitions. Shapes: M row
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,27 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> to
     if dy.is_cuda and dy.dtype != dtype == torch.float32:
         return torch.mm(dy.T, x, out_dtype=dtype)
     return (dy.T @ x).to(dtype)
+
+
+def operands(op: str, x: torch.Tensor, params: dict[str, torch.Tensor], copies: Any, residual: Any) -> tuple:
+    """Checks what the ops with copies and a residual share. Returns x and the parameters in the products' dtype.
+
+    That is the copies' dtype, else autocast's, else x's. The last parameter is the bias of the output.
+    """
+    own, shape = tuple(params.values()), [*x.shape[:-1], *next(reversed(params.values())).shape]
+    if copies is not None and [c.shape for c in copies] != [p.shape for p in own]:
+        raise ValueError(f"{op}: copies must be {len(own)} tensors of the shapes of {', '.join(params)}")
+    if residual is not None and list(residual.shape) != shape:
+        raise ValueError(f"{op}: the residual must be {shape}, got {list(residual.shape)}")
+    tensors = (x, *own, *(copies or ()), *(() if residual is None else (residual,)))
+    if any(t.device != x.device or not t.is_floating_point() for t in tensors):
+        raise ValueError(f"{op}: all tensors must be floating point and on one device")
+    dtype = x.dtype if copies is None else copies[0].dtype
+    if any(c.dtype != dtype for c in copies or ()):
+        raise ValueError(f"{op}: copies must share a dtype")
+    if copies is None and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), own if copies is not None else tuple(p.to(dtype) for p in own)
 
 
 # --- bias and GELU ----------------------------------------------------------------------------------------------------

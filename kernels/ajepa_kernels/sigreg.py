@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels._chunks import MAX_WIDTH
-from ajepa_kernels._triton import jit, launch, power_of_2, register, tl, use_triton
+from ajepa_kernels._triton import arch, jit, launch, power_of_2, register, tl, use_triton
 
 # Constants of SplitMix64's finaliser, the project's generator of counter-based random numbers.
 INCREMENT, FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -311,6 +311,7 @@ def _sigreg_bwd(upstream, products, directions, coefficients, N, limit):
     launch(
         _sigreg_dproducts_kernel, V * tiles * -(-S // 32), products,
         products, coefficients, dproducts, tiles, turns, S, knots + 1, 32, sizes.samples, num_warps=4,
+        maxnreg=128 if arch(products) >= 120 else None,  # the compiler would choose 80 there, and spill
     )  # fmt: skip
     launch(
         _sigreg_dz_kernel, V * tiles * -(-D // 64), products,

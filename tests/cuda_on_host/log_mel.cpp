@@ -22,7 +22,9 @@ static int run_all(const LogMel& p) {
     case 256: run<256, Sample>(p); break;
     case 400: run<400, Sample>(p); break;
     case 512: run<512, Sample>(p); break;
+    case 640: run<640, Sample>(p); break;
     case 1024: run<1024, Sample>(p); break;
+    case 1200: run<1200, Sample>(p); break;
     case 2048: run<2048, Sample>(p); break;
     case 4096: run<4096, Sample>(p); break;
     case 8192: run<8192, Sample>(p); break;

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import DEVICE, assert_as_good, needs_kernel, poison  # noqa: F401
+from oracle import DEVICE, assert_as_good, assert_first_order, needs_kernel, poison  # noqa: F401
 
 import ajepa_kernels.mlp as module
 from ajepa_kernels import _hopper, gelu_mlp, gelu_mlp_reference, products
@@ -149,13 +149,20 @@ def test_fullgraph(width, backend):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
-def test_gradients_of_gradients_are_refused():
-    _, *params = make(4, 8, 16)
-    y = lambda x: gelu_mlp(x, *params, impl="fused")  # noqa: E731
-    x = make(4, 8, 16)[0].requires_grad_()
-    (first,) = torch.autograd.grad(y(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="gradients of gradients"):
-        (first.square().sum() + x.sum()).backward()
+@pytest.mark.parametrize("impl", ["fused", TRITON])
+def test_first_derivatives_only(impl):
+    """`torch.func.grad` works, and gradients of gradients are refused."""
+    x, *params = (t.to(DEVICE) for t in make(4, 8, 16, torch.bfloat16 if DEVICE == "cuda" else torch.float32))
+    if impl == "fused":
+        fused_here(x.dtype)
+    assert_first_order(lambda x: gelu_mlp(x, *params, impl=impl), x)
+
+
+def test_a_residual_gets_its_gradient_if_nothing_else_does():
+    x, *params = make(4, 8, 16)
+    residual = torch.randn(4, 8, requires_grad=True)
+    gelu_mlp(x, *params, residual=residual, impl="fused" if DEVICE == "cpu" else "auto").sum().backward()
+    assert torch.equal(residual.grad, torch.ones(4, 8))
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -198,7 +205,7 @@ def test_the_products_that_a_width_needs(monkeypatch, width):
         ({"b1": torch.randn(16)}, r"b1 \[32\] and b2 \[16\] expected"),
         ({"x": torch.ones(2, 16, dtype=torch.int64)}, "floating point"),
         ({"b2": torch.randn(16, device="meta")}, "one device"),
-        ({"copies": tuple(make(9, 16, 24)[1:])}, "four tensors of the shapes"),
+        ({"copies": tuple(make(9, 16, 24)[1:])}, "copies must be 4 tensors of the shapes of w1, b1, w2, b2"),
         ({"copies": (*make(9, 16, 32)[1:4], torch.zeros(16).half())}, "copies must share a dtype"),
         ({"impl": "tf32"}, "auto, fused, triton or reference"),
     ],

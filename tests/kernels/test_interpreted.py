@@ -16,7 +16,8 @@ from ajepa_kernels._triton import triton
 
 TESTS = [
     *("kernels_package", "masked_attention", "latent_l2_loss", "adamw_ema", "add_layer_norm", "bias_gelu", "fp8"),
-    *("attention_rotary", "attention_causal", "augment_mel", "segment_pool", "sigreg", "gelu_mlp"),
+    *("attention_rotary", "attention_causal", "attention_head_dims", "augment_mel", "segment_pool", "sigreg"),
+    *("gelu_mlp", "from_model", "scaled_residual", "rms_norm", "swiglu", "modules", "compatibility", "adopt"),
     "engine_interpreted",
 ]
 

@@ -1,9 +1,11 @@
 """Properties of the kernel package as a whole."""
 
 import functools
+import importlib.util
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,65 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ajepa_kernels
 from ajepa_kernels import _triton
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name: str):
+    """A module of the folder kernels/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the public interface ---------------------------------------------------------------------------------------------
+
+
+def test_public_interface_is_the_recorded_one():
+    """A change of a public name, argument or default needs a version and a line in CHANGELOG.md."""
+    names = script("public_names")
+    version, lines = names.recorded()
+    assert lines == names.interface(), (
+        "the public interface has changed: raise the version in kernels/pyproject.toml and ajepa_kernels/__init__.py "
+        "by the rules of docs/adopt.md, add a line to CHANGELOG.md, and run python kernels/public_names.py"
+    )
+    assert version == ajepa_kernels.__version__
+    assert f'version = "{version}"' in (ROOT / "kernels/pyproject.toml").read_text()
+    assert f"ajepa-kernels {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("after", "kept"),
+    [
+        ("f(x, y=1, *, eps=1e-05, impl='auto')", True),
+        ("f(x, y=1, z=None, *, eps=1e-05, impl='auto', more=())", True),
+        ("f(x, y=1, impl='auto', *, eps=1e-05)", True),  # a keyword that may now be given by place, too
+        ("f(x, y=1, *, eps=1e-05, impl='auto', more)", False),
+        ("f(x, y=2, *, eps=1e-05, impl='auto')", False),
+        ("f(x, y=1, *, eps=1e-06, impl='auto')", False),
+        ("f(x, *, eps=1e-05, impl='auto')", False),
+        ("f(q, y=1, *, eps=1e-05, impl='auto')", False),
+        ("f(x, z=None, y=1, *, eps=1e-05, impl='auto')", False),
+        ("g(x, y=1, *, eps=1e-05, impl='auto')", False),
+    ],
+)
+def test_what_breaks_an_interface(after, kept):
+    broken = script("public_names").broken(["f(x, y=1, *, eps=1e-05, impl='auto')"], ["h: dict", after])
+    assert bool(broken) != kept
+
+
+def test_a_breaking_change_is_not_recorded_under_a_version_that_promises_none(tmp_path, monkeypatch, capsys):
+    names = script("public_names")
+    monkeypatch.setattr(names, "FILE", tmp_path / "names.txt")
+    names.FILE.write_text(f"version {ajepa_kernels.__version__}\ngone(x)\n")
+    assert names.main() == 1 and "gone(x)" in capsys.readouterr().out
+    major, minor, *_ = (int(number) for number in ajepa_kernels.__version__.split("."))
+    monkeypatch.setattr(ajepa_kernels, "__version__", f"{major + 1}.0.0" if major else f"0.{minor + 1}.0")
+    assert names.main() == 0 and names.recorded() == (ajepa_kernels.__version__, names.interface())
+
+
+# --- without Triton, a compiler or a GPU ------------------------------------------------------------------------------
 
 
 def test_the_package_imports_without_triton():
@@ -76,6 +137,7 @@ def test_warmup_runs_every_operation():
     assert ajepa_kernels.warmup(
         device=DEVICE, dtype=dtype, heads=iter([(2, 32)]), max_seqlens=iter([16, 33]), widths=iter([32]),
         projection=(24, 16, 5), rotary=iter([ajepa_kernels.Rotary.of(torch.zeros(1, 16))]), causal=iter([4]),
+        scaled=True, gated=iter([48]),
     )  # fmt: skip
     assert torch.equal(numbers, torch.get_rng_state())
 

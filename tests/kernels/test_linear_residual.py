@@ -104,7 +104,7 @@ def test_gradients_of_gradients_raise():
         ([(2, 4), (8, 5), (8,), (2, 8)], {}, r"x \[\.\.\., K\], weight \[N, K\] and bias \[N\] expected"),
         ([(2, 4), (8, 4), (4,), (2, 8)], {}, r"bias \[N\] expected"),
         ([(2, 4), (8, 4), (8,), (2, 4)], {}, r"the residual must be \[2, 8\], got \[2, 4\]"),
-        ([(2, 4), (8, 4), (8,), (2, 8)], {"copies": (torch.zeros(8, 4), torch.zeros(4))}, "copies must be two tensors"),
+        ([(2, 4), (8, 4), (8,), (2, 8)], {"copies": (torch.zeros(8, 4), torch.zeros(4))}, "copies must be 2 tensors"),
         ([(2, 4), (8, 4), (8,), (2, 8)], {"impl": "triton"}, "impl must be auto, fused or reference"),
     ],
 )

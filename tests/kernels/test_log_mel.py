@@ -1,17 +1,18 @@
 """log_mel against torchaudio (in float64 where possible) for both conventions and difficult inputs."""
 
 import math
+import pickle
 import warnings
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 
 import numpy as np
 import pytest
 import torch
-from log_mel_cases import assert_exact_mel, clips, quiet_about_empty_bands  # noqa: F401
+from log_mel_cases import assert_exact, assert_exact_mel, clips, quiet_about_empty_bands, rounding_band  # noqa: F401
 
 from ajepa.model._torchaudio import has_torchaudio, import_torchaudio
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, log_mel, log_mel_reference
-from ajepa_kernels.log_mel import _kernel_tables, _tables
+from ajepa_kernels.log_mel import _from_key, _kernel_tables, _tables
 
 torchaudio = import_torchaudio() if has_torchaudio() else None
 needs_torchaudio = pytest.mark.skipif(torchaudio is None, reason="torchaudio, the reference, cannot be imported")
@@ -56,7 +57,7 @@ KALDI = {
 }
 TORCHAUDIO = {
     "audio-jepa-16k": replace(LOG_MEL_PRESETS["audio-jepa-16k"], n_frames=None),
-    "whisper": replace(LOG_MEL_PRESETS["whisper"], n_frames=None, mean=0.0, std=1.0),
+    "whisper": replace(LOG_MEL_PRESETS["whisper"], n_frames=None, n_samples=None, mean=0.0, std=1.0),
     "htk, magnitude": LogMelSpec(convention="torchaudio", n_mels=40, f_min=0.0, power=1, log="db", top_db=60.0),
     "no centre, ln": LogMelSpec(convention="torchaudio", center=False, n_mels=64, window="hamming", mel_norm="slaney"),
 }
@@ -175,7 +176,9 @@ def test_mel_of_ragged_clips(name, n_frames, impl):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"n_fft": 500}, "n_fft"), ({"n_fft": 16384}, "n_fft"), ({"win_length": 513}, "win_length"),
+        ({"n_fft": 500}, "400.*got 500; the nearest are 480 and 512"), ({"n_fft": 16384}, "8000 and 8192"),
+        ({"n_fft": 399}, "384 and 400"), ({"n_fft": 0}, "128 and 144"), ({"n_fft": 882}, "864 and 960"),
+        ({"win_length": 513}, "win_length"),
         ({"hop_length": 0}, "hop_length"), ({"n_mels": 257}, "n_mels"), ({"f_max": 8001.0}, "Nyquist"),
         ({"f_min": 9000.0}, "f_min"), ({"preemphasis": 2.0}, "preemphasis"), ({"floor": 0.0}, "floor"),
         ({"top_db": 80.0}, "top_db"), ({"n_frames": 0}, "n_frames"), ({"std": 0.0}, "std"),
@@ -189,6 +192,10 @@ def test_mel_of_ragged_clips(name, n_frames, impl):
         ({"n_frames": 10.5}, "n_frames"), ({"n_fft": "512"}, "n_fft"), ({"f_min": None}, "f_min"),
         ({"std": "wide"}, "std"), ({"power": 1.5}, "power"), ({"patch": (16, 0.5)}, "patch"),
         ({"log": "db", "top_db": math.inf}, "top_db"),
+        ({"pad_mode": "edge"}, "pad_mode"), ({"pad_mode": "constant"}, "pad_mode"), ({"scale": 0.0}, "scale"),
+        ({"convention": "torchaudio", "center": False, "pad_mode": "constant"}, "center=True"),
+        ({"pad_value": math.inf}, "pad_value"), ({"n_samples": 399}, "n_samples.*400"),
+        ({"n_samples": 2**30}, "n_samples"),
         ({"power": 3}, "power"), ({"sample_rate": 0}, "sample_rate"), ({"mel_norm": "slaney"}, "mel_norm"),
     ],
 )  # fmt: skip
@@ -288,6 +295,10 @@ def test_bad_calls():
     spec, pcm = LogMelSpec(n_mels=40), clips(16000)
     for bad, error, match in (
         (lambda: log_mel(pcm[0], spec), ValueError, "batch dimension"),
+        (lambda: log_mel(pcm.numpy(), spec), TypeError, r"pcm must be a torch.Tensor, got numpy.ndarray.*as_tensor"),
+        (lambda: log_mel([[0.0]], spec), TypeError, "pcm must be a torch.Tensor, got list"),
+        (lambda: log_mel(pcm, spec, lengths=[1, 2]), TypeError, "lengths must be a torch.Tensor, got list"),
+        (lambda: log_mel_reference(pcm.numpy(), spec), TypeError, "as_tensor"),
         (lambda: log_mel(pcm.int(), spec), TypeError, "int16"),
         (lambda: log_mel(pcm, spec, dtype=torch.int16), TypeError, "dtype"),
         (lambda: log_mel(pcm, spec, layout="power"), ValueError, "layout"),
@@ -313,3 +324,135 @@ def test_empty_bands_warn_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         log_mel(clips(16000), spec)
+
+
+LOUD = {  # amplitudes of up to 1; every one puts its energy into few bins
+    "tone": lambda t: 0.9 * torch.sin(2 * torch.pi * 997 * t),
+    "tone between the bands": lambda t: 0.9 * torch.sin(2 * torch.pi * 2000 * t) + 1e-5 * torch.randn(len(t)),
+    "tone below the bands": lambda t: 0.9 * torch.sin(2 * torch.pi * 60 * t) + 1e-5 * torch.randn(len(t)),
+    "tone at Nyquist": lambda t: 0.9 * torch.cos(0.995 * torch.pi * torch.arange(len(t))),
+    "constant": lambda t: 0.9 + 1e-4 * torch.randn(len(t)),
+    "chirp": lambda t: 0.9 * torch.sin(4000 * t * (1 + 2 * t)),
+}
+BANDS = {"narrow": {"n_mels": 6, "f_min": 5000.0}, "all": {"n_mels": 64, "f_min": 20.0}}
+
+
+@pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.parametrize("kind", LOUD)
+def test_accuracy(kind, bands):
+    """Within 2e-3 nat of float64 in bands up to 80 dB below the frame's loudest bin, also where no band holds it."""
+    torch.manual_seed(0)
+    x = LOUD[kind](torch.arange(8000) / 16_000).float()[None]
+    for n_fft in (400, 512, 1200, 2048):
+        for convention in ("kaldi", "torchaudio"):
+            spec = LogMelSpec(n_fft=n_fft, win_length=n_fft, convention=convention, floor=1e-20, **BANDS[bands])
+            exact = log_mel_reference(x.double(), spec, layout="spectrogram")
+            above = rounding_band(x, spec, bits=0) < 1e4  # 80 dB, in nepers of power for one half
+            for impl in ("auto", "reference"):
+                error = (log_mel(x, spec, layout="spectrogram", impl=impl) - exact).abs()
+                assert not error[above].numel() or error[above].max() < 2e-3, f"{n_fft} {convention} {impl}"
+
+
+def test_accuracy_is_relative_to_the_loudest_bin_of_all():
+    """A tone below all bands leaves its rounding error in them, which are 130 dB below it but of one level."""
+    t = torch.arange(16_000) / 16_000
+    x = (0.9 * torch.sin(2 * torch.pi * 60 * t) + 3e-8 * torch.randn(len(t)))[None]
+    spec = LogMelSpec(
+        convention="torchaudio", n_fft=2048, win_length=2048, f_min=4000.0, n_mels=20, center=False, floor=1e-30
+    )  # fmt: skip
+    exact = log_mel_reference(x.double(), spec, layout="spectrogram")
+    error = (log_mel(x, spec, layout="spectrogram") - exact).abs()
+    assert (exact.amax(1) - exact.amin(1)).max() < 12  # nat of power: no band is 90 dB below another one
+    assert error.max() > 2e-3 and (error < rounding_band(x, spec, bits=21).clamp_min(2e-3)).all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("kind", ["none", "mean", "peak"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pad_mode": "constant"}, {"pad_mode": "constant", "n_fft": 1200, "win_length": 1001},
+        {"n_samples": 12_000}, {"n_samples": 12_000, "pad_mode": "constant", "log": "db", "top_db": 40.0},
+        {"n_samples": 5000, "center": False}, {"n_samples": 12_000, "convention": "kaldi"},
+        {"n_samples": 12_000, "convention": "kaldi", "snip_edges": False, "n_frames": 90},
+    ],
+)  # fmt: skip
+def test_padded_samples(changes, kind, impl):
+    """`n_samples` and `pad_mode` equal padding by hand after the waveform norm, for whole clips and ragged ones."""
+    spec = LogMelSpec(**{"convention": "torchaudio", "n_mels": 40, "waveform_norm": kind, "pad_value": -3.0, **changes})
+    pcm, lengths = clips(10_000, batch=3), torch.tensor([10_000, 300, 9990])
+    for given, ends in ((pcm, None), (pcm, lengths), (pcm.float() / 32768, lengths)):
+        out = log_mel(given, spec, lengths=ends, layout="spectrogram", impl=impl)
+        for row, clip, n in zip(
+            out, pcm, (lengths if ends is not None else torch.tensor([10_000] * 3)).tolist(), strict=True
+        ):
+            x = (clip.double() / 32768)[: min(n, spec.n_samples or n)]
+            if kind != "none":
+                x = x - x.mean()
+            if kind == "peak":
+                x = x / (x.abs().max() + 1e-6)
+            x = torch.nn.functional.pad(x, (0, (spec.n_samples or len(x)) - len(x)))
+            by_hand = replace(spec, n_samples=None, pad_mode="reflect", waveform_norm="none", n_frames=None)
+            if spec.pad_mode == "constant":
+                x, by_hand = torch.nn.functional.pad(x, [spec.n_fft // 2] * 2), replace(by_hand, center=False)
+            exact = log_mel_reference(x[None], by_hand, layout="spectrogram")[0]
+            frames = exact.shape[1] if spec.n_frames is None else min(exact.shape[1], spec.n_frames)
+            error = (row[:, :frames] - exact[:, :frames]).abs().max()
+            assert error < (2e-3 if spec.log == "ln" else 1e-2), error
+            assert (row[:, frames:] == -3.0).all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_fixed_samples(impl):
+    """`n_samples` fixes the frames: any clip has them, also one of no samples, whose frames are those of zeros."""
+    spec = replace(LOG_MEL_PRESETS["whisper"], n_samples=4000, n_frames=None, patch=(16, 16))
+    assert spec.frames(1) == spec.frames(9999) == 26 and spec.grid == (5, 2) and spec.min_samples == 1
+    silent = log_mel(torch.zeros(1, 4000), spec, layout="spectrogram", impl=impl)
+    out = log_mel(clips(200, batch=2), spec, lengths=torch.tensor([0, 200]), layout="spectrogram", impl=impl)
+    torch.testing.assert_close(out[:1], silent, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[1:], log_mel(clips(200, batch=2)[1:], spec, layout="spectrogram", impl=impl))
+    tokens = log_mel(clips(200), replace(spec, pad_value=5.0), impl=impl).view(2, 5, 2, 16, 16)
+    assert (tokens[:, :, 1, :, 10:] == (5.0 + 40.0) / 40.0).all()  # frames 26 to 31 complete the last patches
+    assert (tokens[:, :, 1, :, :10] < 1).all()
+    mel = log_mel(clips(200), spec, layout="mel", impl=impl)
+    assert (mel[:, :, 4:] == 0).all() and (mel[:, :, 0] > 0).all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_scale(impl):
+    """The scale multiplies the samples after the norm, so that the floor is in other units: 32768 means int16."""
+    spec = LogMelSpec(n_mels=40, scale=32768.0)
+    pcm = clips(8000)
+    out = log_mel(pcm, spec, layout="spectrogram", impl=impl)
+    assert_exact(out, pcm, spec, layout="spectrogram")
+    plain = log_mel(pcm, replace(spec, scale=1.0, floor=spec.log_floor / 2**30), layout="spectrogram", impl=impl)
+    torch.testing.assert_close(out, plain + 30 * math.log(2), rtol=0, atol=1e-4)
+    peak = log_mel(pcm, replace(spec, waveform_norm="peak"), layout="mel", impl=impl)
+    once = log_mel(pcm, replace(spec, waveform_norm="peak", scale=1.0), layout="mel", impl=impl)
+    torch.testing.assert_close(peak, once * 2**30)
+
+
+def test_blackman_window():
+    pcm = clips(16_000)
+    spec = LogMelSpec(window="blackman", n_mels=40)
+    if torchaudio is not None:
+        exact = torch.stack([torchaudio_log_mel(x, spec) for x in pcm.double() / 32768])
+        out = log_mel_reference(pcm, spec, layout="spectrogram", dtype=torch.float64)
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-9)
+    for convention in ("kaldi", "torchaudio"):
+        spec = replace(spec, convention=convention)
+        assert_exact(log_mel(pcm, spec, layout="spectrogram"), pcm, spec, layout="spectrogram")
+
+
+def test_specs_of_older_versions():
+    """A pickled spec from before the last four fields, and its key, mean the spec with their defaults."""
+    spec, new = LOG_MEL_PRESETS["a-jepa"], ("pad_mode", "pad_value", "n_samples", "scale")
+    names = [field.name for field in fields(spec)]
+    assert tuple(names[-4:]) == new and names[-5] == "patch"
+    old = object.__new__(LogMelSpec)
+    old.__dict__.update({name: value for name, value in spec.__dict__.items() if name not in new})
+    old.__dict__["_key"] = repr(astuple(spec)[:-4])
+    old = pickle.loads(pickle.dumps(old))
+    assert old == spec and hash(old) == hash(spec) and _from_key(old._key) == spec
+    assert torch.equal(log_mel(clips(8000), old), log_mel(clips(8000), spec))
+    assert LogMelSpec(**{name: getattr(old, name) for name in names[:-4]}) == spec

@@ -7,15 +7,16 @@ import torch
 from log_mel_cases import assert_exact, assert_exact_mel, clips, quiet_about_empty_bands  # noqa: F401
 
 from ajepa_kernels import LOG_MEL_PRESETS, LogMelSpec, _extension, log_mel
+from ajepa_kernels.log_mel import CUDA_SIZES
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (torch.cuda.is_available() and _extension.CUDA), reason="needs a GPU and a CUDA build"),
 ]
-FRONT_ENDS = ["audio-jepa", "audio-jepa-16k", "a-jepa"]
+FRONT_ENDS = ["audio-jepa", "audio-jepa-16k", "a-jepa", "whisper", "clap", "kaldi"]
 
 
-@pytest.mark.parametrize("n_fft", [128, 256, 400, 512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("n_fft", sorted(CUDA_SIZES))
 @pytest.mark.parametrize("convention", ["kaldi", "torchaudio"])
 def test_every_size(n_fft, convention):
     spec = LogMelSpec(
@@ -96,3 +97,21 @@ def test_compiles_as_one_graph():
     spec, pcm = LOG_MEL_PRESETS["a-jepa"], clips(160_000).cuda()
     compiled = torch.compile(lambda x: 2 * log_mel(x, spec, impl="fused"), fullgraph=True)
     assert torch.equal(compiled(pcm), 2 * log_mel(pcm, spec, impl="fused"))
+
+
+def test_sizes_without_a_kernel_run_as_plain_pytorch():
+    spec, pcm = LogMelSpec(n_fft=960, win_length=960, n_mels=40), clips(16_000)
+    _extension.warn_plain.cache_clear()
+    with pytest.warns(UserWarning, match="no transform of 960 points"):
+        out = log_mel(pcm.cuda(), spec, layout="spectrogram")
+    assert_exact(out.cpu(), pcm, spec, layout="spectrogram")
+    with pytest.raises(RuntimeError, match="960 points"):
+        log_mel(pcm.cuda(), spec, impl="fused")
+
+
+@pytest.mark.parametrize("changes", [{}, {"pad_mode": "constant", "pad_value": 2.0, "waveform_norm": "peak"}])
+def test_padded_samples(changes):
+    spec = replace(LOG_MEL_PRESETS["whisper"], n_samples=40_000, n_frames=None, **changes)
+    pcm, lengths = clips(50_000, batch=3), torch.tensor([50_000, 0, 12_345])
+    out = log_mel(pcm.cuda(), spec, lengths=lengths.cuda(), impl="fused").cpu()
+    assert_exact(out, pcm, spec, lengths=lengths)

@@ -483,14 +483,6 @@ def test_triton_without_a_device_is_refused():
         masked_attention(torch.randn(4, 3, 2, 32), cu_seqlens=torch.tensor([0, 4]), max_seqlen=4, impl="triton")
 
 
-@needs_kernel
-def test_head_dim_without_a_kernel():
-    qkv, cu = torch.randn(4, 3, 2, 24, device=DEVICE), torch.tensor([0, 4], device=DEVICE)
-    with pytest.raises(ValueError, match="no kernel for head dim 24"):
-        masked_attention(qkv, cu_seqlens=cu, max_seqlen=4, impl="triton")
-    assert masked_attention(qkv, cu_seqlens=cu, max_seqlen=4).shape == (4, 2, 24)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 class TestOnGPU:

@@ -30,10 +30,11 @@ def test_every_gpu_has_what_attention_needs(arch):
     x = torch.empty(0, device="meta")
     with record_launches(arch):
         for op in ("attention_fwd", "attention_bwd"):
-            for bits, D in ((b, d) for b in (16, 32) for d in (32, 64, 128)):
+            for bits, D in ((b, d) for b in (16, 32) for d in (32, 64, 128, 256)):
                 assert tuned(x, op, bits, LONG, D) and tuned(x, op, bits, 16, D)
         for D in (32, 64, 128):  # 128 tokens in one launch, but where shared memory is small
             assert (tuned(x, "attention_bwd", 16, 128, D) is None) == (arch in (86, 120) and D == 128)
+        assert (tuned(x, "attention_bwd", 16, 64, 256) is None) == (arch in (86, 120))
 
 
 def test_the_model_comes_before_the_capability(monkeypatch):
@@ -95,7 +96,7 @@ def test_tune_keeps_what_is_right_and_faster(tune):
 
 def test_tune_tries_what_is_shipped_and_little_else(tune):
     """Candidates are pruned by arithmetic, which must not rule out what is known to compile well."""
-    shared = {"sm_80": 163, "sm_86": 99}
+    shared = {"sm_80": 163, "sm_86": 99, "sm_120": 99}
     for name, table in _tuned._UNTIMED.items():
         for key, config in table.items():
             if isinstance(config, Rows):
@@ -114,7 +115,7 @@ def test_tune_takes_the_recipe_first(tune, monkeypatch):
     monkeypatch.setattr(tune, "on_rows", lambda C: [C])
     order = list(tune.cases())
     recipe = [(16, 64, 64), (16, 64, 32), (16, 80, 64), (16, 80, 32), (16, 128, 64), (16, 128, 32), 768, 384]
-    assert order[:8] == recipe and len(set(order)) == len(order) == 42 + 3
+    assert order[:8] == recipe and len(set(order)) == len(order) == 56 + 3
 
 
 def test_tune_stops_in_time(tune, monkeypatch, capsys, tmp_path):

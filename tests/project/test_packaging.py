@@ -1,6 +1,9 @@
 """What a user installs: the contents of both distributions, and that they work away from the checkout."""
 
 import ast
+import base64
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import ajepa
+import ajepa_kernels
 from ajepa import __main__ as listing
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +145,7 @@ def test_source_archives_build_alone(source, wheel, kernels_wheel, folder, tmp_p
 
 def test_both_distributions_agree(wheel, kernels_wheel):
     whole, kernels = metadata(wheel), metadata(kernels_wheel)
-    for field in ("Version", "Requires-Python", "License-Expression"):
+    for field in ("Requires-Python", "License-Expression"):
         assert whole[field] == kernels[field]
     needed = set(kernels.get_all("Requires-Dist"))
     assert {re.split(r"[>=<;!~ ]", line)[0] for line in needed} == {"torch", "triton"}
@@ -150,6 +154,7 @@ def test_both_distributions_agree(wheel, kernels_wheel):
     builds = [(ROOT / folder / "pyproject.toml").read_text().split("[project]")[0] for folder in (".", "kernels")]
     assert len({re.search(r"^requires = .*$", text, re.MULTILINE)[0] for text in builds}) == 1
     assert whole["Version"] == ajepa.__version__
+    assert kernels["Version"] == ajepa_kernels.__version__
 
 
 # --- use --------------------------------------------------------------------------------------------------------------
@@ -178,18 +183,47 @@ def test_wheel_installs_into_an_empty_environment_and_runs_there(wheel, tmp_path
     assert done.returncode == 2 and str(missing) in done.stderr
 
 
-def test_kernels_work_without_the_trainer(kernels_wheel, tmp_path):
-    """The examples of kernels/README.md run where none of the trainer's dependencies can be imported."""
-    installed = Installed(kernels_wheel, tmp_path / "venv")
+@pytest.fixture(scope="module")
+def kernels_installed(kernels_wheel, tmp_path_factory) -> Installed:
+    return Installed(kernels_wheel, tmp_path_factory.mktemp("kernels") / "venv")
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["with triton", "without triton"])
+def test_kernels_work_without_the_trainer(kernels_installed, triton, tmp_path):
+    """The examples of kernels/README.md run where none of the trainer's dependencies can be imported, on a machine
+    without a compiler, a GPU and the extension, and without Triton, too."""
     examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "kernels/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    absent = TRAINER if triton else [*TRAINER, "triton"]
     (tmp_path / "examples.py").write_text(
-        f"import sys\nsys.modules.update(dict.fromkeys({TRAINER!r}))\n"
+        f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
         "import ajepa_kernels\n"
-        f"assert ajepa_kernels.__file__.startswith({str(installed.site)!r}), ajepa_kernels.__file__\n"
+        f"assert ajepa_kernels.__file__.startswith({str(kernels_installed.site)!r}), ajepa_kernels.__file__\n"
+        "import ajepa_kernels._extension\nassert not ajepa_kernels._extension.AVAILABLE\n"
         f"for example in {examples!r}:\n    exec(example, {{}})\n"
     )
-    done = installed.run("python", tmp_path / "examples.py")
+    done = kernels_installed.run("python", tmp_path / "examples.py")
     assert len(examples) >= 6 and done.returncode == 0, done.stderr
+
+
+def test_types_of_the_installed_kernels_reach_a_users_checker(kernels_installed, tmp_path):
+    """mypy reads the signatures of the installed package, because of its py.typed, and reports a wrong argument."""
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*,triton.*]\nfollow_imports = skip\n")
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "from ajepa_kernels import LogMelSpec, masked_attention\n"
+        "reveal_type(LogMelSpec().n_mels)\n"
+        "masked_attention(torch.ones(5, 3, 2, 8), max_seqlen='three')\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--python-executable", kernels_installed.bin / "python"]
+    done = subprocess.run(
+        [*command, "--cache-dir", tmp_path / "cache", "script.py"], cwd=tmp_path, capture_output=True, text=True,
+        env=kernels_installed.env,
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.startswith("script.py:")]
+    assert len(said) == 2, done.stdout + done.stderr
+    assert said[0].startswith("script.py:3: note") and '"int"' in said[0]
+    assert said[1].startswith("script.py:4: error") and "arg-type" in said[1]
 
 
 def test_kernels_folder_is_not_a_package():
@@ -203,6 +237,73 @@ def test_kernels_do_not_import_the_trainer_nor_need_triton_to_import():
         "assert not [m for m in sys.modules if m == 'ajepa' or m.startswith('ajepa.')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the Kernel Hub ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A folder in the layout of the Hugging Face Kernel Hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    subprocess.run([sys.executable, ROOT / "kernels/hub_layout.py", folder], check=True, capture_output=True)
+    return folder
+
+
+USE = """
+import torch
+import ajepa_kernels
+
+assert kernel.__name__ not in ("ajepa_kernels", "ajepa") and kernel.__all__ == ajepa_kernels.__all__
+assert kernel.masked_attention is not ajepa_kernels.masked_attention
+torch.manual_seed(0)
+for module in (kernel, ajepa_kernels):  # each with operators of its own
+    z, qkv = torch.randn(8, 16, requires_grad=True), torch.randn(5, 3, 2, 32, requires_grad=True)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    loss = torch.compile(module.sigreg, fullgraph=True, backend="aot_eager")(z, 0)
+    (loss + module.masked_attention(qkv, cu_seqlens=cu, max_seqlen=3).sum()).backward()
+    assert z.grad.isfinite().all() and qkv.grad.isfinite().all()
+"""
+
+
+def test_hub_build_is_whole_and_loads_beside_the_package(hub, tmp_path):
+    """Every module is there with its digest, imports its neighbours relatively and has operators of its own."""
+    folders = sorted((hub / "build").iterdir())
+    assert [folder.name for folder in folders] == ["torch-cpu", "torch-cuda"] and (hub / "LICENSE").exists()
+    sources = {path.removeprefix("ajepa_kernels/") for path in modules("ajepa_kernels") if path.endswith(".py")}
+    for folder in folders:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        digests = metadata["digest"]["files"]
+        assert digests.keys() == sources and metadata["backend"] == {"type": folder.name.removeprefix("torch-")}
+        for name, digest in digests.items():
+            data = (folder / name).read_bytes()
+            assert base64.b64encode(hashlib.sha256(data).digest()).decode() == digest
+            assert not re.search(rb"^\s*(from|import) ajepa_kernels|ops\.ajepa\b|[\"']ajepa::", data, re.MULTILINE), (
+                name
+            )
+    load = f"""
+import importlib.util, json, sys
+id = json.load(open({str(folders[0] / "metadata.json")!r}))["id"]
+spec = importlib.util.spec_from_file_location(id, {str(folders[0] / "__init__.py")!r})
+sys.modules[id] = kernel = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernel)
+"""
+    subprocess.run([sys.executable, "-c", load + USE], check=True, cwd=tmp_path)
+
+
+def test_hub_build_loads_through_the_library(hub, tmp_path):
+    """The library `kernels` resolves the build for this machine, and checks its metadata and its digests."""
+    pytest.importorskip("kernels._rust", reason="the library `kernels` is not installed: pip install 'kernels>=0.17'")
+    load = f"""
+from pathlib import Path
+from kernels import get_loaded_kernels, get_local_kernel
+from kernels._rust import Digest, DigestAlgorithm
+kernel = get_local_kernel(Path({str(hub)!r}), backend="cpu")
+(loaded,) = get_loaded_kernels()
+assert loaded.metadata.name.python_name == "ajepa_kernels"
+loaded.metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, Path(kernel.__file__).parent))
+"""
+    subprocess.run([sys.executable, "-c", load + USE], check=True, cwd=tmp_path)
 
 
 # --- the list of commands ---------------------------------------------------------------------------------------------

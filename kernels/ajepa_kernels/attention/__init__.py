@@ -58,7 +58,7 @@ def masked_attention(
 
     Args:
         qkv: queries, keys and values, or only the queries. bfloat16, float16 or float32 on the GPU; autocast casts them
-            to its dtype. Kernels exist for head dims 32, 64, 96, 128.
+            to its dtype. Kernels exist for head dims that are multiples of 8, up to 256.
         k, v: keys and values where they are separate from the queries.
         cu_seqlens: int32 or int64 `[R + 1]`, from 0 to T without decreasing.
         max_seqlen: bound on the sequence lengths, known to the host. Up to 128 tokens, all scores stay on chip. A
@@ -101,11 +101,11 @@ def masked_attention(
     Returns:
         `[T, H, D]`, or the dense shapes described under `output`, in the dtype of the input.
 
-    Saved for backward: only q, k and v up to 128 tokens (float32: 64, and 16 above head dim 64; with `rotary` 64 above
-    head dim 64); their backward is one launch. Longer sequences also save the output and the `[H, T]` log-sum-exps, and
-    so do GPUs with less shared memory than an A100 (L4, L40, RTX) above 64 tokens at head dims 96 and 128. The scheme
-    for long sequences is that of FlashAttention-2 (arXiv 2307.08691). `torch.func.grad` works; `torch.vmap` needs
-    impl="reference".
+    Saved for backward: only q, k and v up to 128 tokens, or 64 above head dim 128 and, with `rotary`, above head dim 64
+    (float32: 64 tokens, and 16 above head dim 64); their backward is one launch. Longer sequences also save the output
+    and the `[H, T]` log-sum-exps, and so do GPUs with less shared memory than an A100 (L4, L40, RTX) above 64 tokens at
+    head dims above 64, and above 32 tokens at those above 128. The scheme for long sequences is that of
+    FlashAttention-2 (arXiv 2307.08691). `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
         ValueError: invalid shapes, dtypes, devices or options; raised before any launch.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ajepa_kernels._autograd import Function, first_order
@@ -18,33 +20,44 @@ from ajepa_kernels.attention.kernels import (
 from ajepa_kernels.attention.layout import Layout
 from ajepa_kernels.attention.rotary import Tables
 
-HEAD_DIMS = (32, 64, 96, 128)
+HEAD_DIMS = range(8, 257, 8)  # rows of other head dims are not aligned to 16 bytes
 
 
 def why_no_kernel(q: torch.Tensor) -> str:
     """The reason why no kernel takes `q`; empty where one does."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"no kernel for head dim {q.shape[-1]}, only {', '.join(map(str, HEAD_DIMS))}"
+    if (D := q.shape[-1]) % 8 or not 8 <= D <= 256:  # torch.compile cannot look a symbolic size up in a range
+        remedy = f": pad q, k and v with {-D % 8} channels of zeros, and pass scale={D} ** -0.5" if D < 256 else ""
+        return f"no kernel for head dim {D}, only for multiples of 8 up to 256{remedy}"
     return ""
+
+
+def _block_d(D: int) -> int:
+    """The channels of a tile. Those beyond D are zero and are neither read nor written."""
+    return max(power_of_2(D), 32)
+
+
+def _tiles(q: torch.Tensor, op: str, S: int) -> Any:
+    """The table's entry for this head dim, or for the channels of its tiles."""
+    bits, D = 8 * q.element_size(), q.shape[-1]
+    return tuned(q, op, bits, S, D) or tuned(q, op, bits, S, _block_d(D))
 
 
 def _longest_tile(q: torch.Tensor) -> int:
     """The longest sequence, a power of two, whose keys fit on chip at once. Both passes are then one launch each."""
-    bits, D = 8 * q.element_size(), power_of_2(q.shape[-1])
-    fits = lambda S: tuned(q, "attention_fwd", bits, S, D) and tuned(q, "attention_bwd", bits, S, D)  # noqa: E731
+    fits = lambda S: _tiles(q, "attention_fwd", S) and _tiles(q, "attention_bwd", S)  # noqa: E731
     return max(S for S in (16, 32, 64, 128) if fits(S))
 
 
 def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Tiles]:
     """Whether one tile holds all keys, and the launch configuration for this GPU, dtype and rounded size."""
-    longest, bits, D = max(max_q, max_k), 8 * q.element_size(), power_of_2(q.shape[-1])
+    longest = max(max_q, max_k)
     tile = max(power_of_2(longest), 16)
     if tile > _longest_tile(q):
-        return False, tuned(q, op, bits, LONG, D)
-    between = (tuned(q, op, bits, S, D) for S in (80, 96) if 64 < longest <= S)
-    return True, next(filter(None, between), None) or tuned(q, op, bits, tile, D)
+        return False, _tiles(q, op, LONG)
+    between = (_tiles(q, op, S) for S in (80, 96) if 64 < longest <= S)
+    return True, next(filter(None, between), None) or _tiles(q, op, tile)
 
 
 def _one_tile(q: torch.Tensor, max_q: int, max_k: int, turns: bool) -> bool:
@@ -56,11 +69,10 @@ def _one_tile(q: torch.Tensor, max_q: int, max_k: int, turns: bool) -> bool:
 def _turning_config(q: torch.Tensor, max_q: int, max_k: int, way: str) -> tuple[bool, Tiles]:
     """`_config` for kernels that turn q and k, with entries of their own where they need more registers."""
     one_tile, config = _config(q, max_q, max_k, f"attention_{way}")
-    bits, D = 8 * q.element_size(), power_of_2(q.shape[-1])
     if not _one_tile(q, max_q, max_k, True):
-        one_tile, config = False, tuned(q, f"attention_{way}", bits, LONG, D)
+        one_tile, config = False, _tiles(q, f"attention_{way}", LONG)
     length = config.block_k + config.tail if one_tile else LONG
-    return one_tile, tuned(q, f"attention_rotary_{way}", bits, length, D) or config
+    return one_tile, _tiles(q, f"attention_rotary_{way}", length) or config
 
 
 def _options(config: Tiles) -> dict[str, int | None]:
@@ -147,7 +159,7 @@ def _masked_attention_fwd(
     R, tiles, strides = q_start.shape[0], -(-max_q // config.block_q), [x.stride(0) for x in (q, k, v)]
     tables = _tables(q, k, q_cos, q_sin, k_cos, k_sin)
     layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, _blocks(causal, max_q), *tables)
-    sizes = (D, power_of_2(D), config.block_q, config.block_k)
+    sizes = (D, _block_d(D), config.block_q, config.block_k)
     consts = (scatter, "tf32" if tf32 else "ieee", None if q_cos is None else (pairs, q_cos.shape[1], interleaved))
     if one_tile:
         heads, groups = _heads(q, config, R * tiles)
@@ -201,7 +213,7 @@ def _masked_attention_bwd(
     strides = [x.stride(0) for x in (q_, k_, v_, dq, dk, dv)]
     R, tables = q_start.shape[0], _tables(q_, k_, q_cos, q_sin, k_cos, k_sin)
     layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, _blocks(causal, max_q), *tables)
-    sizes = (D, power_of_2(D), config.block_q, config.block_k)
+    sizes = (D, _block_d(D), config.block_q, config.block_k)
     consts = (scatter, "tf32" if tf32 else "ieee", None if q_cos is None else (pairs, q_cos.shape[1], interleaved))
     options = _options(config)
     # for each sequence, a row of sums for the queries and one for the values
@@ -224,7 +236,7 @@ def _masked_attention_bwd(
         tiles = -(-max_q // 32)
         launch(
             _masked_attention_delta_kernel, R * tiles * H, q_,
-            out, do, delta, q_start, q_end, q_rows, slots, H, tiles, D, power_of_2(D), 32, scatter, num_warps=4,
+            out, do, delta, q_start, q_end, q_rows, slots, H, tiles, D, _block_d(D), 32, scatter, num_warps=4,
         )  # fmt: skip
         tiles = -(-max(max_q, max_k) // config.block_k)
         launch(
