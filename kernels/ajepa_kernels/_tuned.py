@@ -90,6 +90,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 16, 64, 256): Tiles(64, 64, 8),
         ("attention_fwd", 16, LONG, 256): Tiles(64, 64, 8, 2),
+        ("attention_fwd", 32, LONG, 256): Tiles(16, 32, 8),
     },
     "sm_86": {  # differs from sm_80 in the shared memory of a block: 99 KiB
         ("attention_bwd", 16, 128, 128): None,
