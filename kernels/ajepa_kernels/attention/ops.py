@@ -20,7 +20,7 @@ from ajepa_kernels.attention.kernels import (
 from ajepa_kernels.attention.layout import Layout
 from ajepa_kernels.attention.rotary import Tables
 
-HEAD_DIMS = range(8, 257, 8)  # rows of other head dims are not aligned to 16 bytes
+HEAD_DIMS = tuple(range(8, 257, 8))  # rows of other head dims are not aligned to 16 bytes
 
 
 def why_no_kernel(q: torch.Tensor) -> str:
