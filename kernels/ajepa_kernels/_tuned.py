@@ -79,7 +79,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 256): Tiles(32, 64, 8),
         ("attention_fwd", 32, LONG, 256): Tiles(32, 16, 8),
         ("attention_bwd", 32, LONG, 256): Tiles(16, 16, 8),
-        # kernels that turn q and k, where the entries above leave too few registers; tune.py does not tune these
+        # kernels that turn q and k, where the entries above leave too few registers; tune.py does not tune them
         ("attention_rotary_fwd", 16, 32, 128): Tiles(32, 32, 4),
         ("attention_rotary_bwd", 16, 16, 128): Tiles(16, 16, 4),
         ("attention_rotary_bwd", 16, 32, 128): Tiles(32, 32, 8),
@@ -142,6 +142,11 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_fwd", 16, 64, 256): Tiles(64, 64, 8, 1, 255),
         ("attention_bwd", 16, LONG, 256): Tiles(64, 64, 8),
         ("attention_rotary_fwd", 16, 16, 64): Tiles(16, 16, 2),
+        ("attention_rotary_fwd", 16, LONG, 32): Tiles(64, 64, 8, 2),
+        ("attention_rotary_bwd", 16, 64, 64): Tiles(64, 64, 8, 1, 208, 0, 12),
+        ("attention_rotary_fwd", 16, 32, 32): Tiles(32, 32, 2),
+        ("attention_rotary_bwd", 16, 32, 32): Tiles(32, 32, 4),
+        ("attention_rotary_bwd", 16, 32, 128): Tiles(16, 32, 8),
         **{("attention_rotary_bwd", 16, 16, D): Tiles(16, 16, 2) for D in (32, 64)},
         ("attention_rotary_fwd", 16, 64, 128): Tiles(64, 64, 16, 1, None, 0, 12),
         ("attention_rotary_bwd", 16, LONG, 64): Tiles(32, 64, 8, 2),

@@ -34,7 +34,7 @@ def _store(ptr, x, rows, valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @jit
-def _absolute(rows_ptr, first, rows):
+def _memory_rows(rows_ptr, first, rows):
     """The rows in memory of the rows of `_tile`."""
     return rows + first if rows_ptr is None else rows
 
@@ -255,17 +255,17 @@ def _masked_attention_fwd_kernel(
     if TAIL:
         tail_valid, tail_rows = _tile(k_rows_ptr, k_start, k_start + BLOCK_K, k_end, TAIL)
     q_places = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q_rows_, k_rows_ = _absolute(q_rows_ptr, q_first, q_rows), _absolute(k_rows_ptr, k_start, k_rows)
-    limits = _limits(order_ptr, causal, q_rows_, q_places, q_valid)
-    numbers = _numbers(order_ptr, k_rows_, tl.arange(0, BLOCK_K), k_valid)
-    q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_rows_, q_period))
-    k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_rows_, k_period))
+    q_memory, k_memory = _memory_rows(q_rows_ptr, q_first, q_rows), _memory_rows(k_rows_ptr, k_start, k_rows)
+    limits = _limits(order_ptr, causal, q_memory, q_places, q_valid)
+    numbers = _numbers(order_ptr, k_memory, tl.arange(0, BLOCK_K), k_valid)
+    q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_memory, q_period))
+    k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_memory, k_period))
     mask = _mask(k_valid)
     if TAIL:
         tail_mask = _mask(tail_valid)
-        tail_rows_ = _absolute(k_rows_ptr, k_start, tail_rows)
-        tail_numbers = _numbers(order_ptr, tail_rows_, BLOCK_K + tl.arange(0, TAIL), tail_valid)
-        tail_turns = (k_cos_ptr, k_sin_ptr, _table_rows(tail_rows_, k_period))
+        tail_memory = _memory_rows(k_rows_ptr, k_start, tail_rows)
+        tail_numbers = _numbers(order_ptr, tail_memory, BLOCK_K + tl.arange(0, TAIL), tail_valid)
+        tail_turns = (k_cos_ptr, k_sin_ptr, _table_rows(tail_memory, k_period))
     scale = scale * 1.4426950408889634  # GPUs have an instruction for exp2, but none for exp
     for h in range(first, last):
         q = _load_turned(q_ptr + h * D, q_rows, q_valid, stride_q, q_turns, D, BLOCK_D, ROTARY)
@@ -394,15 +394,15 @@ def _masked_attention_bwd_kernel(
     mask = _mask(k_valid) if k_start_ptr is None else k_valid  # keys of their own leave fewer registers
     if TAIL:
         tail_mask = _mask(tail_valid)
-    q_rows_, k_rows_ = _absolute(q_rows_ptr, q_start, q_rows), _absolute(k_rows_ptr, k_start, k_rows)
-    limits = _limits(order_ptr, causal, q_rows_, tl.arange(0, BLOCK_Q), q_valid)
-    numbers = _numbers(order_ptr, k_rows_, tl.arange(0, BLOCK_K), k_valid)
-    q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_rows_, q_period))
-    k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_rows_, k_period))
+    q_memory, k_memory = _memory_rows(q_rows_ptr, q_start, q_rows), _memory_rows(k_rows_ptr, k_start, k_rows)
+    limits = _limits(order_ptr, causal, q_memory, tl.arange(0, BLOCK_Q), q_valid)
+    numbers = _numbers(order_ptr, k_memory, tl.arange(0, BLOCK_K), k_valid)
+    q_turns = (q_cos_ptr, q_sin_ptr, _table_rows(q_memory, q_period))
+    k_turns = (k_cos_ptr, k_sin_ptr, _table_rows(k_memory, k_period))
     if TAIL:
-        tail_rows_ = _absolute(k_rows_ptr, k_start, tail_rows)
-        tail_numbers = _numbers(order_ptr, tail_rows_, BLOCK_K + tl.arange(0, TAIL), tail_valid)
-        tail_turns = (k_cos_ptr, k_sin_ptr, _table_rows(tail_rows_, k_period))
+        tail_memory = _memory_rows(k_rows_ptr, k_start, tail_rows)
+        tail_numbers = _numbers(order_ptr, tail_memory, BLOCK_K + tl.arange(0, TAIL), tail_valid)
+        tail_turns = (k_cos_ptr, k_sin_ptr, _table_rows(tail_memory, k_period))
     log2e_scale = scale * 1.4426950408889634
     for h in range(first, last):
         q = _load_turned(q_ptr + h * D, q_rows, q_valid, stride_q, q_turns, D, BLOCK_D, ROTARY)

@@ -100,6 +100,11 @@ def _keys(one_tile: bool, q_start, q_end, q_rows, k_start, k_end, k_rows):
     return (None, None, q_rows) if one_tile else (q_start, q_end, q_rows)
 
 
+def _blocks(causal: int, max_q: int) -> int | None:
+    """`causal` as the kernels take it: None where one block holds every sequence."""
+    return causal if 0 < causal < max_q else None
+
+
 def _tables(q, k, q_cos, q_sin, k_cos, k_sin):
     """The rotary tables of q and k, and after how many rows they repeat; None where they do not."""
     k_cos, k_sin = (q_cos, q_sin) if k_cos is None else (k_cos, k_sin)
@@ -153,7 +158,7 @@ def _masked_attention_fwd(
     q, k, v = _operands(q, k, v)
     R, tiles, strides = q_start.shape[0], -(-max_q // config.block_q), [x.stride(0) for x in (q, k, v)]
     tables = _tables(q, k, q_cos, q_sin, k_cos, k_sin)
-    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, causal or None, *tables)
+    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, _blocks(causal, max_q), *tables)
     sizes = (D, _block_d(D), config.block_q, config.block_k)
     consts = (scatter, "tf32" if tf32 else "ieee", None if q_cos is None else (pairs, q_cos.shape[1], interleaved))
     if one_tile:
@@ -207,7 +212,7 @@ def _masked_attention_bwd(
     do = do.contiguous()
     strides = [x.stride(0) for x in (q_, k_, v_, dq, dk, dv)]
     R, tables = q_start.shape[0], _tables(q_, k_, q_cos, q_sin, k_cos, k_sin)
-    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, causal or None, *tables)
+    layout = (q_start, q_end, q_rows, k_start, k_end, k_rows, order, _blocks(causal, max_q), *tables)
     sizes = (D, _block_d(D), config.block_q, config.block_k)
     consts = (scatter, "tf32" if tf32 else "ieee", None if q_cos is None else (pairs, q_cos.shape[1], interleaved))
     options = _options(config)
