@@ -5,8 +5,8 @@ from itertools import chain, pairwise
 import numpy
 import pytest
 import torch
-from oracle import DEVICE, DTYPES, IMPLS, assert_first_order, needs_kernel, poison  # noqa: F401
-from test_masked_attention import check, oracle, packed_spans
+from oracle import DEVICE, DTYPES, IMPLS, assert_as_good, assert_first_order, needs_kernel, poison  # noqa: F401
+from test_masked_attention import check, gradients, oracle, packed_spans
 
 from ajepa_kernels import Rotary, _triton, axial_angles, masked_attention
 from ajepa_kernels.attention.inputs import Inputs
@@ -309,3 +309,24 @@ def test_type_errors():
         masked_attention(qkv, rotary=cos, **kwargs)
     with pytest.raises(TypeError, match=r"rotary\.cos must be a torch\.Tensor, got numpy\.ndarray; convert it with"):
         masked_attention(qkv, rotary=Rotary(cos.cpu().numpy(), sin), **kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("S", [16, 32, 64, 77, 90, 128, 300, 1568])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("causal", [0, 50])
+def test_sizes_on_a_gpu(S, head_dim, interleaved, causal):
+    """Every launch configuration of this GPU, in bfloat16."""
+    lengths = [S, 1, S // 2]
+    (_, cu), T, pairs = packed_spans(lengths), sum(lengths), head_dim // 6 * 3
+    kwargs = {"cu_seqlens": cu.cuda(), "max_seqlen": S, "causal": causal}
+    kwargs["rotary"] = tables(3 * torch.randn(T, 2 * pairs), interleaved, pairs)
+    qkv, upstream = (torch.randn(*shape, 3, head_dim, device="cuda").bfloat16() for shape in ((T, 3), (T,)))
+    run = lambda x, impl: gradients(  # noqa: E731
+        lambda x: masked_attention(x, impl=impl, **kwargs), [x.detach().requires_grad_()], upstream
+    )
+    want = run(qkv.double(), "reference")
+    assert_as_good(run(qkv, "triton"), run(qkv, "reference"), want, torch.bfloat16)
