@@ -45,6 +45,10 @@ STEP_KERNELS = (
     "layer_norm", "attention", "products", "bias_gelu", "latent_loss", "adamw_ema", "log_mel", "augment_mel",
     "segment_pool", "sigreg",
 )  # fmt: skip
+ADOPTED_TESTS = (  # of what the trainer does not use, and other models do
+    "attention_head_dims", "attention_rotary", "attention_causal", "scaled_residual", "rms_norm", "swiglu", "modules",
+    "from_model", "compatibility",
+)  # fmt: skip
 SHOWN = {  # fields of a record that are printed as soon as it exists
     "clips_per_second": "{:,.4g} clips/s", "mfu": "{:.0%} MFU", "floor_share": "{:.0%} of the floor",
     "ratio_to_best_peer": "{:.2f} x {peer}",
@@ -73,6 +77,8 @@ GPU = (
     Part("files", "from shards to updated weights", benches("end_to_end"), 50, 100, "quick"),
     Part("training", "the loss curve against plain PyTorch's in bf16",
          (*tests("same_training"), "-k", "on_a_gpu and bf16"), 60, 120),
+    Part("adopted", "the operations that other models use", tests(*ADOPTED_TESTS), 70, 120, processes=3),
+    Part("adopted-kernels", "their speed", benches("rotary", "swiglu"), 60, 120, "quick"),
     Part("peers", "our step, plain PyTorch, torch.compile and max-autotune", benches("train_step"), 60, 3600),
     Part("benchmarks", "all benchmarks", ("benchmarks",), 60, 7200),
     Part("tests", "all tests", ("tests",), 60, 3600, processes=6),
@@ -89,6 +95,9 @@ CPU = (
          (*benches("train_step"), "-k", "clip_step and not both"), 8, 60, "quick"),
     Part("files", "from shards to updated weights", (*benches("end_to_end"), "-k", "from_shards"), 8, 60, "quick"),
     Part("training", "the loss curve against plain PyTorch's", (*tests("same_training"), "-k", "rehearsal"), 9, 60),
+    Part("adopted", "a few tests of the operations that other models use",
+         (*tests("attention_rotary", "swiglu"), "-k", "errors"), 6, 60),
+    Part("adopted-kernels", "their plain definitions at small sizes", benches("swiglu"), 6, 60, "quick"),
     Part("peers", "our step, plain PyTorch and torch.compile", benches("train_step"), 14, 90, "quick"),
     Part("benchmarks", "some other benchmarks",
          (*benches("masks", "fp8", "levers", "scaling"), "-k", "not scaling or depth"), 10, 60, "quick"),

@@ -371,7 +371,7 @@ REST = {
     },
     **{f"rotary attention {S} x 64 pairs": (attention_turned, S, 64, B, 32) for S in (64, 77, 128, 300)},
     **{f"rotary attention {S} x 64 fp32": (attention_turned, S, 64, F, 30, True) for S in (16, 32, 300)},
-    **{f"rotary causal attention {S} x 64": (attention_turned, S, 64, B, 30, True, True, 16) for S in (64, 128)},
+    **{f"rotary causal attention {S} x 64": (attention_turned, S, 64, B, 30, True, True, 16) for S in (64, 77, 128)},
     **{
         f"causal attention {S} x {D}": (attention_turned, S, D, B, 0, False, True, 1)
         for S in (16, 64, 77, 128, 300)

@@ -26,7 +26,8 @@ from ajepa_kernels.layer_norm import ResidualStream, add_layer_norm, add_layer_n
 from ajepa_kernels.linear_residual import linear_residual, linear_residual_reference
 from ajepa_kernels.log_mel import LOG_MEL_PRESETS, LogMel, LogMelSpec, log_mel, log_mel_reference
 from ajepa_kernels.mlp import gelu_mlp, gelu_mlp_reference
-from ajepa_kernels.modules import MLP, LinearGELU, PreNormResidual, SwiGLU
+from ajepa_kernels.modules import MLP, LinearGELU, SwiGLU
+from ajepa_kernels.pre_norm import PreNormResidual
 from ajepa_kernels.resample import Resampler, input_span, resample, resample_reference, resampled_length
 from ajepa_kernels.segment_pool import segment_pool, segment_pool_reference
 from ajepa_kernels.sigreg import sigreg, sigreg_reference

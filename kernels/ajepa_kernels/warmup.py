@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from ajepa_kernels.latent_loss import latent_l2_loss
 from ajepa_kernels.layer_norm import add_layer_norm
 from ajepa_kernels.segment_pool import segment_pool
 from ajepa_kernels.sigreg import sigreg
+from ajepa_kernels.swiglu import swiglu
 
 
 def warmup(
@@ -31,6 +33,9 @@ def warmup(
     projection: tuple[int, int, int] | None = None,
     rotary: Iterable[Rotary] = (),
     causal: Iterable[int] = (),
+    rms: bool = False,
+    scaled: bool = False,
+    gated: Iterable[int] = (),
 ) -> bool:
     """Compiles the forward and backward kernels of a model of these sizes, by running each operation on a few rows.
 
@@ -54,6 +59,9 @@ def warmup(
             this (width, directions, knots), in `dtype` and in float32, on one rank.
         rotary: also compile packed attention with tables of these columns, pairs and orders, whatever their rows.
         causal: also compile packed attention with these integers, alone and with each of `rotary`.
+        rms: compile `add_layer_norm` as an RMS norm instead.
+        scaled: also compile it with a LayerScale and drop path, both float32, for samples of 8 rows.
+        gated: also compile `swiglu` with biases for these inner widths.
 
     Returns:
         False if there is no GPU or no Triton to compile for, else True.
@@ -92,14 +100,20 @@ def warmup(
                 )
                 out.sum().backward()
     for C in widths:
-        weight, bias = (ones(C, requires_grad=True) for _ in range(2))
-        streams = [leaf(16, C), ones(16, C, requires_grad=True)]
+        weight, bias, gamma = (ones(C, requires_grad=True) for _ in range(3))
+        norm = functools.partial(add_layer_norm, weight=weight, bias=None if rms else bias, rms=rms, impl="triton")
+        scales: dict[str, Any] = {"layer_scale": gamma, "sample_scale": ones(2)}
+        streams = [leaf(2, 8, C), ones(2, 8, C, requires_grad=True)]
         for residual, summed in ((None, False), *itertools.product(streams, (False, True))):
-            x = leaf(16, C)  # x has the output's dtype even if the stream is float32, as under autocast
-            normed, total = add_layer_norm(x, residual, weight, bias, impl="triton")
-            (normed.sum() + total.sum() if summed else normed.sum()).backward()
+            for options in [{}, scales] if scaled and residual is not None else [{}]:
+                x = leaf(2, 8, C)  # x has the output's dtype even if the stream is float32, as under autocast
+                normed, total = norm(x, residual, **options)
+                (normed.sum() + total.sum() if summed else normed.sum()).backward()
         for approximate in ("none", "tanh"):
             bias_gelu(leaf(16, 4 * C), ones(4 * C), approximate=approximate, impl="triton").sum().backward()
+    for inner in gated:
+        biases = (ones(inner, requires_grad=True) for _ in range(2))
+        swiglu(leaf(16, inner), leaf(16, inner), *biases, impl="triton").sum().backward()
     C = widths[0]
     prediction, latents, index = leaf(16, C), ones(16, C, dtype=dtype), torch.arange(16, device=device)
     latent_l2_loss(prediction, latents, index, kind=kind, impl="triton").backward()

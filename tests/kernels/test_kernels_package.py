@@ -137,6 +137,7 @@ def test_warmup_runs_every_operation():
     assert ajepa_kernels.warmup(
         device=DEVICE, dtype=dtype, heads=iter([(2, 32)]), max_seqlens=iter([16, 33]), widths=iter([32]),
         projection=(24, 16, 5), rotary=iter([ajepa_kernels.Rotary.of(torch.zeros(1, 16))]), causal=iter([4]),
+        scaled=True, gated=iter([48]),
     )  # fmt: skip
     assert torch.equal(numbers, torch.get_rng_state())
 
