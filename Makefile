@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: train test install lint format docs bench
+.PHONY: train test aot install lint format docs bench
 
 train: install  ## train the embedded default to its end; a second call finds it finished
 	$(BIN)/python -m ajepa.train --out runs/tiny --resume
@@ -12,6 +12,14 @@ train: install  ## train the embedded default to its end; a second call finds it
 TEST_WORKERS ?= 2
 test: install
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+# Compiles every shipped kernel for GPUs that need not be here, and checks the compiler's reports. `make aot TRITON=3.6.0`
+# does so with another version, which is installed beside the environment.
+TRITON ?=
+aot: install
+	test -z "$(TRITON)" -o -d build/triton-$(TRITON) || \
+		$(BIN)/python -m pip install --quiet --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON)) AJEPA_AOT=all $(BIN)/python -m pytest tests/kernels/test_aot.py
 
 # pip before 26.2 applies PIP_CONSTRAINT in its build environment as well; from 26.2 on, PIP_BUILD_CONSTRAINT does.
 CONSTRAINTS ?= constraints.txt

@@ -98,6 +98,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 128): Tiles(32, 64, 4),
         ("attention_bwd", 16, 64, 256): Tiles(64, 64, 8),
         ("attention_fwd", 16, LONG, 256): Tiles(64, 64, 8, 2),
+        ("attention_fwd", 32, LONG, 256): Tiles(16, 32, 8),
         ("attention_rotary_fwd", 16, 64, 64): Tiles(64, 64, 8, 2, None, 0, 12),
         ("attention_rotary_fwd", 16, 64, 128): Tiles(64, 64, 16, 1, None, 0, 12),
         **{("attention_rotary_fwd", 16, 64 + tail, D): Tiles(128, 64, 8, 1, None, tail, 12)

@@ -97,7 +97,7 @@ def test_hopper_and_blackwell_use_their_own_units(compiled, name, arch):
 @pytest.mark.skipif("AJEPA_AOT" not in os.environ, reason="minutes of compiling: set AJEPA_AOT=all")
 def test_every_configuration():
     failures = []
-    for (name, arch), reports in (compile_all(CORE, SMALL_ARCHS) | compile_all(REST, (*ARCHS, *SMALL_ARCHS))).items():
+    for (name, arch), reports in (compile_all(CORE, (120,)) | compile_all(REST, (*ARCHS, 120))).items():
         try:
             check(name, arch, reports, share=0.5)
         except AssertionError as failure:

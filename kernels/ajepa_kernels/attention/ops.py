@@ -20,7 +20,7 @@ from ajepa_kernels.attention.kernels import (
 from ajepa_kernels.attention.layout import Layout
 from ajepa_kernels.attention.rotary import Tables
 
-HEAD_DIMS = range(8, 257, 8)  # rows of other head dims are not aligned to 16 bytes
+HEAD_DIMS = tuple(range(8, 257, 8))  # rows of other head dims are not aligned to 16 bytes
 
 
 def why_no_kernel(q: torch.Tensor) -> str:
@@ -40,7 +40,7 @@ def _block_d(D: int) -> int:
 
 def _tiles(q: torch.Tensor, op: str, S: int) -> Any:
     """The table's entry for this head dim, or for the channels of its tiles."""
-    bits, D = 8 * q.element_size(), q.shape[-1]
+    bits, D = 8 * q.element_size(), int(q.shape[-1])  # torch.compile may hand over a symbol
     return tuned(q, op, bits, S, D) or tuned(q, op, bits, S, _block_d(D))
 
 
