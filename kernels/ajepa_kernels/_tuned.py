@@ -144,6 +144,7 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_bwd", 16, LONG, 256): Tiles(64, 64, 8),
         ("attention_rotary_fwd", 16, 16, 64): Tiles(16, 16, 2),
         ("attention_rotary_fwd", 16, LONG, 32): Tiles(64, 64, 8, 2),
+        ("attention_causal_bwd", 16, 128, 64): Tiles(32, 128, 8),
         ("attention_rotary_fwd", 16, 128, 64): Tiles(64, 128, 8, 1, None, 0, 12),
         ("attention_rotary_bwd", 16, 64, 64): Tiles(64, 64, 8, 1, 208, 0, 12),
         ("attention_rotary_fwd", 16, 32, 32): Tiles(32, 32, 2),

@@ -66,13 +66,10 @@ def _one_tile(q: torch.Tensor, max_q: int, max_k: int, turns: bool) -> bool:
     return max_q <= longest and max_k <= longest
 
 
-def _turning_config(q: torch.Tensor, max_q: int, max_k: int, way: str) -> tuple[bool, Tiles]:
-    """`_config` for kernels that turn q and k, with entries of their own where they need more registers."""
-    one_tile, config = _config(q, max_q, max_k, f"attention_{way}")
-    if not _one_tile(q, max_q, max_k, True):
-        one_tile, config = False, _tiles(q, f"attention_{way}", LONG)
+def _own(q: torch.Tensor, one_tile: bool, config: Tiles, op: str) -> Tiles:
+    """The configuration in place of `config` where `op`, a variant that needs more registers, has an entry."""
     length = config.block_k + config.tail if one_tile else LONG
-    return one_tile, _tiles(q, f"attention_rotary_{way}", length) or config
+    return _tiles(q, op, length) or config
 
 
 def _options(config: Tiles) -> dict[str, int | None]:
@@ -146,10 +143,13 @@ def _masked_attention_fwd(
 ):  # fmt: skip
     """If k is None, q is `[rows, 3, H, D]`. lse (base 2, `[H, slots]`) is written only for long sequences. `causal` and
     `order` as in `Layout`, the tables as in `Tables`."""
-    if q_cos is None:
-        one_tile, config = _config(q, max_q, max_k, "attention_fwd")
-    else:
-        one_tile, config = _turning_config(q, max_q, max_k, "fwd")
+    one_tile, config = _config(q, max_q, max_k, "attention_fwd")
+    if q_cos is not None:
+        if one_tile and not _one_tile(q, max_q, max_k, True):
+            one_tile, config = False, _tiles(q, "attention_fwd", LONG)
+        config = _own(q, one_tile, config, "attention_rotary_fwd")
+    elif causal or order is not None:
+        config = _own(q, one_tile, config, "attention_causal_fwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     allocate = torch.zeros if scatter else torch.empty  # rows that no sequence owns must be zero
     H, D = q.shape[-2:]
@@ -198,10 +198,13 @@ def _masked_attention_bwd(
 ):  # fmt: skip
     """If k is None, dq holds all three gradients. out and lse are read only for long sequences. `bias` asks for dbias,
     the sum of dq over its rows in float32, where k is None."""
-    if q_cos is None:
-        one_tile, config = _config(q, max_q, max_k, "attention_bwd")
-    else:
-        one_tile, config = _turning_config(q, max_q, max_k, "bwd")
+    one_tile, config = _config(q, max_q, max_k, "attention_bwd")
+    if q_cos is not None:
+        if one_tile and not _one_tile(q, max_q, max_k, True):
+            one_tile, config = False, _tiles(q, "attention_bwd", LONG)
+        config = _own(q, one_tile, config, "attention_rotary_bwd")
+    elif causal or order is not None:
+        config = _own(q, one_tile, config, "attention_causal_bwd")
     k_start, k_end, k_rows = _keys(one_tile, q_start, q_end, q_rows, k_start, k_end, k_rows)
     # where rows are gathered, a row that no sequence owns has zero gradient
     allocate = torch.empty_like if q_rows is None and k_rows is None else torch.zeros_like
