@@ -370,6 +370,8 @@ REST = {
         for adjacent in (True, False)
     },
     **{f"rotary attention {S} x 80": (attention_turned, S, 80, B, 39, True) for S in (64, 300)},
+    **{f"rotary attention {S} x 256": (attention_turned, S, 256, B, 30, True) for S in (16, 300)},
+    "rotary attention 300 x 256 fp32": (attention_turned, 300, 256, F, 30, True),
     **{f"rotary attention {S} x 64 pairs": (attention_turned, S, 64, B, 32) for S in (64, 77, 128, 300)},
     **{f"rotary attention {S} x 64 fp32": (attention_turned, S, 64, F, 30, True) for S in (16, 32, 300)},
     **{f"rotary causal attention {S} x 64": (attention_turned, S, 64, B, 30, True, True, 16) for S in (64, 77, 128)},

@@ -87,6 +87,9 @@ _UNTIMED: dict[str, dict[tuple, Tiles | Rows | None]] = {
         ("attention_rotary_bwd", 16, 64, 128): Tiles(32, 64, 8),
         **{("attention_rotary_bwd", 16, S, D): Tiles(D // 2, 128, 8) for S in (80, 96, 128) for D in (32, 64)},
         ("attention_rotary_fwd", 16, LONG, 128): Tiles(64, 64, 8, 2),
+        ("attention_rotary_fwd", 16, LONG, 256): Tiles(64, 32, 8),
+        ("attention_rotary_bwd", 16, LONG, 256): Tiles(32, 32, 8),
+        ("attention_rotary_bwd", 32, LONG, 256): Tiles(16, 16, 16),
     },
     "sm_80": {  # products take their operands from registers, which leaves no room for 128 x 128 scores
         ("attention_fwd", 16, 128, 64): Tiles(64, 128, 4, 2, None, 0, 12),

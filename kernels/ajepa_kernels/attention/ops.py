@@ -62,7 +62,7 @@ def _config(q: torch.Tensor, max_q: int, max_k: int, op: str) -> tuple[bool, Til
 
 def _one_tile(q: torch.Tensor, max_q: int, max_k: int, turns: bool) -> bool:
     """Whether one tile holds all keys. Kernels that turn q and k have no registers for more than 64 wide ones."""
-    longest = min(_longest_tile(q), 64 if turns and q.shape[-1] > 64 else 128)
+    longest = min(_longest_tile(q), 128 if not turns or q.shape[-1] <= 64 else 64 if q.shape[-1] <= 128 else 16)
     return max_q <= longest and max_k <= longest
 
 
