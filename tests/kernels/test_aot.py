@@ -1,10 +1,11 @@
 """Every shipped configuration compiled for GPUs that are not here: no spills, tensor cores, room for enough blocks."""
 
+import functools
 import os
 import re
 
 import pytest
-from aot import ARCHS, CORE, REST, SMALL, SMALL_ARCHS, compile_all
+from aot import ARCHS, CORE, REST, SMALL, SMALL_ARCHS, compile_all, reports
 
 from ajepa_kernels._triton import INTERPRET, triton
 
@@ -25,9 +26,10 @@ STREAMING = {
 }
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    return compile_all(CORE) | compile_all(SMALL, SMALL_ARCHS)
+@functools.cache
+def compiled(name: str, arch: int) -> list:
+    """Each test compiles what it reads, so that test processes share the work; Triton keeps the results on disk."""
+    return reports((CORE | SMALL)[name], arch)
 
 
 def check(name: str, arch: int, reports: list, share: float = 1.0) -> None:
@@ -64,21 +66,21 @@ def check(name: str, arch: int, reports: list, share: float = 1.0) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", CORE)
-def test_core(compiled, name, arch):
-    check(name, arch, compiled[name, arch])
+def test_core(name, arch):
+    check(name, arch, compiled(name, arch))
 
 
 @pytest.mark.parametrize("arch", SMALL_ARCHS)
 @pytest.mark.parametrize("name", SMALL)
-def test_small_shared_memory(compiled, name, arch):
-    check(name, arch, compiled[name, arch])
+def test_small_shared_memory(name, arch):
+    check(name, arch, compiled(name, arch))
 
 
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("name", [n for n in CORE if re.match("attention (64|77|128) x", n)])
-def test_loads_are_issued_together(compiled, name, arch):
+def test_loads_are_issued_together(name, arch):
     """All of a sequence that is one tile, before anything waits for a part of it: one memory latency, not several."""
-    whole = [r for r in compiled[name, arch] if re.fullmatch("_masked_attention_(fwd|bwd)_kernel", r.kernel)]
+    whole = [r for r in compiled(name, arch) if re.fullmatch("_masked_attention_(fwd|bwd)_kernel", r.kernel)]
     assert whole
     for r in whole:
         assert not r.apart, f"{name}: a load behind the use of another on sm_{arch}: {r}"
@@ -87,19 +89,19 @@ def test_loads_are_issued_together(compiled, name, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", [n for n in CORE if n.startswith("attention") and "32 x 64" not in n])
-def test_hopper_and_blackwell_use_their_own_units(compiled, name, arch):
+def test_hopper_and_blackwell_use_their_own_units(name, arch):
     """64 rows and more run on warp-group or tensor-memory products, not on Ampere's."""
     if arch >= 90 and int(name.split()[1]) >= 64:
-        assert any(r.warp_group for r in compiled[name, arch])
+        assert any(r.warp_group for r in compiled(name, arch))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("AJEPA_AOT" not in os.environ, reason="minutes of compiling: set AJEPA_AOT=all")
 def test_every_configuration():
     failures = []
-    for (name, arch), reports in (compile_all(CORE, (120,)) | compile_all(REST, (*ARCHS, 120))).items():
+    for (name, arch), made in (compile_all(CORE, (120,)) | compile_all(REST, (*ARCHS, 120))).items():
         try:
-            check(name, arch, reports, share=0.5)
+            check(name, arch, made, share=0.5)
         except AssertionError as failure:
             failures.append(str(failure))
     assert not failures, "\n".join(failures)

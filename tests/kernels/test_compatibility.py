@@ -16,6 +16,8 @@ import torch.distributed as dist
 from oracle import CAN_LAUNCH, DEVICE
 from torch.utils.checkpoint import checkpoint
 
+from ajepa_kernels._triton import INTERPRET
+
 sys.path.insert(0, str(Path(__file__).parent))
 import compatibility as c
 
@@ -202,6 +204,7 @@ def two_processes():
         yield Path(folder)
 
 
+@pytest.mark.skipif(INTERPRET, reason="is tested without the interpreter, which is slow in two processes")
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 @pytest.mark.parametrize("feature", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", c.NAMES)

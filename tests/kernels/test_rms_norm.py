@@ -23,7 +23,7 @@ def run(function, tensors, upstream):
 
 # As for layer norm; the mean of the rows is far from zero, so that a norm that subtracts it fails.
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("M", "C"), [(0, 64), (1, 768), (3, 7), (70, 96), (9, 1025)])
+@pytest.mark.parametrize(("M", "C"), [(0, 64), (1, 768), (3, 7), (21, 96), (9, 1025)])
 @pytest.mark.parametrize("residual", [None, "same", "float32"])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
