@@ -64,12 +64,18 @@ def mel_spectrogram(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
 
 def librosa_mel(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
     import librosa
+    from threadpoolctl import threadpool_limits
 
     clips = x.cpu().numpy()
-    return lambda: librosa.feature.melspectrogram(
-        y=clips, sr=spec.sample_rate, n_fft=spec.n_fft, win_length=spec.win_length, hop_length=spec.hop_length,
-        n_mels=spec.n_mels, fmin=spec.f_min, fmax=spec.f_max,
-    )  # fmt: skip
+
+    @threadpool_limits.wrap(1, "blas")  # other threads would spin after its product and slow what is timed next
+    def run():
+        return librosa.feature.melspectrogram(
+            y=clips, sr=spec.sample_rate, n_fft=spec.n_fft, win_length=spec.win_length, hop_length=spec.hop_length,
+            n_mels=spec.n_mels, fmin=spec.f_min, fmax=spec.f_max,
+        )  # fmt: skip
+
+    return run
 
 
 def kaldi_native(x: torch.Tensor, spec: LogMelSpec) -> Callable[[], object]:
