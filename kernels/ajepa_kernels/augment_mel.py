@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._triton import jit, launch, power_of_2, register, tl, use_triton
 from ajepa_kernels.log_mel import LogMelSpec
 
@@ -314,6 +315,7 @@ def augment_mel(
         )
         patches = augment_mel(mel, views, LogMelSpec(n_mels=64, n_frames=64, patch=(8, 8)))  # [2, 64, 64]
     """
+    check_tensors("augment_mel", mel=mel, lengths=lengths)
     n_frames = _check(mel, views, spec, lengths, dtype)
     if mel.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(mel, views, lengths)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ajepa_kernels import products
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._chunks import MAX_WIDTH, centre, channels, chunk, load_vector, row_chunks
 from ajepa_kernels._triton import arch, dense_rows, jit, launch, register, tl, use_triton
 from ajepa_kernels.bias_gelu import _gelu
@@ -272,6 +273,7 @@ def quantize(
         of the scaling's state.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: dtypes, devices or options are invalid; raised before any launch.
 
     Example::
@@ -280,6 +282,7 @@ def quantize(
         x = torch.randn(512, 768, device="cuda", dtype=torch.bfloat16)
         values, scale = quantize(x, scaling)
     """
+    check_tensors("quantize", x=x)
     if not x.is_floating_point() or (scaling is not None and scaling.state.device != x.device):
         raise ValueError(f"quantize: x must be floating point, on the device of its scaling, got {x.dtype} {x.device}")
     if gelu not in GELUS:
@@ -330,6 +333,7 @@ def norm_quantize(
         scaling, impl: as in `quantize`. Without a scaling, and at its first use, the norm is plain PyTorch's.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices are invalid; raised before any launch.
 
     Example::
@@ -339,7 +343,9 @@ def norm_quantize(
         stream = torch.randn(512, 768, device="cuda")
         quantized, stream = norm_quantize(x, stream, norm.weight, norm.bias, norm.eps, scaling)
     """
-    tensors = tuple(t.detach() for t in (x_MK, residual_MK, weight_K, bias_K))
+    given = {"x": x_MK, "residual": residual_MK, "weight": weight_K, "bias": bias_K}
+    check_tensors("norm_quantize", **given)
+    tensors = tuple(t.detach() for t in given.values())
     x, residual, weight, bias = tensors
     if x.dim() != 2 or residual.shape != x.shape or not weight.shape == bias.shape == x.shape[1:]:
         shapes = ", ".join(str(list(t.shape)) for t in tensors)
@@ -388,6 +394,7 @@ def fp8_linear(
         bfloat16 `[..., N]`.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: K or N is not a multiple of 16, or x and the weight have different K.
 
     Example::
@@ -396,8 +403,9 @@ def fp8_linear(
             y = fp8_linear(x, layer.weight, layer.bias)
             z = fp8_linear(quantize(y, gelu="none"), next_layer.weight, next_layer.bias)
     """
-    N, K = (weight_NK.values if isinstance(weight_NK, Quantized) else weight_NK).shape
-    shape = (x.values if isinstance(x, Quantized) else x).shape
+    values, weight = (t.values if isinstance(t, Quantized) else t for t in (x, weight_NK))
+    check_tensors("fp8_linear", x=values, weight=weight, bias=bias_N)
+    (N, K), shape = weight.shape, values.shape
     if K % LANES or N % LANES or shape[-1] != K:
         raise ValueError(
             f"fp8_linear: x must be [..., K] and weight [N, K], with N and K multiples of {LANES}, "

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ajepa_kernels import _extension
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._triton import constant
 
 MAX_RATE = 384_000
@@ -591,6 +592,7 @@ def resample(
     torch.Size([2, 16000])
     """
     from_rate, to_rate = _rates(from_rate, to_rate)
+    check_tensors("resample", pcm=pcm, lengths=lengths)
     _check(pcm, lengths, first, count, offset, downmix, dtype)
     if impl not in IMPLS:
         raise ValueError(f"resample: impl must be one of {', '.join(IMPLS)}, got {impl!r}")

@@ -10,6 +10,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels._triton import dense_rows, jit, launch, power_of_2, register, tl, use_triton
 
@@ -219,6 +220,7 @@ def segment_pool(x: torch.Tensor, cu_segments: torch.Tensor, *, eps: float = 1e-
     dtype of x, and is 0 for tokens outside the segments. `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices are invalid; raised before any launch.
         RuntimeError: the gradient is differentiated again; impl="reference" allows it.
 
@@ -228,6 +230,7 @@ def segment_pool(x: torch.Tensor, cu_segments: torch.Tensor, *, eps: float = 1e-
         offsets = torch.tensor([0, 4, 6], device="cuda", dtype=torch.int32)
         pooled = segment_pool(tokens, offsets)  # [2, 2, 768]
     """
+    check_tensors("segment_pool", x=x, cu_segments=cu_segments)
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"segment_pool: x must be floating point [T, C], got {x.dtype} {list(x.shape)}")
     if cu_segments.dim() != 1 or len(cu_segments) == 0 or cu_segments.dtype not in (torch.int32, torch.int64):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ajepa_kernels._arguments import check_tensors
 from ajepa_kernels._autograd import Function, first_order
 from ajepa_kernels._chunks import MAX_WIDTH
 from ajepa_kernels._triton import arch, jit, launch, power_of_2, register, tl, use_triton
@@ -526,6 +527,7 @@ def sigreg(
     `torch.func.grad` works; `torch.vmap` needs impl="reference".
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes, devices or options are invalid; raised before any launch.
         RuntimeError: the gradient is differentiated again; impl="reference" allows it.
 
@@ -535,6 +537,7 @@ def sigreg(
         step = torch.zeros((), device="cuda", dtype=torch.int64)
         sigreg(z, step, directions=1024).backward()
     """
+    check_tensors("sigreg", z=z)
     _check(z, key, directions, knots, limit)
     unsupported = ""
     if z.dtype not in (torch.float32, torch.float16, torch.bfloat16):

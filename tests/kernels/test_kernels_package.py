@@ -290,3 +290,19 @@ def test_no_sync_detects_an_operation_that_waits():
     qkv, mask = torch.randn(2, 5, 3, 2, 32), torch.ones(2, 5, dtype=torch.bool)
     with pytest.raises(AssertionError, match="makes the host wait"), NoSync():
         ajepa_kernels.masked_attention(qkv, visible=mask)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("masked_attention", (1,)), ("latent_l2_loss", (1, 2, 3)), ("add_layer_norm", (1, 2)), ("bias_gelu", (1, 2)),
+        ("gelu_mlp", (1, 2, 3, 4, 5)), ("linear_residual", (1, 2, 3, 4)), ("swiglu", (1, 2)), ("segment_pool", (1, 2)),
+        ("sigreg", (1, None)), ("log_mel", (1, ajepa_kernels.LogMelSpec())), ("resample", (1, 16000, 8000)),
+        ("augment_mel", (1, None, ajepa_kernels.LogMelSpec())), ("quantize", (1,)), ("fp8_linear", (1, 2, 3)),
+        ("norm_quantize", (1, 2, 3, 4)), ("ema_update_", ([1], [2], 0.5)),
+    ],
+)  # fmt: skip
+def test_every_operation_asks_for_tensors(op, arguments):
+    """Lists, arrays and numbers get one clear error."""
+    with pytest.raises(TypeError, match=f"{op}: .* must be a torch.Tensor, got int"):
+        getattr(ajepa_kernels, op)(*arguments)
