@@ -261,6 +261,8 @@ class StepConfig:
     pass. epilogue: both within the matrix products. auto: bias-gelu on a GPU, plain on a CPU."""
     target_precision: Literal["same", "fp8"] = "same"
     """fp8: the target encoder's blocks multiply in 8 bits (GPUs from compute capability 8.9). Changes the targets."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which several ranks sum their gradients. bf16 sends half the bytes and rounds every partial sum."""
     profile: int = 0
     """Number of steps to profile, after the first ten. Writes trace.json and prints where the time went. 0: none."""
 
@@ -342,9 +344,10 @@ class Config:
     threads: int = 0
     """CPU threads of torch. 0: as many as there are free cores when the run starts (in a script of your own: torch's
     number). The run keeps their number, because the last bits of its results depend on it."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun. ddp: every rank holds the whole model. fsdp: every rank holds a shard of it (FSDP2, for large
-    models)."""
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    """Under torchrun. ddp: every rank holds and updates the whole model. zero1: every rank updates a part of it, with
+    the moments of that part only, and gathers the rest. fsdp: every rank holds a shard of it (FSDP2, for models that do
+    not fit otherwise, without CUDA graphs)."""
     rank_timeout: float = 50.0
     """Seconds that a rank waits for another rank within a step before the run ends with an error."""
     seed: int = 0
@@ -495,7 +498,7 @@ _MAY_CHANGE = {
     "resume", "device", "log_every", "log_to", "decoder", "loader_threads", "threads", "prefetch", "checkpoint_every",
     "keep", "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
-    "resident_gb", "compare_steps", "overlap_front_end", "overwrite", "config",
+    "resident_gb", "compare_steps", "overlap_front_end", "overwrite", "config", "reduce",
 }  # fmt: skip
 BUDGET = {"steps", "schedule", "decay_share"}  # may change too, where the schedules of all steps done stay as they were
 _OF_THE_FOLDER = {"out", "resume", "overwrite", "config", "cooldown_from"}  # not taken over from another run
@@ -783,6 +786,8 @@ def validate(cfg: Config) -> None:
     need(optim.batch_size % int(ranks) == 0,
          f"--batch-size {optim.batch_size} is that of all ranks together: make it a multiple of {ranks}")  # fmt: skip
     need(ranks == "1" or cfg.impl != "compile", "--impl compile trains on one device: use --impl fused with several")
+    need(cfg.step.reduce == "fp32" or cfg.impl == "fused",
+         f"--reduce bf16: --impl {cfg.impl} takes gradients in the weights' precision; leave it out")  # fmt: skip
     need(ranks == "1" or not cfg.compare, "--compare measures one device: start it without torchrun")
     need(not (cfg.compare and cfg.resume), "--compare does not train: leave out --resume")
     need(not (cfg.overwrite and cfg.resume), "--resume continues the run that --overwrite replaces: choose one")
@@ -807,7 +812,7 @@ def _validate_objective(cfg: Config, need: Callable[[bool, str], None]) -> None:
         need(getattr(objective, name) <= 100, f"{flag(name)} {getattr(objective, name)}: 100 dB are the most")
     need(objective.teacher is None or (objective.masks or objective.clip_loss == "utterance"),
          "--teacher gives targets of masked patches or of utterances: add --objective masked or both")  # fmt: skip
-    need(objective.teacher is None or cfg.parallel == "ddp", "--teacher is loaded whole: leave out --parallel fsdp")
+    need(objective.teacher is None or cfg.parallel != "fsdp", "--teacher is loaded whole: leave out --parallel fsdp")
     need(cfg.model.target_mode == "mean" or cfg.model.target_layers > 1,
          "--target-mode separate needs --target-layers above 1")  # fmt: skip
     if cfg.watch.pooling == "projection":
@@ -830,7 +835,7 @@ def _validate_objective(cfg: Config, need: Callable[[bool, str], None]) -> None:
          "--micro-batch: the clip objective compares all recordings of a batch; use --recompute to save "
          "memory")  # fmt: skip
     need(
-        cfg.parallel == "ddp",
+        cfg.parallel != "fsdp",
         "--parallel fsdp shards masked pretraining only; leave it out with --objective clip or both",
     )
 

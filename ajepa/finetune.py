@@ -38,7 +38,7 @@ from ajepa.model.frontend import FrontEnd
 from ajepa.model.jepa import Encoder as ViT
 from ajepa.model.pretrained import load_weights
 from ajepa.training.checkpoint import load_latest, save_checkpoint
-from ajepa.training.distributed import Ranks
+from ajepa.training.ranks import Ranks
 from ajepa.training.schedules import cosine
 from ajepa.utils import cli
 from ajepa.utils.command import command, describe

@@ -26,9 +26,10 @@ from ajepa.training import origin
 from ajepa.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from ajepa.training.compare import compare_engines, table
 from ajepa.training.corpus import Corpus, open_corpus, to_device
-from ajepa.training.distributed import ElsewhereError, Ranks, joined, speaks_for_node
+from ajepa.training.distributed import joined, speaks_for_node
 from ajepa.training.engine import Engine
 from ajepa.training.profiling import StepProfile
+from ajepa.training.ranks import ElsewhereError, Ranks
 from ajepa.training.run_log import NonFiniteError, RunLog, warn
 from ajepa.training.sizes import check_memory
 from ajepa.training.summary import (
@@ -134,7 +135,7 @@ def train(
         write_encoder(cfg, folder, encoder, engine.projector)
         draw(cfg, folder, engine, corpus, baselines)
         peak = peak_memory(device)
-        engine.graphs = None  # free the memory of the graphs for the comparison
+        engine.graphs = engine.update_graph = None  # free the memory of the graphs for the comparison
         rates = compare_engines(cfg, device, corpus, min(cfg.watch.compare_steps, cfg.optim.steps), ranks.world_size)
         summary = make_summary(cfg, device, log, baselines, rates, skipped, peak)
         write_summary(summary, folder, log, rates)

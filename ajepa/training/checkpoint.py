@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 
-from ajepa.training.distributed import Ranks
+from ajepa.training.ranks import Ranks
 from ajepa.utils.atomic_files import write_synced
 from ajepa.utils.run_folder import CheckpointError, checkpoints, read_verified, steps_of
 
@@ -152,36 +153,35 @@ def _sync(folder: Path) -> None:
 
 def _model_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Whole weights on the CPU of rank 0; an empty dictionary on the other ranks."""
-    return _on_first(trainer, {name: (value, value) for name, value in trainer.model.state_dict().items()})
+    ranks = trainer.ranks
+    return _on_first(
+        ranks, ((name, ranks.whole_weight(value)) for name, value in ranks.complete(trainer.model).items())
+    )
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Optimiser state by parameter name, and the random state of every rank."""
     parameters = dict(trainer.model.named_parameters())
     names = {trainer.ranks.local(p): name for name, p in parameters.items()}
+    ranks = trainer.ranks
     tensors = _on_first(
-        trainer,
-        {
-            f"{key}/{names[local]}": (parameters[names[local]], value)
+        ranks,
+        (  # a step count is the same on all ranks
+            (f"{key}/{names[local]}", ranks.whole(parameters[names[local]], value) if value.ndim else value)
             for local, state in trainer.optimizer.state.items()
             for key, value in state.items()
-        },
+        ),
     )
-    for rank, (cpu, cuda) in enumerate(trainer.ranks.gather(_random_state(trainer.device))):
+    for rank, (cpu, cuda) in enumerate(ranks.gather(_random_state(trainer.device))):
         tensors[f"rng/cpu/{rank}"] = cpu
         if cuda is not None:
             tensors[f"rng/cuda/{rank}"] = cuda
     return tensors
 
 
-def _on_first(trainer: Trainer, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Gather each (parameter, this rank's part) to a whole tensor on the CPU of rank 0, one tensor at a time."""
-    ranks, tensors = trainer.ranks, {}
-    for name, (parameter, value) in values.items():
-        whole = ranks.whole(parameter, value) if value.ndim else value  # a step count is the same on all ranks
-        if ranks.is_first:
-            tensors[name] = whole.detach().contiguous().cpu()
-    return tensors
+def _on_first(ranks: Ranks, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Copy whole tensors, which all ranks gather one at a time, to the CPU of rank 0."""
+    return {name: whole.detach().contiguous().cpu() for name, whole in tensors if ranks.is_first}
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

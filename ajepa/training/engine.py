@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ from ajepa.model.jepa import JEPA
 from ajepa.model.masks import Masks, MaskSampler
 from ajepa.model.pretrained import load_pretrained, load_weights
 from ajepa.model.views import ViewFrontEnd
-from ajepa.training.distributed import Ranks
 from ajepa.training.flops import step_flops
 from ajepa.training.graph import StepGraphs
+from ajepa.training.ranks import Ranks
 from ajepa.training.schedules import ema_decay, learning_rate, parameter_groups, weight_decay
 from ajepa.utils.devices import trains_in_bf16
 from ajepa_kernels import AdamWEMA, advance_scales_, ema_update_reference_, latent_l2_loss
@@ -33,8 +34,11 @@ class StepResult(NamedTuple):
     grad_norm: torch.Tensor
     bad: torch.Tensor  # 1 where the loss or a gradient was not finite and no weight was changed
     masked: torch.Tensor  # the terms of the loss without their weights, 0 where the run has no such objective: masked
-    agreement: torch.Tensor  # prediction, agreement of the views and SIGReg. With several ranks, those of this rank
+    agreement: torch.Tensor  # prediction, agreement of the views and SIGReg
     sigreg: torch.Tensor
+
+
+TERMS = 3  # the last fields of StepResult
 
 
 class ScheduleValues(NamedTuple):
@@ -82,8 +86,9 @@ class Engine:
     `reference` under torch.compile. All three have the same parameters, so weights can move between them. A step whose
     loss or gradient is not finite changes no weight and no moment.
 
-    With several `ranks`, each rank trains on its share of the batch, without CUDA graphs; sharded weights have no
-    copies.
+    With several `ranks`, each rank trains on its share of the batch. One CUDA graph then holds forward and backward and
+    another one the update; the reduction lies between them. A clip objective compares the recordings of all ranks
+    within its forward pass, so its step with several ranks is no graph. Sharded weights have neither graphs nor copies.
     """
 
     def __init__(self, cfg: Config, device: torch.device, ranks: Ranks | None = None):
@@ -96,13 +101,17 @@ class Engine:
         self._make_front_end()
         self.forward = torch.compile(self._forward) if cfg.impl == "compile" else self._forward
         on_gpu = device.type == "cuda"
-        graphs = on_gpu and not self.plain and cfg.step.cuda_graph and self.ranks.alone
+        graphs = on_gpu and not self.plain and cfg.step.cuda_graph and self.ranks.captures
+        graphs = graphs and (self.ranks.alone or not cfg.objective.clips)
         # The device prefers streams with lower numbers: the masks, for which the host waits, then the step.
         overlaps = on_gpu and cfg.step.overlap_front_end
         self.front_end_stream = torch.cuda.Stream(device, priority=0) if overlaps else None
         graph_stream = torch.cuda.Stream(device, priority=-1) if graphs and overlaps else None
         self.mask_stream = torch.cuda.Stream(device, priority=-2 if overlaps else -1) if on_gpu else None
-        self.graphs = StepGraphs(self._train, device, graph_stream) if graphs else None
+        self.graphs: StepGraphs | None = None
+        self.update_graph: StepGraphs | None = None  # with several ranks
+        if graphs:
+            self.use_graphs(graph_stream)
         self.in_flight = StepsInFlight(device)
 
     # --- the parts ------------------------------------------------------------------------------------------------
@@ -121,20 +130,22 @@ class Engine:
         self.copies = self.model.add_copies(torch.bfloat16 if self.bf16 else torch.float32) if has_copies else []
 
     def _make_optimizer(self) -> None:
-        optim, local = self.cfg.optim, self.ranks.local
+        optim, local, scales = self.cfg.optim, self.ranks.local, self.model.scales
+        pairs, trained = self.model.ema_pairs(), [p for p in self.model.parameters() if p.requires_grad]
+        self.ranks.spread(trained, pairs, self.copies, TERMS + (0 if scales is None else scales.numel()))
         groups = parameter_groups(self.model, optim.weight_decay)
         for group in groups:
             group["params"] = [local(p) for p in group["params"]]
         self.trained = [p for group in groups for p in group["params"]]
-        self.pairs = [(local(p), local(target)) for p, target in self.model.ema_pairs()]
+        self.pairs, copies, scalings = (
+            [(local(x), local(y)) for x, y in pairs] for pairs in (pairs, self.copies, self.model.copy_scalings())
+        )
         options: dict[str, Any] = {"lr": optim.lr_start, "betas": optim.betas, "fused": True}
         self.optimizer: torch.optim.AdamW
         if self.plain:
             self.optimizer = torch.optim.AdamW(groups, **options)
         else:
-            self.optimizer = AdamWEMA(
-                groups, ema=self.pairs, copies=self.copies, scalings=self.model.copy_scalings(), **options
-            )
+            self.optimizer = AdamWEMA(groups, ema=self.pairs, copies=copies, scalings=scalings, **options)
 
     def _make_front_end(self) -> None:
         if self.plain:
@@ -147,6 +158,16 @@ class Engine:
             self.front_end = FrontEnd(self.cfg.front_end, dtype=torch.bfloat16 if rounds else torch.float32)
         impl, dtype = ("reference" if self.plain else "auto"), self.front_end.dtype
         self.views = ViewFrontEnd(self.cfg, impl, dtype) if self.cfg.objective.clips else None
+
+    def use_graphs(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Replay steps as CUDA graphs wherever shapes recur, captured on `stream`. A CPU takes the same path without
+        graphs."""
+        if self.ranks.alone:
+            self.graphs = StepGraphs(self._train, self.device, stream)
+            return
+        captured = functools.partial(self._backward, overlap=False)  # a graph holds no reduction
+        self.graphs = StepGraphs(self._backward, self.device, stream, captured)
+        self.update_graph = StepGraphs(self._update, self.device, stream)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
@@ -201,7 +222,14 @@ class Engine:
             self.key.fill_(self.cfg.seed * 1_000_003 + step)
         optim = self.cfg.optim
         values = ScheduleValues(learning_rate(optim, step), weight_decay(optim, step), ema_decay(optim, step), share)
-        return StepResult(*(self.graphs or self._train)(patches, parts, values))
+        if self.update_graph is None:
+            return StepResult(*(self.graphs or self._train)(patches, parts, values))
+        assert self.graphs is not None
+        self.graphs(patches, parts, values)
+        self.ranks.exchange()
+        result = StepResult(*self.update_graph(patches[:0], [], values))
+        self.ranks.distribute()
+        return result
 
     @torch.no_grad()
     def patches(self, pcm: torch.Tensor, lengths: torch.Tensor, step: int) -> torch.Tensor:
@@ -212,10 +240,19 @@ class Engine:
         return self.front_end(pcm, lengths if padded_by_zeros else None)
 
     def _train(self, patches: torch.Tensor, parts: list[Masks], values: ScheduleValues) -> tuple[torch.Tensor, ...]:
-        """Forward, backward and update, on tensors only: the part that a CUDA graph holds."""
-        self.optimizer.zero_grad(set_to_none=True)  # clear gradients left behind by a failed graph capture
-        loss, terms = self._gradients(patches, parts, values.share)
-        return *self._update(loss, values), *terms.unbind()
+        """Forward, backward and update, on tensors only: the part that a CUDA graph of a single process holds."""
+        self._backward(patches, parts, values)
+        self.ranks.exchange()
+        result = self._update(patches, parts, values)
+        self.ranks.distribute()
+        return result
+
+    def _backward(self, patches, parts: list[Masks], values: ScheduleValues, overlap: bool = True) -> tuple[()]:
+        """Leave gradients, loss and terms of this rank where the reduction finds them, see `Ranks.collect`."""
+        self.model.zero_grad(set_to_none=True)  # clear gradients left behind by a failed graph capture
+        loss, terms = self._gradients(patches, parts, values.share, overlap)
+        self.ranks.collect(loss, terms, self.model.scales)
+        return ()
 
     def _forward(self, patches: torch.Tensor, masks: Masks, share: float | torch.Tensor | None):
         """The loss, and its terms as in `StepResult`. `share` weights the mean over target patches; None: 1."""
@@ -233,42 +270,44 @@ class Engine:
             loss = loss + objective.clip_weight * clip if objective.masks else clip
         return loss, torch.stack([x.detach().float() for x in (masked, agreement, spread)])
 
-    def _gradients(self, patches: torch.Tensor, parts: list[Masks], share: float | torch.Tensor):
+    def _gradients(self, patches: torch.Tensor, parts: list[Masks], share: float | torch.Tensor, overlap: bool):
         """Return the loss of the batch and its terms, and leave the gradients in `.grad`. Every target token has the
         same weight, and so has every recording."""
         tokens = sum(len(masks.target) for masks in parts)
-        total, terms = torch.zeros((), device=self.device), torch.zeros(3, device=self.device)
+        total, terms = torch.zeros((), device=self.device), torch.zeros(TERMS, device=self.device)
         for chunk, masks in zip(patches.split([masks.clips for masks in parts]), parts, strict=True):
             part = len(masks.target) / max(tokens, 1)
             weight = None if self.ranks.alone and len(parts) == 1 else share * part
-            with self.ranks.accumulate(self.net, last=masks is parts[-1]):
-                with self.autocast():
-                    loss, found = self.forward(chunk, masks, weight)
-                loss.backward()
+            with self.autocast():
+                loss, found = self.forward(chunk, masks, weight)
+            self.ranks.backward(loss, overlap and masks is parts[-1])
             total += loss.detach()
             terms += found if len(parts) == 1 else found * part
+        if not self.ranks.alone:
+            terms[0] *= share
         return total, terms
 
-    def _update(self, loss: torch.Tensor, values: ScheduleValues) -> tuple[torch.Tensor, ...]:
+    def _update(self, _patches, _parts, values: ScheduleValues) -> tuple[torch.Tensor, ...]:
+        """Clip, AdamW and EMA, from what the reduction has left."""
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = values.lr, values.weight_decay if group["decays"] else 0.0
-        loss, norm = self.ranks.reduce(loss, self.trained)
+        loss, norm, terms = self.ranks.reduced(self.trained, self.model.scales)
         bad = (~(loss + norm).isfinite()).float()
         # torch's fused AdamW divides gradients by grad_scale, and changes nothing where found_inf is 1.
         limit = self.cfg.optim.clip_norm
         clip = torch.ones_like(norm) if limit is None else (norm / limit).clamp(min=1.0)
         if self.model.scales is not None:
-            advance_scales_(self.ranks.maximum(self.model.scales).flatten(0, 1), bad)
+            advance_scales_(self.model.scales.flatten(0, 1), bad)
         if isinstance(self.optimizer, AdamWEMA):
             self.optimizer.step(ema_decay=values.ema_decay, grad_scale=clip, found_inf=bad)
         else:
             self.optimizer.grad_scale, self.optimizer.found_inf = clip, bad  # type: ignore[attr-defined]
             self.optimizer.step()
             self._average(values.ema_decay)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.ranks.free_gradients(self.optimizer)
         if self.cfg.objective.clips:
             self.model.clip.update(bad)
-        return loss, norm, bad
+        return loss, norm, bad, *terms.unbind()
 
     def _average(self, decay: float | torch.Tensor) -> None:
         """Update the target encoder of the plain engine."""
@@ -285,7 +324,7 @@ class Engine:
 
     def finite(self) -> bool:
         """Whether all weights of this rank are finite. Blocks until the queued steps have finished."""
-        weights = [p.detach() for p in (*self.trained, *(average for _, average in self.pairs))]
+        weights = [p.detach() for p in (*self.trained, *(average for _, average in self.pairs)) if p.numel()]
         return bool(torch.nn.utils.get_total_norm(weights, math.inf, foreach=True).isfinite())
 
     @property

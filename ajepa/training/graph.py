@@ -23,11 +23,18 @@ class StepGraphs:
     replayed. Inputs are copied into tensors at fixed addresses. Schedule values are always scalars on the device, so an
     eager step launches the same kernels as a replay. Steps that cannot be captured, and shapes beyond the first
     `MAX_GRAPHS`, run eagerly, and the reason is printed once. All graphs share one memory pool, so only the copied
-    result outlives a replay. Captures use `stream`, whose priority the kernels of a graph keep.
+    result outlives a replay. Captures use `stream`, whose priority the kernels of a graph keep. `captured` is called in
+    place of `train` where a graph must hold something else than an eager step does.
     """
 
-    def __init__(self, train: Callable, device: torch.device, stream: torch.cuda.Stream | None = None):
-        self.train, self.device, self.stream = train, device, stream
+    def __init__(
+        self,
+        train: Callable,
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
+        captured: Callable | None = None,
+    ):
+        self.train, self.device, self.stream, self.captured = train, device, stream, captured or train
         self.seen: dict[tuple, _Captured | None] = {}
         self.failed = False
         self.reported: set[str] = set()
@@ -67,7 +74,7 @@ class StepGraphs:
         captured = _Captured(patches, parts)
 
         def body() -> tuple[torch.Tensor, ...]:
-            return self.train(captured.patches, captured.parts, schedule_values)
+            return self.captured(captured.patches, captured.parts, schedule_values)
 
         if self.device.type != "cuda":  # without CUDA graphs the same path runs the body instead of a replay
             captured.replay = lambda: setattr(captured, "result", body())

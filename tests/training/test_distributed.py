@@ -21,8 +21,9 @@ from ajepa import train
 from ajepa.config import PRESETS, SIZES, ObjectiveConfig
 from ajepa.model.masks import MaskSampler
 from ajepa.training import distributed
-from ajepa.training.distributed import ElsewhereError, Ranks, ReplicaError, joined
+from ajepa.training.distributed import joined
 from ajepa.training.engine import Engine
+from ajepa.training.ranks import ElsewhereError, Ranks, ReplicaError
 from ajepa.utils.run_folder import checkpoints
 
 # Two ranks sum gradients in a different order than one. After 8 float32 steps, every logged loss must agree within the
@@ -74,7 +75,7 @@ def command(tones, tmp_path):
     return ["--data", str(tones), "--out", str(tmp_path / "run"), *RUN], tmp_path / "run"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
 def test_two_ranks_with_half_the_batch_are_one_rank_with_all_of_it(parallel, alone, command, forks):
     """The two micro-batches of a rank also have different numbers of targets."""
     argv, folder = command
@@ -97,8 +98,17 @@ def test_two_ranks_in_bf16_are_one_rank_in_bf16(command, forks):
     argv = [*argv, "--precision", "bf16"]
     log = folder.with_suffix(".log")
     assert forks.run(argv, log) == 0, log.read_text()
-    fp8 = ["--target-precision", "fp8"]
-    for tolerance, parallel, options in ((1e-4, "ddp", []), (1e-3, "ddp", fp8), (1e-3, "fsdp", fp8)):
+    fp8, bf16 = ["--target-precision", "fp8"], ["--reduce", "bf16"]
+    for tolerance, parallel, options in (
+        (1e-4, "ddp", []),
+        (1e-4, "zero1", []),
+        (1e-3, "ddp", fp8),
+        (1e-3, "zero1", fp8),
+        (1e-3, "fsdp", fp8),
+        (1e-4, "ddp", bf16),
+        (1e-4, "zero1", bf16),
+        (1e-3, "fsdp", bf16),
+    ):
         ranks = folder.with_name(parallel + "".join(options))
         chosen = [*argv, "--out", str(ranks), "--parallel", parallel, *options]
         assert forks.run_ranks(2, chosen, log) == [0, 0], log.with_suffix(".1").read_text()
@@ -169,7 +179,7 @@ def non_finite_on_one_rank(argv):
         assert step(1.0) == [(0, False), (0, False)]
         assert step(math.nan if ranks.rank == 1 else 1.0) == [(1, True), (1, True)]
         ranks.check_alike(engine.model, 2)
-        if argv[0] == "ddp":
+        if argv[0] != "fsdp":
             with torch.no_grad():
                 engine.model.target_encoder.norm.bias[0] += ranks.rank
             with pytest.raises(ElsewhereError if ranks.rank else ReplicaError, match="" if ranks.rank else "rank 1"):
@@ -177,7 +187,7 @@ def non_finite_on_one_rank(argv):
     return 0
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
 def test_a_step_that_is_non_finite_on_one_rank_is_skipped_by_all(parallel, forks, tmp_path):
     log = tmp_path / "log"
     assert forks.run_ranks(2, [parallel], log, call="test_distributed:non_finite_on_one_rank") == [0, 0], [
@@ -214,12 +224,12 @@ both ajepa.train.open_corpus 1
 0 ajepa.training.checkpoint.write_synced 1
 1 ajepa.train.joined 1
 1 ajepa.train.Engine.train 3 0.01
-1 ajepa.training.distributed.Ranks.check_alike 1
+1 ajepa.training.ranks.Ranks.check_alike 1
 1 ajepa.train.Engine 1
-1 ajepa.training.distributed.Ranks.share 1
+1 ajepa.training.ranks.Ranks.share 1
 0 ajepa.training.checkpoint.write_synced 6
 0 ajepa.training.checkpoint.load_checkpoint 1
-both ajepa.training.distributed.Ranks.reduce 2
+both ajepa.training.replicas.Replicas.exchange 2
 0 ajepa.training.checkpoint._sync 1
 0 ajepa.train.joined 1
 1 ajepa.training.engine.AdamWEMA.step 2
