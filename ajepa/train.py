@@ -109,7 +109,7 @@ def train(
             # once in a while: log, evaluate the features, save
             last = step == cfg.optim.steps
             if last or step % cfg.watch.log_every == 0:
-                log.flush(step)
+                log.flush(step, ranks.gather(log.waits(ranks), patient=False))
                 require_finite(engine, step)
                 skipped = list_skipped()
             if last or step % cfg.watch.watch_every == 0:

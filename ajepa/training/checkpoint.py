@@ -164,12 +164,15 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     parameters = dict(trainer.model.named_parameters())
     names = {trainer.ranks.local(p): name for name, p in parameters.items()}
     ranks = trainer.ranks
+    states = [
+        (p, trainer.optimizer.state.get(p, {})) for group in trainer.optimizer.param_groups for p in group["params"]
+    ]
     tensors = _on_first(
         ranks,
-        (  # a step count is the same on all ranks
-            (f"{key}/{names[local]}", ranks.whole(parameters[names[local]], value) if value.ndim else value)
-            for local, state in trainer.optimizer.state.items()
-            for key, value in state.items()
+        (  # in one order on all ranks, whatever order they were loaded in; a step count is the same on all ranks
+            (f"{key}/{names[p]}", ranks.whole(parameters[names[p]], state[key]) if state[key].ndim else state[key])
+            for p, state in states
+            for key in sorted(state)
         ),
     )
     for rank, (cpu, cuda) in enumerate(ranks.gather(_random_state(trainer.device))):

@@ -124,7 +124,8 @@ class _Captured:
         self.patches.copy_(patches)
         kept = [x for masks in self.parts for x in masks.tensors().values()]
         given = [x for masks in parts for x in masks.tensors().values()]
-        torch._foreach_copy_(kept, given)
+        if kept:  # the update of several ranks reads no masks
+            torch._foreach_copy_(kept, given)
 
 
 def _round_bounds(masks: Masks) -> Masks:

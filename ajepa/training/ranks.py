@@ -55,12 +55,15 @@ class Ranks:
 
     # --- what the ranks agree on ---------------------------------------------------------------------------------
 
-    def gather(self, value: T) -> list[T]:
-        """Return the `value` of every rank, in rank order. Waits as long as it takes, within two days."""
+    def gather(self, value: T, patient: bool = True) -> list[T]:
+        """Return the `value` of every rank, in rank order.
+
+        Waits as long as it takes, within two days, or with `patient=False` as long as within a step.
+        """
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.patient)
+        dist.all_gather_object(values, value, group=self.patient if patient else self.steps)
         return values
 
     def union(self, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ajepa.config import SIZES, Config
 from ajepa.training.loggers import open_loggers
+from ajepa.training.ranks import Ranks
 from ajepa.training.schedules import ema_decay, learning_rate
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.command import LastingStream
@@ -107,8 +108,13 @@ class RunLog:
         if self.console.is_terminal:
             self.progress.advance(self.task)
 
-    def flush(self, step: int) -> None:
-        """End an interval after `step` finished steps: read the device and write the line.
+    def waits(self, ranks: Ranks) -> dict[str, float]:
+        """Seconds of this rank in the present interval: all, waiting for data, and those of `Ranks.times`."""
+        return {"all": self.window["seconds"], "data": self.window["waited"], **ranks.times()}
+
+    def flush(self, step: int, waits: list[dict[str, float]]) -> None:
+        """End an interval after `step` finished steps: read the device and write the line. `waits` are those of every
+        rank.
 
         Raises NonFiniteError if the last `max_bad_steps` steps were all non-finite.
         """
@@ -137,6 +143,7 @@ class RunLog:
             "clips_per_second": rate,
             "data_wait_share": self.window["waited"] / self.window["seconds"],
             "bad_steps": self.counts["bad_steps"],
+            **(describe_waits(waits) if len(waits) > 1 else {}),
         }
         if self.peak:
             record["mfu"] = sum(flops() for flops in self.flops) / self.window["seconds"] / self.peak
@@ -145,6 +152,9 @@ class RunLog:
         line += "".join(f"  {name} {record[name]:.4f}" for name in self.terms if name in record)
         line += f"  lr {lr:.2e}  ema {ema:.5f}" if self.objective.taught else f"  lr {lr:.2e}"
         line += f"  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"
+        if len(waits) > 1:
+            line += f"  reduction {record['reduce_share']:.1%}  waiting for ranks {record['rank_wait_share']:.1%}"
+            line += f" (slowest {record['slowest_rank']})"
         line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         line += f"  skipped {self.counts['bad_steps']} steps" if self.counts["bad_steps"] else ""
         self.say(f"{line}  ETA {timedelta(seconds=round((self.steps - step) * per_step))}")
@@ -218,6 +228,25 @@ class RunLog:
         self.file.close()
         for logger in self.loggers:
             logger.close()
+
+
+def describe_waits(waits: list[dict[str, float]]) -> dict[str, Any]:
+    """The fields of a log record that tell where ranks wait.
+
+    `reduce_share` and `rank_wait_share` are means over the ranks, and the lists hold a number for each rank. A rank
+    waits for others in a step's host-side exchange, and on the device in the reduction. The slowest rank is the one
+    that waits least, because all others wait for it.
+    """
+    shares = {name: [rank[name] / rank["all"] for rank in waits] for name in ("data", "ranks", "reduce")}
+    idle = [a + b for a, b in zip(shares["ranks"], shares["reduce"], strict=True)]
+    return {
+        "reduce_share": sum(shares["reduce"]) / len(waits),
+        "rank_wait_share": sum(shares["ranks"]) / len(waits),
+        "data_wait_share": max(shares["data"]),
+        "slowest_rank": idle.index(min(idle)),
+        "data_wait_shares": [round(share, 4) for share in shares["data"]],
+        "rank_wait_shares": [round(share, 4) for share in idle],
+    }
 
 
 def remedies(cfg: Config) -> str:

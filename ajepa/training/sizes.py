@@ -25,7 +25,8 @@ def check_memory(cfg: Config, device: torch.device, world_size: int = 1) -> None
 
 
 def model_bytes(cfg: Config, world_size: int = 1) -> int:
-    """Bytes of the blocks' matrices on each rank, with gradients, moments and average, all in float32.
+    """Bytes of the blocks' matrices on each rank, with gradients, moments and average, all in float32, and of the
+    buckets in which several ranks reduce the gradients.
 
     All other weights are small beside them. Counting them would take a model without values, and its making a second.
     """
@@ -34,8 +35,12 @@ def model_bytes(cfg: Config, world_size: int = 1) -> int:
     predictor = 12 * cfg.model.predictor_depth * cfg.model.predictor_width**2 * cfg.objective.masks
     projector = cfg.objective.projector_hidden * (2 * cfg.front_end.grid[0] * width + cfg.objective.projector_width)
     projector *= cfg.objective.clips
-    values = 4 * (encoder + predictor + projector) + encoder * cfg.objective.taught
-    return 4 * values // (world_size if cfg.parallel == "fsdp" else 1)
+    trained, average = encoder + predictor + projector, encoder * cfg.objective.taught
+    if cfg.parallel == "fsdp":
+        return 4 * (4 * trained + average) // world_size
+    moments = 2 * trained // (world_size if cfg.parallel == "zero1" else 1)
+    buckets = trained * (0 if world_size == 1 else 4 if cfg.step.reduce == "fp32" else 2)
+    return 4 * (2 * trained + moments + average) + buckets
 
 
 def _fits(needs: dict[str, int], free: int, where: str) -> None:

@@ -74,6 +74,9 @@ def make_summary(
         "steps": cfg.optim.steps,
         "clips_per_second": log.clips / log.seconds if log.clips else last.get("clips_per_second"),
         "data_wait_share": log.waited / log.seconds if log.clips else last.get("data_wait_share"),
+        "ranks": len(last.get("rank_wait_shares", [0])),
+        "reduce_share": last.get("reduce_share"),
+        "rank_wait_share": last.get("rank_wait_share"),
         "peak_memory_gb": peak_bytes / 1e9,
         "final_loss": last.get("loss"),
         "target_variance": last.get("target_variance"),
@@ -101,6 +104,10 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     def show(value, form: str) -> str:
         return "not measured" if value is None else format(value, form)
 
+    ranks = [
+        f"  ranks                  {summary['ranks']}, reducing {show(summary['reduce_share'], '.1%')} and waiting for "
+        f"each other {show(summary['rank_wait_share'], '.1%')} of the time"
+    ] * (summary.get("ranks", 1) > 1)
     return "\n".join(
         [
             f"finished {summary['steps']} steps; results in {folder}",
@@ -113,6 +120,7 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
             f"  effective rank         {show(summary['effective_rank'], '.1f')}",
             f"  throughput             {show(summary['clips_per_second'], ',.0f')} clips/s, waiting for data "
             f"{show(summary['data_wait_share'], '.1%')} of the time",
+            *ranks,
             f"  peak memory            {show(summary.get('peak_memory_gb'), '.1f')} GB",
             f"  against plain PyTorch  x {show(summary['speedup_over_plain'], '.2f')}",
             f"  files skipped          {summary['files_skipped']}",

@@ -217,25 +217,27 @@ def test_a_rank_that_dies_ends_the_run_with_one_message_and_it_resumes(alone, co
 
 
 # Which rank kills itself before which call of which function, or so many seconds later. With "both", the other rank is
-# killed at once, too; otherwise it must end by itself.
+# killed at once, too; otherwise it must end by itself. Each phase of a step is there: capture and replay of both graphs,
+# reduction, update, gathering of weights, save.
 MOMENTS = """
 both ajepa.train.open_corpus 1
 0 ajepa.training.engine.Engine.train 2
 0 ajepa.training.checkpoint.write_synced 1
 1 ajepa.train.joined 1
-1 ajepa.train.Engine.train 3 0.01
+1 ajepa.training.graph.StepGraphs._capture 1
 1 ajepa.training.ranks.Ranks.check_alike 1
-1 ajepa.train.Engine 1
-1 ajepa.training.ranks.Ranks.share 1
+0 ajepa.training.graph.StepGraphs._capture 2
+1 ajepa.training.graph._Captured.load 1
 0 ajepa.training.checkpoint.write_synced 6
 0 ajepa.training.checkpoint.load_checkpoint 1
 both ajepa.training.replicas.Replicas.exchange 2
-0 ajepa.training.checkpoint._sync 1
-0 ajepa.train.joined 1
+0 ajepa.training.replicas.Replicas.distribute 2
+1 ajepa.train.Engine.train 3 0.01
+0 ajepa.training.graph._Captured.load 2
 1 ajepa.training.engine.AdamWEMA.step 2
 both ajepa.training.checkpoint.write_synced 4
-0 ajepa.train.Engine.train 1 0.02
-0 ajepa.training.engine.AdamWEMA.step 1
+1 ajepa.training.replicas.Bucket.pack 3
+0 ajepa.training.replicas.Replicas._begin 2
 1 ajepa.training.checkpoint._optimizer_tensors 2
 0 ajepa.training.checkpoint._sync 2
 both ajepa.train.write_encoder 1
@@ -243,23 +245,37 @@ both ajepa.train.write_encoder 1
 
 
 def main_of_a_micro_model(argv):
-    """Without pictures, and without the time that a launcher gets."""
+    """With steps that are captured and replayed, without pictures, and without the time that a launcher gets."""
+    made = Engine.__init__
+
+    def make(engine, *args):
+        made(engine, *args)
+        if not engine.ranks.alone:
+            engine.use_graphs()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "tiny", (32, 1, 4))
+        patch.setattr(Engine, "__init__", make)
         patch.setattr(distributed, "GRACE", 0.0)
         patch.setattr(train, "draw", lambda *_: None)
         return train.main(argv)
 
 
-def test_ranks_killed_at_20_moments_resume_to_the_same_bits(tones, tmp_path, forks):
-    """Before the first step, within a step, and while saving. A rank that has lost the other says so and ends."""
+@pytest.mark.parametrize("parallel", ["ddp", "zero1"])
+def test_ranks_killed_at_21_moments_resume_to_the_same_bits(parallel, tones, tmp_path, forks):
+    """Before the first step, in every phase of a step, and while saving. A rank that has lost the other says so and
+    ends."""
+    moments = MOMENTS if parallel == "ddp" else MOMENTS[10:13]
+    if parallel == "zero1":
+        moments = [moment.replace("Replicas.distribute", "Zero1.distribute") for moment in moments]
     micro = ["--predictor-width", "16", "--predictor-heads", "2", "--predictor-depth", "1", "--target-layers", "1"]
-    argv = ["--data", str(tones), *SMALL, *micro, "--steps", "16", "--checkpoint-every", "1", "--keep", "100"]
-    argv += ["--watch-every", "16", "--eval-clips", "8", "--compare-steps", "0", "--objective", "masked"]
+    argv = ["--data", str(tones), *SMALL, *micro, "--steps", "18", "--checkpoint-every", "1", "--keep", "100"]
+    argv += ["--watch-every", "18", "--eval-clips", "8", "--compare-steps", "0", "--objective", "masked"]
+    argv += ["--mask-ratio", "0.5", "0.5", "--parallel", parallel]  # one shape, so that all steps but two are replayed
     whole, broken, call = tmp_path / "whole", tmp_path / "broken", "test_distributed:main_of_a_micro_model"
     assert forks.run_ranks(2, [*argv, "--out", str(whole)], tmp_path / "whole.log", call=call) == [0, 0]
     again, done = [*argv, "--out", str(broken), "--resume"], []
-    for number, moment in enumerate(MOMENTS):
+    for number, moment in enumerate(moments):
         victim, _, kill = moment.partition(" ")
         rank, log = int(victim == "1"), tmp_path / f"{number}.log"
         patience = ["--rank-timeout", "1" if "joined" in kill else "50"]
@@ -272,7 +288,8 @@ def test_ranks_killed_at_20_moments_resume_to_the_same_bits(tones, tmp_path, for
             assert status in (1, 2), (moment, status, output)
             assert output.count("error: ") == 1 and "Traceback" not in output, (moment, output)
         done.append(len(checkpoints(broken / "checkpoints")))
-    assert len(done) == 20 and len(set(done)) > 8 and done[-1] == 16, done
+    if parallel == "ddp":
+        assert len(done) == 21 and len(set(done)) > 8 and done[-1] == 18, done
     assert forks.run_ranks(2, again, tmp_path / "end.log", call=call) == [0, 0]
     for ours, theirs in zip(*(checkpoints(folder / "checkpoints") for folder in (broken, whole)), strict=True):
         for name in ("model.safetensors", "optimizer.safetensors"):
