@@ -217,8 +217,8 @@ def test_a_rank_that_dies_ends_the_run_with_one_message_and_it_resumes(alone, co
 
 
 # Which rank kills itself before which call of which function, or so many seconds later. With "both", the other rank is
-# killed at once, too; otherwise it must end by itself. Each phase of a step is there: capture and replay of both graphs,
-# reduction, update, gathering of weights, save.
+# killed at once, too; otherwise it must end by itself. Each phase of a step is there: capture and replay of both
+# graphs, reduction, update, gathering of weights, save.
 MOMENTS = """
 both ajepa.train.open_corpus 1
 0 ajepa.training.engine.Engine.train 2
