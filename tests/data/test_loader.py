@@ -184,7 +184,7 @@ def test_an_epoch_is_a_permutation_and_the_next_another(tmp_path, loader):
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert items(take(loader(index, seed=1), 3)) != epochs[0]
-    assert items(take(loader(index, shuffle=False), 3)) == list(range(12))
+    assert items(take(loader(index, shuffle="none"), 3)) == list(range(12))
 
 
 def test_same_seed_same_batches_whatever_the_threads(tmp_path, loader):
@@ -284,7 +284,7 @@ def test_a_state_of_another_stream_is_refused(tmp_path, loader):
     write_set(tmp_path, 5)
     index = build_index(tmp_path)
     state = loader(index).state_dict()
-    for change in ({"seed": 1}, {"batch_size": 2}, {"world_size": 2}, {"shuffle": False}):
+    for change in ({"seed": 1}, {"batch_size": 2}, {"world_size": 2}, {"shuffle": "none"}):
         name = "shuffle|seed|global_batch"
         with pytest.raises(ValueError, match=f"({name}).*to resume"):
             loader(index, state=state, **change)
@@ -319,9 +319,9 @@ def test_a_file_that_goes_bad_is_replaced(tmp_path, loader, harm, suffix):
     for i in range(6):
         write(tmp_path / f"{i}.{suffix}", noise(CLIP, i), RATE, {"wav": "wav16", "ogg": "vorbis"}.get(suffix, suffix))
     index = build_index(tmp_path)
-    wanted = take(loader(index, shuffle=False), 6)
+    wanted = take(loader(index, shuffle="none"), 6)
     harm(tmp_path / f"2.{suffix}")
-    batches = loader(index, shuffle=False)
+    batches = loader(index, shuffle="none")
     got = take(batches, 6)
     assert items(got) == [3 if item == 2 else item for item in items(wanted)]
     ((path, reason),) = batches.skipped
@@ -344,7 +344,7 @@ def test_damage_that_only_decoding_finds(tmp_path, loader, kind, decoder):
     for i in range(9):
         write(tmp_path / f"{i}{suffix}", noise(20000, i), RATE, kind)
     index = build_index(tmp_path)
-    options = {"shuffle": False, "clip_samples": 20000, "gain_db": 3.0, "decoder": decoder}
+    options = {"shuffle": "none", "clip_samples": 20000, "gain_db": 3.0, "decoder": decoder}
     wanted = take(loader(index, **options), 8)
     for name in ("5", "6"):
         path = tmp_path / f"{name}{suffix}"
