@@ -16,10 +16,12 @@ from make_audio import FORMATS, encode, noise, write, write_set, write_tar
 import ajepa.data.dali
 import ajepa.data.formats.audiofile
 import ajepa.data.formats.containers
+from ajepa import config, pack
 from ajepa.data.index import DataError, build_index
 from ajepa.data.loader import AudioLoader, Batch, iterate_once
 from ajepa.data.reader import Reader
 from ajepa.data.shards import OpenShards
+from ajepa.training.corpus import Corpus
 from ajepa.utils.counter_rng import hash64
 
 REAL = os.environ.get("AJEPA_TEST_AUDIO")
@@ -267,8 +269,6 @@ def test_ranges_that_ranks_share_are_as_few_as_the_batch_allows(rows, loader):
 
 def test_each_rank_reads_its_own_shards(tmp_path, loader, monkeypatch):
     """Eight shards of eight clips, of which each of 8, 4 or 2 ranks opens its own ones and no others."""
-    from ajepa import pack
-
     monkeypatch.setattr(pack, "MEGABYTE", 2 * CLIP * 8)
     write_set(tmp_path / "files", 64, frames=CLIP)
     assert pack.main([str(tmp_path / "files"), str(tmp_path / "packed"), "--rate", str(RATE), "--shard-mb", "1"]) == 0
@@ -432,6 +432,13 @@ def test_a_state_of_another_stream_is_refused(tmp_path, loader):
     write(tmp_path / "more.wav", noise(900))
     with pytest.warns(UserWarning, match="data set changed"):
         next(loader(build_index(tmp_path), state=state))
+
+
+def test_a_run_s_loader_has_its_order(rows):
+    for shuffle in ("all", "ranges"):
+        cfg = config.preset("tiny", shuffle=shuffle)
+        with Corpus(rows(8), None, [], "").loader(cfg, None, rank=1, world_size=2) as batches:
+            assert batches.state_dict()["shuffle"] == shuffle
 
 
 def test_states_of_earlier_versions_are_those_of_whole_permutations(tmp_path, loader):
