@@ -51,9 +51,12 @@ class DataConfig:
     float_scale: float = 1.0
     """Full scale of floating-point recordings, such as 32768 for 16-bit values that were stored as floats."""
     loader_threads: int = 0
-    """Number of decoding threads. 0: one per core."""
+    """Number of decoding threads of each rank. 0: one for each of its cores."""
     prefetch: int = 2
     """Number of batches decoded ahead."""
+    shuffle: Literal["all", "ranges"] = "all"
+    """all: each epoch is a permutation of all recordings. ranges: each rank permutes a part of its own of the
+    recordings or shards, so that several machines need not each read all of them."""
     resident: bool = False
     """Load all audio as PCM into the device's memory before the first step. It must fit."""
     resident_gb: float = 0.0

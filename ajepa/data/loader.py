@@ -1,9 +1,18 @@
 """Batches of int16 mono clips from an index: shuffled, sharded, cropped, padded, and resumable to the sample.
 
 A run reads one endless stream of samples: one fresh permutation of the index per epoch, joined end to end. Sample g of
-the stream goes to rank g mod world_size. The ranks therefore never share a sample, and every batch is full. Where sizes
-do not divide, nothing is dropped or repeated: a batch may hold the end of one epoch and the start of the next.
-Everything random about sample g (its row, its crop, its gain) is a hash of (seed, g).
+the stream goes to rank g mod world_size. The ranks therefore never share a sample, one of them alone decodes each clip,
+and every batch is full. Where sizes do not divide, nothing is dropped or repeated: a batch may hold the end of one
+epoch and the start of the next. Everything random about sample g (its row, its crop, its gain) is a hash of (seed, g).
+
+With `shuffle="ranges"` each rank reads a part of the index of its own. Sample g comes from lane g mod L, where L is the
+largest power of two that divides the global batch and is at most the number of rows. In each epoch the index is cut
+into L consecutive ranges, one for each lane and as long as the number of samples that the lane has in this epoch, and
+each range is permuted by itself. An epoch therefore still holds every row once, and the stream does not depend on
+world_size. The ranges follow each other in bit-reversed order of their lanes. A rank has the lanes that are equal
+mod world_size, so where world_size is a power of two (at most L) its ranges are neighbours: the rank reads one part of
+the index, apart from those of other ranks. From epoch to epoch the borders between these parts move by at most
+log2(world_size) rows. With other numbers of ranks, those that are equal mod gcd(L, world_size) share a part.
 
 Shapes: B batch, S samples per clip.
 """
@@ -11,6 +20,7 @@ Shapes: B batch, S samples per clip.
 import atexit
 import base64
 import itertools
+import math
 import queue
 import threading
 import warnings
@@ -24,11 +34,13 @@ import torch
 from ajepa.data.batch import Assembler, Batch, Pad, arrive
 from ajepa.data.decode import Decoder, open_reader
 from ajepa.data.index import DataError, Index
-from ajepa.data.reader import Plan, Reader, default_threads, local_ranks
+from ajepa.data.reader import Plan, Reader, default_threads
+from ajepa.utils.cores import local_ranks
 from ajepa.utils.counter_rng import hash64
 from ajepa.utils.devices import available_memory
 
 Crop = Literal["random", "start", "center"]
+Shuffle = Literal["all", "ranges", "none"]
 STATE_FORMAT = 2
 SPARE = 3  # batches besides the `prefetch` that are ready: one is being assembled, the caller holds one, one is spare
 # The order of the samples depends on these fields: a state with other values describes another stream.
@@ -54,9 +66,10 @@ class AudioLoader:
         crop: where the clip is cut from a longer recording: "random", "start" or "center".
         gain_db: each clip gets a gain drawn uniformly from +-gain_db dB; samples saturate at full scale.
         decoder: the library that decodes, see `ajepa.data.decode.open_reader`.
-        threads: threads that read and decode; 0 divides the cores among this machine's ranks (`LOCAL_WORLD_SIZE`).
+        threads: threads that read and decode; 0 is one for each core, divided among the ranks that use the same cores.
         prefetch: number of finished batches kept ready; up to two more are being decoded.
-        shuffle: False reads the index in its own order in every epoch.
+        shuffle: "all" permutes the index in every epoch. "ranges" permutes ranges of it, so that each rank reads a part
+            of the files of its own. "none" reads the index in its own order.
         device: where `pcm` and `lengths` go. The copy to a CUDA device runs ahead, during computation.
         state: `state_dict()` of the loader that this one continues.
 
@@ -81,13 +94,15 @@ class AudioLoader:
         decoder: Decoder = "auto",
         threads: int = 0,
         prefetch: int = 2,
-        shuffle: bool = True,
+        shuffle: Shuffle = "all",
         device: torch.device | None = None,
         state: dict[str, Any] | None = None,
     ):
         _check_arguments(index, sample_rate, clip_samples, batch_size, pad, crop)
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} is not in 0..world_size - 1 = {world_size - 1}")
+        if shuffle not in ("all", "ranges", "none"):
+            raise DataError(f"shuffle must be 'all', 'ranges' or 'none', got {shuffle!r}")
         if gain_db < 0 or prefetch < 1 or seed < 0:
             raise DataError(
                 f"gain_db and seed must be 0 or more and prefetch 1 or more, got {gain_db}, {seed} and {prefetch}"
@@ -145,6 +160,8 @@ class AudioLoader:
         """Continues after the batch at which `state` was saved. Raises DataError for a state of another stream."""
         if state.get("format") != STATE_FORMAT:
             raise DataError(f"the data state has format {state.get('format')}, expected format {STATE_FORMAT}")
+        shuffle = state.get("shuffle", True)  # older states say only whether the whole index was permuted
+        state = {**state, "shuffle": {True: "all", False: "none"}.get(shuffle, shuffle)}
         for name in STREAM_FIELDS:
             if state[name] != getattr(self._stream, name):
                 raise DataError(
@@ -279,7 +296,9 @@ class _Stream:
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
         self.global_batch = batch_size * world_size
         self.crop, self.gain_db = crop, gain_db
-        self._permutations: dict[int, np.ndarray] = {}
+        # Without ranges there is one lane, whose range is the whole index.
+        self.lanes = math.gcd(self.global_batch, 1 << (rows.bit_length() - 1)) if shuffle == "ranges" else 1
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def plan(self, batch: int) -> Plan:
         local = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
@@ -287,20 +306,39 @@ class _Stream:
         epoch, position = np.divmod(sample, self.rows)
         items = np.empty_like(position)
         for number in np.unique(epoch).tolist():
-            items[epoch == number] = self._permutation(number)[position[epoch == number]]
+            order, starts = self._order(number)
+            now = epoch == number
+            items[now] = order[starts[sample[now] % self.lanes] + position[now] // self.lanes]
         random = self.crop == "random"
         fractions = _uniform(self.seed, CROP, sample) if random else np.full(len(sample), _fraction(self.crop))
         decibel = self.gain_db * (2 * _uniform(self.seed, GAIN, sample) - 1)
         return Plan(items, fractions, 10 ** (decibel / 20))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.rows)
-        if epoch not in self._permutations:
-            if len(self._permutations) > 2:
-                self._permutations.clear()
-            self._permutations[epoch] = np.argsort(hash64(self.seed, PERMUTATION, epoch, np.arange(self.rows)))
-        return self._permutations[epoch]
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of an epoch, range after range, and where in them the range of each lane starts."""
+        if epoch not in self._orders:
+            if len(self._orders) > 2:
+                self._orders.clear()
+            first = (np.arange(self.lanes) - epoch * self.rows) % self.lanes  # position of each lane's first sample
+            counts = -(-(self.rows - first) // self.lanes)  # samples of each lane
+            lanes = _bit_reversed(self.lanes)
+            ends = np.cumsum(counts[lanes])
+            starts = (ends - counts[lanes])[lanes]  # reversing bits twice restores their order
+            order = np.arange(self.rows)
+            if self.shuffle != "none":
+                keys = hash64(self.seed, PERMUTATION, epoch, order)
+                parts = zip(ends - counts[lanes], ends, strict=True)
+                order = np.concatenate([start + keys[start:end].argsort() for start, end in parts])
+            self._orders[epoch] = order, starts
+        return self._orders[epoch]
+
+
+def _bit_reversed(size: int) -> np.ndarray:
+    """The numbers below `size`, a power of two, in the order of their bits read backwards: 0, 2, 1, 3 for 4."""
+    numbers = np.zeros(1, np.int64)
+    while len(numbers) < size:
+        numbers = np.concatenate([2 * numbers, 2 * numbers + 1])
+    return numbers
 
 
 class _Worker:

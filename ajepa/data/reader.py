@@ -5,7 +5,7 @@ therefore gives the same samples from its own file, from a tar, from a shard pac
 """
 
 import io
-import os
+import math
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +18,7 @@ from ajepa.data.columns import Entry
 from ajepa.data.formats.audiofile import BadAudio, inspect, iterate_samples, read_samples, reason_of, stat_file
 from ajepa.data.index import DataError, Index
 from ajepa.data.shards import FORMATS, OpenShards, Shard
-from ajepa.utils.cores import cores
+from ajepa.utils.cores import cores, local_ranks, quota, sharers
 from ajepa_kernels import Resampler, input_span, resample, resampled_length
 
 # The values of `Entry.format` that need no decoder.
@@ -306,10 +306,8 @@ def to_int16(samples: np.ndarray, gain: float, out: np.ndarray) -> None:
 
 
 def default_threads() -> int:
-    """The cores this process may use, divided by the number of ranks on this machine."""
-    return max(1, cores() // local_ranks())
-
-
-def local_ranks() -> int:
-    """The number of ranks on this machine, which torchrun sets."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """This rank's part of the cores that it may use, and of its container's quota."""
+    own, limit = cores() // sharers(), quota()
+    if limit < math.inf:  # all ranks of the machine share the quota, also where each has cores of its own
+        own = min(own, math.ceil(limit) // local_ranks())
+    return max(1, own)

@@ -48,6 +48,7 @@ class Corpus:
             "seed": cfg.seed,
             "gain_db": cfg.data.gain_db,
             "prefetch": cfg.data.prefetch,
+            "shuffle": cfg.data.shuffle,
             "state": state,
         }
         rate, samples, limit = options["sample_rate"], options["clip_samples"], cfg.data.resident_gb * 1e9

@@ -18,12 +18,23 @@ class Snapshot(NamedTuple):
 
 
 start: Snapshot | None = None  # of a command, before it imported anything large
+sharing: int | None = None  # ranks that use this process's processors (`ajepa.utils.pinning`); None: all of its machine
 
 
 def cores() -> int:
     """Number of processors this process may use: those it is bound to, and no more than its container's quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(bound, quota())))
+
+
+def sharers() -> int:
+    """The number of ranks, this one included, that use the processors of this process."""
+    return sharing or local_ranks()
+
+
+def local_ranks() -> int:
+    """The number of ranks on this machine, which torchrun sets."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def quota() -> float:

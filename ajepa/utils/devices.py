@@ -40,7 +40,7 @@ def choose_threads(asked: int) -> int:
     free = None if asked or "OMP_NUM_THREADS" in os.environ else free_cores(cores.start)
     if free is None:
         return asked or most
-    share = free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = free / cores.sharers()
     return max(1, min(most, math.ceil(share - 0.25)))  # a core counts if others leave more than a quarter of it
 
 

@@ -1,6 +1,7 @@
 import gc
 import io
 import json
+import math
 import os
 import threading
 import time
@@ -15,8 +16,13 @@ from make_audio import FORMATS, encode, noise, write, write_set, write_tar
 import ajepa.data.dali
 import ajepa.data.formats.audiofile
 import ajepa.data.formats.containers
+from ajepa import config, pack
 from ajepa.data.index import DataError, build_index
 from ajepa.data.loader import AudioLoader, Batch, iterate_once
+from ajepa.data.reader import Reader
+from ajepa.data.shards import OpenShards
+from ajepa.training.corpus import Corpus
+from ajepa.utils.counter_rng import hash64
 
 REAL = os.environ.get("AJEPA_TEST_AUDIO")
 # In steps of int16. DALI and soundfile use different builds of the lossy decoders, which may round differently.
@@ -184,7 +190,7 @@ def test_an_epoch_is_a_permutation_and_the_next_another(tmp_path, loader):
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert items(take(loader(index, seed=1), 3)) != epochs[0]
-    assert items(take(loader(index, shuffle=False), 3)) == list(range(12))
+    assert items(take(loader(index, shuffle="none"), 6)) == [*range(12), *range(12)]
 
 
 def test_same_seed_same_batches_whatever_the_threads(tmp_path, loader):
@@ -194,14 +200,145 @@ def test_same_seed_same_batches_whatever_the_threads(tmp_path, loader):
     assert_same(take(loader(index, gain_db=6.0, threads=4, prefetch=1), 6), first)
 
 
+def test_the_order_of_an_epoch_is_that_of_earlier_versions(tmp_path, loader):
+    """Older runs go on with the samples that they would have had."""
+    write_set(tmp_path, 12)
+    order = items(take(loader(build_index(tmp_path), seed=7), 6))
+    assert order == [i for epoch in (0, 1) for i in np.argsort(hash64(7, 0, epoch, np.arange(12)))]
+
+
+@pytest.mark.parametrize("shuffle", ["all", "ranges"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_an_epoch_without_overlap(tmp_path, loader, world):
+def test_ranks_share_an_epoch_without_overlap(tmp_path, loader, world, shuffle):
     write_set(tmp_path, 13)
     index = build_index(tmp_path)
-    ranks = [items(take(loader(index, rank=rank, world_size=world), 13)) for rank in range(world)]
+    options = {"batch_size": 12 // world, "world_size": world, "shuffle": shuffle}
+    ranks = [items(take(loader(index, rank=rank, **options), 13)) for rank in range(world)]
     stream = np.array(ranks).T.reshape(-1).tolist()  # sample g belongs to rank g mod world
-    assert stream == items(take(loader(index, batch_size=1), len(stream)))
+    assert stream == items(take(loader(index, batch_size=12, shuffle=shuffle), 13))
     assert all(sorted(stream[i : i + 13]) == list(range(13)) for i in range(0, len(stream), 13))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Makes an index of so many short recordings."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_set(folder, 67, frames=40)
+    index = build_index(folder)
+    return lambda count: index.subset(np.arange(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "lanes"), [(64, 16, 16), (67, 16, 16), (67, 48, 16), (13, 64, 8), (5, 3, 1)]
+)
+def test_ranges_belong_to_one_rank_and_cover_every_epoch(rows, loader, count, batch, lanes):
+    index, epochs = rows(count), 9
+    for world in (1, 2, 4, 8, 16):
+        if lanes % world:
+            continue
+        options = {"batch_size": batch // world, "world_size": world, "shuffle": "ranges", "clip_samples": 40}
+        plans = [loader(index, rank=rank, **options)._stream.plan for rank in range(world)]
+        steps = -(-count * epochs // batch)
+        parts = np.stack([np.concatenate([plan(i).items for i in range(steps)]) for plan in plans], 1)
+        stream, owner = parts.ravel(), np.arange(parts.size) % world
+        edges, orders = [], set()
+        for first in range(0, count * epochs, count):
+            epoch, ranks = stream[first : first + count], owner[first : first + count]
+            assert sorted(epoch) == list(range(count))
+            of_row = ranks[np.argsort(epoch)]  # which rank reads each row
+            assert (np.diff(of_row) != 0).sum() == world - 1  # a rank's rows are neighbours
+            assert np.ptp(np.bincount(of_row)) <= 1  # and as many as another's
+            edges.append(np.flatnonzero(np.diff(of_row)))
+            orders.add(tuple(epoch))
+        assert np.ptp(edges, axis=0).max(initial=0) <= math.log2(world)
+        assert len(orders) == epochs
+        if world == 1:
+            alone = stream
+        assert np.array_equal(stream, alone)  # the stream of one rank
+
+
+def test_ranges_that_ranks_share_are_as_few_as_the_batch_allows(rows, loader):
+    """A batch of 48 has 16 lanes. Those of twelve ranks that are equal mod 4 share a quarter of the rows."""
+    options = {"batch_size": 4, "world_size": 12, "shuffle": "ranges", "clip_samples": 40}
+    seen = []
+    for rank in range(12):
+        plan = loader(rows(64), rank=rank, **options)._stream.plan
+        seen.append({int(row) // 16 for batch in range(8) for row in plan(batch).items})
+    assert seen == [{0}, {2}, {1}, {3}] * 3
+
+
+def test_each_rank_reads_its_own_shards(tmp_path, loader, monkeypatch):
+    """Eight shards of eight clips, of which each of 8, 4 or 2 ranks opens its own ones and no others."""
+    monkeypatch.setattr(pack, "MEGABYTE", 2 * CLIP * 8)
+    write_set(tmp_path / "files", 64, frames=CLIP)
+    assert pack.main([str(tmp_path / "files"), str(tmp_path / "packed"), "--rate", str(RATE), "--shard-mb", "1"]) == 0
+    index = build_index(tmp_path / "packed")
+    files = sorted({entry.path for entry in index.entries})
+    assert [sum(entry.path == file for entry in index.entries) for file in files] == [8] * 8
+    opened: list[str] = []
+    read = OpenShards.read
+    monkeypatch.setattr(
+        OpenShards, "read", lambda self, entry, *args: opened.append(entry.path) or read(self, entry, *args)
+    )
+    for world in (8, 4, 2):
+        sets = []
+        for rank in range(world):
+            opened.clear()
+            with loader(index, batch_size=16 // world, rank=rank, world_size=world, shuffle="ranges") as batches:
+                take(batches, 12)  # three epochs
+            sets.append(set(opened))
+        assert sorted(file for own in sets for file in own) == files
+        assert {len(own) for own in sets} == {8 // world}
+
+
+@pytest.mark.parametrize(("decoder", "kind"), [("soundfile", "wav16"), ("dali", "flac")])
+@pytest.mark.parametrize("shuffle", ["all", "ranges"])
+def test_one_rank_alone_decodes_a_clip_and_only_once(tmp_path, loader, monkeypatch, decoder, kind, shuffle):
+    """The batches that four ranks decode ahead are counted too, and those of a run that two ranks resume."""
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    for i in range(8):
+        write(tmp_path / f"{i}{FORMATS[kind][2]}", noise(2000, i), RATE, kind)
+    index = build_index(tmp_path)
+    decoded: list[tuple[str, float]] = []  # the file and the place of the crop, which differs between epochs
+    owner, name = (ajepa.data.dali.DaliReader, "_read_row") if decoder == "dali" else (Reader, "read_clip")
+    work = getattr(owner, name)
+
+    def counted(self, what, fraction, *args):
+        decoded.append((index.entries[what].name if isinstance(what, int) else what.name, float(fraction)))
+        return work(self, what, fraction, *args)
+
+    monkeypatch.setattr(owner, name, counted)
+
+    def run(world, steps, state=None):
+        """What the ranks decode in so many steps and ahead of them, and the state after the steps."""
+        decoded.clear()
+        loaders = [
+            loader(
+                index, batch_size=8 // world, rank=r, world_size=world, decoder=decoder, shuffle=shuffle, state=state
+            )
+            for r in range(world)
+        ]
+        plans = [[one._stream.plan(loaders[0]._last["batches"] + i) for one in loaders] for i in range(steps)]
+        for one in loaders:
+            take(one, steps)
+        for one in loaders:
+            one.close()
+        wanted = {
+            (index.entries[item].name, fraction)
+            for step in plans
+            for plan in step
+            for item, fraction in zip(plan.items.tolist(), plan.fractions.tolist(), strict=True)
+        }
+        assert len(wanted) == 8 * steps
+        assert wanted <= set(decoded)
+        assert len(decoded) == len(set(decoded))
+        return wanted, loaders[0].state_dict()
+
+    first, state = run(4, 3)
+    second, _ = run(2, 2, state)
+    again, _ = run(4, 2, state)
+    assert second == again and not first & second
 
 
 def test_a_batch_larger_than_the_data_set_wraps(tmp_path, loader):
@@ -236,12 +373,13 @@ def test_resume_in_mid_epoch_is_exact(tmp_path, loader, cut):
     assert_same(take(begun, 10 - cut), whole[cut:])
 
 
-def test_resume_on_another_number_of_ranks_goes_on_with_the_same_global_batches(tmp_path, loader):
+@pytest.mark.parametrize("shuffle", ["all", "ranges"])
+def test_resume_on_another_number_of_ranks_goes_on_with_the_same_global_batches(tmp_path, loader, shuffle):
     write_set(tmp_path, 11, frames=5000)
     index = build_index(tmp_path)
 
     def ranks(world, **options):
-        size = {"batch_size": 12 // world, "world_size": world, "gain_db": 6.0}
+        size = {"batch_size": 12 // world, "world_size": world, "gain_db": 6.0, "shuffle": shuffle}
         return [loader(index, **size, **options, rank=rank) for rank in range(world)]
 
     def global_batches(loaders, count):
@@ -284,13 +422,39 @@ def test_a_state_of_another_stream_is_refused(tmp_path, loader):
     write_set(tmp_path, 5)
     index = build_index(tmp_path)
     state = loader(index).state_dict()
-    for change in ({"seed": 1}, {"batch_size": 2}, {"world_size": 2}, {"shuffle": False}):
+    for change in ({"seed": 1}, {"batch_size": 2}, {"world_size": 2}, {"shuffle": "none"}, {"shuffle": "ranges"}):
         name = "shuffle|seed|global_batch"
         with pytest.raises(ValueError, match=f"({name}).*to resume"):
             loader(index, state=state, **change)
+    ranges = loader(index, shuffle="ranges").state_dict()
+    with pytest.raises(DataError, match="saved with shuffle=ranges, this run has all: keep shuffle to resume"):
+        loader(index, state=ranges)
     write(tmp_path / "more.wav", noise(900))
     with pytest.warns(UserWarning, match="data set changed"):
         next(loader(build_index(tmp_path), state=state))
+
+
+def test_a_run_s_loader_has_its_order(rows):
+    for shuffle in ("all", "ranges"):
+        cfg = config.preset("tiny", shuffle=shuffle)
+        with Corpus(rows(8), None, [], "").loader(cfg, None, rank=1, world_size=2) as batches:
+            assert batches.state_dict()["shuffle"] == shuffle
+
+
+def test_states_of_earlier_versions_are_those_of_whole_permutations(tmp_path, loader):
+    write_set(tmp_path, 5)
+    index = build_index(tmp_path)
+    begun = loader(index)
+    take(begun, 2)
+    state = begun.state_dict()
+    wanted = take(begun, 3)
+    without = {name: value for name, value in state.items() if name != "shuffle"}
+    for old in ({**state, "shuffle": True}, without):
+        assert_same(take(loader(index, state=old), 3), wanted)
+        with pytest.raises(DataError, match="saved with shuffle=all, this run has ranges"):
+            loader(index, state=old, shuffle="ranges")
+    ordered = {**state, "shuffle": False}
+    assert items(take(loader(index, state=ordered, shuffle="none"), 1)) == [3, 4, 0, 1]
 
 
 def remove(path):
@@ -319,9 +483,9 @@ def test_a_file_that_goes_bad_is_replaced(tmp_path, loader, harm, suffix):
     for i in range(6):
         write(tmp_path / f"{i}.{suffix}", noise(CLIP, i), RATE, {"wav": "wav16", "ogg": "vorbis"}.get(suffix, suffix))
     index = build_index(tmp_path)
-    wanted = take(loader(index, shuffle=False), 6)
+    wanted = take(loader(index, shuffle="none"), 6)
     harm(tmp_path / f"2.{suffix}")
-    batches = loader(index, shuffle=False)
+    batches = loader(index, shuffle="none")
     got = take(batches, 6)
     assert items(got) == [3 if item == 2 else item for item in items(wanted)]
     ((path, reason),) = batches.skipped
@@ -344,7 +508,7 @@ def test_damage_that_only_decoding_finds(tmp_path, loader, kind, decoder):
     for i in range(9):
         write(tmp_path / f"{i}{suffix}", noise(20000, i), RATE, kind)
     index = build_index(tmp_path)
-    options = {"shuffle": False, "clip_samples": 20000, "gain_db": 3.0, "decoder": decoder}
+    options = {"shuffle": "none", "clip_samples": 20000, "gain_db": 3.0, "decoder": decoder}
     wanted = take(loader(index, **options), 8)
     for name in ("5", "6"):
         path = tmp_path / f"{name}{suffix}"
@@ -420,7 +584,7 @@ def test_iterate_once_leaves_bad_files_out(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [{"batch_size": 0}, {"clip_samples": 0}, {"sample_rate": 0}, {"pad": "wrap"}, {"crop": "end"}, {"gain_db": -1.0},
-     {"rank": 2, "world_size": 2}, {"prefetch": 0}, {"seed": -1}],
+     {"rank": 2, "world_size": 2}, {"prefetch": 0}, {"seed": -1}, {"shuffle": True}],
 )  # fmt: skip
 def test_arguments_out_of_range_are_named(tmp_path, loader, option):
     write_set(tmp_path, 1)

@@ -207,7 +207,7 @@ def test_a_damaged_clip_is_named_and_replaced(tmp_path, loader, codec, frames):
     for i in range(6):
         write(tmp_path / "files" / f"{i}.wav", noise(frames, i))
     index = build_index(pack(tmp_path / "files", tmp_path / "packed", "--codec", codec))
-    options = {"shuffle": False, "clip_samples": min(frames, 40_000), "crop": "center"}
+    options = {"shuffle": "none", "clip_samples": min(frames, 40_000), "crop": "center"}
     wanted = take(loader(index, **options), 6)
     bad = index.entries[2]
     flip(Path(bad.path), bad.offset + bad.size // 2, 3)
@@ -371,7 +371,7 @@ def test_resident_leaves_bad_files_out_as_the_loader_does(tmp_path, loader):
     index = build_index(pack(tmp_path / "files", tmp_path / "packed"))
     for row in (2, 3, 8):
         flip(Path(index.entries[row].path), index.entries[row].offset + 7)
-    files, resident = loader(index, shuffle=False), loader(index, ResidentLoader, device=CPU, shuffle=False)
+    files, resident = loader(index, shuffle="none"), loader(index, ResidentLoader, device=CPU, shuffle="none")
     assert_same(take(resident, 9), take(files, 9))
     assert sorted(resident.skipped) == sorted(files.skipped)
     assert len(resident.skipped) == 3
