@@ -347,6 +347,9 @@ class Config:
     threads: int = 0
     """CPU threads of torch. 0: as many as there are free cores when the run starts (in a script of your own: torch's
     number). The run keeps their number, because the last bits of its results depend on it."""
+    pin_cores: bool = True
+    """Under torchrun, bind each rank of a machine to cores of its own, near its GPU, unless the launcher has done so.
+    Leave them unbound where several runs share a machine."""
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
     """Under torchrun. ddp: every rank holds and updates the whole model. zero1: every rank updates a part of it, with
     the moments of that part only, and gathers the rest. fsdp: every rank holds a shard of it (FSDP2, for models that do
@@ -502,6 +505,7 @@ _MAY_CHANGE = {
     "keep", "out",
     "micro_batch", "recompute", "cuda_graph", "parallel_encoders", "profile", "parallel", "rank_timeout", "resident",
     "resident_gb", "compare_steps", "overlap_front_end", "overwrite", "config", "reduce",
+    "pin_cores",
 }  # fmt: skip
 BUDGET = {"steps", "schedule", "decay_share"}  # may change too, where the schedules of all steps done stay as they were
 _OF_THE_FOLDER = {"out", "resume", "overwrite", "config", "cooldown_from"}  # not taken over from another run

@@ -72,6 +72,8 @@ def train(
     per_recording = cfg.objective.count * ranks.world_size
     log = RunLog(folder, cfg, start, device, counts, quiet=not ranks.is_first, saved=state.get("log"))
     log.say(describe_run(cfg, engine, corpus, start))
+    for line in ranks.gather(ranks.cores) if not ranks.alone else ():
+        log.say(line)
     for message in state["messages"]:
         log.say(message)
 
@@ -328,15 +330,16 @@ def run(cfg: Config) -> dict[str, Any] | None:
     if cfg.cooldown_from:
         cfg = origin.cooldown(cfg)
     config.check_resume(cfg)
-    cfg = dataclasses.replace(cfg, threads=choose_threads(cfg.threads))
-    torch.set_num_threads(cfg.threads)
-    with joined(cfg, choose_device(cfg.device)) as (ranks, device), opened(cfg, ranks) as (check_lock, finished):
-        if finished is None:
-            return train(cfg, cfg.folder, device, ranks, check_lock)
-        if ranks.is_first:
-            print(describe_summary(finished, cfg.folder))
-            print("this run is finished; add more --steps if it has --schedule constant, or choose another --out")
-        return finished if ranks.is_first else None
+    with joined(cfg, choose_device(cfg.device)) as (ranks, device):
+        cfg = dataclasses.replace(cfg, threads=choose_threads(cfg.threads))  # of the cores that the rank is bound to
+        torch.set_num_threads(cfg.threads)
+        with opened(cfg, ranks) as (check_lock, finished):
+            if finished is None:
+                return train(cfg, cfg.folder, device, ranks, check_lock)
+            if ranks.is_first:
+                print(describe_summary(finished, cfg.folder))
+                print("this run is finished; add more --steps if it has --schedule constant, or choose another --out")
+            return finished if ranks.is_first else None
 
 
 @command

@@ -15,6 +15,7 @@ from ajepa.training.ranks import Ranks
 from ajepa.training.replicas import Replicas, Zero1
 from ajepa.training.sharded import ShardedRanks
 from ajepa.utils.errors import UserError
+from ajepa.utils.pinning import pin, place
 
 PATIENCE = datetime.timedelta(days=2)
 GRACE = 5.0  # seconds that the launcher gets to find out which rank died first
@@ -60,6 +61,7 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
             f"({str(error).splitlines()[0]}): start all ranks, as torchrun does, or unset WORLD_SIZE for one process"
         ) from error
     try:
+        ranks.cores = pin(ranks.gather(place(device)), ranks.rank, cfg.pin_cores)
         yield ranks, device
     except RuntimeError as error:
         if is_lost(error):

@@ -45,6 +45,7 @@ class Ranks:
         self.alone, self.is_first = world_size == 1, rank == 0
         self.steps: Any = None  # gloo group with the timeout of the default group
         self.patient: Any = None  # gloo group without a short timeout
+        self.cores = ""  # a line on the cores that this rank is bound to
         self.exchanging = 0.0  # seconds in `share` since the last `times`
         self._stopping = False
 
