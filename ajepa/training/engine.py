@@ -165,7 +165,7 @@ class Engine:
         if self.ranks.alone:
             self.graphs = StepGraphs(self._train, self.device, stream)
             return
-        captured = functools.partial(self._backward, overlap=False)  # a graph holds no reduction
+        captured = functools.partial(self._backward, eager=False)  # a graph holds no reduction
         self.graphs = StepGraphs(self._backward, self.device, stream, captured)
         self.update_graph = StepGraphs(self._update, self.device, stream)
 
@@ -247,10 +247,10 @@ class Engine:
         self.ranks.distribute()
         return result
 
-    def _backward(self, patches, parts: list[Masks], values: ScheduleValues, overlap: bool = True) -> tuple[()]:
+    def _backward(self, patches, parts: list[Masks], values: ScheduleValues, eager: bool = True) -> tuple[()]:
         """Leave gradients, loss and terms of this rank where the reduction finds them, see `Ranks.collect`."""
-        self.model.zero_grad(set_to_none=True)  # clear gradients left behind by a failed graph capture
-        loss, terms = self._gradients(patches, parts, values.share, overlap)
+        self.ranks.clear(self.model)
+        loss, terms = self._gradients(patches, parts, values.share, eager)
         self.ranks.collect(loss, terms, self.model.scales)
         return ()
 
@@ -270,7 +270,7 @@ class Engine:
             loss = loss + objective.clip_weight * clip if objective.masks else clip
         return loss, torch.stack([x.detach().float() for x in (masked, agreement, spread)])
 
-    def _gradients(self, patches: torch.Tensor, parts: list[Masks], share: float | torch.Tensor, overlap: bool):
+    def _gradients(self, patches: torch.Tensor, parts: list[Masks], share: float | torch.Tensor, eager: bool):
         """Return the loss of the batch and its terms, and leave the gradients in `.grad`. Every target token has the
         same weight, and so has every recording."""
         tokens = sum(len(masks.target) for masks in parts)
@@ -280,7 +280,7 @@ class Engine:
             weight = None if self.ranks.alone and len(parts) == 1 else share * part
             with self.autocast():
                 loss, found = self.forward(chunk, masks, weight)
-            self.ranks.backward(loss, overlap and masks is parts[-1])
+            self.ranks.backward(loss, masks is parts[-1], eager)
             total += loss.detach()
             terms += found if len(parts) == 1 else found * part
         if not self.ranks.alone:

@@ -34,7 +34,7 @@ class StepGraphs:
         stream: torch.cuda.Stream | None = None,
         captured: Callable | None = None,
     ):
-        self.train, self.device, self.stream, self.captured = train, device, stream, captured or train
+        self.train, self.device, self.stream, self.captured = train, device, stream, captured
         self.seen: dict[tuple, _Captured | None] = {}
         self.failed = False
         self.reported: set[str] = set()
@@ -74,7 +74,7 @@ class StepGraphs:
         captured = _Captured(patches, parts)
 
         def body() -> tuple[torch.Tensor, ...]:
-            return self.captured(captured.patches, captured.parts, schedule_values)
+            return (self.captured or self.train)(captured.patches, captured.parts, schedule_values)
 
         if self.device.type != "cuda":  # without CUDA graphs the same path runs the body instead of a replay
             captured.replay = lambda: setattr(captured, "result", body())

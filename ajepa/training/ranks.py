@@ -153,11 +153,15 @@ class Ranks:
         of it."""
         return x
 
-    def backward(self, loss: torch.Tensor, overlap: bool) -> None:
+    def clear(self, model: nn.Module) -> None:
+        """Forget gradients that a failed graph capture has left behind."""
+        model.zero_grad(set_to_none=True)
+
+    def backward(self, loss: torch.Tensor, last: bool, eager: bool) -> None:
         """Add the gradient of this rank's `loss` to that of earlier micro-batches.
 
-        With `overlap`, this is the last micro-batch of a step that no graph captures, so gradients may be reduced as
-        soon as they are there.
+        In the `last` micro-batch of a step that no graph captures (`eager`), gradients may be reduced as soon as they
+        are there.
         """
         loss.backward()
 

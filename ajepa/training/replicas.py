@@ -68,7 +68,7 @@ class Bucket:
         self.extra = self.flat[layout.size :]
         self.views = layout.views(self.flat)
         self.own = self.flat[:0]  # this rank's slice of the mean gradients, where it needs no more
-        self.missing = len(self.views)  # gradients that backward has not filled yet
+        self.missing = len(self.views)  # gradients that backward has not finished yet in this step
         self.work: dist.Work | None = None
 
     def pack(self) -> None:
@@ -82,7 +82,6 @@ class Bucket:
             torch._foreach_copy_([view for view, _ in filled], [grad for _, grad in filled])
         for p in self.parameters:
             p.grad = None
-        self.missing = len(self.views)
 
 
 class Replicas(Ranks):
@@ -94,8 +93,8 @@ class Replicas(Ranks):
         self.dtype = dtype
         self.buckets: list[Bucket] = []
         self.locals: dict[torch.Tensor, torch.Tensor] = {}
-        self._overlap = False
-        self._reduced = 0  # buckets whose reduction has begun in this step
+        self._last = self._eager = False  # of the present call of `backward`
+        self._packed = self._begun = 0  # buckets that are full, and whose reduction has begun, in the present step
         self._waited = 0.0  # seconds of the host in `_timed`
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -149,8 +148,9 @@ class Replicas(Ranks):
         return self.buckets[-1].extra.view(self.world_size, -1)
 
     def collect(self, loss, terms, scales):
-        for bucket in self.buckets[self._reduced :]:
+        for bucket in self.buckets[self._packed :]:
             bucket.pack()
+        self._packed = 0
         own, slots = joined_scalars(loss, terms, scales), self.slots
         slots.zero_()
         slots[self.rank, : len(own) * self.pieces] = split(own, slots.dtype, self.pieces)
@@ -162,35 +162,43 @@ class Replicas(Ranks):
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
-    def backward(self, loss, overlap):
-        self._overlap = overlap
+    def clear(self, model):
+        super().clear(model)
+        self._packed = 0
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.views)
+
+    def backward(self, loss, last, eager):
+        self._last, self._eager = last, eager
         loss.backward(self._start)
 
     def _arrived(self, bucket: Bucket, _: torch.Tensor) -> None:
-        """Backward has filled a gradient of `bucket`. The last bucket holds the loss, so it waits for `collect`."""
-        if not self._overlap:
+        """Backward has finished a gradient of `bucket`. The last bucket holds the loss, so it waits for `collect`."""
+        if not self._last:
             return
         bucket.missing -= 1
-        while self._reduced < len(self.buckets) - 1 and not self.buckets[self._reduced].missing:
-            self.buckets[self._reduced].pack()
-            self._begin(self.buckets[self._reduced])
+        while self._packed < len(self.buckets) - 1 and not self.buckets[self._packed].missing:
+            self.buckets[self._packed].pack()
+            if self._eager:
+                self._begin(self.buckets[self._packed])
+            self._packed += 1
 
     def _begin(self, bucket: Bucket) -> None:
         bucket.work = self._reduce(bucket)
-        self._reduced += 1
+        self._begun += 1
 
     def _reduce(self, bucket: Bucket) -> dist.Work:
         return dist.all_reduce(bucket.flat, async_op=True)
 
     def exchange(self):
         with self._timed():
-            for bucket in self.buckets[self._reduced :]:
+            for bucket in self.buckets[self._begun :]:
                 self._begin(bucket)
             for bucket in self.buckets:
                 assert bucket.work is not None
                 bucket.work.wait()
                 bucket.work = None
-            self._reduced = 0
+            self._begun = 0
 
     def free_gradients(self, optimizer):
         """Nothing is freed: the gradients that the optimiser reads are the buckets."""

@@ -1,5 +1,7 @@
 """Reduction in flat buckets, graphs on both sides of it, and the shared update, on ranks that run under gloo."""
 
+import functools
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -201,13 +203,16 @@ def check_reduction(engine: Engine, in_bf16: bool) -> None:
 
         hooks = [p.register_post_accumulate_grad_hook(count) for p in parameters]
         values = (torch.tensor([1.0, 2.0, 3.0]) + ranks.rank).unbind()
-        for overlap in (True, False):
+        for eager in (True, False):
             made = 0
+            ranks.clear(engine.model)
             loss, _ = engine._forward(patches, masks, share)
-            ranks.backward(loss, overlap)
+            ranks.backward(loss, True, eager)
             early = len(calls)
-            assert early == (len(ranks.buckets) - 1 if overlap else 0), "a bucket was not reduced during backward"
-            assert not overlap or calls[0][1] < made, "nothing was reduced before backward ended"
+            packed = [p.grad is None for bucket in ranks.buckets[:-1] for p in bucket.parameters]
+            assert all(packed), "gradients are kept although their bucket is full"
+            assert early == (len(ranks.buckets) - 1 if eager else 0), "a bucket was not reduced during backward"
+            assert not eager or calls[0][1] < made, "nothing was reduced before backward ended"
             ranks.collect(loss, torch.stack(values), None)
             ranks.exchange()
             assert all(p.grad is None for p in parameters)
@@ -234,19 +239,37 @@ def test_reduced_gradients_are_the_means_of_the_ranks(forks, tmp_path):
 
 
 def replays(argv) -> int:
-    """A rank that replays its step meets a rank that runs it eagerly; both hold the weights of two eager ranks."""
+    """Rank 0 replays its step, or fails to capture it, while rank 1 runs eagerly: as two eager ranks do."""
+    replicas.BUCKET_BYTES = 1 << 18
     with joined(make(), CPU) as (ranks, _):
         for parallel in ("ddp", "zero1"):
-            eager, mixed = (engine_of(ranks, make(parallel)) for _ in range(2))
-            for engine in (eager, mixed):
+            eager, mixed, failing = (engine_of(ranks, make(parallel)) for _ in range(3))
+            for engine in (eager, mixed, failing):
                 engine.use_graphs()
                 engine.graphs.failed = engine.update_graph.failed = engine is eager or not ranks.is_first
-            losses = [train(engine, range(6), fixed=True) for engine in (eager, mixed)]
-            assert losses[0] == losses[1]
+            failing.graphs._capture = functools.partial(fail_in_backward, failing)
+            losses = [train(engine, range(6), fixed=True) for engine in (eager, mixed, failing)]
+            assert losses[0] == losses[1] == losses[2]
             assert not ranks.is_first or all(any(g.seen.values()) for g in (mixed.graphs, mixed.update_graph))
-            assert same(weights(eager), weights(mixed))
+            assert failing.graphs.failed
+            assert same(weights(eager), weights(mixed)) and same(weights(eager), weights(failing))
             mixed.ranks.check_alike(mixed.model, 6)
     return 0
+
+
+def fail_in_backward(engine: Engine, patches, parts, values):
+    """Like a capture that fails: the body runs, and raises when it packs its second bucket."""
+    packed = itertools.count(1)
+    pack = replicas.Bucket.pack
+
+    def packs(bucket):
+        if next(packed) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        pack(bucket)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicas.Bucket, "pack", packs)
+        engine._backward(patches, parts, values, eager=False)
 
 
 def test_a_rank_that_replays_meets_a_rank_that_does_not(forks, tmp_path):
@@ -263,7 +286,7 @@ def against_ddp(argv) -> int:
         masks = MaskSampler(cfg.mask, cfg.front_end.grid, rank=ranks.rank, world_size=2)(0, 10, CLIPS // 2)
         share = ranks.share(len(masks.target), False)
         patches = engine.patches(*batch(ranks, 0), 0)
-        loss, terms = engine._gradients(patches, [masks], share, overlap=True)
+        loss, terms = engine._gradients(patches, [masks], share, eager=True)
         ranks.collect(loss, terms, None)
         ranks.exchange()
         other._forward(patches, masks, share)[0].backward()
