@@ -189,7 +189,7 @@ def test_products_that_add_to_the_stream_leave_the_gradients(monkeypatch):
     found = {}
     for residual in ("fp32", "bf16-gradient", "in-product"):
         engine = Engine(make(precision="bf16", step={"residual": residual, "mlp": "epilogue"}), CPU)
-        monkeypatch.setattr(engine, "_update", lambda loss, values: (loss, loss, loss))
+        monkeypatch.setattr(engine, "_update", lambda *_: torch.zeros(6))
         masks = MaskSampler(engine.cfg.mask, engine.cfg.front_end.grid)(0, 100, 3)
         pcm = torch.randint(-9999, 9999, (3, 32_000), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
         engine.step(pcm, torch.full((3,), 32_000), masks, 0)
