@@ -117,8 +117,8 @@ class MaskConfig:
     masks_per_clip: int = 1
     """Number of masks per clip. They share one pass of the target encoder."""
     fixed_token_budget: bool = False
-    """Give every (micro-)batch the same number of visible and of target patches, so that shapes are static. The clips
-    of a batch may still differ."""
+    """Give every (micro-)batch the same number of visible and of target patches, so that shapes are static and all
+    ranks have the same number. The clips of a batch may still differ."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,16 @@ ROUNDS = 3 if QUICK else 7
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("preset", ["audio-jepa", "a-jepa"])
-def test_masks(preset, fixed, batch, record):
+@pytest.mark.parametrize(
+    ("preset", "ranks"),
+    [("audio-jepa", 1), ("a-jepa", 1), ("a-jepa", 8)],
+    ids=["audio-jepa", "a-jepa", "a-jepa-8-ranks"],
+)
+def test_masks(preset, ranks, fixed, batch, record):
+    """One of several ranks draws the masks of its `batch` clips; ragged masks are drawn for all ranks and dealt out."""
     cfg = PRESETS[preset]
-    sampler = MaskSampler(dataclasses.replace(cfg.mask, fixed_token_budget=fixed), cfg.front_end.grid)
+    mask = dataclasses.replace(cfg.mask, fixed_token_budget=fixed)
+    sampler = MaskSampler(mask, cfg.front_end.grid, world_size=ranks)
 
     def draw(device: str) -> torch.Tensor:
         with torch.device(device):
@@ -32,7 +38,8 @@ def test_masks(preset, fixed, batch, record):
     assert all(torch.equal(draw(device).cpu(), draw("cpu")) for device in devices)
     # not in a CUDA graph, because the host needs the token counts
     times = {f"on the {device.upper()}": [timed(draw, device) for _ in range(ROUNDS)] for device in devices}
-    record("masks", f"{preset}, {batch} clips{', fixed budget' * fixed}", times)
+    clips = f"{batch} clips" if ranks == 1 else f"{batch} of {ranks * batch} clips"
+    record("masks", f"{preset}, {clips}{', fixed budget' * fixed}", times)
 
 
 def timed(draw, device: str) -> float:

@@ -194,17 +194,58 @@ def _keep_minimum(context_RN, targets_RKN, minimum, noise):
     return context, targets_RKN & ~context[:, None]
 
 
-def _fix_counts(context_RN, targets_RKN, n_context, n_target, minimum, noise):
-    """Select exactly `n_context` visible and `n_target` target patches in the batch, still ragged from clip to clip.
+def unit_count(clips: int) -> int:
+    """Units of a batch of `clips`: the largest power of two that cuts it into equal units of 8 clips or more, or 1.
+
+    Clip i belongs to unit i mod U. If W divides U, each of W ranks holds whole units, so that ranks are as equal as
+    units are. Many ranks need small units, but contexts differ too much in size for fewer than 8 clips to be equal.
+    """
+    units = clips & -clips
+    while units > 1 and clips // units < 8:
+        units //= 2
+    return units
+
+
+def deal(cost_R: torch.Tensor, units: int) -> torch.Tensor:
+    """Deal R contexts out to units whose sums of `cost_R` (integers) differ little: int64 [units, R / units].
+
+    Sorted contexts are dealt back and forth. Then, in four rounds, the most costly and the least costly unit swap the
+    two contexts that even them out best, as do the second most and the second least costly unit, and so on. Units, and
+    the contexts of a unit, are listed in the order of their numbers, so that a place says nothing about the size.
+    """
+    if units == 1:
+        return torch.arange(len(cost_R))[None]
+    rows = cost_R.sort(stable=True).indices.view(-1, units)
+    rows[1::2] = rows[1::2].flip(1)
+    dealt = rows.t().contiguous()
+    pool = dealt[:, :: math.ceil(len(rows) / 64)]  # a view of `dealt`; large units compare 64 contexts with 64
+    for _ in range(4):
+        total, order = cost_R[dealt].sum(1).sort(stable=True)
+        light, heavy = order[: units // 2], order[units // 2 :].flip(0)
+        gap = total[units // 2 :].flip(0) - total[: units // 2]
+        moved = cost_R[pool[heavy], None] - cost_R[pool[light]][:, None]
+        remaining = (gap[:, None, None] - 2 * moved).abs().flatten(1)
+        swap = remaining.argmin(1)
+        better = remaining.gather(1, swap[:, None])[:, 0] < gap
+        give, take = swap // pool.shape[1], swap % pool.shape[1]
+        given, taken = pool[heavy, give], pool[light, take]
+        pool[heavy, give], pool[light, take] = torch.where(better, taken, given), torch.where(better, given, taken)
+    dealt = dealt.sort(1).values
+    return dealt[dealt[:, 0].argsort()]
+
+
+def _fix_counts(context_RN, targets_RKN, units, per_clip, n_context, n_target, minimum, noise):
+    """Select exactly `n_context` visible and `n_target` target patches in each unit, still ragged from clip to clip.
 
     Surplus patches are dropped at random, but each context keeps `minimum` patches. Missing patches are taken from
     unused patches first; contexts take targets only after those.
     """
 
     def smallest(score, count):
-        chosen = torch.zeros(score.numel(), dtype=torch.bool)
-        chosen[score.flatten().argsort()[:count]] = True
-        return chosen.view(score.shape)
+        by_unit = score.view(-1, units, per_clip * score[0].numel()).transpose(0, 1)
+        order = by_unit.flatten(1).argsort(dim=-1, stable=True)  # ties must not depend on the number of units
+        chosen = torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :count], True)
+        return chosen.view(by_unit.shape).transpose(0, 1).reshape(score.shape)
 
     tier = torch.where(context_RN, 0.0, torch.where(targets_RKN.any(1), 2.0, 1.0)) + noise(context_RN.shape)
     guaranteed = tier.argsort(-1).argsort(-1) < minimum
@@ -218,9 +259,16 @@ class MaskSampler:
     """Draws the masks of step s as a pure function of (seed, s) and of each clip's place in the global batch.
 
     The masks are drawn on torch's default device. The sampler has no state to save, and W ranks with B / W clips each
-    draw together the masks that one rank draws for B clips. The exception is a fixed token budget, which each rank
-    meets on its own share of the batch.
+    draw together the masks that one rank draws for B clips.
+
+    Contexts of ragged families differ in size. All ranks draw those of the whole batch and deal them out to its units,
+    so that ranks have nearly equal work. A fixed token budget is met by each unit, and so by each rank. Its units are
+    those of the micro-batch of all ranks: W ranks with micro-batches of m clips draw what one rank draws with
+    micro-batches of W m clips. Where W does not divide the number of units, ranks have less equal work, and each meets
+    a budget on its own clips, with masks that depend on W.
     """
+
+    RAGGED: ClassVar = ("block", "time-frequency", "curriculum")
 
     def __init__(self, cfg: MaskConfig, grid: tuple[int, int], *, seed: int = 0, rank: int = 0, world_size: int = 1):
         self.cfg, self.grid, self.seed, self.rank, self.world_size = cfg, grid, seed, rank, world_size
@@ -233,23 +281,46 @@ class MaskSampler:
 
     def parts(self, step: int, steps: int, sizes: list[int]) -> list[Masks]:
         """Masks of this rank's part of one batch, packed separately for micro-batches of `sizes` clips."""
-        per_clip = self.cfg.masks_per_clip
-        noise = Noise(self.seed, step, rank=self.rank, world_size=self.world_size, per_clip=per_clip)
-        rows = [size * per_clip for size in sizes]
-        context, targets = self._draw(self.cfg.mask, sum(rows), step, steps, noise)
+        cfg, rows = self.cfg, [size * self.cfg.masks_per_clip for size in sizes]
+        noise = Noise(self.seed, step, rank=self.rank, world_size=self.world_size, per_clip=cfg.masks_per_clip)
+        if cfg.mask in self.RAGGED:
+            whole = Noise(self.seed, step)
+            drawn = self._draw(cfg.mask, sum(rows) * self.world_size, step, steps, whole)
+            own = self._own(*drawn, [sum(sizes)] if self.budget is None else sizes)
+            context, targets = (x[own] for x in drawn)
+            noise.calls = whole.calls  # no number serves twice
+        else:
+            context, targets = self._draw(cfg.mask, sum(rows), step, steps, noise)
         if self.budget is None:
             context, targets = _keep_minimum(context, targets, self.minimum, noise)
         pieces = zip(context.split(rows), targets.split(rows), strict=True)
         return [self._pack(*piece, noise) for piece in pieces]
 
+    def _own(self, context: torch.Tensor, targets: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """Numbers of this rank's contexts, of which `sizes` clips at a time are dealt out, among those of all ranks."""
+        visible, asked = context.sum(-1).clamp(min=self.minimum), targets.sum(-1)
+        # Tokens of the context encoder and of the predictor. In a-jepa the former cost 1.7 times as many operations.
+        cost = 2 * visible + (asked + visible[:, None] * (asked > 0)).sum(-1)
+        own, start, per_clip = [], 0, self.cfg.masks_per_clip
+        for size in sizes:
+            clips = size * self.world_size
+            dealt = deal(cost[start : start + clips * per_clip], unit_count(clips)) + start
+            places = dealt.view(len(dealt), -1, per_clip).transpose(0, 1).reshape(clips, per_clip)
+            own.append(places[self.rank :: self.world_size].flatten())
+            start += clips * per_clip
+        return torch.cat(own)
+
     def _pack(self, context: torch.Tensor, targets: torch.Tensor, noise: Noise) -> Masks:
         per_clip = self.cfg.masks_per_clip
         if self.budget is None:
             return Masks.pack(context, targets, per_clip)
-        n_context, n_target = (round(len(context) * share) for share in self.budget)
+        units = unit_count(len(context) // per_clip * self.world_size)
+        own = 1 if units % self.world_size else units // self.world_size
+        contexts = len(context) // own
+        n_context, n_target = (round(contexts * share) for share in self.budget)
         if self.cfg.mask == "random":
-            n_target = context.numel() - n_context
-        context, targets = _fix_counts(context, targets, n_context, n_target, self.minimum, noise)
+            n_target = contexts * self.n_patches - n_context
+        context, targets = _fix_counts(context, targets, own, per_clip, n_context, n_target, self.minimum, noise)
         present = torch.ones(targets.shape[:2], dtype=torch.bool)  # static shapes: empty groups keep their sequence
         return Masks.pack(context, targets, per_clip, present)
 

@@ -4,18 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from ajepa.config import MaskConfig
+from ajepa.config import PRESETS, MaskConfig
 from ajepa.model.masks import (
     Masks,
     MaskSampler,
     block_masks,
     curriculum_probability,
+    deal,
     describe_masks,
     hidden_shares,
     inverse_block_masks,
     random_masks,
     time_frequency_masks,
+    unit_count,
 )
+from ajepa.training.flops import step_flops
 from ajepa.utils.counter_rng import Noise, hash64, mix64
 
 GRIDS = [(8, 16), (8, 64), (8, 8), (3, 11)]
@@ -187,9 +190,10 @@ def test_draws_depend_only_on_seed_rank_and_step(mask):
 
 @pytest.mark.parametrize("mask", FAMILIES)
 @pytest.mark.parametrize("masks_per_clip", [1, 2])
-def test_fixed_token_budget_gives_static_shapes_and_ragged_clips(mask, masks_per_clip):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fixed_token_budget_gives_static_shapes_and_ragged_clips(mask, masks_per_clip, world_size):
     cfg = MaskConfig(mask=mask, masks_per_clip=masks_per_clip, fixed_token_budget=True)
-    sampler = MaskSampler(cfg, (8, 16))
+    sampler = MaskSampler(cfg, (8, 16), rank=world_size - 1, world_size=world_size)
     draws = [sampler(step, 20, 16) for step in range(20)]
     shapes = {(len(m.context), len(m.target), len(m.predict), len(m.predict_cu)) for m in draws}
     assert len(shapes) == 1
@@ -262,19 +266,116 @@ def test_pack_accepts_a_context_without_targets():
     assert masks.predict.tolist() == [6, 7, 8, 9, 10, 11]
 
 
+def tokens(masks):
+    """Tokens of the context encoder, of the loss and of the predictor, and the numbers of sequences of both."""
+    return len(masks.context), len(masks.target), len(masks.predict), len(masks.context_cu), len(masks.predict_cu)
+
+
 @pytest.mark.parametrize("mask", FAMILIES)
 @pytest.mark.parametrize("masks_per_clip", [1, 3])
-def test_ranks_draw_between_them_what_one_rank_draws(mask, masks_per_clip):
-    """Rank r of 4 holds the clips r, r + 4... of the global batch, and draws the masks that one rank draws for them."""
-    cfg, grid = MaskConfig(mask=mask, masks_per_clip=masks_per_clip), (8, 16)
-    whole = MaskSampler(cfg, grid, seed=2)(3, 10, 12)
-    N = 128
-    for rank in range(4):
-        part = MaskSampler(cfg, grid, seed=2, rank=rank, world_size=4)(3, 10, 3)
-        for name in ("context", "target"):
-            everything, own = getattr(whole, name), getattr(part, name)
-            mine = everything[everything // N % 4 == rank]
-            assert torch.equal(mine // N // 4 * N + mine % N, own)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_ranks_draw_between_them_what_one_rank_draws(mask, masks_per_clip, fixed):
+    """Rank r of W holds the clips r, r + W... of the global batch, and draws the masks that one rank draws for them.
+
+    The second micro-batch is smaller than the first. Under a budget, ranks have equal tokens in both.
+    """
+    cfg, grid, N = MaskConfig(mask=mask, masks_per_clip=masks_per_clip, fixed_token_budget=fixed), (4, 16), 64
+
+    def parts(world_size, rank=0):
+        sampler = MaskSampler(cfg, grid, seed=2, rank=rank, world_size=world_size)
+        return sampler.parts(3, 10, [128 // world_size, 64 // world_size])
+
+    whole = parts(1)
+    for world_size in (2, 4, 8):
+        ranks = [parts(world_size, rank) for rank in range(world_size)]
+        for piece, everything in enumerate(whole):
+            for rank in range(world_size):
+                part = ranks[rank][piece]
+                for name in ("context", "target"):
+                    patches, own = getattr(everything, name), getattr(part, name)
+                    mine = patches[patches // N % world_size == rank]
+                    assert torch.equal(mine // N // world_size * N + mine % N, own)
+            for name in ("context_cu", "predict_cu", "target_cu"):
+                lengths = torch.cat([getattr(own[piece], name).diff() for own in ranks])
+                assert torch.equal(lengths.sort().values, getattr(everything, name).diff().sort().values)
+            assert not fixed or len({tokens(own[piece]) for own in ranks}) == 1
+
+
+@pytest.mark.parametrize("mask", FAMILIES)
+@pytest.mark.parametrize(("world_size", "batch"), [(3, 24), (4, 24), (5, 25)])
+def test_ranks_that_hold_no_whole_units_meet_the_budget_as_well(mask, world_size, batch):
+    assert unit_count(batch) % world_size
+    cfg = MaskConfig(mask=mask, fixed_token_budget=True)
+    samplers = [MaskSampler(cfg, (8, 16), rank=rank, world_size=world_size) for rank in range(world_size)]
+    draws = [sampler(step, 10, batch // world_size) for sampler in samplers for step in range(3)]
+    assert len({tokens(masks) for masks in draws}) == 1
+    assert min(int(masks.context_cu.diff().min()) for masks in draws) >= samplers[0].minimum
+
+
+@pytest.mark.parametrize(
+    ("clips", "units"), [(1, 1), (8, 1), (12, 1), (16, 2), (512, 64), (640, 64), (1000, 8), (999, 1)]
+)
+def test_units_are_a_power_of_two_and_have_at_least_eight_clips(clips, units):
+    assert unit_count(clips) == units
+
+
+@pytest.mark.parametrize(("contexts", "units"), [(16, 2), (24, 2), (512, 64), (1000, 8), (600, 2), (12, 1)])
+def test_dealing_gives_every_context_to_one_unit_and_evens_out_the_units(contexts, units):
+    numbers, excess = np.random.default_rng(0), []
+    for _ in range(20):
+        cost = torch.from_numpy(numbers.gamma(4.0, 50.0, contexts)).long()
+        dealt = deal(cost, units)
+        assert torch.equal(dealt.flatten().sort().values, torch.arange(contexts))
+        assert (dealt.diff(dim=1) > 0).all() and (dealt[:, 0].diff() > 0).all()
+        sums = [cost[unit].sum(1) for unit in (dealt, torch.arange(contexts).view(units, -1))]
+        excess.append([x.max() - x.double().mean() for x in sums])
+    ours, undealt = torch.tensor(excess).mean(0)
+    assert ours < undealt / 16 or units == 1
+    assert torch.equal(deal(torch.full((contexts,), 7), units).flatten().sort().values, torch.arange(contexts))
+
+
+def test_the_place_of_a_clip_says_nothing_about_the_size_of_its_context():
+    numbers = torch.Generator().manual_seed(0)
+    draws = torch.randint(0, 1000, (2000, 32), generator=numbers)
+    places = torch.stack([cost[deal(cost, 4)] for cost in draws]).double()
+    assert (places.mean(0) - draws.double().mean()).abs().max() < 4.5 * 1000 / math.sqrt(12 * 2000)
+
+
+@pytest.mark.parametrize("mask", MaskSampler.RAGGED)
+@pytest.mark.parametrize("masks_per_clip", [1, 3])
+def test_dealing_uses_every_drawn_mask_once(mask, masks_per_clip):
+    cfg, grid, clips = MaskConfig(mask=mask, masks_per_clip=masks_per_clip, min_context=1), (8, 16), 64
+    sampler, R = MaskSampler(cfg, grid, seed=4), clips * masks_per_clip
+    drawn, _ = sampler._draw(mask, R, 5, 10, Noise(4, 5))
+    assert drawn.any(1).all()  # no context is so small that it would be filled up
+    masks = sampler(5, 10, clips)
+    used = torch.zeros(R, 128, dtype=torch.bool)
+    used[torch.repeat_interleave(torch.arange(R), masks.context_cu.diff()), masks.context % 128] = True
+    assert not torch.equal(used, drawn) and sorted(used.tolist()) == sorted(drawn.tolist())
+
+
+@pytest.mark.parametrize(("world_size", "undealt"), [(2, 1.01), (8, 1.05), (32, 1.15)])
+def test_ranks_of_a_jepa_have_nearly_equal_work_at_every_stage_of_the_curriculum(world_size, undealt, monkeypatch):
+    """The slowest rank has less than 1 % more to compute than the mean of all, averaged over the run."""
+    cfg = PRESETS["a-jepa"]
+    steps, batch = cfg.optim.steps, cfg.optim.batch_size // world_size
+
+    def imbalance():
+        samplers = [
+            MaskSampler(cfg.mask, cfg.front_end.grid, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        work = torch.tensor(
+            [
+                [step_flops(cfg, s(step, steps, batch)) for s in samplers]
+                for step in range(steps // 8, steps, steps // 4)
+            ]
+        )
+        return work.max(1).values / work.mean(1)
+
+    dealt = imbalance()
+    assert dealt.mean() < 1.01 and dealt.max() < 1.02
+    monkeypatch.setattr("ajepa.model.masks.deal", lambda cost, units: torch.arange(len(cost)).view(-1, units).t())
+    assert imbalance().mean() > undealt
 
 
 def test_noise_is_uniform_and_independent_between_calls_steps_and_seeds():
