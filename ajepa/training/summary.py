@@ -33,14 +33,27 @@ def describe_run(cfg: Config, engine: Engine, corpus: Corpus, start: int) -> str
     threads = f"decoding threads: {cfg.data.loader_threads or default_threads()}"
     if engine.device.type == "cpu":
         threads = f"threads: {torch.get_num_threads()}, {threads}"
+    ranks = f"\n{describe_ranks(cfg, engine)}" * (not engine.ranks.alone)
     given = f"\nthe targets are those of {cfg.objective.teacher}" if cfg.objective.teacher else ""
     return (
         f"{corpus.description}\n"
         f"{cfg.preset}: {sizes}, objective {cfg.objective.objective}, {views}"
         f"{cfg.front_end.n_patches} patches a clip, {describe_masks(cfg.mask, cfg.front_end.grid)}, "
         f"engine {cfg.impl} on {engine.device} ({threads}); {f'continuing after step {start}' if start else whole}"
-        f"{given}"
+        f"{ranks}{given}"
     )
+
+
+def describe_ranks(cfg: Config, engine: Engine) -> str:
+    """How several ranks share weights, gradients and work."""
+    text = f"{engine.ranks.world_size} ranks, --parallel {cfg.parallel}, gradients summed in {cfg.step.reduce}"
+    if engine.device.type != "cuda":
+        return text
+    if engine.graphs is not None:
+        return f"{text} between two CUDA graphs, of forward and backward and of the update"
+    clips = "a clip objective compares the recordings of all ranks within its forward pass"
+    why = clips if cfg.objective.clips and cfg.step.cuda_graph and engine.ranks.captures else "as the settings say"
+    return f"{text}, without CUDA graphs ({why})"
 
 
 def describe_evaluation(step: int, values: dict[str, Any], baselines: Baselines, pooling: str) -> str:
