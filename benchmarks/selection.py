@@ -11,6 +11,7 @@ WHOLE = {
     "train_step": "Training step",
     "clip_step": "Training step of the clip objective",
     "end_to_end": "From files to updated weights",
+    "reduction": "A step of several ranks and its reduction",
     "scaling": "As the work grows",
     "levers": "Levers of the step",
 }

@@ -52,6 +52,7 @@ BENCHMARKS = {  # the root modules of each benchmark file
     "bench_log_mel": ("ajepa_kernels.log_mel",),
     "bench_masks": ("ajepa.model.masks",),
     "bench_products": ("ajepa_kernels.products", "ajepa_kernels.bias_gelu"),
+    "bench_reduction": (*STEP, "ajepa.training.replicas"),
     "bench_resample": ("ajepa_kernels.resample",),
     "bench_rotary": ("ajepa_kernels.attention",),
     "bench_scaling": STEP,

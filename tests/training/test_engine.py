@@ -32,11 +32,11 @@ def make(step: dict | None = None, mask: dict | None = None, model: dict | None 
     )  # fmt: skip
 
 
-def run(cfg: Config, steps: int = 4, batch: int = 5, graphs: bool = False, device: torch.device = CPU):
+def run(cfg: Config, steps: int = 4, batch: int = 5, graphs: bool = False, device: torch.device = CPU, ranks=None):
     """(losses, engine) after some steps on noise."""
-    engine = Engine(cfg, device)
+    engine = Engine(cfg, device, ranks)
     if graphs:
-        engine.graphs = StepGraphs(engine._train, device)
+        engine.use_graphs()
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid)
     generator = torch.Generator().manual_seed(0)
     losses = []
