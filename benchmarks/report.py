@@ -375,7 +375,8 @@ def scaling(results: list[dict]) -> str:
     masked = "with masks as drawn" if steps[0]["masks"] == "drawn" else "with the mean mask ratio"
     parts = [
         f"Predicted, **not yet measured on several GPUs**, from steps of {sizes} clips {masked} on one "
-        f"{steps[0]['device']} ({steps[-1]['when']}). A cell has clips/s, the time of the {budget:,} clips of `audio-jepa`, and efficiency."
+        f"{steps[0]['device']} ({steps[-1]['when']}). A cell has clips/s, the time of the {budget:,} clips of "
+        "`audio-jepa`, and efficiency."
     ]
     if len(steps) == 1:
         parts[0] += " One batch is measured, so that the least time of the kernels, which decides the step of few "

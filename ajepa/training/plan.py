@@ -3,7 +3,7 @@
 `python -m ajepa.doctor --plan` prints a prediction with its formula, and says of each figure whether it was measured,
 stands in a data sheet, or is assumed. On W GPUs, a step of B clips leaves b = B / W clips to each, and takes
 
-    step      = max(device + update, host) + rounding + reduction + gather + skew
+    step      = max(device + update, host) + packing + reduction + gather + skew
     device    = floor + b x time of a clip: forward and backward. The floor is the least time of the step's kernels,
                 which does not depend on b. The time of a clip is that of the measured step. On another GPU its products
                 scale with the data sheet's FLOP/s and the rest with its memory bandwidth; for another recipe it scales
@@ -11,18 +11,19 @@ stands in a data sheet, or is assumed. On W GPUs, a step of B clips leaves b = B
     update    = 30 bytes for each trained weight and 10 for each of the target encoder, at the rate of the measured
                 AdamW kernel. `zero1` and `fsdp` divide it by W.
     host      = the time of the host to start a step, which counts where it is longer than that of the device
-    rounding  = 12 bytes for each trained weight at the memory bandwidth: gradients to bf16 and back. For `fsdp`, 14
-                bytes for each gathered weight: it is copied out of the buffer and rounded to bf16.
-    reduction = 2 collective(bytes of the gradients) where weights are replicated, else one
-    gather    = collective(bytes of the bf16 weights) for `zero1`. For `fsdp`, the reduction and the gathers of the
-                float32 weights overlap with the computation, and count as far as they are longer.
+    packing   = 8 bytes for each trained weight at the memory bandwidth, or 6 with `--reduce bf16`: the gradients are
+                copied into buckets. For `fsdp`, 14 bytes for each gathered weight: it is copied out of the buffer of
+                its block and rounded to bf16.
+    reduction = 2 collective(bytes of the gradients) for `ddp`, else one
+    gather    = collective(bytes of the bf16 weights) for `zero1`
     skew      = spread x sqrt(2 ln W) x device: the slowest of W ranks, each of which varies as the measured step did
 
     collective(S) = (G - 1) / G x S / link + (N - 1) / N x S / network + latencies, on N nodes of G GPUs: a
                     reduce-scatter or an all-gather, first within the nodes, then between equal GPUs of all nodes
 
-The reduction starts after the backward pass, because both passes are one CUDA graph. The exchanges of the clip
-objective within a step, checkpoints and evaluations are not counted.
+The reduction starts after the backward pass, because both passes are one CUDA graph. Without graphs it overlaps with
+the backward pass, half of the device's time, save for the last bucket. The collectives of `fsdp` overlap with both
+passes. Not counted are the exchanges of the clip objective within a step, checkpoints and evaluations.
 """
 
 import json
@@ -38,6 +39,7 @@ from ajepa.config import PRESETS, SIZES, Config, ConfigError, preset
 from ajepa.model.jepa import JEPA
 from ajepa.model.masks import MaskSampler
 from ajepa.training.flops import step_flops
+from ajepa.training.replicas import BUCKET_BYTES
 from ajepa.training.run_log import PEAK_FLOPS
 
 Figures = dict[str, list[dict[str, Any]]]  # of `measured_figures`
@@ -68,7 +70,7 @@ LAUNCH_US = 10.0  # time of the host to launch a kernel without a CUDA graph
 HOST_MS = 1.0  # time of the host for the rest of a step: replaying graphs, masks, the exchange of counts
 LINK_SHARE = 0.8  # share of a data sheet's bandwidth that a collective reaches
 ADAPTER = 50.0  # GB/s of network for each GPU: one adapter of 400 Gbit/s
-START_US, LINK_US, NETWORK_US = 20.0, 1.0, 5.0  # to start a collective, for a hop in a node, for a hop between nodes
+START_US, LINK_US, NETWORK_US = 10.0, 1.0, 5.0  # of a collective: its start, a hop in a node, a hop between nodes
 RESERVE = 2e9  # bytes for the CUDA context, NCCL's buffers and what the allocator cannot use
 DRAWS, CLIPS = 16, 16  # batches and clips of each whose masks are drawn for the mean FLOPs of a clip
 
@@ -96,7 +98,8 @@ class Arguments:
     network: float | None = None
     """Bandwidth of a node's network in GB/s and each direction. None: 50, which is 400 Gbit/s, for each GPU."""
     cuda_graph: bool = True
-    """Replay forward and backward pass as a CUDA graph. FSDP never does."""
+    """Replay forward and backward pass as a CUDA graph. FSDP never does, nor does the clip objective on several
+    GPUs."""
 
     @property
     def node(self) -> int:
@@ -107,8 +110,9 @@ class Arguments:
         return self.gpus // self.node
 
     @property
-    def graphs(self) -> bool:
-        return self.cuda_graph and self.parallel != "fsdp"
+    def value(self) -> int:
+        """Bytes of a gradient that is reduced."""
+        return 4 if self.reduce == "fp32" else 2
 
     @property
     def bandwidth(self) -> float:
@@ -129,8 +133,6 @@ class Arguments:
             )
         if not 0 < self.bandwidth < math.inf:
             raise ConfigError(f"--network {self.network}: must be a number of GB/s above 0")
-        if self.parallel == "fsdp" and self.reduce == "bf16":
-            raise ConfigError("--reduce bf16: --parallel fsdp sums in fp32; leave it out, or use ddp or zero1")
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------------
@@ -145,6 +147,7 @@ class Work(NamedTuple):
     trained: int  # weights that are trained
     taught: int  # weights of the target encoder
     kernels: int  # launches of a step
+    is_captured: bool  # whether the step is a CUDA graph on several GPUs, too
     views: int  # clips of a recording
     pcm: float  # bytes of int16 samples that a recording is read from
 
@@ -173,6 +176,7 @@ def work_of(cfg: Config) -> Work:
         trained=sum(p.numel() for p in networks.parameters() if p.requires_grad),
         taught=sum(p.numel() for p in taught),
         kernels=kernels,
+        is_captured=not objective.clips,
         views=objective.count,
         pcm=2 * cfg.source_seconds * cfg.front_end.sample_rate,
     )
@@ -268,7 +272,7 @@ class Terms(NamedTuple):
     device: float
     update: float
     waiting: float = 0.0
-    rounding: float = 0.0
+    packing: float = 0.0
     reduction: float = 0.0
     gather: float = 0.0
     skew: float = 0.0
@@ -278,19 +282,19 @@ LOST = (  # what a term of `Terms` is called where it exceeds that of a single G
     "kernels that fewer clips do not shorten",
     "updating the weights",
     "waiting for the host",
-    "rounding to bf16",
+    "copying gradients and weights",
     "reducing the gradients",
     "gathering the weights",
     "waiting for the slowest GPU",
 )
 
 
-def collective_ms(size: float, at: Arguments) -> float:
+def collective_ms(size: float, at: Arguments, calls: int = 1) -> float:
     """Time of a reduce-scatter or an all-gather of `size` bytes, first within the nodes, then between them."""
     within = (at.node - 1) / at.node * size / (LINK_SHARE * GPUS[at.gpu].link)
     between = (at.nodes - 1) / at.nodes * size / (LINK_SHARE * 1e9 * at.bandwidth)
-    hops = LINK_US * (at.node - 1) + NETWORK_US * math.ceil(math.log2(at.nodes))
-    return 1e3 * (within + between) + (START_US / 2 + hops) / 1e3
+    latency = START_US + LINK_US * (at.node - 1) + NETWORK_US * math.ceil(math.log2(at.nodes))
+    return 1e3 * (within + between) + calls * latency / 1e3
 
 
 @dataclass(frozen=True)
@@ -306,25 +310,37 @@ class Plan:
     def each(self) -> float:
         return self.clips / self.at.gpus
 
+    @property
+    def graphs(self) -> bool:
+        at = self.at
+        return at.cuda_graph and (at.gpus == 1 or (at.parallel != "fsdp" and self.one.work.is_captured))
+
+    @property
+    def buckets(self) -> int:
+        return math.ceil(self.at.value * self.one.work.trained / BUCKET_BYTES)
+
     @cached_property
     def terms(self) -> Terms:
         at, one, work = self.at, self.one, self.one.work
         device, update = one.device(self.each), one.update / (1 if at.parallel == "ddp" else at.gpus)
-        waiting = max(0.0, one.host(at.graphs) - device - update)
+        waiting = max(0.0, one.host(self.graphs) - device - update)
         if at.gpus == 1:
             return Terms(device, update, waiting)
-        half = collective_ms((4 if at.reduce == "fp32" else 2) * work.trained, at)
-        reduction, gather, rounded = 2 * half, 0.0, 0 if at.reduce == "fp32" else 12 * work.trained
+        half, scalars = collective_ms(at.value * work.trained, at, self.buckets), 2 * collective_ms(4 * at.gpus, at)
+        reduction, gather, packed = 2 * half, 0.0, (4 + at.value) * work.trained
         if at.parallel == "zero1":
-            reduction, gather = half, collective_ms(2 * (work.trained + work.taught), at)
+            reduction, gather = half, collective_ms(2 * (work.trained + work.taught), at, 2 * self.buckets)
         if at.parallel == "fsdp":  # gathers all weights for the forward pass, the trained ones again for the backward
-            exposed = max(0.0, 2 * half + collective_ms(4 * (work.trained + work.taught), at) - device - waiting)
-            reduction = min(half, exposed)
-            gather, rounded = exposed - reduction, 14 * (2 * work.trained + work.taught)
-        reduction += 2 * collective_ms(8, at)  # loss and norm
-        rounding = 1e3 * rounded / GPUS[at.gpu].bandwidth
+            gathered = 2 * work.trained + work.taught
+            exposed = max(0.0, half + collective_ms(4 * gathered, at) - device - waiting)
+            reduction, packed = min(half, exposed), 14 * gathered
+            gather = exposed - reduction
+        elif not self.graphs:
+            reduction = max(reduction / self.buckets, reduction - (device + waiting) / 2)
+        reduction += scalars if at.parallel != "ddp" else 0.0  # of `ddp` they ride in the last bucket
+        packing = 1e3 * packed / GPUS[at.gpu].bandwidth
         skew = one.last["spread"] * math.sqrt(2 * math.log(at.gpus)) * device
-        return Terms(device, update, waiting, rounding, reduction, gather, skew)
+        return Terms(device, update, waiting, packing, reduction, gather, skew)
 
     def alone(self, clips: float) -> Terms:
         """A step of `clips` on one GPU without others."""
@@ -376,7 +392,7 @@ class Plan:
             "weights + gradients + average": weights / (at.gpus if at.parallel == "fsdp" else 1),
             "moments": moments / (1 if at.parallel == "ddp" else at.gpus),
             "bf16 copies": 0.0 if at.parallel == "fsdp" else 2.0 * (trained + taught),
-            "bf16 gradients": 2.0 * trained if at.reduce == "bf16" and at.gpus > 1 else 0.0,
+            "buckets": float(at.value * trained) if at.parallel != "fsdp" and at.gpus > 1 else 0.0,
             "activations": (self.one.activations or 0.0) * self.each,
             "reserve": RESERVE,
         }
@@ -395,7 +411,7 @@ def predict(at: Arguments, figures: Figures | None = None) -> Plan:
     at.check()
     settings: dict[str, Any] = {"batch_size": at.batch, "size": at.size}
     settings = {name: value for name, value in settings.items() if value is not None}
-    cfg = preset(at.preset, parallel="fsdp" if at.parallel == "fsdp" else "ddp", **settings)
+    cfg = preset(at.preset, parallel=at.parallel, **settings)
     recordings, count, optim = cfg.optim.batch_size, cfg.objective.count, PRESETS[at.preset].optim
     if recordings % at.gpus:
         raise ConfigError(f"--batch {recordings} is that of all GPUs together: make it a multiple of {at.gpus}")

@@ -83,9 +83,9 @@ def formula(made: Plan) -> Iterator[Line]:
     """Each term of a step with its numbers, in the notation of `ajepa.training.plan`."""
     at, one, work, terms = made.at, made.one, made.one.work, made.terms
     sheet = GPUS[at.gpu]
-    yield "step", "max(device + update, host) + rounding + reduction + gather + skew"
+    yield "step", "max(device + update, host) + packing + reduction + gather + skew"
     sums = " + ".join(number(ms) for ms in terms[3:])
-    host = one.host(at.graphs)
+    host = one.host(made.graphs)
     yield "", f"= max({number(terms.device)} + {number(terms.update)}, {number(host)}) + {sums} = {number(made.ms)} ms"
     above = terms.device - one.floor
     yield "device", "floor + clips on each GPU x time of a clip"
@@ -101,21 +101,20 @@ def formula(made: Plan) -> Iterator[Line]:
         return
     yield "collective", "(G - 1) / G x bytes / link + (N - 1) / N x bytes / network + latencies"
     links = f"G = {at.node}, link {plan.LINK_SHARE:g} x {sheet.link / 1e9:g} GB/s; N = {at.nodes}"
-    yield "", links + (f", network {plan.LINK_SHARE:g} x {at.bandwidth:g} GB/s" if at.nodes > 1 else "")
-    trained, every, value = millions(work.trained), work.trained + work.taught, 4 if at.reduce == "fp32" else 2
-    rounded = f"12 x {trained}"
+    links += f", network {plan.LINK_SHARE:g} x {at.bandwidth:g} GB/s" if at.nodes > 1 else ""
+    yield "", links + (f"; {made.buckets} buckets" if at.parallel != "fsdp" else "")
+    trained, every = millions(work.trained), work.trained + work.taught
+    hidden = "" if made.graphs else ", as far as the step does not hide it"
+    packed, gathered = f"{4 + at.value} x {trained}", f"collective(2 x {millions(every)})"
     if at.parallel == "fsdp":
-        rounded = f"14 x {millions(every + work.trained)}"
-        reduced = f"collective(4 x {trained}) as far as the step does not hide it"
-        gathered = f"collective(4 x {millions(every)}) + collective(4 x {trained}) in the same way"
-    else:
-        reduced = ("2 " if at.parallel == "ddp" else "") + f"collective({value} x {trained})"
-        gathered = f"collective(2 x {millions(every)})"
-    yield "reduction", f"{reduced}, and two scalars = {number(terms.reduction)} ms"
+        packed = f"14 x {millions(every + work.trained)}"
+        gathered = f"collective(4 x {millions(every)}) + collective(4 x {trained}){hidden}"
+    yield "packing", f"{packed} bytes / {sheet.bandwidth / 1e12:g} TB/s = {number(terms.packing)} ms"
+    reduced = ("2 " if at.parallel == "ddp" else "") + f"collective({at.value} x {trained}){hidden}"
+    reduced += "" if at.parallel == "ddp" else ", and a few scalars"
+    yield "reduction", f"{reduced} = {number(terms.reduction)} ms"
     if at.parallel != "ddp":
         yield "gather", f"{gathered} = {number(terms.gather)} ms"
-    if terms.rounding:
-        yield "rounding", f"{rounded} bytes / {sheet.bandwidth / 1e12:g} TB/s = {number(terms.rounding)} ms"
     yield "skew", f"{one.last['spread']:.2%} x sqrt(2 ln {at.gpus}) x device = {number(terms.skew)} ms"
 
 
@@ -151,7 +150,7 @@ def inputs(made: Plan, figures: Figures) -> Iterator[tuple[str, str, str]]:
     else:
         yield "activations", "unknown, not counted", "not yet measured"
     launches = f"{plan.HOST_MS:g} ms"
-    launches += "" if at.graphs else f" + {plan.LAUNCH_US:g} us x {work.kernels} launches"
+    launches += "" if made.graphs else f" + {plan.LAUNCH_US:g} us x {work.kernels} launches"
     yield "host", launches, "assumption"
     if at.gpus > 1:
         yield "link", f"{sheet.link / 1e9:g} GB/s each way, {sheet.over}", "data sheet"

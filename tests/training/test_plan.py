@@ -44,43 +44,47 @@ def simple(ones) -> OneGpu:
 
 def test_a_step_on_two_nodes_is_what_a_hand_computes(simple):
     made = Plan(Arguments(gpus=16, gpu="H100"), simple, clips=1600, budget=16_000_000)
-    latency = 0.5 * 20e-3 + 7 * 1e-3 + 1 * 5e-3
-    half = 7 / 8 * 360e6 / 360e9 * 1e3 + 1 / 2 * 360e6 / 320e9 * 1e3 + latency
-    skew = 0.01 * math.sqrt(2 * math.log(16)) * 12
-    assert made.terms == pytest.approx((12, 1, 0, 0, 2 * half + 2 * latency, 0, skew), rel=1e-4)
-    assert half == pytest.approx(0.875 + 0.5625 + 0.022)
-    ms = 13 + 2 * half + 2 * latency + skew
-    assert made.clips_per_second == pytest.approx(1600e3 / ms, rel=1e-4)
-    assert made.hours == pytest.approx(1e4 * ms / 3.6e6, rel=1e-4)
-    assert made.efficiency == pytest.approx((2 + 160 + 1) / 16 / ms, rel=1e-4)
-    assert made.efficiency_each == pytest.approx(13 / ms, rel=1e-4)
-    assert sum(lost for lost, _ in made.lost()) == pytest.approx(ms - 163 / 16, rel=1e-4)
-    assert made.lost()[0] == (pytest.approx(2 * half + 2 * latency, rel=1e-4), "reducing the gradients")
+    latency = 0.010 + 7 * 0.001 + 1 * 0.005  # ms, for each of six buckets of 64 MiB
+    half = 7 / 8 * 360e6 / 360e9 * 1e3 + 1 / 2 * 360e6 / 320e9 * 1e3 + 6 * latency
+    packing, skew = 8 * 90e6 / 3.35e12 * 1e3, 0.01 * math.sqrt(2 * math.log(16)) * 12
+    assert half == pytest.approx(0.875 + 0.5625 + 0.132) and packing == pytest.approx(0.2149, rel=1e-3)
+    assert made.terms == pytest.approx((12, 1, 0, packing, 2 * half, 0, skew))
+    ms = 13 + packing + 2 * half + skew
+    assert made.clips_per_second == pytest.approx(1600e3 / ms)
+    assert made.hours == pytest.approx(1e4 * ms / 3.6e6)
+    assert made.efficiency == pytest.approx((2 + 160 + 1) / 16 / ms)
+    assert made.efficiency_each == pytest.approx(13 / ms)
+    assert sum(lost for lost, _ in made.lost()) == pytest.approx(ms - 163 / 16)
+    assert made.lost()[0] == (pytest.approx(2 * half), "reducing the gradients")
     assert dict(map(reversed, made.lost()))["updating the weights"] == pytest.approx(1 - 1 / 16)
+    assert sum(lost for lost, _ in made.lost(whole=False)) == pytest.approx(ms - 13)
 
 
-def test_bf16_zero1_and_fsdp_by_hand(simple):
+def test_the_other_ways_to_spread_weights_by_hand(simple):
     def terms(**options) -> plan.Terms:
         return Plan(Arguments(gpus=8, **options), simple, clips=80, budget=1).terms
 
-    def collective(size: float) -> float:
-        return 7 / 8 * size / 360e9 * 1e3 + 0.017
+    def collective(size: float, calls: int) -> float:
+        return 7 / 8 * size / 360e9 * 1e3 + calls * 0.017
 
     scalars, skew = 2 * 0.017, 0.01 * math.sqrt(2 * math.log(8)) * 3
-    rounding = 12 * 90e6 / 3.35e12 * 1e3
+    packing = 6 * 90e6 / 3.35e12 * 1e3
     found = terms(reduce="bf16")
-    assert found == pytest.approx((3, 1, 0, rounding, 2 * collective(180e6) + scalars, 0, skew), rel=1e-4)
+    assert found == pytest.approx((3, 1, 0, packing, 2 * collective(180e6, 3), 0, skew))
     found = terms(reduce="bf16", parallel="zero1")
-    wanted = (3, 1 / 8, 0, rounding, collective(180e6) + scalars, collective(340e6), skew)
+    wanted = (3, 1 / 8, 0, packing, collective(180e6, 3) + scalars, collective(340e6, 6), skew)
     assert found == pytest.approx(wanted, rel=1e-4)
-    assert terms(cuda_graph=False).waiting == pytest.approx(1 + 7 - 3 - 1)
-    # The host launches 700 kernels, which takes 8 ms; the collectives take longer where they go over PCIe.
+    # Without graphs the host launches 700 kernels, which takes 8 ms, and half of the time hides all buckets but one.
+    found = terms(cuda_graph=False)
+    assert (found.waiting, found.reduction) == pytest.approx((1 + 7 - 3 - 1, 2 * collective(360e6, 6) / 6))
     found = terms(parallel="fsdp")
     assert found[:3] == pytest.approx((3, 1 / 8, 1 + 7 - 3 - 1 / 8)) and found.gather == 0
-    assert (found.rounding, found.reduction) == pytest.approx((14 * 260e6 / 3.35e12 * 1e3, scalars), rel=1e-4)
-    half, gathered = (7 / 8 * size / 25.6e9 * 1e3 + 0.017 for size in (360e6, 680e6))
+    assert (found.packing, found.reduction) == pytest.approx((14 * 260e6 / 3.35e12 * 1e3, scalars), rel=1e-4)
+    # Over PCIe the collectives take longer than the step.
+    half, gathered = (7 / 8 * size / 25.6e9 * 1e3 for size in (360e6, 4 * 260e6))
     found = terms(parallel="fsdp", gpu="L40S")
-    assert (found.reduction, found.gather) == pytest.approx((half + scalars, half + gathered - 8 + 1 / 8), rel=1e-4)
+    assert found.reduction == pytest.approx(half + 6 * 0.017 + scalars, rel=1e-4)
+    assert found.gather == pytest.approx(gathered + 0.017 - 8 + 1 / 8, rel=1e-4)
 
 
 def test_memory_by_hand(simple):
@@ -89,17 +93,19 @@ def test_memory_by_hand(simple):
         assert memory.pop("reserve") == plan.RESERVE and "activations" not in memory
         return sum(memory.values()) / 1e6
 
-    assert state() == 16 * 90 + 4 * 80 + 2 * 170
+    assert state() == 16 * 90 + 4 * 80 + 2 * 170 + 4 * 90
     assert state(reduce="bf16") == 16 * 90 + 4 * 80 + 2 * 170 + 2 * 90
-    assert state(parallel="zero1") == 8 * 90 + 90 + 4 * 80 + 2 * 170
+    assert state(parallel="zero1") == 8 * 90 + 90 + 4 * 80 + 2 * 170 + 4 * 90
     assert state(parallel="fsdp") == (16 * 90 + 4 * 80) / 8
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
 @pytest.mark.parametrize("gpu", GPUS)
 def test_more_gpus_are_never_slower_and_never_more_than_perfect(ones, gpu, parallel):
-    for reduce in ("fp32", "bf16") if parallel != "fsdp" else ("fp32",):
-        for clips in (1, 32, 1024) if GPUS[gpu].over == "NVLink" else (128, 1024):  # over PCIe, few clips do not pay
+    # Few clips do not pay over PCIe, nor where several GPUs do without the CUDA graphs that one has.
+    is_fast = GPUS[gpu].over == "NVLink" and parallel != "fsdp"
+    for reduce in ("fp32", "bf16"):
+        for clips in (1, 32, 1024) if is_fast else (128, 1024):
             at = [Arguments(gpus=2**i, gpu=gpu, reduce=reduce, parallel=parallel) for i in range(9)]
             plans = [Plan(a, ones[gpu], clips * a.gpus, budget=1) for a in at]
             speeds = [made.clips_per_second for made in plans]
@@ -224,6 +230,7 @@ def test_a_measured_step_says_so_and_views_are_counted(capsys):
     out = printed(capsys, "--preset", "clip-jepa", "--batch", "256")
     assert "512 views a step (64 on each)" in out and "views/s" in out
     assert "that the GPU is as efficient is an assumption" in out
+    assert "10 us x" in out and "as far as the step does not hide it" in out, "the clip objective is not captured"
 
 
 def test_what_does_not_fit_is_said(capsys):
@@ -243,7 +250,6 @@ def test_what_does_not_fit_is_said(capsys):
         (["--network", "0"], "--network 0.0: must be a number of GB/s above 0"),
         (["--network", "nan"], "--network nan: must be"),
         (["--preset", "large"], "--preset large: unknown; choose one of"),
-        (["--parallel", "fsdp", "--reduce", "bf16"], "--reduce bf16: --parallel fsdp sums in fp32"),
         (["--parallel", "fsdp", "--preset", "clip-jepa"], "--parallel fsdp shards masked pretraining only"),
     ],
 )
