@@ -1,5 +1,7 @@
 """`python -m ajepa.doctor`: report what is installed, what runs and whether it computes correctly.
 
+`--plan` predicts speed, time and memory of a recipe on many GPUs instead (`ajepa.training.plan`).
+
 Use the report in bug reports. Each section imports what it needs, so a package that is missing or broken fails only its
 own section. The exit status is 0, or 1 if something is broken; the report ends with a list of the problems.
 """
@@ -335,9 +337,22 @@ SECTIONS: dict[str, list[Callable[[], Iterator[Line]]]] = {
 @command
 def main(argv: list[str] | None = None) -> int:
     """Print the report. Returns 1 if a section found a problem or could not be finished."""
-    parser = argparse.ArgumentParser("python -m ajepa.doctor", description=(__doc__ or "").partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        "python -m ajepa.doctor", description=(__doc__ or "").partition(": ")[2], add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this help; after --plan, its flags")
     parser.add_argument("--version", action="version", version=f"ajepa {VERSION}")
-    parser.parse_args(argv)
+    parser.add_argument("--plan", action="store_true", help="predict a recipe on many GPUs; `--plan --help` for more")
+    options, more = parser.parse_known_args(argv)
+    if options.plan:
+        from ajepa.training import plan_text
+
+        return plan_text.main([*more, *["--help"] * options.help])
+    if options.help:
+        parser.print_help()
+        raise SystemExit(0)
+    if more:
+        parser.error(f"unknown: {' '.join(more)}; a prediction for many GPUs needs --plan")
     problems: list[str] = []
     start = time.monotonic()
     for title, checks in SECTIONS.items():

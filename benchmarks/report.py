@@ -1,22 +1,25 @@
 """`python benchmarks/report.py [--check]`: every speed table and plot of the documentation, from the result files.
 
 The tables of README.md and of `docs/*.md` stand between marker lines that name a section (`SECTIONS`); the page
-`results/README.md` is written whole. `--check` writes nothing and exits with 1 where a page differs from what the
-result files give.
+`results/README.md` is written whole, and so are the figures of single GPUs from which `ajepa.doctor --plan` predicts.
+`--check` writes nothing and exits with 1 where a file differs from what the result files give.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from result_files import left_out_lines
-from selection import WHOLE, groups, is_ours, kernels, load, measured, number, of, plots_of, when
+from selection import WHOLE, groups, is_old, is_ours, kernels, load, measured, number, of, plots_of, when
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "ajepa" / "training" / "measured.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BEGIN, END = "<!-- speed:begin{name}, written by benchmarks/report.py -->", "<!-- speed:end -->"
 BLOCK = re.compile(
@@ -300,8 +303,123 @@ def op_table(op: str, results: list[dict]) -> str:
     return "\n\n".join(parts + [prune(head, rows)] * bool(rows))
 
 
+# --- predictions for many GPUs ----------------------------------------------------------------------------------------
+
+# A recipe at one batch, without a switch, as `bench_train_step.py` and `bench_step.py` name it.
+STEP = re.compile(
+    r"(?P<preset>[\w-]+) ViT-(?P<size>\w+), batch (?P<batch>\d+)"
+    r"(?P<masks>, masks as drawn|, \d+ visible)?(?P<shipped>, as shipped)?"
+)
+DEVIATIONS = 1.683  # between the 20th and the 80th percentile of a normal distribution
+
+
+def figures(results: list[dict]) -> dict[str, list[dict]]:
+    """What `ajepa.training.plan` knows of single machines: steps and updates of GPUs, and clips/s of the loader."""
+    found: dict[str, list[dict]] = {"steps": [], "updates": [], "loaders": []}
+    for result in results:
+        device = {"device": result["device"]}
+        if not result["gpu"]:
+            rates = {
+                r["variant"]: 1e6 / r["median_ms"]
+                for r in of(result, "loader, wav", "loader, flac")
+                if r["variant"] in ("shards", "wav", "flac")
+            }
+            if rates:
+                (r, *_), cores = of(result, "loader, flac"), result["cores"]
+                samples = int(r["shape"].split(" x ")[1])
+                found["loaders"].append(
+                    {**device, "cores": cores, "samples": samples, "clips_per_second": rates, "when": measured(r)}
+                )
+            continue
+        peaks = {r["shape"]: r for r in of(result, "train_step") if r["variant"] == "eager"}
+        steps: dict[tuple, dict] = {}
+        for r in of(result, "train_step", "step"):  # a step that does not wait after each step takes precedence
+            if r["variant"] == "fused" and (case := STEP.fullmatch(r["shape"])):
+                peak = next((p for p in (r, peaks.get(r["shape"])) if p and p.get("peak_bytes")), None)
+                masks = "drawn" if "drawn" in (case["masks"] or "") else "mean"
+                step = {
+                    **device, "preset": case["preset"], "size": case["size"], "masks": masks, "batch": r["batch"],
+                    "ms": r["median_ms"], "spread": (r["p80_ms"] - r["p20_ms"]) / DEVIATIONS / r["median_ms"],
+                    "product_share": r["mfu"], "peak_bytes": peak and peak["peak_bytes"],
+                    "peak_of": peak and peak["variant"], "when": measured(r), "old": is_old(r),
+                }  # fmt: skip
+                steps[tuple(step[key] for key in ("preset", "size", "masks", "batch"))] = step
+        found["steps"] += steps.values()
+        for r in of(result, "adamw_ema"):
+            if r["variant"] == "ajepa AdamWEMA":
+                update = {"parameters": round(1e6 * float(r["shape"].split()[0])), "ms": r["median_ms"]}
+                found["updates"].append({**device, **update, "when": measured(r)})
+    return found
+
+
+BATCHES = {  # clips of a step on so many GPUs, by the title of their table
+    "256 clips in all, the batch of the recipe": lambda gpus: 256,
+    "32 clips on each GPU": lambda gpus: 32 * gpus,
+    "256 clips on each GPU": lambda gpus: 256 * gpus,
+}
+COLUMNS = [(gpu, reduce) for gpu in ("H100", "H200") for reduce in ("fp32", "bf16")]
+
+
+def scaling(results: list[dict]) -> str:
+    """Tables of what `ajepa.training.plan` predicts for audio-jepa, and where and why GPUs become less efficient."""
+    from ajepa.config import PRESETS
+    from ajepa.training.plan import Arguments, OneGpu, Plan
+
+    known, cfg = figures(results), PRESETS["audio-jepa"]
+    if not known["steps"]:
+        return UNMEASURED
+    budget = cfg.optim.steps * cfg.optim.batch_size
+    ones = {gpu: OneGpu(cfg, gpu, known) for gpu, _ in COLUMNS}
+    steps = ones["H200"].steps
+    sizes = " and ".join(f"{step['batch']:,}" for step in steps)
+    masked = "with masks as drawn" if steps[0]["masks"] == "drawn" else "with the mean mask ratio"
+    parts = [
+        f"Predicted, **not yet measured on several GPUs**, from steps of {sizes} clips {masked} on one "
+        f"{steps[0]['device']} ({steps[-1]['when']}). A cell has clips/s, the time of the {budget:,} clips of "
+        "`audio-jepa`, and efficiency."
+    ]
+    if len(steps) == 1:
+        parts[0] += " One batch is measured, so that the least time of the kernels, which decides the step of few "
+        parts[0] += "clips, is an assumption."
+    for title, batch in BATCHES.items():
+        whole = batch(2) == batch(1)
+        plans = {
+            (gpus, gpu, reduce): Plan(Arguments(gpus=gpus, gpu=gpu, reduce=reduce), ones[gpu], batch(gpus), budget)
+            for gpus in (2**i for i in range(9))
+            for gpu, reduce in COLUMNS
+        }
+        share = {key: plan.efficiency if whole else plan.efficiency_each for key, plan in plans.items()}
+        rows = [
+            [str(gpus), f"{batch(gpus):,}", *(cell(plans[gpus, g, r], share[gpus, g, r]) for g, r in COLUMNS)]
+            for gpus in (2**i for i in range(9))
+        ]
+        head = "GPUs | batch | " + " | ".join(f"{gpu}, {reduce}" for gpu, reduce in COLUMNS)
+        alone = "the whole batch" if whole else "their own clips"
+        parts.append(f"**{title}.** Efficiency is the share of the clips/s of GPUs that train {alone} alone.")
+        parts += [table(head, rows), "\n".join(turn(*column, plans, share, whole) for column in COLUMNS)]
+    return "\n\n".join(parts)
+
+
+def cell(plan: Any, efficiency: float) -> str:
+    length = f"{number(plan.hours)} h" if plan.hours >= 1 else f"{number(60 * plan.hours)} min"
+    return f"{number(plan.clips_per_second)}, {length}, {efficiency:.0%}"
+
+
+def turn(gpu: str, reduce: str, plans: dict[tuple, Any], share: dict[tuple, float], whole: bool) -> str:
+    """From how many GPUs on efficiency is below 90 %, and what costs most there."""
+    name = f"- {gpu}, `--reduce {reduce}`: "
+    below = [key for key, efficiency in share.items() if key[1:] == (gpu, reduce) and efficiency < 0.9]
+    if not below:
+        return name + f"at least 90 % on up to {max(plans)[0]} GPUs."
+    plan, efficiency = plans[below[0]], share[below[0]]
+    lost = plan.lost(whole)
+    reasons = " and ".join(f"{number(ms)} ms to {reason}" for ms, reason in lost[:2])
+    name += f"below 90 % from {plan.at.gpus} GPUs on ({int(1000 * efficiency) / 10} %)"
+    return f"{name}. A step of {number(plan.ms)} ms there loses {reasons}."
+
+
 SECTIONS: dict[str, Callable[[list[dict]], str]] = {"headline": headline, "steps": step_tables, "ops": op_tables}
-SECTIONS |= {"claim": claim, "costs": costs}
+SECTIONS |= {"claim": claim, "costs": costs, "scaling": scaling}
 SECTIONS |= {op: partial(op_table, op) for op in OPS}
 
 
@@ -355,12 +473,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="file of the figures of single GPUs")
     parser.add_argument("--pages", type=Path, nargs="*", default=PAGES, help="pages that hold tables between markers")
     parser.add_argument("--no-readme", action="store_true", help="only the page and the plots in the --results folder")
     options = parser.parse_args(argv)
     results = load(options.results)
     texts = {options.results / "README.md": results_page(results)}
     if not options.no_readme:
+        texts[options.figures] = json.dumps(figures(results), indent=1) + "\n"
         texts |= {page: renewed(page, results) for page in options.pages}
     if options.check:
         old = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]

@@ -52,6 +52,7 @@ def folder(tmp_path):
         result = {"device": device, "cores": 2, "versions": {"torch": "2.11", "cuda": cuda}, "commit": "abc1234",
                   "ceilings": {"copy_gb_per_s": 10.0}, "records": [{**r, **marks} for r in new]}  # fmt: skip
         (tmp_path / f"{device.replace(' ', '-').lower()}.json").write_text(json.dumps(result))
+    (tmp_path / "figures").mkdir()
     (tmp_path / "R.md").write_text(page(""))
     (tmp_path / "tables.md").write_text(page("steps") + page("ops") + page("headline"))
     return tmp_path
@@ -64,7 +65,8 @@ def page(name: str) -> str:
 
 def run(folder, *more) -> int:
     pages = ["--pages", str(folder / "R.md"), str(folder / "tables.md")]
-    return report.main(["--results", str(folder), *pages, *more])
+    figures = ["--figures", str(folder / "figures" / "measured.json")]  # beside the result files it would be one
+    return report.main(["--results", str(folder), *figures, *pages, *more])
 
 
 def test_what_was_left_out_stands_in_the_results(folder):
@@ -165,6 +167,59 @@ def test_claim_and_costs_follow_from_the_records(folder, monkeypatch):
         results[1]["records"].append(timed("clip_step", shape, "fused", clips_per_second=rate))
     row = next(line for line in report.costs(results).splitlines() if "`tiny`" in line)
     assert "10 s for the steps alone, without data, on cpu x (2 cores)" in row
+
+
+def test_figures_of_single_gpus_are_written_and_checked(folder, capsys):
+    """The step of a recipe at each batch, as shipped: the one that does not wait after each step, where both are."""
+    path, figures = folder / "gpu-y.json", folder / "figures" / "measured.json"
+    result, mark = json.loads(path.read_text()), {"date": "2026-01-02", "commit": "abc1234"}
+    common = {"median_ms": 40.0, "p20_ms": 39.0, "p80_ms": 41.0, "mfu": 0.5, "peak_bytes": None, **mark}
+    common["clips_per_second"] = 6_400.0
+    model = "audio-jepa ViT-B, batch 256"
+    result["records"] += [
+        timed("train_step", model, "fused", batch=256, **common),
+        timed("train_step", model, "eager", batch=256, **{**common, "peak_bytes": 7e9}),
+        timed("train_step", f"{model}, masks as drawn", "fused", batch=256, **{**common, "median_ms": 50.0}),
+        timed("step", f"{model}, masks as drawn, as shipped", "fused", batch=256, **{**common, "median_ms": 45.0}),
+        timed("step", f"{model}, masks as drawn, mlp=plain", "fused", batch=256, **{**common, "median_ms": 60.0}),
+        timed("train_step", f"{model}, max-autotune", "fused", batch=256, **common),
+        timed("adamw_ema", "85.1 M parameters", "ajepa AdamWEMA", median_ms=0.8, **mark),
+        timed("adamw_ema", "85.1 M parameters, remainder", "ajepa AdamWEMA, remainder", median_ms=0.7, **mark),
+    ]
+    path.write_text(json.dumps(result))
+    cpu = json.loads((folder / "cpu-x.json").read_text())
+    read = timed("loader, flac", "16 x 320000", "shards", median_ms=100.0, **mark)
+    cpu["records"] += [read, {**read, "benchmark": "loader, wav"}, {**read, "variant": "soundfile + DataLoader, flac"}]
+    (folder / "cpu-x.json").write_text(json.dumps(cpu))
+    assert run(folder, "--check") == 1 and "measured.json differs" in capsys.readouterr().err
+    assert run(folder) == 0 and run(folder, "--check") == 0
+    made = json.loads(figures.read_text())
+    drawn, mean = sorted(made["steps"], key=lambda step: step["masks"])
+    assert (drawn["masks"], drawn["ms"], drawn["peak_bytes"]) == ("drawn", 45.0, None)
+    assert mean == {
+        "device": "GPU y", "preset": "audio-jepa", "size": "B", "masks": "mean", "batch": 256, "ms": 40.0,
+        "spread": pytest.approx(2 / 1.683 / 40), "product_share": 0.5, "peak_bytes": 7e9, "peak_of": "eager",
+        "when": "2026-01-02, abc1234", "old": False,
+    }  # fmt: skip
+    update = {"device": "GPU y", "parameters": 85_100_000, "ms": 0.8, "when": "2026-01-02, abc1234"}
+    assert made["updates"] == [update]
+    (loader,) = made["loaders"]
+    assert (loader["cores"], loader["samples"], loader["clips_per_second"]) == (2, 320_000, {"shards": 10_000.0})
+
+    figures.write_text(figures.read_text().replace("40.0", "4.0"))
+    assert run(folder, "--check") == 1
+    assert run(folder, "--no-readme") == 0 and "4.0" in figures.read_text(), "only the page of the results"
+
+
+def test_scaling_is_predicted_and_says_where_and_why_efficiency_falls():
+    results = report.load(BENCHMARKS / "results")
+    text = report.scaling(results)
+    assert "**not yet measured on several GPUs**" in text and "before a rebuild" in text
+    assert text.count("| GPUs | batch |") == len(report.BATCHES)
+    assert text.count("| 256 | 256 |") == 1 and "| 256 | 65,536 |" in text
+    assert text.count("below 90 % from") + text.count("at least 90 %") == len(report.BATCHES) * len(report.COLUMNS)
+    assert "ms to kernels that fewer clips do not shorten and" in text and "ms to reducing the gradients" in text
+    assert report.scaling([{**result, "records": []} for result in results]) == report.UNMEASURED
 
 
 def test_an_op_has_the_cases_of_devices_that_have_a_kernel_for_it(folder):

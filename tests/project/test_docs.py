@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("tyro", reason="tyro is not installed: the commands cannot be parsed")
 
 from ajepa import config
+from ajepa.training import plan
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -70,7 +71,9 @@ def parse(command: str, arguments: list[str]) -> None:
     if command == "train":
         config.parse(arguments)
     elif command == "doctor":
-        assert not arguments
+        if arguments:
+            assert arguments[0] == "--plan"
+            tyro.cli(plan.Arguments, args=arguments[1:], console_outputs=False)
     else:
         tyro.cli(importlib.import_module(f"ajepa.{command}").Arguments, args=arguments, console_outputs=False)
 
@@ -88,7 +91,7 @@ def flags_of(cls) -> set[str]:
 
 
 def all_flags() -> set[str]:
-    flags = flags_of(config.Config) | EVERYWHERE | FOREIGN
+    flags = flags_of(config.Config) | flags_of(plan.Arguments) | EVERYWHERE | FOREIGN | {"--plan"}
     for command in COMMANDS:
         module = importlib.import_module(f"ajepa.{command}")
         flags |= flags_of(module.Arguments) if hasattr(module, "Arguments") else set()

@@ -79,7 +79,8 @@ def modules(*packages: str) -> set[str]:
     """The files that a wheel of these packages must hold."""
     folders = {"ajepa": ROOT, "ajepa_kernels": ROOT / "kernels"}
     paths = [(folders[package], path) for package in packages for path in (folders[package] / package).rglob("*")]
-    return {p.relative_to(folder).as_posix() for folder, p in paths if p.suffix == ".py" or p.name == "py.typed"}
+    packed = [(folder, p) for folder, p in paths if p.suffix in (".py", ".json") or p.name == "py.typed"]
+    return {p.relative_to(folder).as_posix() for folder, p in packed}
 
 
 def contents(wheel: Path) -> set[str]:
