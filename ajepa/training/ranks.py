@@ -117,9 +117,10 @@ class Ranks:
 
     def times(self) -> dict[str, float]:
         """Seconds since the last call that this rank spent in the steps' host-side exchange, most of them waiting for
-        the slowest rank ("ranks"), and in reductions of gradients and gathering of weights ("reduce")."""
+        the slowest rank ("ranks"), and, where they can be told from the rest of the step, in the collectives that
+        reduce gradients and gather weights ("reduce")."""
         seconds, self.exchanging = self.exchanging, 0.0
-        return {"ranks": seconds, "reduce": 0.0}
+        return {"ranks": seconds}
 
     def check_alike(self, model: nn.Module, step: int) -> None:
         """Raise ReplicaError unless all ranks hold bitwise equal weights, target encoder included."""

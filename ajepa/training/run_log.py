@@ -153,7 +153,8 @@ class RunLog:
         line += f"  lr {lr:.2e}  ema {ema:.5f}" if self.objective.taught else f"  lr {lr:.2e}"
         line += f"  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"
         if len(waits) > 1:
-            line += f"  reduction {record['reduce_share']:.1%}  waiting for ranks {record['rank_wait_share']:.1%}"
+            line += f"  reduction {record['reduce_share']:.1%}" if "reduce_share" in record else ""
+            line += f"  waiting for ranks {record['rank_wait_share']:.1%}"
             line += f" (slowest {record['slowest_rank']})"
         line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         line += f"  skipped {self.counts['bad_steps']} steps" if self.counts["bad_steps"] else ""
@@ -237,10 +238,11 @@ def describe_waits(waits: list[dict[str, float]]) -> dict[str, Any]:
     waits for others in a step's host-side exchange, and on the device in the reduction. The slowest rank is the one
     that waits least, because all others wait for it.
     """
-    shares = {name: [rank[name] / rank["all"] for rank in waits] for name in ("data", "ranks", "reduce")}
-    idle = [a + b for a, b in zip(shares["ranks"], shares["reduce"], strict=True)]
+    shares = {name: [rank[name] / rank["all"] for rank in waits] for name in waits[0] if name != "all"}
+    idle = [sum(values) for values in zip(*(shares[name] for name in shares if name != "data"), strict=True)]
+    reduced = {"reduce_share": sum(shares["reduce"]) / len(waits)} if "reduce" in shares else {}
     return {
-        "reduce_share": sum(shares["reduce"]) / len(waits),
+        **reduced,
         "rank_wait_share": sum(shares["ranks"]) / len(waits),
         "data_wait_share": max(shares["data"]),
         "slowest_rank": idle.index(min(idle)),

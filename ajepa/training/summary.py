@@ -118,8 +118,8 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
         return "not measured" if value is None else format(value, form)
 
     ranks = [
-        f"  ranks                  {summary['ranks']}, reducing {show(summary['reduce_share'], '.1%')} and waiting for "
-        f"each other {show(summary['rank_wait_share'], '.1%')} of the time"
+        f"  ranks                  {summary['ranks']}; reduction {show(summary['reduce_share'], '.1%')}, waiting for each "
+        f"other {show(summary['rank_wait_share'], '.1%')} of the time"
     ] * (summary.get("ranks", 1) > 1)
     return "\n".join(
         [

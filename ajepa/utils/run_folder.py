@@ -64,7 +64,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a line of `metrics.jsonl` is an object with a step, whose other values are numbers or null."""
+    """Whether a line of `metrics.jsonl` is an object with a step, whose other values are numbers, null, or lists with a
+    number for each rank."""
     if not isinstance(value, dict) or type(value.get("step")) is not int:
         return False
-    return all(x is None or isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63) for x in value.values())
+    return all(all(map(_is_number, x)) if isinstance(x, list) else _is_number(x) for x in value.values())
+
+
+def _is_number(x: Any) -> bool:
+    return x is None or isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)

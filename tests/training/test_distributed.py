@@ -41,16 +41,16 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"lr"' in line]
 
 
-def final(folder):
+def final(folder, step=8):
     last = checkpoints(folder / "checkpoints")[-1]
-    assert last.name == "step_00000008"
+    assert last.name == f"step_{step:08d}"
     return load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors")
 
 
-def assert_same_run(folder, reference, count=4):
+def assert_same_run(folder, reference, count=4, step=8):
     """Compare the last `count` logged losses, the final weights and the optimizer state."""
     np.testing.assert_allclose(losses(folder)[-count:], losses(reference)[-count:], rtol=LOSS_TOLERANCE)
-    for ours, theirs in zip(final(folder), final(reference), strict=True):
+    for ours, theirs in zip(final(folder, step), final(reference, step), strict=True):
         ours, theirs = ({k: v for k, v in t.items() if not k.startswith("rng/")} for t in (ours, theirs))
         assert ours.keys() == theirs.keys()
         assert all(ours[name].shape == value.shape for name, value in theirs.items())
@@ -259,6 +259,29 @@ def main_of_a_micro_model(argv):
         patch.setattr(distributed, "GRACE", 0.0)
         patch.setattr(train, "draw", lambda *_: None)
         return train.main(argv)
+
+
+def test_ranks_hold_the_weights_of_one_rank_after_50_steps(tones, tmp_path, forks):
+    """Two and four ranks, of every kind, most of whose steps are replayed."""
+    micro = ["--predictor-width", "16", "--predictor-heads", "2", "--predictor-depth", "1", "--target-layers", "1"]
+    argv = ["--data", str(tones), *RUN, *micro, "--steps", "50", "--checkpoint-every", "50", "--watch-every", "50"]
+    argv += ["--log-every", "5", "--eval-clips", "8"]
+    call = "test_distributed:main_of_a_micro_model"
+    assert forks.run([*argv, "--out", str(tmp_path / "one")], tmp_path / "one.log", call=call) == 0
+    for world_size, parallel in ((2, "ddp"), (2, "zero1"), (2, "fsdp"), (4, "zero1"), (4, "ddp")):
+        folder = tmp_path / f"{parallel}_{world_size}"
+        log = folder.with_suffix(".log")
+        codes = forks.run_ranks(world_size, [*argv, "--parallel", parallel, "--out", str(folder)], log, call=call)
+        assert codes == [0] * world_size, log.with_suffix(".0").read_text()
+        assert_same_run(folder, tmp_path / "one", 10, step=50)
+        record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[5])
+        assert ("reduce_share" in record) == (parallel != "fsdp") and 0 < record.get("reduce_share", 0.5) < 1
+        assert 0 < record["rank_wait_share"] < 1
+        assert len(record["rank_wait_shares"]) == len(record["data_wait_shares"]) == world_size
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["ranks"] == world_size and summary["final_loss"] == pytest.approx(losses(folder)[-1])
+        assert f"ranks                  {world_size}; " in log.with_suffix(".0").read_text()
+        assert record["slowest_rank"] == record["rank_wait_shares"].index(min(record["rank_wait_shares"]))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "zero1"])
