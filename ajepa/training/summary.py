@@ -117,10 +117,8 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
     def show(value, form: str) -> str:
         return "not measured" if value is None else format(value, form)
 
-    ranks = [
-        f"  ranks                  {summary['ranks']}; reduction {show(summary['reduce_share'], '.1%')}, waiting for each "
-        f"other {show(summary['rank_wait_share'], '.1%')} of the time"
-    ] * (summary.get("ranks", 1) > 1)
+    reduction, waiting = (show(summary.get(name), ".1%") for name in ("reduce_share", "rank_wait_share"))
+    ranks = f"{summary.get('ranks', 1)}; reduction {reduction}, waiting for each other {waiting} of the time"
     return "\n".join(
         [
             f"finished {summary['steps']} steps; results in {folder}",
@@ -133,7 +131,7 @@ def describe_summary(summary: dict[str, Any], folder: Path) -> str:
             f"  effective rank         {show(summary['effective_rank'], '.1f')}",
             f"  throughput             {show(summary['clips_per_second'], ',.0f')} clips/s, waiting for data "
             f"{show(summary['data_wait_share'], '.1%')} of the time",
-            *ranks,
+            *([f"  ranks                  {ranks}"] if summary.get("ranks", 1) > 1 else []),
             f"  peak memory            {show(summary.get('peak_memory_gb'), '.1f')} GB",
             f"  against plain PyTorch  x {show(summary['speedup_over_plain'], '.2f')}",
             f"  files skipped          {summary['files_skipped']}",

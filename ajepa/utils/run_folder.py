@@ -64,11 +64,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a line of `metrics.jsonl` is an object with a step, whose other values are numbers, null, or lists with a
-    number for each rank."""
+    """Whether a line of `metrics.jsonl` is an object with a step, whose other values are numbers or null; the lists of
+    a number for each rank are called "..._shares"."""
     if not isinstance(value, dict) or type(value.get("step")) is not int:
         return False
-    return all(all(map(_is_number, x)) if isinstance(x, list) else _is_number(x) for x in value.values())
+    return all(
+        all(map(_is_number, x)) if isinstance(x, list) and name.endswith("_shares") else _is_number(x)
+        for name, x in value.items()
+    )
 
 
 def _is_number(x: Any) -> bool:
