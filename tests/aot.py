@@ -267,7 +267,9 @@ def gated(C: int, dtype: torch.dtype, biases: bool = True) -> None:
     _swiglu_bwd(_swiglu_fwd(x, None, bias, bias, dtype), x, None, bias, bias)
 
 
-def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16, ema_on_skip: bool = False) -> None:
+def optimizer(
+    remainder: bool, ema_copy: torch.dtype = torch.bfloat16, ema_on_skip: bool = False, grad: torch.dtype | None = None
+) -> None:
     from ajepa_kernels._adamw_ema import _adamw_ema
     from ajepa_kernels.ema_update import _ema_update
 
@@ -276,7 +278,7 @@ def optimizer(remainder: bool, ema_copy: torch.dtype = torch.bfloat16, ema_on_sk
     params, emas, remainders = draw(weights), draw(torch.float32), draw(torch.int16) if remainder else []
     scalings = [torch.empty(8, **META)] if ema_copy == torch.float8_e4m3fn else []
     _adamw_ema(
-        params, draw(weights), draw(torch.float32), draw(torch.float32), [scalar], remainders, emas, [],
+        params, draw(grad or weights), draw(torch.float32), draw(torch.float32), [scalar], remainders, emas, [],
         draw(ema_copy), scalings, [scalar], [0 if remainder else -1, 0, -1, 0, 0, len(scalings) - 1], [0, -1],
         [0.9, 0.999, 1e-8, 0.0, 0.05, 1.0], scalar, scalar, scalar, 0.0, ema_on_skip,
     )  # fmt: skip
@@ -393,6 +395,8 @@ REST = {
     **{f"swiglu {C} fp32": (gated, C, F) for C in (2048, 1000)},
     "swiglu 3072 bare": (gated, 3072, B, False),
     "optimizer remainder": (optimizer, True),
+    "optimizer bf16 gradients": (optimizer, False, B, False, B),
+    "optimizer bf16 gradients fp8": (optimizer, False, torch.float8_e4m3fn, False, B),
     "optimizer remainder on skip": (optimizer, True, B, True),
     "augment mel 64 x 64 fp32": (augment, 64, 64, (8, 8), F),
     "augment mel 80 x 101": (augment, 80, 101, (5, 3), torch.float16),

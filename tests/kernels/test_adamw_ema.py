@@ -75,6 +75,28 @@ def test_against_float64(tensors, impl):
         assert optimizer.state[p]["step"].item() == state[i][0]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_another_dtype_are_read_as_they_are(impl):
+    """Float32 parameters whose `grad_dtype` is bfloat16 get lasting gradients, slices of one tensor; some are empty."""
+    flat = torch.zeros(sum(torch.Size(shape).numel() for shape in SHAPES), dtype=torch.bfloat16, device=DEVICE)
+    starts = [sum(torch.Size(shape).numel() for shape in SHAPES[:i]) for i in range(len(SHAPES))]
+    params, wide = parameters(), parameters()
+    for p, start in zip(params, starts, strict=True):
+        p.grad_dtype = torch.bfloat16
+        p.grad = flat[start : start + p.numel()].view(p.shape)
+    emas, averages = ([p.detach() * 0.5 for p in group] for group in (params, wide))
+    optimizer = AdamWEMA(params, ema=zip(params, emas, strict=True), lr=1e-2, impl=impl)
+    same = AdamWEMA(wide, ema=zip(wide, averages, strict=True), lr=1e-2, impl=impl)
+    for step in range(3):
+        flat.copy_(torch.randn(len(flat), generator=torch.Generator().manual_seed(step)))
+        for p, q in zip(params, wide, strict=True):
+            q.grad = p.grad.float()
+        optimizer.step(ema_decay=0.9)
+        same.step(ema_decay=0.9)
+    for a, b in zip([*params, *emas], [*wide, *averages], strict=True):
+        assert torch.equal(a, b)
+
+
 def float8_copies(emas):
     """Copies of averages, and the states of their scalings after a step in which the largest magnitude was 1."""
     small = [torch.zeros_like(e, dtype=torch.float8_e4m3fn) for e in emas]
