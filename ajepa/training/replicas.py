@@ -278,8 +278,7 @@ class Zero1(Replicas):
     def exchange(self):
         super().exchange()
         with self._timed():
-            norm = total_norm([part for bucket in self.buckets for part in bucket.layout.parts(bucket.own)])
-            self._slots[self.rank, -1] = norm.square()
+            self._slots[self.rank, -1] = total_norm([bucket.own for bucket in self.buckets]).square()
             dist.all_reduce(self._slots)
 
     def reduced(self, trained, scales):

@@ -97,6 +97,35 @@ def test_gradients_of_another_dtype_are_read_as_they_are(impl):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_slices_that_are_updated_apart_are_the_whole(impl):
+    """Ranks that share an update hold slices of parameters, averages and copies, many of them empty."""
+    whole = parameters()
+    emas, halves = [p.detach() * 0.5 for p in whole], [torch.zeros_like(p, dtype=torch.float16) for p in whole]
+    owners: list = [[], [], []]
+    for p, ema in zip(whole, emas, strict=True):
+        for r, part in enumerate(owners):
+            own = slice(128 * r, 128 * (r + 1) if r < 2 else None)
+            weight, average = (x.detach().flatten()[own].clone() for x in (p, ema))
+            part.append((torch.nn.Parameter(weight), average, torch.zeros_like(weight, dtype=torch.float16), own))
+    optimizer = AdamWEMA(whole, zip(whole, emas, strict=True), zip(whole, halves, strict=True), lr=0.1, impl=impl)
+    apart = [
+        AdamWEMA([p for p, *_ in part], [(p, ema) for p, ema, *_ in part], [(p, half) for p, _, half, _ in part],
+                 lr=0.1, impl=impl)
+        for part in owners
+    ]  # fmt: skip
+    for step in range(3):
+        set_gradients(whole, step)
+        for part in owners:
+            for (local, _, _, own), p in zip(part, whole, strict=True):
+                local.grad = None if p.grad is None else p.grad.flatten()[own].clone()
+        for each in (optimizer, *apart):
+            each.step(ema_decay=0.9, grad_scale=torch.tensor(2.0, device=DEVICE))
+    for i, tensors in enumerate(zip(whole, emas, halves, strict=True)):
+        for k, x in enumerate(tensors):
+            assert torch.equal(torch.cat([part[i][k].detach() for part in owners]), x.detach().flatten())
+
+
 def float8_copies(emas):
     """Copies of averages, and the states of their scalings after a step in which the largest magnitude was 1."""
     small = [torch.zeros_like(e, dtype=torch.float8_e4m3fn) for e in emas]
