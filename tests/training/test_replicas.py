@@ -224,7 +224,7 @@ def check_reduction(engine: Engine, in_bf16: bool) -> None:
             whole = [ranks.whole(p, part.grad.float()).flatten() for p, part in zip(parameters, locals_, strict=True)]
             error = (torch.cat(whole).double() - mean).norm() / mean.norm()
             assert error < (4e-3 if in_bf16 else 1e-6), (cfg.parallel, in_bf16, error)
-            assert norm.item() == pytest.approx(mean.norm().item(), rel=4e-3 if in_bf16 else 1e-6)
+            assert norm.item() == pytest.approx(mean.norm().item(), rel=4e-3 if in_bf16 else 1e-5)
             losses = ranks.gather(loss.item())
             assert found_loss.item() == pytest.approx(sum(losses) / 2, rel=1e-7)  # exact in bf16, too
             assert terms.tolist() == [1.5, 2.5, 3.5]
