@@ -43,6 +43,7 @@ from ajepa.training.summary import (
     write_summary,
 )
 from ajepa.utils.command import command
+from ajepa.utils.cores import local_ranks
 from ajepa.utils.devices import choose_device, choose_threads, peak_memory
 from ajepa.utils.errors import UserError
 from ajepa.utils.folders import claim, kind_of, overwrite
@@ -72,7 +73,7 @@ def train(
     per_recording = cfg.objective.count * ranks.world_size
     log = RunLog(folder, cfg, start, device, counts, quiet=not ranks.is_first, saved=state.get("log"))
     log.say(describe_run(cfg, engine, corpus, start))
-    for line in ranks.gather(ranks.cores) if not ranks.alone else ():
+    for line in ranks.gather(ranks.cores)[: local_ranks()] if not ranks.alone else ():  # of this machine
         log.say(line)
     for message in state["messages"]:
         log.say(message)
