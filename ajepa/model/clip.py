@@ -53,11 +53,26 @@ class BatchNorm(nn.Module):
             running.copy_(torch.where(skip > 0, running, torch.lerp(running, batch, self.momentum)))
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of x over the ranks of a group. The gradient of x is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, dy):
+        total = dy.clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
 def _mean_over(group, x: torch.Tensor) -> torch.Tensor:
     """The mean over ranks, through which gradients flow."""
-    from torch.distributed.nn.functional import all_reduce  # where torch was built without it, there are no ranks
-
-    return all_reduce(x, group=group) / torch.distributed.get_world_size(group)
+    return _SumOverRanks.apply(x, group) / torch.distributed.get_world_size(group)
 
 
 class Projector(nn.Module):
