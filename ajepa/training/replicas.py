@@ -106,7 +106,7 @@ class Replicas(Ranks):
         for p in reversed(trained):  # backward reaches the last layers first
             kinds.setdefault(self.kind(p, averages, smaller), []).append(p)
         chunks = [chunk for members in kinds.values() for chunk in self._chunks(members)]
-        self._start = torch.tensor(1 / self.world_size, device=trained[0].device)  # gradients are summed to their mean
+        self._scale = torch.tensor(1 / self.world_size, device=trained[0].device)  # so that a sum is a mean
         extra = self._make_slots(1 + scalars, trained[0].device)
         for i, chunk in enumerate(chunks, start=1):
             layout = Layout(chunk, self.rank, self.world_size)
@@ -170,7 +170,7 @@ class Replicas(Ranks):
 
     def backward(self, loss, last, eager):
         self._last, self._eager = last, eager
-        loss.backward(self._start)
+        loss.backward(self._scale)
 
     def _arrived(self, bucket: Bucket, _: torch.Tensor) -> None:
         """Backward has finished a gradient of `bucket`. The last bucket holds the loss, so it waits for `collect`."""
@@ -206,7 +206,7 @@ class Replicas(Ranks):
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         """Add the time of the enclosed collectives to `times`: that of the stream on a GPU, else that of the host."""
-        tick, device = time.perf_counter(), self._start.device
+        tick, device = time.perf_counter(), self._scale.device
         begin = torch.cuda.current_stream(device).record_event(_timing_event()) if device.type == "cuda" else None
         yield
         if begin is None:
