@@ -64,11 +64,11 @@ def train(
     torch.manual_seed(cfg.seed + 1_000_003 * ranks.rank)
     ranks.together(lambda: check_memory(cfg, device, ranks.world_size))
     with announced("listing the recordings and loading the evaluation clips", ranks):
-        corpus = ranks.first_alone(lambda: open_corpus(cfg))  # the other ranks find its verdicts in the cache
+        corpus = open_corpus(cfg, ranks)
     engine = Engine(cfg, device, ranks)
     state = first_state(cfg, folder, engine, corpus)
     start, baselines, counts = state["step"], state["baselines"], state["counts"]
-    loader = corpus.loader(cfg, state["loader"], ranks.rank, ranks.world_size, device)
+    loader = corpus.loader(cfg, state["loader"], ranks.rank, ranks.world_size, device, ranks)
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed, rank=ranks.rank, world_size=ranks.world_size)
     per_recording = cfg.objective.count * ranks.world_size
     log = RunLog(folder, cfg, start, device, counts, quiet=not ranks.is_first, saved=state.get("log"))

@@ -1,6 +1,7 @@
 """Keeps the whole data set as PCM in device memory: a batch is then one gather, without file reads or decoding."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ from ajepa.data.decode import read_whole, resampled_lengths
 from ajepa.data.index import DataError, Index
 from ajepa.data.loader import AudioLoader
 from ajepa.data.reader import to_int16
+from ajepa.utils.cores import local_ranks
 from ajepa.utils.devices import free_memory
 
+Decoded = tuple[dict[str, str], list[torch.Tensor]]  # bad files with their reasons, and what the others have filled
+Join = Callable[[Callable[[], Decoded]], Decoded]  # runs it on all ranks, and returns what they have decoded together
 SHARE = 0.5  # the PCM may take this share of the free memory; the rest is left for the training step
 
 
@@ -21,33 +25,28 @@ class ResidentLoader(AudioLoader):
 
     Its batches equal those of `AudioLoader` bit for bit, and each loader resumes from the state of the other.
 
+    Args:
+        join: with it, every rank decodes recordings rank, rank + world_size and so on, and gets the others from the
+            ranks that decode them. All ranks must make their loaders at the same time.
+
     Raises:
         DataError: the PCM does not fit; the message states its size and the free memory.
     """
 
-    def __init__(self, index: Index, *, device: torch.device, **options: Any):
+    def __init__(self, index: Index, *, device: torch.device, join: Join | None = None, **options: Any):
         state = options.pop("state", None)
         super().__init__(index, device=device, **options)
-        rate, samples = self._clip["sample_rate"], self._clip["clip_samples"]
-        slots = _slots(index, rate, samples)
-        need, free = 2 * float(slots.sum()), free_memory(device)
-        if need > SHARE * free:
-            raise DataError(
-                f"--resident: {need / 1e9:,.2f} GB of PCM do not fit on {device}: {free / 1e9:,.2f} GB are free, of "
-                f"which the data may take {SHARE:.0%}. Leave out --resident, or choose fewer recordings with --where"
-            )
+        slots = _slots(index, self._clip["sample_rate"], self._clip["clip_samples"])
         self._starts = np.concatenate([np.zeros(1), np.cumsum(slots)]).astype(np.int64)
         self._frames = np.zeros(len(index), np.int64)  # samples stored per recording; 0 if it is bad
-        self._bank = torch.empty(int(self._starts[-1]), dtype=torch.int16, device=device)
         self._lengths = np.zeros(len(index), np.int32)  # `Batch.lengths` of each recording
-        self._bad: dict[str, str] = {}
-        whole = read_whole(
-            index, self._store, sample_rate=rate, max_samples=math.inf, threads=self._threads,
-            decoder=self._clip["decoder"],
-        )  # fmt: skip
-        for row, reason in enumerate(whole):
-            if reason is not None:
-                self._bad[index.entries[row].name] = reason
+        if join is None:
+            bad, _ = self._decode(np.arange(len(index)), device)
+        else:
+            own = np.arange(self._stream.rank, len(index), self._stream.world_size)
+            bad, _ = join(lambda: self._decode(own, device))
+        names = (index.entries[row].name for row in np.flatnonzero(self._frames == 0))
+        self._bad = {name: bad[name] for name in names}  # in the order of the index, on any number of ranks
         if not self._frames.any():
             raise DataError(f"{index.source}: no usable file is left, {len(self._bad)} went bad since indexing")
         self._last["skipped"] = dict(self._bad)
@@ -56,6 +55,23 @@ class ResidentLoader(AudioLoader):
 
     def _check_memory(self) -> None:
         """No batches are held on the host."""
+
+    def _decode(self, own: np.ndarray, device: torch.device) -> Decoded:
+        """Allocate the bank, filled with zeros, and decode the rows `own` into it."""
+        need, free = 2 * float(self._starts[-1]), free_memory(device)
+        if _copies(device) * need > SHARE * free:
+            raise DataError(
+                f"--resident: {need / 1e9:,.2f} GB of PCM do not fit on {device}: {free / 1e9:,.2f} GB are free, of "
+                f"which the data may take {SHARE:.0%}. Leave out --resident, or choose fewer recordings with --where"
+            )
+        self._bank = torch.zeros(int(self._starts[-1]), dtype=torch.int16, device=device)
+        chosen = self.index.subset(own)
+        whole = read_whole(
+            chosen, lambda row, samples: self._store(int(own[row]), samples), sample_rate=self._clip["sample_rate"],
+            max_samples=math.inf, threads=self._threads, decoder=self._clip["decoder"],
+        )  # fmt: skip
+        bad = {chosen.entries[row].name: reason for row, reason in enumerate(whole) if reason is not None}
+        return bad, [self._bank, torch.from_numpy(self._frames), torch.from_numpy(self._lengths)]
 
     def _store(self, row: int, samples: np.ndarray) -> None:
         """Writes a recording into the bank, padded to the length of a clip if it is shorter."""
@@ -107,7 +123,12 @@ class ResidentLoader(AudioLoader):
 def fits(index: Index, rate: int, clip_samples: int, limit: float, device: torch.device) -> bool:
     """Whether all recordings take at most `limit` bytes as PCM, and a `ResidentLoader` would take them."""
     need = 2 * float(_slots(index, rate, clip_samples).sum())
-    return need <= min(limit, SHARE * free_memory(device))
+    return need <= min(limit, SHARE * free_memory(device) / _copies(device))
+
+
+def _copies(device: torch.device) -> int:
+    """Number of ranks that keep their PCM in this memory: one on a GPU, all of the machine's on a CPU."""
+    return local_ranks() if device.type == "cpu" else 1
 
 
 def _slots(index: Index, rate: int, clip_samples: int) -> np.ndarray:

@@ -1,25 +1,33 @@
 """The audio of a run: the training recordings, the evaluation clips, and the files that were left out."""
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ajepa.config import Config
-from ajepa.data.batch import Batch
-from ajepa.data.decode import resampled_lengths
+from ajepa.data.batch import Batch, fill_up
+from ajepa.data.decode import open_reader, resampled_lengths
 from ajepa.data.index import DataError, Index, build_index
-from ajepa.data.loader import AudioLoader, iterate_once
-from ajepa.data.reader import all_stored
-from ajepa.data.resident import ResidentLoader, fits
+from ajepa.data.loader import AudioLoader
+from ajepa.data.reader import Clips, Plan, all_stored, default_threads, to_int16
+from ajepa.data.resident import Decoded, ResidentLoader, fits
 from ajepa.data.shards import is_shards
 from ajepa.data.synthetic import TRAINING_ROWS, default_set
 from ajepa.evaluation.features import Evaluation
+from ajepa.training.ranks import ElsewhereError, Ranks
 from ajepa.utils.atomic_files import write_atomic
-from ajepa.utils.devices import available_memory
+from ajepa.utils.cores import local_ranks
+from ajepa.utils.devices import available_memory, wait
+
+GROUP_CLIPS = 64  # evaluation clips that are decoded at a time
+CHUNK_BYTES = 1 << 26  # bytes of decoded audio that ranks exchange at a time
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,13 @@ class Corpus:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | None = None,
+        ranks: Ranks | None = None,
     ) -> AudioLoader:
-        """Loader of batches on `device`, prefetched or kept there (`--resident`). With None they stay on the host."""
+        """Loader of batches on `device`, prefetched or kept there (`--resident`). With None they stay on the host.
+
+        `ranks` are those that make their loaders at the same time, and then share the decoding for `--resident`.
+        """
+        ranks = ranks or Ranks()
         options: dict[str, Any] = {
             **clip_options(cfg),
             **(source_options(cfg, self.index) if cfg.objective.clips else {}),
@@ -52,9 +65,13 @@ class Corpus:
             "state": state,
         }
         rate, samples, limit = options["sample_rate"], options["clip_samples"], cfg.data.resident_gb * 1e9
-        if device is not None and (cfg.data.resident or (limit and fits(self.index, rate, samples, limit, device))):
-            return ResidentLoader(self.index, device=device, **options)
-        return AudioLoader(self.index, device=device, **options)
+        resident = cfg.data.resident or (
+            device is not None and limit > 0 and fits(self.index, rate, samples, limit, device)
+        )
+        if device is not None and all(ranks.gather(resident)):  # their free memory differs
+            join = None if ranks.alone else partial(decode_together, ranks)
+            return ResidentLoader(self.index, device=device, join=join, **options)
+        return ranks.together(lambda: AudioLoader(self.index, device=device, **options))
 
     def write_skipped(self, folder: Path, found: Iterable[tuple[str, str]]) -> int:
         """List the files left out with their reasons in `skipped.tsv` and return their number.
@@ -101,8 +118,32 @@ def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.T
     return pcm, lengths
 
 
-def open_corpus(cfg: Config) -> Corpus:
-    """Index the training audio and load the evaluation clips. Raises DataError if nothing is usable."""
+def open_corpus(cfg: Config, ranks: Ranks | None = None) -> Corpus:
+    """Index the training audio and load the evaluation clips. Raises DataError if nothing is usable.
+
+    Rank 0 checks the files, and the other ranks find its verdicts in the cache. All ranks decode evaluation clips.
+    """
+    ranks, data = ranks or Ranks(), cfg.data
+    index, evaluated, eval_test = ranks.first_alone(lambda: build_indexes(cfg))
+    for one in (index, evaluated):
+        _require_same(one, ranks)
+    skipped = [*index.skipped, *evaluated.skipped]
+    evaluation = load_evaluation(cfg, evaluated, eval_test, cfg.watch.eval_clips, skipped, ranks)
+    hours = index.seconds / 3600
+    description = f"{len(index):,} recordings, {hours:.2f} hours, from {data.data or 'the synthetic set'}"
+    if skipped:
+        description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
+    rate = cfg.front_end.sample_rate
+    if is_shards(index.source) and not all_stored(index, rate):
+        description += f"\nevery clip is decoded or resampled anew; ajepa.pack --rate {rate} --codec pcm avoids that"
+    return Corpus(index, evaluation, skipped, description)
+
+
+def build_indexes(cfg: Config) -> tuple[Index, Index, str | None]:
+    """The recordings to train on, those to evaluate on, and the condition that selects which of the latter to classify.
+
+    They are the same `Index` where a run has no evaluation data of its own.
+    """
     data, watch = cfg.data, cfg.watch
     source, where, eval_source, eval_test = data.data, data.where, watch.eval_data, watch.eval_test
     if source is None:
@@ -115,47 +156,118 @@ def open_corpus(cfg: Config) -> Corpus:
     if eval_source is not None:
         column = watch.eval_label or data.label
         evaluated = build_index(eval_source, where=watch.eval_where, label_column=column, float_scale=scale)
-    skipped = [*index.skipped, *evaluated.skipped]
-    evaluation = load_evaluation(cfg, evaluated, eval_test, watch.eval_clips, skipped)
-    hours = index.seconds / 3600
-    description = f"{len(index):,} recordings, {hours:.2f} hours, from {data.data or 'the synthetic set'}"
-    if skipped:
-        description += f"; {len(dict(skipped))} files left out, see skipped.tsv"
-    rate = cfg.front_end.sample_rate
-    if is_shards(index.source) and not all_stored(index, rate):
-        description += f"\nevery clip is decoded or resampled anew; ajepa.pack --rate {rate} --codec pcm avoids that"
-    return Corpus(index, evaluation, skipped, description)
+    return index, evaluated, eval_test
+
+
+def _require_same(index: Index, ranks: Ranks) -> None:
+    """Raise DataError if a rank finds other recordings than rank 0: they could not share any work."""
+    if ranks.alone:
+        return
+    digest = hashlib.sha256()
+    for name in ("start", "frames", "sample_rate", "label"):  # paths may differ between machines
+        digest.update(index.entries.numbers[name].tobytes())
+    found = ranks.gather((digest.hexdigest(), len(index)))
+    other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+    if other:
+        if not ranks.is_first:
+            raise ElsewhereError
+        raise DataError(
+            f"{index.source}: rank {other[0]} finds other recordings ({found[other[0]][1]:,}) than rank 0 "
+            f"({len(index):,}): let every machine read the same files, and start again"
+        )
 
 
 def load_evaluation(
-    cfg: Config, index: Index, test: str | None, limit: int | None, skipped: list[tuple[str, str]]
+    cfg: Config,
+    index: Index,
+    test: str | None,
+    limit: int | None,
+    skipped: list[tuple[str, str]],
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Decode at most `limit` clips into memory, spread evenly over the index, or over its labelled rows if it has any.
 
-    `test` selects the rows to classify; the default is every fourth row.
+    `test` selects the rows to classify; the default is every fourth row. Bad files are added to `skipped`. Each of
+    `ranks` decodes a part of the clips, and gets all of them.
     """
+    ranks = ranks or Ranks()
     labelled = np.flatnonzero(index.single_labels >= 0)
     rows = labelled if len(labelled) else np.arange(len(index))
     if limit is not None and len(rows) > limit:
         rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-    options = clip_options(cfg)
-    need, free = 4 * len(rows) * options["clip_samples"], available_memory()  # once in batches, and once joined
-    if need > free:
-        raise DataError(
-            f"{len(rows):,} evaluation clips of {cfg.data.clip_seconds:,.4g} s need {need / 1e9:,.1f} GB of memory, "
-            f"and {free / 1e9:,.1f} GB are free: lower --eval-clips or --clip-seconds"
-        )
     chosen = index.subset(rows)
-    batches = list(iterate_once(chosen, **options, batch_size=64, skipped=skipped))
-    items = torch.cat([batch.items for batch in batches])
-    if test is None:
-        is_test = torch.arange(len(items)) % 4 == 3
-    else:
-        is_test = torch.from_numpy(np.isin(rows[items.numpy()], index.rows(test)))
+
+    def decode() -> Decoded:
+        shape = len(rows), clip_options(cfg)["clip_samples"]
+        need, free = 2 * local_ranks() * shape[0] * shape[1], available_memory()
+        if need > free:
+            raise DataError(
+                f"{len(rows):,} evaluation clips of {cfg.data.clip_seconds:,.4g} s need {need / 1e9:,.1f} GB of "
+                f"memory, and {free / 1e9:,.1f} GB are free: lower --eval-clips or --clip-seconds"
+            )
+        pcm, lengths = torch.zeros(shape, dtype=torch.int16), torch.zeros(len(rows), dtype=torch.int32)
+        own = np.arange(ranks.rank, len(rows), ranks.world_size)
+        return decode_clips(cfg, chosen, own, pcm, lengths), [pcm, lengths]
+
+    classified = ranks.together(lambda: index.rows(test) if test is not None else None)
+    bad, (pcm, lengths) = decode_together(ranks, decode)
+    good = lengths.numpy() > 0
+    skipped.extend((name, bad[name]) for name in (chosen.entries[i].name for i in np.flatnonzero(~good)))
+    rows = rows[good]
+    if not len(rows):
+        if not ranks.is_first:
+            raise ElsewhereError
+        raise DataError(f"{index.source}: no usable file is left, {len(bad)} went bad since indexing")
+    for i, place in enumerate(np.flatnonzero(good) if bad else ()):  # in place, for they may take most of the memory
+        pcm[i], lengths[i] = pcm[place], lengths[place]
+    is_test = np.arange(len(rows)) % 4 == 3 if classified is None else np.isin(rows, classified)
     return Evaluation(
-        pcm=torch.cat([batch.pcm for batch in batches]),
-        lengths=torch.cat([batch.lengths for batch in batches]),
-        labels=torch.from_numpy(index.single_labels[rows[items.numpy()]]),
-        is_test=is_test,
-        items=torch.from_numpy(rows)[items],
+        pcm=pcm[: len(rows)],
+        lengths=lengths[: len(rows)],
+        labels=torch.from_numpy(index.single_labels[rows]),
+        is_test=torch.from_numpy(is_test),
+        items=torch.from_numpy(rows),
     )
+
+
+def decode_clips(
+    cfg: Config, index: Index, own: np.ndarray, pcm: torch.Tensor, lengths: torch.Tensor
+) -> dict[str, str]:
+    """Decode the middle of each recording in the rows `own` into its rows of `pcm`, int16 `[len(index), S]`, and of
+    `lengths`. Returns the bad files with their reasons; their rows have the length 0."""
+    options = clip_options(cfg)
+    pad, options["threads"] = options.pop("pad"), options["threads"] or default_threads()
+    pcm_rows, clip_lengths = pcm.numpy(), lengths.numpy()
+
+    def plan(batch: int) -> Plan | None:
+        items = own[batch * GROUP_CLIPS : (batch + 1) * GROUP_CLIPS]
+        return Plan(items, np.full(len(items), 0.5), np.ones(len(items))) if len(items) else None
+
+    def fill(clips: Clips, b: int) -> None:
+        row = int(clips.plan.items[b])
+        item, clip = clips.clip(b, pcm_rows[row])
+        if item >= 0:
+            to_int16(clip, 1.0, pcm_rows[row])
+            clip_lengths[row] = fill_up(pcm_rows[row], len(clip), pad)
+
+    reader = open_reader(index, plan, batch_size=GROUP_CLIPS, replace=False, **options)
+    try:
+        while (clips := reader.next()) is not None:
+            reader.spread(partial(fill, clips), len(clips.plan.items))
+        return reader.skipped
+    finally:
+        reader.close()
+
+
+def decode_together(ranks: Ranks, decode: Callable[[], Decoded]) -> Decoded:
+    """Run `decode` on every rank, and return what they have decoded together.
+
+    Every rank writes rows of its own into tensors of zeros. Where one rank has a byte, the others have 0, so the sum
+    over the ranks holds the bytes of all of them.
+    """
+    bad, tensors = ranks.together(decode)
+    for tensor in tensors if not ranks.alone else ():
+        for chunk in tensor.view(-1).view(torch.uint8).split(CHUNK_BYTES):
+            dist.all_reduce(chunk, group=ranks.group if tensor.is_cuda else ranks.patient)
+            wait(tensor.device)  # the time limit of a collective on a GPU counts from when it is queued
+    return ranks.union(bad.items()), tensors

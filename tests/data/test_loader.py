@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ajepa import config, pack
 from ajepa.data.index import DataError, build_index
 from ajepa.data.loader import AudioLoader, Batch, iterate_once
 from ajepa.data.reader import Reader
+from ajepa.data.resident import ResidentLoader
 from ajepa.data.shards import OpenShards
 from ajepa.training.corpus import Corpus
 from ajepa.utils.counter_rng import hash64
@@ -339,6 +341,53 @@ def test_one_rank_alone_decodes_a_clip_and_only_once(tmp_path, loader, monkeypat
     second, _ = run(2, 2, state)
     again, _ = run(4, 2, state)
     assert second == again and not first & second
+
+
+@pytest.mark.parametrize("decoder", ["soundfile", "auto"])
+@pytest.mark.parametrize("world", [2, 12])  # 12 are more than there are recordings
+def test_resident_loaders_of_several_ranks_decode_once_and_hold_the_same(tmp_path, loader, monkeypatch, world, decoder):
+    """Rows of ranks differ in format, so a rank alone would choose another sample type for DALI than all together."""
+    kinds = ["flac", "wav24", "flac", "vorbis"]
+    for i in range(10):
+        rate = 22050 if i % 3 else RATE
+        write(tmp_path / f"{i}{FORMATS[kinds[i % 4]][2]}", noise(900 + 400 * i, i), rate, kinds[i % 4])
+    index = build_index(tmp_path)
+    for i in (2, 5):
+        os.remove(index.entries[i].path)
+    asked: list[str] = []
+    good_row = Reader.good_row
+
+    def counted(self, item, *args):
+        asked.append(self.index.entries[item].name)
+        return good_row(self, item, *args)
+
+    barrier, parts = threading.Barrier(world, timeout=60), {}
+
+    def join_as(rank):
+        def join(decode):
+            parts[rank] = decode()
+            barrier.wait()
+            sums = [sum(tensors) for tensors in zip(*(tensors for _, tensors in parts.values()), strict=True)]
+            barrier.wait()
+            for tensor, total in zip(parts[rank][1], sums, strict=True):
+                tensor.copy_(total)
+            return {name: reason for bad, _ in parts.values() for name, reason in bad.items()}, parts[rank][1]
+
+        return join
+
+    options = {"decoder": decoder, "world_size": world, "batch_size": 24 // world}
+    resident = {**OPTIONS, **options, "device": torch.device("cpu")}
+    with monkeypatch.context() as patch, ThreadPoolExecutor(world) as pool:
+        patch.setattr(Reader, "good_row", counted)
+        made = [pool.submit(ResidentLoader, index, **resident, rank=r, join=join_as(r)) for r in range(world)]
+        shared = [one.result() for one in made]
+    assert sorted(asked) == sorted(index.entries.names())
+    alone = ResidentLoader(index, **resident)
+    assert [name for name, _ in alone.skipped] == [index.entries[i].name for i in (2, 5)]
+    for rank, one in enumerate(shared):
+        assert one.skipped == alone.skipped
+        assert torch.equal(one._bank, alone._bank) and np.array_equal(one._lengths, alone._lengths)
+        assert_same(take(one, 3), take(loader(index, **options, rank=rank), 3))
 
 
 def test_a_batch_larger_than_the_data_set_wraps(tmp_path, loader):
