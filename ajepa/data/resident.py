@@ -23,7 +23,8 @@ SHARE = 0.5  # the PCM may take this share of the free memory; the rest is left 
 class ResidentLoader(AudioLoader):
     """An `AudioLoader` that decodes every recording once, into PCM held in the memory of `device`.
 
-    Its batches equal those of `AudioLoader` bit for bit, and each loader resumes from the state of the other.
+    Its batches equal those of `AudioLoader` bit for bit (with a gain, up to the last bit of recordings that need
+    conversion), and each loader resumes from the state of the other.
 
     Args:
         join: with it, every rank decodes recordings rank, rank + world_size and so on, and gets the others from the

@@ -4,7 +4,8 @@ Every rank runs the same loop on its share of each global batch. Clip i of a bat
 masks depend only on (seed, step, i), so W ranks with B / W clips each compute the same as one rank with B clips, up to
 the order of additions. There are three process groups. The default group (NCCL on GPUs, gloo on CPUs) carries
 gradients. A gloo group with the same timeout carries each step's small host-side exchange, which reveals a dead rank at
-once. A patient gloo group is for waits of unknown length, such as for the first indexing of a large data set.
+once. A patient gloo group is for waits of unknown length, such as for the first indexing of a large data set, and for
+the evaluation clips that ranks exchange.
 """
 
 import hashlib
