@@ -90,7 +90,7 @@ def main(seconds: float, batch: int) -> None:
             wait(device)
             spent = 1e3 * (time.perf_counter() - begin)
             losses[name] = result.loss.item()
-            reduction = engine.ranks.times()["reduce"]
+            reduction = engine.ranks.times().get("reduce", 0.0)
             if step >= LEAST - 2:
                 times[name].append(spent)
                 reducing[name] += 1e3 * reduction
