@@ -100,6 +100,7 @@ WHOLE_HEAD = (
     "case | engine | ms | p20 - p80 | clips/s | x eager | MFU | peak GiB | waiting for data | of the step alone"
     " | measured"
 )
+BASES = {"levers": "as shipped", "reduction": "DDP"}  # what a ratio compares with, where it is not plain PyTorch
 HEADLINE_HEAD = (
     "device | training step | plain PyTorch, clips/s | torch.compile, clips/s | ajepa, clips/s | x plain PyTorch"
     " | x torch.compile | measured"
@@ -278,6 +279,20 @@ def step_tables(results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def reduction(results: list[dict]) -> str:
+    """A step of several ranks with each way to reduce gradients, on each device."""
+    head = "device | case | variant | ms | x DDP | in collectives, ms | measured"
+    rows = [
+        [
+            result["device"], r["shape"], r["variant"], number(r["median_ms"]), number(r["ratio_to_plain"], ".2f"),
+            number(r.get("reduction_ms")), measured(r),
+        ]
+        for result in results
+        for r in of(result, "reduction")
+    ]  # fmt: skip
+    return table(head, rows) if rows else "Not yet measured: `pytest benchmarks/bench_reduction.py` does."
+
+
 def op_tables(results: list[dict]) -> str:
     """The largest case of each op on each device."""
     parts = [] if any(result["gpu"] for result in results) else [UNMEASURED]
@@ -419,7 +434,7 @@ def turn(gpu: str, reduce: str, plans: dict[tuple, Any], share: dict[tuple, floa
 
 
 SECTIONS: dict[str, Callable[[list[dict]], str]] = {"headline": headline, "steps": step_tables, "ops": op_tables}
-SECTIONS |= {"claim": claim, "costs": costs, "scaling": scaling}
+SECTIONS |= {"claim": claim, "costs": costs, "scaling": scaling, "reduction": reduction}
 SECTIONS |= {op: partial(op_table, op) for op in OPS}
 
 
@@ -431,7 +446,7 @@ def results_page(results: list[dict]) -> str:
         parts += [f"## {result['device']}", about(result) + "."]
         for name, title in WHOLE.items():
             if records := of(result, name):
-                head = WHOLE_HEAD if name != "levers" else WHOLE_HEAD.replace("x eager", "x as shipped")
+                head = WHOLE_HEAD.replace("x eager", f"x {BASES.get(name, 'eager')}")
                 parts += [f"### {title}", prune(head, whole_rows(records))]
                 parts += [f"![{title}](plots/{path})" for path in plots_of(result, name)]
         if ops := kernels(result):

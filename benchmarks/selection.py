@@ -84,14 +84,10 @@ def number(value: float | None, form: str = ",.3g") -> str:
 def plots_of(result: dict, name: str) -> list[str]:
     """Return the file names of the plots that can be drawn from the results of `name`."""
     given = {
-        "step": [],
         "train_step": [("phases", any(r.get("phases_ms") for r in of(result, "train_step")))],
-        "clip_step": [],
         "scaling": [("scaling", bool(of(result, "scaling")))],
-        "end_to_end": [],
-        "levers": [],
         "rate": [("rate", bool(kernels(result)))],
-    }[name]
+    }.get(name, [])
     if name == "train_step":
         given.append(("throughput", bool(throughput_lines(result))))
     return [f"{result['slug']}-{plot}.png" for plot, there in given if there]
