@@ -22,7 +22,7 @@ from ajepa.encoder import Encoder
 from ajepa.evaluation.baselines import kept_scores
 from ajepa.evaluation.features import encoder_features, log_mel_features
 from ajepa.model.masks import MaskSampler
-from ajepa.training import origin
+from ajepa.training import alike, origin
 from ajepa.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from ajepa.training.compare import compare_engines, table
 from ajepa.training.corpus import Corpus, open_corpus, to_device
@@ -63,6 +63,7 @@ def train(
     ranks.together(lambda: check_memory(cfg, device, ranks.world_size))
     with announced("listing the recordings and loading the evaluation clips", ranks):
         corpus = ranks.first_alone(lambda: open_corpus(cfg))  # the other ranks find its verdicts in the cache
+        alike.check_data(ranks, corpus.index, corpus.evaluated)
     engine = Engine(cfg, device, ranks)
     state = first_state(cfg, folder, engine, corpus)
     start, baselines, counts = state["step"], state["baselines"], state["counts"]
@@ -329,13 +330,16 @@ def run(cfg: Config) -> dict[str, Any] | None:
     config.check_resume(cfg)
     cfg = dataclasses.replace(cfg, threads=choose_threads(cfg.threads))
     torch.set_num_threads(cfg.threads)
-    with joined(cfg, choose_device(cfg.device)) as (ranks, device), opened(cfg, ranks) as (check_lock, finished):
-        if finished is None:
-            return train(cfg, cfg.folder, device, ranks, check_lock)
-        if ranks.is_first:
-            print(describe_summary(finished, cfg.folder))
-            print("this run is finished; add more --steps if it has --schedule constant, or choose another --out")
-        return finished if ranks.is_first else None
+    with joined(cfg, choose_device(cfg.device)) as (ranks, device):
+        alike.check_code(ranks)
+        alike.check_settings(ranks, cfg)
+        with opened(cfg, ranks) as (check_lock, finished):
+            if finished is None:
+                return train(cfg, cfg.folder, device, ranks, check_lock)
+            if ranks.is_first:
+                print(describe_summary(finished, cfg.folder))
+                print("this run is finished; add more --steps if it has --schedule constant, or choose another --out")
+            return finished if ranks.is_first else None
 
 
 @command

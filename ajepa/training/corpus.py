@@ -28,6 +28,7 @@ class Corpus:
     evaluation: Evaluation
     skipped: list[tuple[str, str]]  # (path, reason), found while indexing or loading evaluation clips
     description: str
+    evaluated: Index | None = None  # the recordings of `evaluation`, where they are not those of `index`
     written: dict[Path, dict[str, str]] = field(default_factory=dict)  # by folder, what its skipped.tsv lists
 
     def loader(
@@ -123,7 +124,7 @@ def open_corpus(cfg: Config) -> Corpus:
     rate = cfg.front_end.sample_rate
     if is_shards(index.source) and not all_stored(index, rate):
         description += f"\nevery clip is decoded or resampled anew; ajepa.pack --rate {rate} --codec pcm avoids that"
-    return Corpus(index, evaluation, skipped, description)
+    return Corpus(index, evaluation, skipped, description, None if evaluated is index else evaluated)
 
 
 def load_evaluation(

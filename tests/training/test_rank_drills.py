@@ -1,0 +1,188 @@
+"""Drills with several ranks, each with a count: hangs, restarts, other code or data, wrong clocks, full disks."""
+
+import os
+import platform
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file
+from test_distributed import assert_same_run
+
+import ajepa
+from ajepa.config import PRESETS
+from ajepa.training import alike
+from ajepa.training.alike import UnlikeError
+from ajepa.training.distributed import ElsewhereError, Ranks
+from ajepa.utils.run_folder import checkpoints
+
+CALL = {"call": "test_distributed:main_of_a_micro_model"}
+MICRO = ["--predictor-width", "16", "--predictor-heads", "2", "--predictor-depth", "1", "--target-layers", "1"]
+RUN = [*SMALL, *MICRO, "--checkpoint-every", "1", "--keep", "100", "--watch-every", "8", "--eval-clips", "8"]
+RUN += ["--compare-steps", "0", "--objective", "masked", "--log-to", "none"]
+
+
+@pytest.fixture(scope="module")
+def argv(tones) -> list[str]:
+    return ["--data", str(tones), *RUN]
+
+
+@pytest.fixture(scope="module")
+def whole(argv, forks, tmp_path_factory) -> Path:
+    """The folder of an undisturbed run on two ranks."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    log = folder.with_suffix(".log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        assert forks.run_ranks(2, [*argv, "--out", str(folder)], log, **CALL) == [0, 0], outputs(log, 2)
+    return folder
+
+
+@pytest.fixture
+def begun(whole, tmp_path) -> Path:
+    """A copy of that run as it was after its third step."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for name in ("summary.json", "encoder.safetensors"):
+        (folder / name).unlink()
+    for path in checkpoints(folder / "checkpoints")[3:]:
+        shutil.rmtree(path)
+    return folder
+
+
+def outputs(log: Path, world_size: int) -> list[str]:
+    return [log.with_suffix(f".{rank}").read_text() for rank in range(world_size)]
+
+
+def bits(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = ("model.safetensors", "optimizer.safetensors")
+    return {f"{name}/{key}": value for name in files for key, value in load_file(checkpoint / name).items()}
+
+
+def assert_same_bits(folder: Path, reference: Path) -> None:
+    """Every checkpoint of `folder` is the one of `reference` after the same step, and so are its encoder and losses."""
+    ours, theirs = ({p.name: p for p in checkpoints(run / "checkpoints")} for run in (folder, reference))
+    assert max(ours) == max(theirs)
+    for name, path in ours.items():
+        a, b = bits(path), bits(theirs[name])
+        assert a.keys() == b.keys() and all(torch.equal(a[key], value) for key, value in b.items()), name
+    assert (folder / "encoder.safetensors").read_bytes() == (reference / "encoder.safetensors").read_bytes()
+
+
+def assert_one_error(said: list[str], *words: str) -> str:
+    """The only error that the ranks print, which must hold `words`."""
+    errors = [line for text in said for line in text.splitlines() if "error: " in line or "Traceback" in line]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), said
+    return errors[0]
+
+
+# --- ranks that were started differently ------------------------------------------------------------------------------
+
+
+def main_with_other_code(argv):
+    """Rank 1 has another version of the kernels."""
+    from test_distributed import main_of_a_micro_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            patch.setattr(alike.ajepa_kernels, "__version__", "0.0.1")
+        return main_of_a_micro_model(argv)
+
+
+def main_with_other_files(argv):
+    """`argv[0]` is a folder with a working folder for each rank."""
+    from test_distributed import main_of_a_micro_model
+
+    os.chdir(Path(argv[0]) / os.environ["RANK"])
+    return main_of_a_micro_model(argv[1:])
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["--steps", "16"], ["has other settings", "--steps 16 instead of 8", "same flags"]),
+        (["--lr", "0.1", "--parallel", "fsdp"], ["--lr 0.1 instead of", "--parallel 'fsdp' instead of 'ddp'"]),
+        (["--data", "elsewhere"], ["has other settings", "--data 'elsewhere' instead of"]),
+        ("code", ["runs other code", "ajepa_kernels 0.0.1 ", " instead of ", "install the same"]),
+    ],
+)
+def test_4_ranks_with_other_settings_or_code_are_refused(own, words, argv, tmp_path, forks):
+    out, log, call = tmp_path / "run", tmp_path / "log", dict(CALL)
+    if own == "code":
+        own, call = [], {"call": "test_rank_drills:main_with_other_code"}
+    assert forks.run_ranks(2, [*argv, "--out", str(out)], log, own={1: own}, **call) == [2, 2], outputs(log, 2)
+    host = platform.node()
+    assert_one_error(outputs(log, 2), f"error: rank 1 ({host}) ", f"than rank 0 ({host}): ", *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_2_ranks_that_find_other_files_are_refused(flag, argv, tones, tmp_path, forks):
+    """The same path leads to other files on the machine of rank 1: one recording is missing there."""
+    log, out = tmp_path / "log", tmp_path / "run"
+    for rank in ("0", "1"):
+        shutil.copytree(tones, tmp_path / rank / "tones")
+    (tmp_path / "1" / "tones" / "low" / "00.wav").unlink()
+    call = {"call": "test_rank_drills:main_with_other_files"}
+    command = [str(tmp_path), *argv, flag, "tones", "--out", str(out)]
+    assert forks.run_ranks(2, command, log, **call) == [2, 2], outputs(log, 2)
+    words = f"{flag} 39 recordings (", "instead of 40 recordings (", "AJEPA_CACHE"
+    assert_one_error(outputs(log, 2), "rank 1 (", ") finds other recordings than rank 0 (", *words)
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_what_belongs_to_a_machine_may_differ(argv, whole, tones, tmp_path, forks):
+    """Threads, and the folder on which a relative path is based."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    for rank in ("0", "1"):
+        shutil.copytree(tones, tmp_path / rank / "tones")
+    own = {1: ["--loader-threads", "2", "--device", "cpu", "--threads", "1"]}
+    call = {"call": "test_rank_drills:main_with_other_files"}
+    command = [str(tmp_path), *argv, "--data", "tones", "--out", str(out)]
+    assert forks.run_ranks(2, command, log, own=own, **call) == [0, 0], outputs(log, 2)
+    assert_same_bits(out, whole)
+
+
+class Answers(Ranks):
+    """Rank `rank` of as many as there are other answers; `gather` puts its own before them."""
+
+    def __init__(self, rank, *others):
+        super().__init__(rank, 1 + len(others))
+        self.others = others
+
+    def gather(self, value):
+        return [value, *self.others]
+
+
+def test_an_error_names_ranks_machines_and_what_differs():
+    mine = alike.describe_code()
+    old = ("b", {**mine, "torch": "2.9.0"})
+    with pytest.raises(UnlikeError) as raised:
+        alike.check_code(Answers(0, ("a", mine), old, old, ("c", {**mine, "Python": "3.9"})))
+    ours = f"{torch.__version__}; rank 4 (c) runs other code than rank 0 ({platform.node()}): Python 3.9 instead of "
+    assert str(raised.value).startswith(f"rank 2, 3 (b) runs other code than rank 0 ({platform.node()}): torch 2.9.0")
+    assert ours in str(raised.value)
+    with pytest.raises(UnlikeError, match="; and 2 others; install"):
+        alike.check_code(Answers(0, *((host, {}) for host in "abcde")))
+    with pytest.raises(ElsewhereError):
+        alike.check_code(Answers(1, old))
+    alike.check_code(Answers(0, ("b", mine), ("c", mine)))
+
+
+def test_code_is_recognised_by_its_files_and_versions(tmp_path, monkeypatch):
+    """A single process asks for neither."""
+    before = alike.describe_code()
+    shutil.copytree(ajepa.__path__[0], tmp_path / "ajepa", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(ajepa, "__path__", [str(tmp_path / "ajepa")])
+    assert alike.describe_code() == before
+    (tmp_path / "ajepa" / "train.py").open("a").write("\n")
+    edited = alike.describe_code()
+    assert edited.pop("ajepa") != before.pop("ajepa") and edited == before
+    monkeypatch.setattr(alike, "describe_code", None)
+    alike.check_code(Ranks())
+    alike.check_settings(Ranks(), PRESETS["tiny"])
+    alike.check_data(Ranks(), None, None)
