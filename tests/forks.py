@@ -46,7 +46,8 @@ class Forks:
         KILL="module.function n" lets the process kill itself before its n-th call of that function, and KILL="... n s"
         s seconds later. HANG="module.function n" stops it there until a signal continues it, and HANG="... n s" for s
         seconds. FULL="*/name" lets every write into a file of that pattern fail as on a full disk. SKEW="s" sets the
-        clock s seconds ahead. KILL_RANK, HANG_RANK, FULL_RANK and SKEW_RANK limit these to one of several ranks.
+        clock s seconds ahead. Commas separate several of a kind. KILL_RANK, HANG_RANK, FULL_RANK and SKEW_RANK limit
+        these to one of several ranks.
         """
         environment.setdefault("AJEPA_CACHE", os.environ["AJEPA_CACHE"])
         return self._ask(argv=argv, log=str(log), call=call, environment=environment, path=sys.path)
@@ -116,7 +117,8 @@ def _serve() -> None:
             status = 1
             for name, damage in (("KILL", _kill_before), ("HANG", _hang_before), ("FULL", _fill), ("SKEW", _skew)):
                 if name in os.environ and os.environ.get(f"{name}_RANK") in (None, os.environ.get("RANK")):
-                    damage(*os.environ[name].split())
+                    for what in os.environ[name].split(","):
+                        damage(*what.split())
             try:
                 module, function = request["call"].split(":")
                 status = getattr(importlib.import_module(module), function)(request["argv"])

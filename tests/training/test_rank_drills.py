@@ -15,6 +15,7 @@ from test_distributed import assert_same_run
 
 import ajepa
 from ajepa.config import PRESETS
+from ajepa.data.index import build_index
 from ajepa.training import alike
 from ajepa.training.alike import UnlikeError
 from ajepa.training.distributed import ElsewhereError, Ranks
@@ -186,3 +187,70 @@ def test_code_is_recognised_by_its_files_and_versions(tmp_path, monkeypatch):
     alike.check_code(Ranks())
     alike.check_settings(Ranks(), PRESETS["tiny"])
     alike.check_data(Ranks(), None, None)
+
+
+# --- ranks that hang --------------------------------------------------------------------------------------------------
+
+# Where rank 1 stops for good: before it computes a step, and after it has exchanged the gradients of one.
+STOPS = ["ajepa.train.Engine.train 3", "ajepa.training.engine.AdamWEMA.step 4"]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_2_ranks_that_hang_are_given_up_and_the_run_resumes_to_the_same_bits(stop, argv, whole, tmp_path, forks):
+    out, log = tmp_path / "run", tmp_path / "log"
+    again = [*argv, "--out", str(out), "--resume"]
+    pids = forks.start_ranks(2, [*again, "--rank-timeout", "3"], log, HANG=stop, HANG_RANK="1", **CALL)
+    assert forks.wait(pids[0]) == 1, outputs(log, 2)
+    assert_one_error(outputs(log, 2), "error: rank 0 lost another rank, or waited more than --rank-timeout 3 s")
+    os.kill(pids[1], signal.SIGKILL)
+    assert forks.wait(pids[1]) == -signal.SIGKILL
+    assert 0 < len(checkpoints(out / "checkpoints")) < 8
+    assert forks.run_ranks(2, again, tmp_path / "log2", **CALL) == [0, 0], outputs(tmp_path / "log2", 2)
+    assert_same_bits(out, whole)
+
+
+def test_2_waits_of_unknown_length_are_not_cut_short(argv, whole, tmp_path, forks):
+    """Rank 0 indexes for longer than --rank-timeout, and saves for longer."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    slow = "ajepa.train.open_corpus 1 3.5, ajepa.training.checkpoint.write_synced 5 3.5"
+    command = [*argv, "--out", str(out), "--rank-timeout", "3"]
+    assert forks.run_ranks(2, command, log, HANG=slow, HANG_RANK="0", **CALL) == [0, 0], outputs(log, 2)
+    assert_same_bits(out, whole)
+
+
+# --- clocks that are wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, where another process is about to write an index."""
+    monkeypatch.setenv("AJEPA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def unfinished(cache: Path, data: Path) -> Path:
+    """What another process has written so far of an index of `data`."""
+    build_index(data, progress=False)
+    (index,) = (cache / "index").glob("*.jsonl")
+    index.unlink()
+    aside = index.with_suffix(".0123abcd")
+    aside.write_text("being written")
+    return aside
+
+
+@pytest.mark.parametrize("skew", ["3601", "-3601"])
+def test_2_clocks_that_are_off_by_an_hour_change_nothing(skew, argv, whole, tones, cache, tmp_path, forks):
+    """The clock of rank 0 is wrong until all ranks are killed, and that of rank 1 after their new start. Files are as
+    old as the clocks say, and no verdict, lock, checkpoint or partial file counts as stale."""
+    out, log, theirs = tmp_path / "run", tmp_path / "log", unfinished(cache, tones)
+    again, kill = [*argv, "--out", str(out), "--resume"], {"KILL": "ajepa.train.Engine.train 5"}
+    status = forks.run_ranks(2, again, log, SKEW=skew, SKEW_RANK="0", **kill, **CALL)
+    assert status == [-signal.SIGKILL] * 2 and (out / ".lock").exists(), outputs(log, 2)
+    (index,) = (cache / "index").glob("*.jsonl")
+    before = index.stat()
+    assert abs(before.st_mtime - time.time() - float(skew)) < 1800  # so the clock was wrong
+    log = tmp_path / "log2"
+    assert forks.run_ranks(2, again, log, SKEW=skew, SKEW_RANK="1", **CALL) == [0, 0], outputs(log, 2)
+    assert "continuing after step 4" in outputs(log, 2)[0] and "warning" not in "".join(outputs(log, 2))
+    assert (index.stat().st_ino, index.stat().st_mtime) == (before.st_ino, before.st_mtime) and theirs.exists()
+    assert_same_bits(out, whole)
