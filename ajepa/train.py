@@ -70,7 +70,8 @@ def train(
     loader = corpus.loader(cfg, state["loader"], ranks.rank, ranks.world_size, device)
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed, rank=ranks.rank, world_size=ranks.world_size)
     per_recording = cfg.objective.count * ranks.world_size
-    log = RunLog(folder, cfg, start, device, counts, quiet=not ranks.is_first, saved=state.get("log"))
+    quiet, saved = not ranks.is_first, state.get("log")
+    log = ranks.together(lambda: RunLog(folder, cfg, start, device, counts, quiet, saved))
     log.say(describe_run(cfg, engine, corpus, start))
     for message in state["messages"]:
         log.say(message)
@@ -79,7 +80,7 @@ def train(
         require_finite(engine, step)
         ranks.first(check_lock)
         place = {**loader.state_dict(), "skipped": ranks.union(loader.skipped)}
-        extra = {"loader": place, "baselines": baselines, "counts": counts, "log": log.state()}
+        extra = {"loader": place, "baselines": baselines, "counts": counts, "log": ranks.together(log.state)}
         save_checkpoint(folder / "checkpoints", step, engine, extra, cfg.watch.keep, spare=cfg.optim.stable_steps)
 
     def list_skipped() -> int | None:
@@ -109,12 +110,12 @@ def train(
             # once in a while: log, evaluate the features, save
             last = step == cfg.optim.steps
             if last or step % cfg.watch.log_every == 0:
-                log.flush(step)
+                ranks.together(partial(log.flush, step))
                 require_finite(engine, step)
                 skipped = list_skipped()
             if last or step % cfg.watch.watch_every == 0:
                 values = {**engine.inspect(pcm, lengths, masks, step), **score(cfg, engine, corpus)}
-                log.write({"step": step, **values})
+                ranks.together(partial(log.write, {"step": step, **values}))
                 log.say(describe_evaluation(step, values, baselines, cfg.watch.pooling))
                 log.warn_collapse(step, values, len(corpus.evaluation.items))
                 require_finite(engine, step, values)
@@ -164,7 +165,7 @@ def first_state(cfg: Config, folder: Path, engine: Engine, corpus: Corpus) -> di
     if state is not None:
         return {"messages": [], **state}
     with announced("scoring the encoder before its first step", ranks):
-        baselines = baseline_scores(cfg, engine, corpus)
+        baselines = ranks.together(lambda: baseline_scores(cfg, engine, corpus))  # which some find in their caches
     messages = []
     if cfg.init_from:
         weights = ranks.first_alone(lambda: read_weights(cfg.init_from or ""))

@@ -162,8 +162,8 @@ def _fill(pattern: str) -> None:
     whole = builtins.open
 
     def full(file, mode="r", *args, **options):
-        writes = isinstance(file, str | os.PathLike) and set(mode) & set("wax+")
-        if writes and fnmatch.fnmatch(os.fspath(file), pattern):
+        writes = not isinstance(file, int) and set(mode) & set("wax+")
+        if writes and fnmatch.fnmatch(os.fsdecode(file), pattern):
             file, mode = "/dev/full", mode.replace("x", "w")
         return whole(file, mode, *args, **options)
 

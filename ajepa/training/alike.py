@@ -53,7 +53,7 @@ def check_data(ranks: Ranks, training: Index, evaluation: Index | None) -> None:
 
 
 def describe_code() -> dict[str, str]:
-    """Versions of what computes, by name. A package's own is followed by a hash of its Python files, which may be edited.
+    """Versions of what computes, by name. Those of our packages end with a hash of their files, which may be edited.
 
     Of the compiled part, only its kind counts, because the same sources give other bytes on each machine.
     """

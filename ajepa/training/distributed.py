@@ -15,6 +15,7 @@ import inspect
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -65,12 +66,12 @@ class Ranks:
 
     # --- what the ranks agree on ---------------------------------------------------------------------------------
 
-    def gather(self, value: T) -> list[T]:
-        """Return the `value` of every rank, in rank order. Waits up to PATIENCE."""
+    def gather(self, value: T, patient: bool = False) -> list[T]:
+        """Return the `value` of every rank, in rank order. Waits for --rank-timeout, or up to PATIENCE."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.patient)
+        dist.all_gather_object(values, value, group=self.patient if patient else self.steps)
         return values
 
     def union(self, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -80,14 +81,17 @@ class Ranks:
     def together(self, work: Callable[[], T]) -> T:
         """Run `work()` on every rank and return this rank's result.
 
-        If any rank fails, the first that failed raises its error and all others raise ElsewhereError.
+        If any rank fails, the first that failed raises its error and all others raise ElsewhereError. All ranks must
+        come here within --rank-timeout, but may take any time for the work.
         """
         error: BaseException | None = None
+        if not self.alone:
+            dist.all_reduce(torch.zeros(1), group=self.steps)  # a rank that hangs is found before the patient wait
         try:
             result = work()
         except BaseException as raised:
             error = raised
-        failed = self.gather(error is not None)
+        failed = self.gather(error is not None, patient=True)
         if error is not None and not any(failed[: self.rank]):
             raise error
         if any(failed):
@@ -295,7 +299,11 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(_meet(store, rank, world_size, cfg.rank_timeout), store)
+        options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **options)
         ranks.steps = dist.new_group(backend="gloo", timeout=timeout)
         ranks.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
@@ -312,6 +320,28 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
     dist.destroy_process_group()
 
 
+def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """A word that the ranks of this start share, and that no earlier start had. Raises RuntimeError after `timeout` s.
+
+    torchrun has one store for all its restarts, where ranks would find what those of the last start left behind, such
+    as addresses at which nobody listens any more. Hence each rank leaves a mark in it, and believes the answer of rank
+    0 that repeats this mark. The mark of rank 0 is the word.
+    """
+    mark, end = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"ajepa/mark/{rank}", mark)
+    while time.monotonic() < end:
+        if rank == 0:
+            marks = [mark.decode() for mark in store.multi_get([f"ajepa/mark/{r}" for r in range(world_size)])]
+            store.set("ajepa/marks", " ".join(marks))
+        marks = store.get("ajepa/marks").decode().split()
+        if len(marks) == world_size and marks[rank] == mark:
+            store.set(f"ajepa/met/{marks[0]}/{rank}", "")
+            if rank or store.check([f"ajepa/met/{mark}/{r}" for r in range(world_size)]):
+                return marks[0]
+        time.sleep(0.01)
+    raise RuntimeError("only ranks of an earlier start have left marks")
+
+
 def world() -> int:
     """Number of processes of this run, from the launcher's variable."""
     return _variable("WORLD_SIZE", 1)
@@ -324,6 +354,8 @@ def speaks_for_node() -> bool:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended or is too late."""
+    if isinstance(error, UserError):  # whose message may hold any path
+        return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 

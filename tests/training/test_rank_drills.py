@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SMALL
 from safetensors.torch import load_file
+from test_distributed import RUN as EXACT
 from test_distributed import assert_same_run
 
 import ajepa
@@ -19,7 +20,7 @@ from ajepa.data.index import build_index
 from ajepa.training import alike
 from ajepa.training.alike import UnlikeError
 from ajepa.training.distributed import ElsewhereError, Ranks
-from ajepa.utils.run_folder import checkpoints
+from ajepa.utils.run_folder import checkpoints, steps_of
 
 CALL = {"call": "test_distributed:main_of_a_micro_model"}
 MICRO = ["--predictor-width", "16", "--predictor-heads", "2", "--predictor-depth", "1", "--target-layers", "1"]
@@ -43,18 +44,6 @@ def whole(argv, forks, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def begun(whole, tmp_path) -> Path:
-    """A copy of that run as it was after its third step."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    for name in ("summary.json", "encoder.safetensors"):
-        (folder / name).unlink()
-    for path in checkpoints(folder / "checkpoints")[3:]:
-        shutil.rmtree(path)
-    return folder
-
-
 def outputs(log: Path, world_size: int) -> list[str]:
     return [log.with_suffix(f".{rank}").read_text() for rank in range(world_size)]
 
@@ -75,9 +64,10 @@ def assert_same_bits(folder: Path, reference: Path) -> None:
 
 
 def assert_one_error(said: list[str], *words: str) -> str:
-    """The only error that the ranks print, which must hold `words`."""
-    errors = [line for text in said for line in text.splitlines() if "error: " in line or "Traceback" in line]
+    """The only error that the ranks print, which must hold `words`. TensorBoard's thread prints a traceback before."""
+    errors = [line for text in said for line in text.splitlines() if "error: " in line]
     assert len(errors) == 1 and all(word in errors[0] for word in words), said
+    assert all("Traceback" not in text or "tensorboard" in errors[0] for text in said), said
     return errors[0]
 
 
@@ -191,12 +181,12 @@ def test_code_is_recognised_by_its_files_and_versions(tmp_path, monkeypatch):
 
 # --- ranks that hang --------------------------------------------------------------------------------------------------
 
-# Where rank 1 stops for good: before it computes a step, and after it has exchanged the gradients of one.
-STOPS = ["ajepa.train.Engine.train 3", "ajepa.training.engine.AdamWEMA.step 4"]
+# Where rank 1 stops for good: before it computes a step, after it has exchanged gradients, and before it saves.
+STOPS = ["ajepa.train.Engine.train 3", "ajepa.training.engine.AdamWEMA.step 4", "ajepa.train.save_checkpoint 3"]
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_2_ranks_that_hang_are_given_up_and_the_run_resumes_to_the_same_bits(stop, argv, whole, tmp_path, forks):
+def test_3_ranks_that_hang_are_given_up_and_the_run_resumes_to_the_same_bits(stop, argv, whole, tmp_path, forks):
     out, log = tmp_path / "run", tmp_path / "log"
     again = [*argv, "--out", str(out), "--resume"]
     pids = forks.start_ranks(2, [*again, "--rank-timeout", "3"], log, HANG=stop, HANG_RANK="1", **CALL)
@@ -254,3 +244,119 @@ def test_2_clocks_that_are_off_by_an_hour_change_nothing(skew, argv, whole, tone
     assert "continuing after step 4" in outputs(log, 2)[0] and "warning" not in "".join(outputs(log, 2))
     assert (index.stat().st_ino, index.stat().st_mtime) == (before.st_ino, before.st_mtime) and theirs.exists()
     assert_same_bits(out, whole)
+
+
+# --- a shared disk that is full ---------------------------------------------------------------------------------------
+
+# Files of a run that can no longer be written, and what the error must name.
+FULL = {
+    "the lock": ("*/.lock.*", [".lock"]),
+    "config.json": ("*/.config.json.partial", ["config.json"]),
+    "skipped.tsv": ("*/.skipped.tsv.partial", ["skipped.tsv"]),
+    "the metrics of a resumed run": ("*/.metrics.jsonl.partial", ["metrics.jsonl"]),
+    "metrics.jsonl": ("*/metrics.jsonl", ["metrics.jsonl"]),
+    "tensorboard": ("*/events.out.*", ["tensorboard"]),
+    "a checkpoint": ("*/.partial_step_00000006/optimizer.safetensors", ["could not save", "step_00000006", "intact"]),
+    "the encoder": ("*/.encoder.safetensors.partial", ["encoder.safetensors"]),
+    "the summary": ("*/.summary.json.partial", ["summary.json"]),
+}
+
+
+def test_9_files_that_a_full_disk_refuses_end_all_ranks_with_one_error_each(argv, whole, tmp_path, forks):
+    """One start after the other finds room for one file more, and the last one finishes the run to the same bits. A
+    folder called "igloo" shows that no path makes an error look like one of gloo, which would mean a lost rank."""
+    out = tmp_path / "igloo" / "run"
+    shutil.copytree(whole, out)
+    for name in ("summary.json", "encoder.safetensors"):
+        (out / name).unlink()
+    for path in checkpoints(out / "checkpoints")[3:]:
+        shutil.rmtree(path)
+    before = {path.name: bits(path) for path in checkpoints(out / "checkpoints")}
+    again = [*argv, "--out", str(out), "--resume", "--log-to"]
+    for what, (pattern, words) in FULL.items():
+        log, logger = tmp_path / what, "tensorboard" if what == "tensorboard" else "none"
+        status = forks.run_ranks(2, [*again, logger], log, FULL=pattern, **CALL)
+        assert status == ([2, 0] if what in ("the encoder", "the summary") else [2, 2]), outputs(log, 2)  # see train()
+        assert_one_error(outputs(log, 2), "No space left on device", *words)
+        left = {path.name: bits(path) for path in checkpoints(out / "checkpoints")}
+        assert all(torch.equal(left[name][key], x) for name, tensors in before.items() for key, x in tensors.items())
+    log = tmp_path / "log"
+    assert forks.run_ranks(2, [*again, "none"], log, **CALL) == [0, 0], outputs(log, 2)
+    assert_same_bits(out, whole)
+    ours, theirs = ((run / "metrics.jsonl").read_bytes().count(b"\n") for run in (out, whole))
+    assert ours == theirs and not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_cache_costs_a_second_check_of_the_files(argv, whole, cache, tmp_path, forks):
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert forks.run_ranks(2, [*argv, "--out", str(out)], log, FULL=f"{cache}/*", **CALL) == [0, 0], outputs(log, 2)
+    said = "".join(outputs(log, 2))
+    assert said.count(f"the index cache was not written ({cache}/index/") == 2 and "error: " not in said
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert_same_bits(out, whole)
+
+
+# --- launches that start the ranks again ------------------------------------------------------------------------------
+
+
+def torchrun(argv):
+    """`torchrun argv -m ajepa.train ...` with workers that are forked, as they then need not import torch again.
+
+    Each worker leaves its process id in the folder PIDS, in a file named after the start and the rank.
+    """
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    options = run.parse_args(argv)
+    config, _, _ = run.config_from_args(options)
+    config.start_method, config.monitor_interval = "fork", 0.05
+    elastic_launch(config, worker)(options.training_script_args)
+    return 0
+
+
+def worker(argv):
+    from test_distributed import main_of_a_micro_model
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a process of its own
+    start, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    (Path(os.environ["PIDS"]) / f"{start}.{rank}").write_text(str(os.getpid()))
+    status = main_of_a_micro_model(argv)
+    if status:
+        os._exit(status)
+
+
+def test_2_killed_ranks_are_started_again_and_the_run_finishes_by_itself(argv, whole, tmp_path, forks):
+    """First rank 1 is killed, and then rank 0, whose lock the next rank 0 takes over."""
+    out, log, pids = tmp_path / "run", tmp_path / "log", tmp_path / "pids"
+    pids.mkdir()
+    launch = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--nproc-per-node=2", "--max-restarts=3"]
+    launch += ["-m", "ajepa.train"]
+    command = [*launch, *argv, "--out", str(out), "--resume"]
+    pid = forks.start(command, log, call="test_rank_drills:torchrun", PIDS=str(pids))
+    for start, (rank, step) in enumerate([(1, 2), (0, 5)]):
+        end = time.monotonic() + 60
+        while not (out / "checkpoints" / f"step_{step:08d}").exists() or not (pids / f"{start}.{rank}").exists():
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.005)
+        os.kill(int((pids / f"{start}.{rank}").read_text()), signal.SIGKILL)
+    assert forks.wait(pid) == 0, log.read_text()
+    assert sorted(path.name for path in pids.iterdir()) == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
+    said = log.read_text()
+    assert said.count("continuing after step") == 2 and said.count("finished 8 steps") == 1, said
+    assert said.count("error: ") == 2 == said.count("lost another rank"), said
+    assert_same_bits(out, whole)
+
+
+def test_a_run_goes_from_2_ranks_to_4_and_to_1(tones, tmp_path, forks):
+    """It is killed in its fourth step and in its seventh, and agrees with a run of one process."""
+    command, log = ["--data", str(tones), *EXACT, *MICRO, "--log-to", "none"], tmp_path / "log"
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    assert forks.run([*command, "--out", str(alone)], log, **CALL) == 0, log.read_text()
+    again, kill = [*command, "--out", str(out), "--resume"], {"KILL": "ajepa.train.Engine.train 4"}
+    for world_size, saved in ((2, [3]), (4, [3, 6])):
+        log = tmp_path / f"log{world_size}"
+        assert forks.run_ranks(world_size, again, log, **kill, **CALL) == [-signal.SIGKILL] * world_size
+        assert [steps_of(path) for path in checkpoints(out / "checkpoints")] == saved, outputs(log, world_size)
+    assert forks.run(again, tmp_path / "log1", **CALL) == 0, (tmp_path / "log1").read_text()
+    assert "continuing after step 6" in (tmp_path / "log1").read_text()
+    assert_same_run(out, alone)
