@@ -5,6 +5,7 @@ import platform
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from test_distributed import assert_same_run
 import ajepa
 from ajepa.config import PRESETS
 from ajepa.data.index import build_index
-from ajepa.training import alike
+from ajepa.training import alike, distributed
 from ajepa.training.alike import UnlikeError
 from ajepa.training.distributed import ElsewhereError, Ranks
 from ajepa.utils.run_folder import checkpoints, steps_of
@@ -345,6 +346,21 @@ def test_2_killed_ranks_are_started_again_and_the_run_finishes_by_itself(argv, w
     assert said.count("continuing after step") == 2 and said.count("finished 8 steps") == 1, said
     assert said.count("error: ") == 2 == said.count("lost another rank"), said
     assert_same_bits(out, whole)
+
+
+def test_3_starts_with_one_store_meet_under_3_words():
+    """Rank 0 comes last, so the others find what earlier starts have left."""
+    store, words = torch.distributed.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(distributed._meet, store, rank, 3, 20.0) for rank in (2, 1)]
+            time.sleep(0.05)
+            word = distributed._meet(store, 0, 3, 20.0)
+            assert [other.result() for other in others] == [word] * 2
+            words.append(word)
+    assert len(set(words)) == 3
+    with pytest.raises(RuntimeError, match="only ranks of an earlier start"):
+        distributed._meet(store, 1, 3, 0.1)
 
 
 def test_a_run_goes_from_2_ranks_to_4_and_to_1(tones, tmp_path, forks):
