@@ -22,7 +22,7 @@ from ajepa.encoder import Encoder
 from ajepa.evaluation.baselines import kept_scores
 from ajepa.evaluation.features import encoder_features, log_mel_features
 from ajepa.model.masks import MaskSampler
-from ajepa.training import origin
+from ajepa.training import alike, origin
 from ajepa.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from ajepa.training.compare import compare_engines, table
 from ajepa.training.corpus import Corpus, open_corpus, to_device
@@ -71,7 +71,8 @@ def train(
     loader = corpus.loader(cfg, state["loader"], ranks.rank, ranks.world_size, device, ranks)
     sampler = MaskSampler(cfg.mask, cfg.front_end.grid, seed=cfg.seed, rank=ranks.rank, world_size=ranks.world_size)
     per_recording = cfg.objective.count * ranks.world_size
-    log = RunLog(folder, cfg, start, device, counts, quiet=not ranks.is_first, saved=state.get("log"))
+    quiet, saved = not ranks.is_first, state.get("log")
+    log = ranks.together(lambda: RunLog(folder, cfg, start, device, counts, quiet, saved))
     log.say(describe_run(cfg, engine, corpus, start))
     for line in ranks.gather(ranks.cores)[: local_ranks()] if not ranks.alone else ():  # of this machine
         log.say(line)
@@ -82,7 +83,7 @@ def train(
         require_finite(engine, step)
         ranks.first(check_lock)
         place = {**loader.state_dict(), "skipped": ranks.union(loader.skipped)}
-        extra = {"loader": place, "baselines": baselines, "counts": counts, "log": log.state()}
+        extra = {"loader": place, "baselines": baselines, "counts": counts, "log": ranks.together(log.state)}
         save_checkpoint(folder / "checkpoints", step, engine, extra, cfg.watch.keep, spare=cfg.optim.stable_steps)
 
     def list_skipped() -> int | None:
@@ -112,12 +113,13 @@ def train(
             # once in a while: log, evaluate the features, save
             last = step == cfg.optim.steps
             if last or step % cfg.watch.log_every == 0:
-                log.flush(step, ranks.gather(log.waits(ranks), patient=False))
+                waits = ranks.gather(log.waits(ranks))
+                ranks.together(partial(log.flush, step, waits))
                 require_finite(engine, step)
                 skipped = list_skipped()
             if last or step % cfg.watch.watch_every == 0:
                 values = {**engine.inspect(pcm, lengths, masks, step), **score(cfg, engine, corpus)}
-                log.write({"step": step, **values})
+                ranks.together(partial(log.write, {"step": step, **values}))
                 log.say(describe_evaluation(step, values, baselines, cfg.watch.pooling))
                 log.warn_collapse(step, values, len(corpus.evaluation.items))
                 require_finite(engine, step, values)
@@ -167,7 +169,7 @@ def first_state(cfg: Config, folder: Path, engine: Engine, corpus: Corpus) -> di
     if state is not None:
         return {"messages": [], **state}
     with announced("scoring the encoder before its first step", ranks):
-        baselines = baseline_scores(cfg, engine, corpus)
+        baselines = ranks.together(lambda: baseline_scores(cfg, engine, corpus))  # which some find in their caches
     messages = []
     if cfg.init_from:
         weights = ranks.first_alone(lambda: read_weights(cfg.init_from or ""))
@@ -334,6 +336,8 @@ def run(cfg: Config) -> dict[str, Any] | None:
     with joined(cfg, choose_device(cfg.device)) as (ranks, device):
         cfg = dataclasses.replace(cfg, threads=choose_threads(cfg.threads))  # of the cores that the rank is bound to
         torch.set_num_threads(cfg.threads)
+        alike.check_code(ranks)
+        alike.check_settings(ranks, cfg)
         with opened(cfg, ranks) as (check_lock, finished):
             if finished is None:
                 return train(cfg, cfg.folder, device, ranks, check_lock)

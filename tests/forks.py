@@ -1,8 +1,11 @@
 """Fast process starts: a server imports torch and ajepa once and then forks for each requested run."""
 
+import builtins
 import contextlib
+import fnmatch
 import gc
 import importlib
+import io
 import itertools
 import json
 import os
@@ -14,6 +17,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -39,9 +44,12 @@ class Forks:
         """Start `call(argv)`, with `call` as "module:function" and the output in `log`, and return the process id.
 
         KILL="module.function n" lets the process kill itself before its n-th call of that function, and KILL="... n s"
-        s seconds later. KILL_RANK limits this to one of several ranks.
+        s seconds later. HANG="module.function n" stops it there until a signal continues it, and HANG="... n s" for s
+        seconds. FULL="*/name" lets every write into a file of that pattern fail as on a full disk. SKEW="s" sets the
+        clock s seconds ahead. Commas separate several of a kind. KILL_RANK, HANG_RANK, FULL_RANK and SKEW_RANK limit
+        these to one of several ranks.
         """
-        environment["AJEPA_CACHE"] = os.environ["AJEPA_CACHE"]
+        environment.setdefault("AJEPA_CACHE", os.environ["AJEPA_CACHE"])
         return self._ask(argv=argv, log=str(log), call=call, environment=environment, path=sys.path)
 
     def wait(self, pid: int, seconds: float = 120) -> int:
@@ -54,19 +62,28 @@ class Forks:
     def run(self, argv: list[str], log: Path, **options: str) -> int:
         return self.wait(self.start(argv, log, **options))
 
-    def start_ranks(self, world_size: int, argv: list[str], log: Path, **options: str) -> list[int]:
-        """Start the ranks of one run as torchrun does, with the output of rank r in `log`.r."""
+    def start_ranks(
+        self, world_size: int, argv: list[str], log: Path, own: dict[int, list[str]] | None = None, **options: str
+    ) -> list[int]:
+        """Start the ranks of one run as torchrun does, with the output of rank r in `log`.r.
+
+        `own[r]` are arguments that only rank r gets.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
         group["MASTER_ADDR"] = "127.0.0.1"
         return [
-            self.start(argv, log.with_suffix(f".{r}"), RANK=str(r), LOCAL_RANK=str(r), **group, **options)
+            self.start(
+                [*argv, *(own or {}).get(r, [])],
+                log.with_suffix(f".{r}"),
+                **{"RANK": str(r), "LOCAL_RANK": str(r), **group, **options},
+            )
             for r in range(world_size)
         ]
 
-    def run_ranks(self, world_size: int, argv: list[str], log: Path, **options: str) -> list[int]:
+    def run_ranks(self, world_size: int, argv: list[str], log: Path, **options) -> list[int]:
         return [self.wait(pid) for pid in self.start_ranks(world_size, argv, log, **options)]
 
 
@@ -98,8 +115,10 @@ def _serve() -> None:
             sys.path[1:] = request["path"]  # with the folder of the test that calls; this file's folder stays first
             torch.set_num_threads(1)
             status = 1
-            if "KILL" in os.environ and os.environ.get("RANK") == os.environ.get("KILL_RANK"):
-                _kill_before(*os.environ["KILL"].split())
+            for name, damage in (("KILL", _kill_before), ("HANG", _hang_before), ("FULL", _fill), ("SKEW", _skew)):
+                if name in os.environ and os.environ.get(f"{name}_RANK") in (None, os.environ.get("RANK")):
+                    for what in os.environ[name].split(","):
+                        damage(*what.split())
             try:
                 module, function = request["call"].split(":")
                 status = getattr(importlib.import_module(module), function)(request["argv"])
@@ -111,18 +130,61 @@ def _serve() -> None:
         print(json.dumps(pid), flush=True)
 
 
-def _kill_before(target: str, number: str, seconds: str = "0") -> None:
+def _before(target: str, number: str, act: Callable[[], object]) -> None:
+    """Let `act()` precede the n-th call of a function."""
     owner, name = pkgutil.resolve_name(target.rpartition(".")[0]), target.rpartition(".")[2]
     whole, count = getattr(owner, name), itertools.count(1)
 
-    def fatal(*args, **options):
+    def disturbed(*args, **options):
         if next(count) == int(number):
-            if not float(seconds):
-                os.kill(os.getpid(), signal.SIGKILL)
-            threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+            act()
         return whole(*args, **options)
 
-    setattr(owner, name, fatal)
+    setattr(owner, name, disturbed)
+
+
+def _kill_before(target: str, number: str, seconds: str = "0") -> None:
+    def kill():
+        if not float(seconds):
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    _before(target, number, kill)
+
+
+def _hang_before(target: str, number: str, seconds: str = "0") -> None:
+    stop = partial(os.kill, os.getpid(), signal.SIGSTOP)
+    _before(target, number, partial(time.sleep, float(seconds)) if float(seconds) else stop)
+
+
+def _fill(pattern: str) -> None:
+    """Open /dev/full in place of files of a pattern: a full disk lets one open a file, and refuses what is written."""
+    whole = builtins.open
+
+    def full(file, mode="r", *args, **options):
+        writes = not isinstance(file, int) and set(mode) & set("wax+")
+        if writes and fnmatch.fnmatch(os.fsdecode(file), pattern):
+            file, mode = "/dev/full", mode.replace("x", "w")
+        return whole(file, mode, *args, **options)
+
+    builtins.open = io.open = full
+    Path.open = full
+
+
+def _skew(seconds: str) -> None:
+    """Set the clock of this process ahead, and with it the times of the files that it writes and then renames."""
+    ahead = float(seconds)
+    read, read_ns, replace, rename = time.time, time.time_ns, os.replace, os.rename
+
+    def at_its_own_time(move):
+        def moved(source, *args, **options):
+            os.utime(source, (time.time(), time.time()))
+            return move(source, *args, **options)
+
+        return moved
+
+    time.time, time.time_ns = (lambda: read() + ahead), (lambda: read_ns() + int(ahead * 1e9))
+    os.replace, os.rename = at_its_own_time(replace), at_its_own_time(rename)
 
 
 def _wait(pid: int, seconds: float) -> int | None:

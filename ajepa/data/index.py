@@ -5,6 +5,7 @@ it is first indexed. Its verdict is cached by path, size and modification time, 
 A row may be a segment of a file: the verdict belongs to the file, and the position of the segment to the row.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ __all__ = ["DataError", "Entry", "Index", "build_index", "cache_root"]
 FORMAT = "ajepa-index-3"
 SAVE_SECONDS = 10.0  # time between two savings of the cache while files are checked,
 SAVE_RATIO = 20.0  # which is also at least so many times what a saving takes
+LEFT_SECONDS = 86_400.0  # age of a partial file that a killed process has left; clocks of two nodes may differ by hours
 Key = tuple[str, int, int, int]  # path, offset, size, mtime_ns
 
 
@@ -286,16 +288,20 @@ class _Cache:
         kept = {key: info for key, info in self.verdicts.items() if newest.get(key[:2], key) == key}
         body = b"".join(json.dumps([key, info]).encode() + b"\n" for key, info in kept.items())
         header = json.dumps({"format": FORMAT, "crc32": zlib.crc32(body)}).encode() + b"\n"
+        aside = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
             aside.write_bytes(header + body)
             os.replace(aside, self.path)
             for left in self.path.parent.glob(f"{self.path.stem}.{'[0-9a-f]' * 8}"):
-                if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it saved
-                    left.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # another process has finished it
+                    if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                        left.unlink()
         except OSError as error:
-            print(f"the index cache was not written ({error}): the next run checks the files again", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            reason = f"{self.path}: {error.strerror}"
+            print(f"the index cache was not written ({reason}): the next run checks the files again", file=sys.stderr)
             self.due = float("inf")
             return
         self._plan(time.monotonic() - begin)

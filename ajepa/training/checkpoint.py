@@ -175,7 +175,8 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
             for key in sorted(state)
         ),
     )
-    for rank, (cpu, cuda) in enumerate(ranks.gather(_random_state(trainer.device))):
+    # Rank 0 may still be copying the tensors.
+    for rank, (cpu, cuda) in enumerate(ranks.gather(_random_state(trainer.device), patient=True)):
         tensors[f"rng/cpu/{rank}"] = cpu
         if cuda is not None:
             tensors[f"rng/cuda/{rank}"] = cuda

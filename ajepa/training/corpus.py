@@ -1,6 +1,5 @@
 """The audio of a run: the training recordings, the evaluation clips, and the files that were left out."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from ajepa.data.resident import Decoded, ResidentLoader, fits
 from ajepa.data.shards import is_shards
 from ajepa.data.synthetic import TRAINING_ROWS, default_set
 from ajepa.evaluation.features import Evaluation
+from ajepa.training.alike import check_data
 from ajepa.training.ranks import ElsewhereError, Ranks
 from ajepa.utils.atomic_files import write_atomic
 from ajepa.utils.cores import local_ranks
@@ -125,8 +125,7 @@ def open_corpus(cfg: Config, ranks: Ranks | None = None) -> Corpus:
     """
     ranks, data = ranks or Ranks(), cfg.data
     index, evaluated, eval_test = ranks.first_alone(lambda: build_indexes(cfg))
-    for one in (index, evaluated):
-        _require_same(one, ranks)
+    check_data(ranks, index, None if evaluated is index else evaluated)  # before they share any work
     skipped = [*index.skipped, *evaluated.skipped]
     evaluation = load_evaluation(cfg, evaluated, eval_test, cfg.watch.eval_clips, skipped, ranks)
     hours = index.seconds / 3600
@@ -157,24 +156,6 @@ def build_indexes(cfg: Config) -> tuple[Index, Index, str | None]:
         column = watch.eval_label or data.label
         evaluated = build_index(eval_source, where=watch.eval_where, label_column=column, float_scale=scale)
     return index, evaluated, eval_test
-
-
-def _require_same(index: Index, ranks: Ranks) -> None:
-    """Raise DataError if a rank finds other recordings than rank 0: they could not share any work."""
-    if ranks.alone:
-        return
-    digest = hashlib.sha256()
-    for name in ("start", "frames", "sample_rate", "label"):  # paths may differ between machines
-        digest.update(index.entries.numbers[name].tobytes())
-    found = ranks.gather((digest.hexdigest(), len(index)))
-    other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
-    if other:
-        if not ranks.is_first:
-            raise ElsewhereError
-        raise DataError(
-            f"{index.source}: rank {other[0]} finds other recordings ({found[other[0]][1]:,}) than rank 0 "
-            f"({len(index):,}): let every machine read the same files, and start again"
-        )
 
 
 def load_evaluation(

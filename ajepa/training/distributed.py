@@ -5,7 +5,9 @@ import datetime
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +54,11 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(_meet(store, rank, world_size, cfg.rank_timeout), store)
+        options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **options)
         ranks.steps = dist.new_group(backend="gloo", timeout=timeout)
         ranks.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
@@ -70,6 +76,28 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
     dist.destroy_process_group()
 
 
+def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """A word that the ranks of this start share, and that no earlier start had. Raises RuntimeError after `timeout` s.
+
+    torchrun has one store for all its restarts, where ranks would find what those of the last start left behind, such
+    as addresses at which nobody listens any more. Hence each rank leaves a mark in it, and believes the answer of rank
+    0 that repeats this mark. The mark of rank 0 is the word.
+    """
+    mark, end = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"ajepa/mark/{rank}", mark)
+    while time.monotonic() < end:
+        if rank == 0:
+            marks = [mark.decode() for mark in store.multi_get([f"ajepa/mark/{r}" for r in range(world_size)])]
+            store.set("ajepa/marks", " ".join(marks))
+        marks = store.get("ajepa/marks").decode().split()
+        if len(marks) == world_size and marks[rank] == mark:
+            store.set(f"ajepa/met/{marks[0]}/{rank}", "")
+            if rank or store.check([f"ajepa/met/{mark}/{r}" for r in range(world_size)]):
+                return marks[0]
+        time.sleep(0.01)
+    raise RuntimeError("only ranks of an earlier start have left marks")
+
+
 def world() -> int:
     """Number of processes of this run, from the launcher's variable."""
     return _variable("WORLD_SIZE", 1)
@@ -82,6 +110,8 @@ def speaks_for_node() -> bool:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended or is too late."""
+    if isinstance(error, UserError):  # whose message may hold any path
+        return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ajepa.config import Config, ConfigError
+from ajepa.utils.atomic_files import naming
 from ajepa.utils.json_files import read_json, write_json
 
 
@@ -22,8 +23,10 @@ class TensorBoard:
     def __init__(self, folder: Path, cfg: Config, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder = folder / "tensorboard"
         try:
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            with naming(self.folder):
+                self.writer = SummaryWriter(str(self.folder), purge_step=start + 1 if start else None)
         except UnicodeEncodeError:
             raise ConfigError(
                 f"--log-to tensorboard: {str(folder)!a} is no UTF-8, which TensorBoard needs: choose another --out, or "
@@ -31,11 +34,13 @@ class TensorBoard:
             ) from None
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+        with naming(self.folder):
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        with naming(self.folder):
+            self.writer.close()
 
 
 class Wandb:

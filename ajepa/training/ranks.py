@@ -57,11 +57,8 @@ class Ranks:
 
     # --- what the ranks agree on ---------------------------------------------------------------------------------
 
-    def gather(self, value: T, patient: bool = True) -> list[T]:
-        """Return the `value` of every rank, in rank order.
-
-        Waits as long as it takes, within two days, or with `patient=False` as long as within a step.
-        """
+    def gather(self, value: T, patient: bool = False) -> list[T]:
+        """Return the `value` of every rank, in rank order. Waits for --rank-timeout, or two days."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -75,14 +72,17 @@ class Ranks:
     def together(self, work: Callable[[], T]) -> T:
         """Run `work()` on every rank and return this rank's result.
 
-        If any rank fails, the first that failed raises its error and all others raise ElsewhereError.
+        If any rank fails, the first that failed raises its error and all others raise ElsewhereError. All ranks must
+        come here within --rank-timeout, but may take any time for the work.
         """
         error: BaseException | None = None
+        if not self.alone:
+            dist.all_reduce(torch.zeros(1), group=self.steps)  # a rank that hangs is found before the patient wait
         try:
             result = work()
         except BaseException as raised:
             error = raised
-        failed = self.gather(error is not None)
+        failed = self.gather(error is not None, patient=True)
         if error is not None and not any(failed[: self.rank]):
             raise error
         if any(failed):

@@ -18,10 +18,11 @@ from ajepa.config import SIZES, Config
 from ajepa.training.loggers import open_loggers
 from ajepa.training.ranks import Ranks
 from ajepa.training.schedules import ema_decay, learning_rate
-from ajepa.utils.atomic_files import write_atomic
+from ajepa.utils.atomic_files import naming, write_atomic
 from ajepa.utils.command import LastingStream
 from ajepa.utils.errors import UserError
 from ajepa.utils.run_folder import read_metrics
+from ajepa.utils.signals import closing
 
 # Dense bf16 tensor-core peak in FLOP/s from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
@@ -179,7 +180,8 @@ class RunLog:
         """Write one JSON line, with non-finite numbers as null, and give its scalars to the loggers."""
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in record.items()}
         line = json.dumps(clean) + "\n"
-        self.file.write(line)
+        with naming(self.jsonl):
+            self.file.write(line)
         self.written += len(line)
         self.digest.update(line.encode())
         scalars = {k: v for k, v in clean.items() if k != "step" and isinstance(v, int | float)}
@@ -219,16 +221,16 @@ class RunLog:
         `metrics.jsonl`.
         """
         if not self.quiet:
-            os.fsync(self.file.fileno())
+            with naming(self.jsonl):
+                os.fsync(self.file.fileno())
         pending = torch.stack(self.pending).tolist() if self.pending else []
         return {"pending": pending, "length": self.written, "sha256": self.digest.hexdigest()}
 
     def close(self) -> None:
         self.progress.stop()
         self.output.finish()
-        self.file.close()
-        for logger in self.loggers:
-            logger.close()
+        with closing(*self.loggers), naming(self.jsonl):
+            self.file.close()
 
 
 def describe_waits(waits: list[dict[str, float]]) -> dict[str, Any]:

@@ -7,8 +7,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError in the block name `path`: the system names a file that it cannot open, but none that it cannot
+    write, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -25,7 +37,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, at `path` once the block ends; after an error in it, nothing is left behind."""
     aside = path.with_name(f".{path.name}.partial")
     try:
-        with open(aside, "wb") as file:
+        with naming(path), open(aside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from ajepa.utils.errors import UserError
 # How long OpenMP's threads spin before they sleep. By default they spin for milliseconds, and on busy cores they take
 # the time of those that work. If they slept at once, idle cores would have to be woken for every piece of work.
 SPINS = ("GOMP_SPINCOUNT", "3000")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk or quota
 SCRIPT = re.compile(r"ajepa(-\w+)?(\.exe)?")
 
 
@@ -86,7 +87,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 def describe(error: BaseException) -> str:
     """An error as one line that names the file, if there is one."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror or error}"
+        remedy = ": make room, and repeat the command, a run with --resume" if error.errno in FULL else ""
+        return f"{error.filename}: {error.strerror or error}{remedy}"
     if isinstance(error, MemoryError):
         return f"not enough memory: {' '.join(str(error).split()) or 'an allocation failed'}"
     return str(error)
@@ -106,8 +108,8 @@ def lasting_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-# Errors of an output that may take text again later: a full disk or quota, and a pipe that must not block but is full.
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)
+# Errors of an output that may take text again later; the last is that of a pipe that must not block but is full.
+PASSING = (*FULL, errno.EAGAIN)
 
 
 class LastingStream:

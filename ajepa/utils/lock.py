@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ajepa.utils.atomic_files import naming
 from ajepa.utils.errors import ConfigError
 
 NAME = ".lock"
@@ -92,7 +93,12 @@ class Lock:
         holder = {"host": platform.node(), "machine": _machine(), "pid": os.getpid(), "start": _start(os.getpid()),
                   "since": self.since, "beats": self.beats, "token": self.token}  # fmt: skip
         aside = self.path.with_name(f"{NAME}.{self.token}")
-        aside.write_text(json.dumps(holder))
+        try:
+            with naming(self.path):
+                aside.write_text(json.dumps(holder))
+        except OSError:  # a full disk
+            aside.unlink(missing_ok=True)
+            raise
         return aside
 
     def _beat(self) -> None:

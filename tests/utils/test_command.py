@@ -102,7 +102,9 @@ def raising(error: BaseException):
     (KeyboardInterrupt("stopped after step 3"), 130, "stopped after step 3\n"),
     (KeyboardInterrupt(""), 130, ""),  # another rank has said it
     (ConfigError("--lr 0: must be above 0"), 2, "error: --lr 0: must be above 0\n"),
-    (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: No space left on device\n"),
+    (OSError(errno.EIO, "Input/output error", "/x/y"), 2, "error: /x/y: Input/output error\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2,
+     "error: /x/y: No space left on device: make room, and repeat the command, a run with --resume\n"),
     (MemoryError(), 2, "error: not enough memory: an allocation failed\n"),
 ])  # fmt: skip
 def test_errors_and_ctrl_c_are_one_line_and_a_status(error, status, said, capsys):
