@@ -203,7 +203,7 @@ def test_3_ranks_that_hang_are_given_up_and_the_run_resumes_to_the_same_bits(sto
 def test_2_waits_of_unknown_length_are_not_cut_short(argv, whole, tmp_path, forks):
     """Rank 0 indexes for longer than --rank-timeout, and saves for longer."""
     out, log = tmp_path / "run", tmp_path / "log"
-    slow = "ajepa.train.open_corpus 1 3.5, ajepa.training.checkpoint.write_synced 5 3.5"
+    slow = "ajepa.training.corpus.build_indexes 1 3.5, ajepa.training.checkpoint.write_synced 5 3.5"
     command = [*argv, "--out", str(out), "--rank-timeout", "3"]
     assert forks.run_ranks(2, command, log, HANG=slow, HANG_RANK="0", **CALL) == [0, 0], outputs(log, 2)
     assert_same_bits(out, whole)
