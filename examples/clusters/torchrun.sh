@@ -11,8 +11,6 @@ export NCCL_DEBUG=WARN # the only setting of NCCL; NCCL_SOCKET_IFNAME names the 
 # Seconds from torchrun's SIGTERM to its SIGKILL. A step and a save must fit into them. Older releases of torch do not
 # read this, and wait for 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
-# Without this, ranks that torchrun starts again read the addresses of those that ended, and cannot connect.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 rendezvous=(--standalone)
 if [[ ${NODES:-1} -gt 1 ]]; then

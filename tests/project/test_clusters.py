@@ -352,7 +352,6 @@ def test_a_step_and_a_save_fit_into_the_grace_periods(launch):
 
 def test_what_the_containers_need(launch):
     assert launch.memory
-    assert launch.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert [name for name in launch.environment if name.startswith("NCCL_")] == ["NCCL_DEBUG"]
 
 
@@ -455,6 +454,7 @@ def test_torchrun_script_starts_killed_ranks_again_and_passes_sigterm_on(tmp_pat
     torchrun.write_text(f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n')
     torchrun.chmod(0o755)
     paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    paths["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the stand-in has no word for each start, as ajepa.train has
     with log.open("w") as output:
         process = subprocess.Popen(
             [FOLDER / "torchrun.sh"], stdout=output, stderr=output, cwd=tmp_path,
