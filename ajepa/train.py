@@ -113,8 +113,7 @@ def train(
             # once in a while: log, evaluate the features, save
             last = step == cfg.optim.steps
             if last or step % cfg.watch.log_every == 0:
-                waits = ranks.gather(log.waits(ranks))
-                ranks.together(partial(log.flush, step, waits))
+                ranks.together(partial(log.flush, step, ranks))
                 require_finite(engine, step)
                 skipped = list_skipped()
             if last or step % cfg.watch.watch_every == 0:

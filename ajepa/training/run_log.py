@@ -109,13 +109,8 @@ class RunLog:
         if self.console.is_terminal:
             self.progress.advance(self.task)
 
-    def waits(self, ranks: Ranks) -> dict[str, float]:
-        """Seconds of this rank in the present interval: all, waiting for data, and those of `Ranks.times`."""
-        return {"all": self.window["seconds"], "data": self.window["waited"], **ranks.times()}
-
-    def flush(self, step: int, waits: list[dict[str, float]]) -> None:
-        """End an interval after `step` finished steps: read the device and write the line. `waits` are those of every
-        rank.
+    def flush(self, step: int, ranks: Ranks) -> None:
+        """End an interval after `step` finished steps: read the device and write the line. All ranks must call it.
 
         Raises NonFiniteError if the last `max_bad_steps` steps were all non-finite.
         """
@@ -127,6 +122,8 @@ class RunLog:
         self.window["seconds"] += time.perf_counter() - tick
         self.seconds += time.perf_counter() - tick
         self.pending.clear()
+        waits = {"all": self.window["seconds"], "data": self.window["waited"], **ranks.times()}
+        where = describe_waits(ranks.gather(waits)) if not ranks.alone else {}
         non_finite = values[:, 2] > 0
         for skipped in non_finite.tolist():
             self.counts["bad_in_a_row"] = self.counts["bad_in_a_row"] + 1 if skipped else 0
@@ -144,7 +141,7 @@ class RunLog:
             "clips_per_second": rate,
             "data_wait_share": self.window["waited"] / self.window["seconds"],
             "bad_steps": self.counts["bad_steps"],
-            **(describe_waits(waits) if len(waits) > 1 else {}),
+            **where,
         }
         if self.peak:
             record["mfu"] = sum(flops() for flops in self.flops) / self.window["seconds"] / self.peak
@@ -153,7 +150,7 @@ class RunLog:
         line += "".join(f"  {name} {record[name]:.4f}" for name in self.terms if name in record)
         line += f"  lr {lr:.2e}  ema {ema:.5f}" if self.objective.taught else f"  lr {lr:.2e}"
         line += f"  {rate:,.0f} clips/s  data wait {record['data_wait_share']:.1%}"
-        if len(waits) > 1:
+        if where:
             line += f"  reduction {record['reduce_share']:.1%}" if "reduce_share" in record else ""
             line += f"  waiting for ranks {record['rank_wait_share']:.1%}"
             line += f" (slowest {record['slowest_rank']})"
@@ -234,7 +231,8 @@ class RunLog:
 
 
 def describe_waits(waits: list[dict[str, float]]) -> dict[str, Any]:
-    """The fields of a log record that tell where ranks wait.
+    """The fields of a log record that tell where ranks wait. `waits` has the seconds of each rank: in all, waiting for
+    data, and those of `Ranks.times`.
 
     `reduce_share` and `rank_wait_share` are means over the ranks, and the lists hold a number for each rank. A rank
     waits for others in a step's host-side exchange, and on the device in the reduction. The slowest rank is the one

@@ -195,7 +195,7 @@ def archive(tmp_path, monkeypatch):
     run = prebuilt.run
     machine = json.dumps(["here", "x86_64", "/bin/ptxas"])
     monkeypatch.setattr(
-        prebuilt, "run", lambda command, *a, **k: machine if prebuilt.MACHINE in command else run(command)
+        prebuilt, "run", lambda command, *a, **k: machine if prebuilt.MACHINE in command else run(command, *a, **k)
     )
     return path
 
