@@ -103,10 +103,11 @@ CPU = (
     Part("adopted", "a few tests of the operations that other models use",
          (*tests("attention_rotary", "swiglu"), "-k", "errors"), 6, 60),
     Part("adopted-kernels", "their plain definitions at small sizes", benches("swiglu"), 6, 60, "quick"),
-    Part("peers", "our step, plain PyTorch and torch.compile", benches("train_step"), 14, 90, "quick"),
+    Part("peers", "our step, plain PyTorch and torch.compile",
+         (*benches("train_step"), "-k", "not clip_step"), 14, 90, "quick"),
     Part("benchmarks", "some other benchmarks",
          (*benches("masks", "fp8", "levers", "scaling"), "-k", "not scaling or depth"), 10, 60, "quick"),
-    Part("tests", "some other tests", tests("masks"), 8, 60, processes=2),
+    Part("tests", "some other tests", tests("schedules"), 6, 60, processes=2),
 )  # fmt: skip
 
 

@@ -263,7 +263,7 @@ def test_ranks_hold_the_weights_of_one_rank_after_50_steps(tones, tmp_path, fork
     argv += ["--log-every", "5", "--eval-clips", "8"]
     call = "test_distributed:main_of_a_micro_model"
     assert forks.run([*argv, "--out", str(tmp_path / "one")], tmp_path / "one.log", call=call) == 0
-    for world_size, parallel in ((2, "ddp"), (2, "zero1"), (2, "fsdp"), (4, "zero1"), (4, "ddp")):
+    for world_size, parallel in ((2, "ddp"), (2, "zero1"), (2, "fsdp"), (4, "zero1")):
         folder = tmp_path / f"{parallel}_{world_size}"
         log = folder.with_suffix(".log")
         codes = forks.run_ranks(world_size, [*argv, "--parallel", parallel, "--out", str(folder)], log, call=call)
@@ -289,6 +289,7 @@ def test_ranks_killed_at_22_moments_resume_to_the_same_bits(parallel, tones, tmp
     argv = ["--data", str(tones), *SMALL, *MICRO, "--steps", "18", "--checkpoint-every", "1", "--keep", "100"]
     argv += ["--watch-every", "18", "--eval-clips", "8", "--compare-steps", "0", "--objective", "masked"]
     argv += ["--mask-ratio", "0.5", "0.5", "--parallel", parallel]  # one shape, so that all steps but two are replayed
+    argv += ["--steps", "6", "--watch-every", "6"] if parallel == "zero1" else []
     whole, broken, call = tmp_path / "whole", tmp_path / "broken", "test_distributed:main_of_a_micro_model"
     assert forks.run_ranks(2, [*argv, "--out", str(whole)], tmp_path / "whole.log", call=call) == [0, 0]
     again, done = [*argv, "--out", str(broken), "--resume"], []
