@@ -1,7 +1,9 @@
 """Ranks on a GPU: a group of one under NCCL takes the captured step of a single process; two ranks need two GPUs."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,11 +46,25 @@ def group_of_one(argv) -> int:
     return 0
 
 
-def test_a_group_of_one_takes_the_captured_step_of_a_single_process(forks, tmp_path):
-    log = tmp_path / "log"
-    assert forks.run([str(tmp_path / "store")], log, call="test_ranks_gpu:group_of_one") == 0, log.read_text()
-    assert "without a CUDA graph" not in log.read_text()
-    print(log.read_text(), file=sys.stderr)
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    """A process of its own: CUDA may not be used in a fork of a process that has asked for it."""
+    path = os.pathsep.join(sys.path)
+    return subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+
+
+def call(function: str, argument: Path) -> list[str]:
+    return ["-c", f"import sys, test_ranks_gpu; sys.exit(test_ranks_gpu.{function}([sys.argv[1]]))", str(argument)]
+
+
+def test_a_group_of_one_takes_the_captured_step_of_a_single_process(tmp_path):
+    process = start(call("group_of_one", tmp_path / "store"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "without a CUDA graph" not in output
+    print(output, file=sys.stderr)
 
 
 def two_on_one(argv) -> int:
@@ -67,13 +83,15 @@ def two_on_one(argv) -> int:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs a machine with one GPU")
-def test_two_ranks_on_one_gpu_are_refused(forks, tmp_path):
+def test_two_ranks_on_one_gpu_are_refused(tmp_path):
     """The run says that each rank needs a GPU. NCCL's own answer is printed, whatever it is."""
-    log = tmp_path / "log"
-    assert forks.run_ranks(2, ["--device", "cuda", "--out", str(tmp_path / "run")], log) == [2, 2]
-    assert "2 ranks on a machine with 1 GPUs" in log.with_suffix(".0").read_text()
-    log = tmp_path / "nccl"
-    assert forks.run_ranks(2, [str(tmp_path / "store")], log, call="test_ranks_gpu:two_on_one") == [0, 0]
-    answers = [log.with_suffix(f".{rank}").read_text() for rank in range(2)]
-    assert all("two ranks on one GPU" in answer for answer in answers), answers
-    print(*answers, file=sys.stderr)
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    command = ["-m", "ajepa.train", "--device", "cuda", "--out", str(tmp_path / "run")]
+    ranks = [start(command, RANK=r, LOCAL_RANK=r, **group) for r in "01"]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert "2 ranks on a machine with 1 GPUs" in outputs[0]
+    ranks = [start(call("two_on_one", tmp_path / "store"), RANK=r) for r in "01"]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert all("two ranks on one GPU" in output for output in outputs), outputs
+    print(*outputs, file=sys.stderr)
