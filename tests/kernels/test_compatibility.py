@@ -194,7 +194,7 @@ def run_rank(rank: int, folder: str) -> None:
             except Exception:
                 Path(folder, f"{name} {feature} {rank}").write_text(traceback.format_exc())
             dist.barrier()
-    os._exit(0)  # threads of DDP or FSDP2 may outlive the interpreter, which then aborts once in some ten runs
+    os._exit(0)  # threads of DDP or FSDP2 may outlive the interpreter, which then aborts now and then
 
 
 @pytest.fixture(scope="module")
