@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from ajepa.config import SIZES
-from ajepa.training.distributed import KINDS
+from ajepa.training.distributed import ranks_of
 from ajepa.training.engine import Engine
 from ajepa.training.ranks import Ranks, joined_scalars, over_ranks, total_norm
 from ajepa.utils.devices import wait
@@ -56,9 +56,8 @@ class DataParallel(Ranks):
 def engines(rank: int, world_size: int, device: torch.device) -> dict[str, Engine]:
     made = {}
     for name, (parallel, reduce) in OURS.items():
-        dtype = torch.bfloat16 if reduce == "bf16" else torch.float32
         cfg = dataclasses.replace(config(reduce=reduce), parallel=parallel)  # type: ignore[arg-type]
-        made[name] = Engine(cfg, device, KINDS[parallel](rank, world_size, 0, dtype))
+        made[name] = Engine(cfg, device, ranks_of(cfg, rank, world_size))
     for name, hook in PEERS.items():
         made[name] = Engine(config(), device, DataParallel(rank, world_size, hook))
     if world_size == 1:

@@ -42,8 +42,7 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set: start with torchrun")
-    dtype = torch.bfloat16 if cfg.step.reduce == "bf16" else torch.float32
-    ranks = KINDS[cfg.parallel](_variable("RANK", 0), world_size, local_rank, dtype)
+    ranks = ranks_of(cfg, _variable("RANK", 0), world_size, local_rank)
     timeout = datetime.timedelta(seconds=cfg.rank_timeout)
     if cuda := device.type == "cuda":
         need, have = _variable("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
@@ -74,6 +73,12 @@ def joined(cfg: Config, device: torch.device) -> Iterator[tuple[Ranks, torch.dev
             _give_up(ranks, error, cfg)
         raise
     dist.destroy_process_group()
+
+
+def ranks_of(cfg: Config, rank: int, world_size: int, local_rank: int = 0) -> Ranks:
+    """A rank that shares weights and reduces gradients as `cfg` says. It has no process groups for exchanges yet."""
+    dtype = torch.bfloat16 if cfg.step.reduce == "bf16" else torch.float32
+    return KINDS[cfg.parallel](rank, world_size, local_rank, dtype)
 
 
 def _meet(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:

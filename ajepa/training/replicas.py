@@ -67,7 +67,7 @@ class Bucket:
         self.flat = torch.zeros(layout.size + extra, dtype=dtype, device=self.parameters[0].device)
         self.extra = self.flat[layout.size :]
         self.views = layout.views(self.flat)
-        self.own = self.flat[:0]  # this rank's slice of the mean gradients, where it needs no more
+        self.own = self.flat[:0]  # zero1: this rank's slice of the mean gradients
         self.missing = len(self.views)  # gradients that backward has not finished yet in this step
         self.work: dist.Work | None = None
 

@@ -12,6 +12,7 @@ from test_engine import make, run
 from test_replicas import same, weights
 
 from ajepa.training import replicas
+from ajepa.training.distributed import ranks_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,9 +32,8 @@ def group_of_one(argv) -> int:
         plain, one = run(make(mask=mask, precision=precision), 8, 16, device=CUDA)
         for parallel, reduce in CASES:
             for graph in (True, False):
-                kind = replicas.Zero1 if parallel == "zero1" else replicas.Replicas
-                ranks = kind(0, 1, 0, torch.bfloat16 if reduce == "bf16" else torch.float32)
-                cfg = make({"cuda_graph": graph, "reduce": reduce}, mask, precision=precision)
+                cfg = make({"cuda_graph": graph, "reduce": reduce}, mask, precision=precision, parallel=parallel)
+                ranks = ranks_of(cfg, 0, 1)
                 losses, group = run(cfg, 8, 16, device=CUDA, ranks=ranks)
                 case = (precision, parallel, reduce, graph)
                 assert losses == pytest.approx(plain, rel=1e-2 if reduce == "bf16" else 1e-4), case

@@ -15,7 +15,7 @@ from ajepa.config import PRESETS, Config, MaskConfig, ObjectiveConfig
 from ajepa.model.masks import MaskSampler
 from ajepa.training import replicas
 from ajepa.training.checkpoint import load_checkpoint, save_checkpoint
-from ajepa.training.distributed import KINDS, joined
+from ajepa.training.distributed import joined, ranks_of
 from ajepa.training.engine import Engine
 from ajepa.training.ranks import Ranks
 from ajepa.training.replicas import Layout, Replicas, split
@@ -48,8 +48,7 @@ def batch(ranks: Ranks, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def engine_of(ranks: Ranks, cfg: Config) -> Engine:
     """An engine with the way of `cfg` to share weights, in the group that these ranks have joined."""
-    dtype = torch.bfloat16 if cfg.step.reduce == "bf16" else torch.float32
-    own = KINDS[cfg.parallel](ranks.rank, ranks.world_size, ranks.local_rank, dtype)
+    own = ranks_of(cfg, ranks.rank, ranks.world_size)
     own.steps, own.patient = ranks.steps, ranks.patient
     return Engine(cfg, CPU, own)
 
